@@ -1,0 +1,213 @@
+"""Trains a network by a recipe.
+
+All that a run leaves is in its workdir: config.json (the whole recipe, every default filled in),
+metrics.jsonl, tensorboard/, checkpoints/, curves.png. The same command again goes on where the run
+stopped.
+"""
+
+import collections
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from xception_flax import (
+    checkpoint,
+    cli,
+    data,
+    metrics,
+    models,
+    optimizers,
+    pictures,
+    progress,
+    recipe,
+    sharding,
+    state,
+    steps,
+)
+from xception_flax.evaluate import evaluate
+
+EXAMPLES = """\
+  python train.py --config configs/digits.py --workdir runs/digits
+  python train.py --config configs/imagenet.py --workdir gs://bucket/runs/1 --distributed
+  python train.py --config configs/folder.py:photos --workdir runs/photos --config.epochs=30
+  python train.py --config configs/digits.py --workdir runs/lr --config.optimizer.learning_rate=0.1"""
+
+# Steps that may be under way at once. The host runs ahead of the devices by this much and no more:
+# enough to keep them busy, little enough that collectives on CPU devices never starve for threads.
+MAX_STEPS_IN_FLIGHT = 2
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser(__doc__, EXAMPLES)
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the recipe, and its argument")
+    parser.add_argument("--workdir", required=True, type=Path, help="folder of the run; made if it is not there")
+    parser.add_argument("--config.KEY=VALUE", dest="ignored", help="override a key of the recipe")
+    arguments, overrides = parser.parse_known_args(argv)
+    config = recipe.load(arguments.config, overrides)
+    cli.start(arguments)
+    return train(config, arguments.workdir)
+
+
+def train(config: ConfigDict, workdir: Path) -> int:
+    """Runs a resolved recipe to its end, from the newest checkpoint in `workdir` if there is one.
+
+    Returns:
+      The exit code: 0 at the end, 128 + N after signal N, with a checkpoint written.
+
+    Raises:
+      ValueError: the recipe cannot be run here; nothing has been written.
+    """
+    first_host = jax.process_index() == 0
+    mesh = sharding.create_mesh(**config.mesh)
+    sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
+
+    # Data.
+    load = dict(
+        **config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    train_data, eval_data = data.load(**load, train=True), data.load(**load, train=False)
+    data.check_class_names(train_data.class_names, eval_data)
+    if config.model.num_classes != len(train_data.class_names):
+        raise ValueError(
+            f"model.num_classes is {config.model.num_classes}, but the data has {len(train_data.class_names)} classes; "
+            f"set --config.model.num_classes={len(train_data.class_names)}."
+        )
+
+    def to_steps(epochs: float) -> int:
+        return max(1, round(epochs * train_data.num_images / config.batch_size))
+
+    total_steps = to_steps(config.epochs)
+    eval_every, checkpoint_every = to_steps(config.eval_every_epochs), to_steps(config.checkpoint_every_epochs)
+
+    # Network, loss, optimizer, steps.
+    model = models.create_model(**config.model)
+    normalize = steps.create_normalizer(**config.normalize)
+    loss = steps.create_loss(**config.loss)
+    compute_metrics = metrics.create_metrics(**config.metrics)
+    run = optimizers.Run(config.batch_size, train_data.num_images, total_steps)
+    schedule = optimizers.create_schedule(**config.schedule, run=run)
+    tx, learning_rate = optimizers.create_optimizer(**config.optimizer, schedule=schedule)
+    weights = "ema" if config.step.ema_decay else "raw"
+    init, abstract_state = state.make_init(model, tx, train_data.image_shape, mesh, ema=weights == "ema")
+    train_step = steps.make_train_step(
+        model, tx, loss, compute_metrics, normalize, abstract_state, mesh, seed=config.seed, **config.step
+    )
+    eval_step = steps.make_eval_step(model, loss, compute_metrics, normalize, mesh)
+
+    # Workdir, checkpoint.
+    recipe.check_workdir(workdir, config)
+    if first_host:
+        recipe.remember(workdir, config)
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(
+            checkpoint.open_manager(workdir, best_metric=metrics.BEST[config.metrics.name], **config.checkpoint)
+        )
+        start_step = manager.latest_step() or 0
+        if start_step:
+            train_state = checkpoint.restore_state(manager, abstract_state, start_step)
+        else:
+            train_state = init(jax.random.key(config.seed))
+
+        report = stack.enter_context(
+            progress.RunProgress(
+                workdir,
+                start_step=start_step,
+                total_steps=total_steps,
+                batch_size=config.batch_size,
+                num_images=train_data.num_images,
+                enabled=first_host,
+            )
+        )
+        if start_step >= total_steps:
+            report.say(f"{workdir}: this run is finished ({total_steps} steps); nothing to do.")
+            return 0
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(train_state.params))
+        report.say(
+            f"{config.model.name}, {parameters:,} parameters, {train_data.num_images:,} images, {total_steps} steps of "
+            f"{config.batch_size} on {mesh.size} x {mesh.devices.flat[0].device_kind}, {workdir}"
+        )
+        if start_step:
+            report.say(f"going on from the checkpoint of step {start_step}")
+
+        # Loop.
+        meta = {"recipe": json.loads(recipe.to_json(config)), "class_names": train_data.class_names}
+        batches = stack.enter_context(contextlib.closing(train_data.batches(start_step)))
+        stop = stack.enter_context(cli.StopRequest()) if jax.process_count() == 1 else None
+        in_flight: collections.deque = collections.deque()
+        totals = metrics.Accumulator()
+        for step in range(start_step + 1, total_steps + 1):
+            batch = sharding.global_batch(mesh, next(batches))
+            train_state, sums = train_step(train_state, batch)
+            in_flight.append(sums)
+            if len(in_flight) > MAX_STEPS_IN_FLIGHT:
+                totals.add(in_flight.popleft())
+            report.advance(step)
+
+            if step == start_step + 1:
+                jax.block_until_ready(sums)
+                report.compiled(step)
+
+            stopping = stop.signal is not None if stop else manager.reached_preemption(step)
+            last = step == total_steps
+            evaluating = last or step % eval_every == 0
+            saving = last or stopping or step % checkpoint_every == 0
+            recording = last or stopping or step % config.log_every_steps == 0
+            if evaluating or saving or recording:
+                check_finite(sums, step)
+                checkpoint.check_saves(manager)
+            if recording:
+                while in_flight:
+                    totals.add(in_flight.popleft())
+                report.train(step, totals.means() | {"learning_rate": float(learning_rate(step - 1))})
+                totals = metrics.Accumulator()
+
+            paused = time.monotonic()
+            results = None
+            if evaluating:
+                results = evaluate(eval_step, train_state.variables(weights), eval_data, mesh)
+                report.evaluation(step, results, weights)
+            if saving:
+                checkpoint.save(manager, train_state, meta, results)
+            report.pause(since=paused)
+            if stopping and not last:
+                break
+        checkpoint.check_saves(manager, wait=True)
+        if step < total_steps:
+            report.say(f"stopped at step {step}, checkpoint written; the same command goes on from there")
+            return 128 + stop.signal if stop else 0
+
+    if first_host:
+        records = progress.read_metrics(workdir / "metrics.jsonl")
+        pictures.draw_curves(records, str(workdir), workdir / "curves.png")
+        progress.show_table(
+            "finished",
+            {
+                **{k: progress.percent(v) for k, v in results.items() if k not in ("loss", "count")},
+                "evaluated": f"split {config.data.eval_split!r}, {results['count']:,} images, {weights} weights",
+                "curves": str(workdir / "curves.png"),
+            },
+        )
+    return 0
+
+
+def check_finite(sums: dict[str, metrics.Sum], step: int) -> None:
+    """Stops a run that has diverged, before its state is saved over a good one."""
+    loss = float(sums["loss"].total / sums["loss"].count)
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss is {loss} at step {step}; the checkpoints before it are kept. "
+            "Lower optimizer.learning_rate, or clip gradients with optimizer.clip_norm."
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,223 @@
+"""Checkpoints by Orbax: one folder a step, with everything in it, verified when read.
+
+`workdir/checkpoints/STEP/` has the items `raw` (parameters and batch statistics), `ema` (their
+averages, where the recipe keeps them), `optimizer` and `meta` (JSON: the recipe, the class names,
+a checksum of every array). What only evaluates reads one of the first two. The position in the
+data is the step.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax import lax
+from orbax.checkpoint import checkpoint_managers as policies
+
+from xception_flax.state import TrainState
+
+PyTree = Any
+
+
+def open_manager(
+    workdir: Path, *, best_metric: str, keep_latest: int = 2, keep_best: int = 1, read_only: bool = False
+) -> ocp.CheckpointManager:
+    """Returns the manager of a workdir's checkpoints; a context manager, which waits for saves at its end.
+
+    Args:
+      workdir: of the run.
+      best_metric: evaluation metric that 'best' means the highest of.
+      keep_latest: checkpoints to keep, the newest.
+      keep_best: checkpoints to keep beside them, those with the highest `best_metric`.
+      read_only: save and remove nothing, for a look into a run that may still be going on.
+    """
+    if keep_latest < 1 or keep_best < 0:
+        raise ValueError(
+            "checkpoint.keep_latest must be at least 1 and checkpoint.keep_best not negative, "
+            f"got {keep_latest} and {keep_best}."
+        )
+
+    def score(metrics: dict[str, float]) -> float:
+        value = metrics[best_metric]
+        return value if math.isfinite(value) else -math.inf
+
+    kept = [policies.LatestN(keep_latest)]
+    if keep_best:  # both rules at once: `max_to_keep` with `best_fn` would delete the newest
+        kept.append(policies.BestN(get_metric_fn=score, n=keep_best, keep_checkpoints_without_metrics=False))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        best_fn=score,
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+    )
+    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    state: TrainState,
+    meta: dict[str, Any],
+    metrics: dict[str, float] | None,
+) -> None:
+    """Saves `state` under its step, in the background; a step that is there already stays as it is.
+
+    Args:
+      meta: JSON values that the next reader needs.
+      metrics: of an evaluation of this state, if there was one.
+
+    Raises:
+      ValueError: this save or the one before it failed (a full disk, say).
+    """
+    step = int(state.step)
+    if step in manager.all_steps():
+        return
+    items = _items(state)
+    sums = {name: {k: int(v) for k, v in _checksums(item).items()} for name, item in items.items()}
+    args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    args["meta"] = ocp.args.JsonSave(meta | {"checksums": sums})
+    try:
+        manager.save(step, args=ocp.args.Composite(**args), metrics=metrics)
+    except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
+        raise _failed_save(manager, error) from error
+
+
+def check_saves(manager: ocp.CheckpointManager, *, wait: bool = False) -> None:
+    """Raises ValueError where a save in the background has failed (a full disk, say).
+
+    Args:
+      wait: for the saves that are under way.
+    """
+    try:
+        manager.wait_until_finished() if wait else manager.check_for_errors()
+    except Exception as error:
+        raise _failed_save(manager, error) from error
+
+
+def _failed_save(manager: ocp.CheckpointManager, error: Exception) -> ValueError:
+    lines = str(error).strip().splitlines()
+    return ValueError(
+        f"a checkpoint could not be written to {manager.directory}: "
+        f"{lines[0][:300] if lines else type(error).__name__}; those before it are kept."
+    )
+
+
+def find_step(manager: ocp.CheckpointManager, which: str) -> int:
+    """Returns the step that 'latest', 'best' or a number means.
+
+    Raises:
+      ValueError: there is no such checkpoint.
+    """
+    steps = sorted(manager.all_steps())
+    if not steps:
+        raise ValueError(f"{manager.directory} has no checkpoint yet.")
+    if which == "latest":
+        return steps[-1]
+    if which == "best":
+        return manager.best_step()
+    if not which.isdecimal() or int(which) not in steps:
+        raise ValueError(
+            f"no checkpoint {which!r} in {manager.directory}; take latest, best or a step of: "
+            f"{', '.join(map(str, steps))}."
+        )
+    return int(which)
+
+
+def restore_state(manager: ocp.CheckpointManager, abstract_state: TrainState, step: int) -> TrainState:
+    """Reads the whole state of `step`, each array onto the devices that `abstract_state` says.
+
+    Raises:
+      ValueError: the checkpoint is damaged, incomplete or of another network.
+    """
+    items = _restore(manager, _items(abstract_state), step)
+    return TrainState(
+        step=items["optimizer"]["step"],
+        opt_state=items["optimizer"]["opt_state"],
+        params=items["raw"]["params"],
+        batch_stats=items["raw"]["batch_stats"],
+        ema_params=items["ema"]["params"] if "ema" in items else None,
+        ema_batch_stats=items["ema"]["batch_stats"] if "ema" in items else None,
+    )
+
+
+def restore_variables(manager: ocp.CheckpointManager, abstract_variables: PyTree, weights: str, step: int) -> PyTree:
+    """Reads only the variables of `step`: `weights` is 'raw' or 'ema'.
+
+    Raises:
+      ValueError: the checkpoint is damaged, has no such weights or is of another network.
+    """
+    return _restore(manager, {weights: abstract_variables}, step)[weights]
+
+
+def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """Reads the JSON values of `step`."""
+    try:
+        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    except Exception as error:
+        raise _unreadable(manager, step, error) from None
+
+
+def _items(state: TrainState) -> dict[str, PyTree]:
+    items = {
+        "raw": {"params": state.params, "batch_stats": state.batch_stats},
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
+    if state.ema_params is not None:
+        items["ema"] = {"params": state.ema_params, "batch_stats": state.ema_batch_stats}
+    return items
+
+
+def _restore(manager: ocp.CheckpointManager, abstract_items: dict[str, PyTree], step: int) -> dict[str, PyTree]:
+    expected = read_meta(manager, step)["checksums"]
+    args = {name: ocp.args.StandardRestore(item) for name, item in abstract_items.items()}
+    try:
+        items = manager.restore(step, args=ocp.args.Composite(**args))
+    except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
+        raise _unreadable(manager, step, error) from None
+    for name in abstract_items:
+        for path, checksum in _checksums(items[name]).items():
+            if int(checksum) != expected[name].get(path):
+                raise _unreadable(manager, step, ValueError(f"the values of {name}{path} have changed on disk"))
+    return {name: items[name] for name in abstract_items}
+
+
+def _unreadable(manager: ocp.CheckpointManager, step: int, error: Exception) -> ValueError:
+    lines = str(error).strip().splitlines()
+    others = [s for s in manager.all_steps() if s != step]
+    advice = f"move this folder away to go on from step {max(others)}" if others else "there is no other"
+    return ValueError(
+        f"checkpoint {manager.directory / str(step)} cannot be used: "
+        f"{lines[0][:300] if lines else type(error).__name__}; {advice}."
+    )
+
+
+# Checksums -----------------------------------------------------------------------------------------
+
+
+def _checksums(tree: PyTree) -> dict[str, jax.Array]:
+    """A uint32 a leaf, by its path. Orbax stores no checksum of data: a flipped bit would go unseen."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = jax.device_get(_checksum_all([leaf for _, leaf in leaves]))
+    return {jax.tree_util.keystr(path): value for (path, _), value in zip(leaves, sums, strict=True)}
+
+
+@jax.jit
+def _checksum_all(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_checksum(leaf) for leaf in leaves]
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    """Sum of bits x odd weight of the position, modulo 2^32: any one changed element changes it.
+
+    Integers add up the same in every order, so it does not depend on how the array is sharded.
+    """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * position * jnp.uint32(2654435761) + 1), dtype=jnp.uint32)

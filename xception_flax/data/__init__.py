@@ -1,0 +1,100 @@
+"""Data sets: sources by name, and `load`, which makes batches of them.
+
+No module in here calls JAX: worker processes import them and must never open an accelerator.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from xception_flax.data.pipeline import Split
+from xception_flax.data.sources import SOURCES
+from xception_flax.data.transforms import parse_transforms
+from xception_flax.lookup import lookup
+
+__all__ = ["SOURCES", "Split", "check_class_names", "load"]
+
+
+def load(
+    source: str,
+    *,
+    train: bool,
+    batch_size: int,
+    seed: int = 0,
+    image_size: int,
+    channels: int = 3,
+    train_split: str = "train",
+    eval_split: str = "test",
+    train_transforms: str = "resize",
+    eval_transforms: str = "resize",
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+    num_workers: int = 0,
+    **options: Any,
+) -> Split:
+    """Returns the batches of a data set, for training or for evaluation.
+
+    Args:
+      source: a key of `SOURCES`.
+      train: which of the two: shuffled, endless and augmented, or in order, once and padded.
+      batch_size: of the global batch.
+      seed: of order and augmentation.
+      image_size: pixels a side of the square images that the network gets.
+      channels: 1 or 3.
+      train_split: name of the split to train on, as the source has it.
+      eval_split: name of the split to evaluate on.
+      train_transforms: chain of augmentations; see `data/transforms.py`.
+      eval_transforms: chain of transforms in evaluation.
+      process_index: of this host.
+      process_count: number of hosts.
+      num_threads: that read and decode, in each process; as many batches are kept ready.
+      num_workers: worker processes; 0: threads of this process do the work.
+      **options: the source's own keywords, such as `data_dir`.
+
+    Raises:
+      ValueError: a name, number or path that is wrong; the message says what is expected.
+    """
+    function = lookup(SOURCES, source, "source")
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes.")
+    if channels not in (1, 3):
+        raise ValueError(f"data.channels must be 1 or 3, got {channels}.")
+    if image_size < 1:
+        raise ValueError(f"data.image_size must be positive, got {image_size}.")
+    if num_threads < 1 or num_workers < 0:
+        raise ValueError(
+            f"data.num_threads must be at least 1 and data.num_workers at least 0, got {num_threads}, {num_workers}."
+        )
+    transforms = parse_transforms(train_transforms if train else eval_transforms, image_size)
+    examples = function(train_split if train else eval_split, **options)
+    if not len(examples):
+        raise ValueError(f"source {source!r}: split {train_split if train else eval_split!r} has no images.")
+    return Split(
+        source=examples,
+        transforms=transforms,
+        image_shape=(image_size, image_size, channels),
+        batch_size=batch_size,
+        train=train,
+        seed=seed,
+        process_index=process_index,
+        process_count=process_count,
+        num_threads=num_threads,
+        num_workers=num_workers,
+    )
+
+
+def check_class_names(expected: Sequence[str], split: Split) -> None:
+    """Raises ValueError unless the classes of `split` are those, in the same order.
+
+    Where they differ, the same number would mean another class: a folder that one split lacks
+    shifts all that follow it.
+    """
+    if tuple(expected) != split.class_names:
+        missing = sorted(set(expected) - set(split.class_names))[:5]
+        extra = sorted(set(split.class_names) - set(expected))[:5]
+        raise ValueError(
+            f"the data has {len(split.class_names)} classes where {len(expected)} are expected"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; not expected: {', '.join(extra)}" if extra else "")
+            + ". Training, evaluation and checkpoint must have the same classes in the same order."
+        )

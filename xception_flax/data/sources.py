@@ -1,0 +1,325 @@
+"""Where examples come from: random access, no order, no randomness, nothing decoded.
+
+A source has a length, `num_classes`, `class_names`, and `source[i]` is a dict of `image` (the
+bytes of a file, or uint8 `[H, W]` / `[H, W, C]`) and `label` (an integer, or `[num_classes]` of 0
+and 1 where images have several labels). Sources are sent to worker processes: they must pickle.
+"""
+
+import dataclasses
+import gzip
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from xception_flax.lookup import lookup, suggest
+
+Example = dict[str, Any]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What every source function returns."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Examples in memory: `images` `[N, H, W]` or `[N, H, W, C]` uint8, `labels` `[N]` or `[N, classes]`."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+# Digits --------------------------------------------------------------------------------------------
+
+
+def digits(split: str) -> Arrays:
+    """1,797 handwritten digits, 8 x 8 pixels, inside this package; splits 'train', 'validation', 'test'.
+
+    The test part of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998, CC
+    BY 4.0), as scikit-learn has it too. A fixed permutation of them: 360 'test' (held out: no
+    choice of a recipe is tuned on it), 180 'validation', 1,257 'train'. The splits share writers.
+    """
+    with np.load(Path(__file__).with_name("digits.npz")) as file:
+        images, labels = file["images"], file["labels"]
+    order = np.random.RandomState(0).permutation(len(images))  # NumPy has frozen this generator for good
+    parts = {"test": order[:360], "validation": order[360:540], "train": order[540:]}
+    index = np.concatenate([lookup(parts, part, "split of digits") for part in split.split("+")])
+    pixels = (images[index].astype(np.float32) * (255 / 16)).round().astype(np.uint8)  # stored as 0 to 16
+    return Arrays(pixels, labels[index].astype(np.int32), tuple("0123456789"))
+
+
+# Fashion-MNIST -------------------------------------------------------------------------------------
+
+FASHION_CLASSES = (
+    "t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+
+
+def fashion_mnist(split: str, *, data_dir: str = "/usr/share/datasets/fashion-mnist") -> Arrays:
+    """Fashion-MNIST (Xiao et al. 2017) from its four IDX files; splits 'train', 'validation', 'test'.
+
+    'validation' is the last twelfth of the published training set (5,000 of 60,000 images),
+    'train' the rest. Debian's package dataset-fashion-mnist puts the files into the default
+    `data_dir`.
+    """
+    directory = _directory(data_dir, "the four IDX files of Fashion-MNIST")
+    images, labels = [], []
+    for part in split.split("+"):
+        prefix = lookup({"train": "train", "validation": "train", "test": "t10k"}, part, "split of fashion_mnist")
+        x = _read_idx(directory / f"{prefix}-images-idx3-ubyte", ndim=3)
+        y = _read_idx(directory / f"{prefix}-labels-idx1-ubyte", ndim=1)
+        if len(x) != len(y):
+            raise ValueError(f"{directory}: {len(x)} {prefix} images, but {len(y)} labels.")
+        first_validation = len(x) - len(x) // 12
+        keep = {
+            "train": slice(None, first_validation),
+            "validation": slice(first_validation, None),
+            "test": slice(None),
+        }
+        images.append(x[keep[part]])
+        labels.append(y[keep[part]])
+    return Arrays(np.concatenate(images), np.concatenate(labels).astype(np.int32), FASHION_CLASSES)
+
+
+def _read_idx(path: Path, ndim: int) -> np.ndarray:
+    """Reads an IDX file of bytes, plain or with '.gz' (format: yann.lecun.com/exdb/mnist)."""
+    zipped = path.with_name(path.name + ".gz")
+    if not path.exists() and not zipped.exists():
+        raise ValueError(
+            f"{zipped} is missing; put the four IDX files of Fashion-MNIST there "
+            "(Debian: apt install dataset-fashion-mnist) or set data.data_dir."
+        )
+    try:
+        content = path.read_bytes() if path.exists() else gzip.decompress(zipped.read_bytes())
+        zero, kind, dims = struct.unpack(">HBB", content[:4])
+        shape = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
+        array = np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
+    except (OSError, EOFError, struct.error, ValueError) as error:
+        raise ValueError(f"{path}: not a readable IDX file ({error}).") from None
+    if (zero, kind, dims) != (0, 8, ndim):
+        raise ValueError(f"{path}: expected an IDX file of bytes with {ndim} dimensions, got {shape}.")
+    return array
+
+
+# TensorFlow Datasets -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSource:
+    """A TFDS random-access source; images stay encoded, labels become integers or multi-hot rows."""
+
+    records: Sequence[Example]
+    class_names: tuple[str, ...]
+    image_key: str
+    label_key: str
+    multi_label: bool
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self.records[index]
+        label = record[self.label_key]
+        if self.multi_label:
+            row = np.zeros(len(self.class_names), np.uint8)
+            row[np.asarray(label, np.int64)] = 1
+            label = row
+        return {"image": record[self.image_key], "label": label}
+
+
+def tfds(
+    split: str,
+    *,
+    name: str | None = None,
+    data_dir: str | None = None,
+    image_key: str = "image",
+    label_key: str = "label",
+) -> TfdsSource:
+    """Any TFDS image classification set that was prepared with `file_format='array_record'`.
+
+    Needs no TensorFlow. Splits are TFDS' own: 'train', 'validation', 'train[:10%]', ... Labels are
+    a `ClassLabel`, or a sequence of them where images have several.
+
+    Args:
+      split: TFDS split.
+      name: of the data set, 'imagenet2012' or 'cifar10:3.0.2'; None: `data_dir` is the directory of
+        one version of one data set, the one with dataset_info.json in it.
+      data_dir: where data sets are (with a name; None: TFDS' default), or the directory of this one.
+      image_key: feature with the image.
+      label_key: feature with the label or labels.
+
+    Raises:
+      ValueError: unknown, not prepared, prepared in a format without random access, or features
+        that are not there.
+    """
+    import tensorflow_datasets as library  # here: half a second that other sources need not pay
+
+    builder = _tfds_builder(library, name, data_dir)
+    where, features, file_format = builder.data_dir, builder.info.features, builder.info.file_format
+    if not builder.info.splits:
+        raise ValueError(
+            f"TFDS data set {builder.name!r} is not prepared in {where}. Prepare it with "
+            "file_format='array_record' (see the README), or set data.data_dir."
+        )
+    if file_format is None or file_format.value != "array_record":
+        found = None if file_format is None else file_format.value
+        raise ValueError(
+            f"{where} holds file format {found!r}, which has no random access; prepare the data set again "
+            "with file_format='array_record'."
+        )
+    for key in (image_key, label_key):
+        if key not in features:
+            raise ValueError(f"TFDS data set {builder.name!r} has no feature {key!r}; {suggest(key, features)}")
+    label = features[label_key]
+    multi_label = not isinstance(label, library.features.ClassLabel)
+    class_label = getattr(label, "feature", None) if multi_label else label
+    if not isinstance(class_label, library.features.ClassLabel):
+        raise ValueError(
+            f"TFDS data set {builder.name!r}: feature {label_key!r} must be a ClassLabel or a sequence of "
+            f"them, got {type(label).__name__}."
+        )
+    try:
+        records = builder.as_data_source(split, decoders={image_key: library.decode.SkipDecoding()})
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"TFDS data set {builder.name!r} has no split {split!r} ({error}); "
+            f"there are: {', '.join(sorted(builder.info.splits))}."
+        ) from None
+    return TfdsSource(records, tuple(class_label.names), image_key, label_key, multi_label)
+
+
+def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
+    if name is None:
+        if data_dir is None:
+            raise ValueError("source 'tfds' needs data.name, data.data_dir or both.")
+        directory = _directory(data_dir, "a TFDS data set")
+        if not (directory / "dataset_info.json").exists():
+            raise ValueError(
+                f"{directory} has no dataset_info.json; point data.data_dir at NAME/VERSION of a prepared "
+                "data set, or give data.name too."
+            )
+        return library.builder_from_directory(directory)
+    if data_dir is not None and "://" not in data_dir:
+        data_dir = str(_directory(data_dir, "TFDS data sets"))
+    try:
+        return library.builder(name, data_dir=data_dir)
+    except (library.core.registered.DatasetNotFoundError, ValueError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"TFDS data set {name!r}: {first}") from None
+
+
+# Image folder --------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Encoded image files and their labels."""
+
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Example:
+        return {
+            "image": Path(self.paths[index]).read_bytes(),
+            "label": self.labels[index],
+            "name": self.paths[index],
+        }
+
+
+def folder(split: str, *, data_dir: str) -> Files:
+    """A folder of images: `data_dir/split/class/image.jpg`; classes are numbered in the order of their names.
+
+    Raises:
+      ValueError: no such folder, no class in it, a class without images.
+    """
+    directory = _directory(data_dir, "the folders train/CLASS/*.jpg")
+    if not (directory / split).is_dir():
+        there = [p.name for p in directory.iterdir() if p.is_dir()]
+        raise ValueError(f"{directory} has no folder for split {split!r}; {suggest(split, there)}")
+    names = tuple(sorted(p.name for p in (directory / split).iterdir() if p.is_dir()))
+    if not names:
+        raise ValueError(f"{directory / split} has no folder a class; expected {split}/CLASS/*.jpg.")
+    paths, labels = [], []
+    for label, name in enumerate(names):
+        files = sorted(p for p in (directory / split / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise ValueError(
+                f"{directory / split / name} has no image (of {', '.join(IMAGE_SUFFIXES)}); "
+                "a class must have some, or its folder must go."
+            )
+        paths.extend(map(str, files))
+        labels.extend([label] * len(files))
+    return Files(tuple(paths), tuple(labels), names)
+
+
+# Arrays --------------------------------------------------------------------------------------------
+
+
+def arrays(split: str, *, path: str) -> Arrays:
+    """Arrays of an .npz file: `{split}_images` uint8, `{split}_labels` integers `[N]` or 0/1 `[N, classes]`.
+
+    `class_names` in the file is optional; without it classes are called by their numbers.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"data.path: {path} is no file; expected an .npz file.")
+    with np.load(path, allow_pickle=False) as file:
+        for key in (f"{split}_images", f"{split}_labels"):
+            if key not in file:
+                raise ValueError(f"{path} has no array {key!r}; {suggest(key, file)}")
+        images, labels = file[f"{split}_images"], file[f"{split}_labels"]
+        names = tuple(map(str, file["class_names"])) if "class_names" in file else None
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+        raise ValueError(
+            f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, C] with a label each, got "
+            f"{images.dtype} {images.shape} and labels {labels.shape}."
+        )
+    if labels.ndim not in (1, 2) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"{path}: {split}_labels must be integers, [N] or [N, classes], got {labels.dtype} {labels.shape}."
+        )
+    num_classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+    names = names or tuple(map(str, range(num_classes)))
+    if labels.ndim == 1 and (labels.min() < 0 or labels.max() >= len(names)):
+        raise ValueError(
+            f"{path}: {split}_labels must be in 0 to {len(names) - 1}, got {labels.min()} to {labels.max()}."
+        )
+    return Arrays(images, labels.astype(np.int32 if labels.ndim == 1 else np.uint8), names)
+
+
+def _directory(path: str, content: str) -> Path:
+    directory = Path(path).expanduser().absolute()
+    if not directory.is_dir():
+        raise ValueError(f"data.data_dir: {directory} is no directory; expected {content} there.")
+    return directory
+
+
+SOURCES: dict[str, Callable[..., Source]] = {
+    "digits": digits,
+    "fashion_mnist": fashion_mnist,
+    "tfds": tfds,
+    "folder": folder,
+    "arrays": arrays,
+}

@@ -1,0 +1,26 @@
+"""Choosing an entry of a table by name, with an error that helps."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def lookup(table: Mapping[str, T], name: str, what: str) -> T:
+    """Returns `table[name]`.
+
+    Raises:
+      ValueError: there is no such entry; the message has the closest names, or all of them.
+    """
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}; {suggest(name, table)}")
+    return table[name]
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Words for an error message: the names closest to `name`, then all that there are."""
+    names = sorted(names)
+    close = difflib.get_close_matches(str(name), names, n=3)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"{hint}There are: {', '.join(names) if names else 'none'}."

@@ -1,0 +1,92 @@
+"""Pictures for people: the curves of a run, the images a network got wrong."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display is needed, and none is opened
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+TRAIN_COLOR, EVAL_COLOR, RATE_COLOR = "#4c78a8", "#e45756", "#72b7b2"
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draws loss, quality and learning rate over the steps from the records of metrics.jsonl."""
+    quality = next((m for m in ("top1", "map") if any(f"eval/{m}" in r for r in records)), "top1")
+    figure, (loss, score, rate) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    _plot(loss, records, "train/loss", TRAIN_COLOR, "training")
+    _plot(loss, records, "eval/loss", EVAL_COLOR, "evaluation")
+    loss.set(title="loss (nats)", xlabel="step", yscale="log")
+    _plot(score, records, f"train/{quality}", TRAIN_COLOR, "training", scale=100)
+    last = _plot(score, records, f"eval/{quality}", EVAL_COLOR, "evaluation", scale=100)
+    if last is not None:
+        score.annotate(
+            f"{last[1]:.2f} %", last, xytext=(-4, -14), textcoords="offset points", ha="right", color=EVAL_COLOR
+        )
+    score.set(title={"top1": "top-1 accuracy (%)", "map": "mean average precision (%)"}[quality], xlabel="step")
+    _plot(rate, records, "train/learning_rate", RATE_COLOR, None)
+    rate.set(title="learning rate", xlabel="step", ylim=(0, None))
+    for axes in (loss, score, rate):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(left=0)
+    for axes in (loss, score):
+        axes.legend(frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _plot(
+    axes: Axes, records: Sequence[Mapping[str, Any]], key: str, color: str, label: str | None, scale: float = 1.0
+) -> tuple[float, float] | None:
+    """Plots one key and returns its last point."""
+    points = [(r["step"], scale * r[key]) for r in records if r.get(key) is not None]
+    if not points:
+        return None
+    axes.plot(*zip(*points, strict=True), color=color, label=label, marker="o" if len(points) < 40 else None, ms=3)
+    return points[-1]
+
+
+def draw_mistakes(
+    images: Sequence[np.ndarray],
+    truths: Sequence[str],
+    predictions: Sequence[str],
+    confidences: Sequence[float],
+    title: str,
+    path: Path,
+) -> None:
+    """Draws images with what they are and what they were taken for.
+
+    Args:
+      images: uint8 `[H, W, C]` each; may be empty.
+      truths: names of the true classes.
+      predictions: names of the predicted classes.
+      confidences: probability of each prediction, 0 to 1.
+      title: of the whole picture.
+      path: of the PNG file.
+    """
+    columns = min(8, max(4, len(images)))
+    rows = max(1, -(-len(images) // columns))
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(1.75 * columns, 2.05 * rows + 0.5), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, truth, prediction, confidence in zip(
+        grid.flat, images, truths, predictions, confidences, strict=False
+    ):
+        axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+        axes.set_title(f"is {_short(truth)}\nsaid {_short(prediction)} ({100 * confidence:.0f} %)", fontsize=9)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else name[:15] + "…"

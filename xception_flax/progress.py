@@ -1,0 +1,150 @@
+"""What a person sees of a run: a progress bar, lines of metrics, metrics.jsonl, TensorBoard events."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+
+def show_table(title: str, rows: Mapping[str, str]) -> None:
+    """Prints a table of two columns on standard output."""
+    width = max(map(len, rows))
+    print(f"\n{title}")
+    for name, value in rows.items():
+        print(f"  {name:<{width}}  {value}")
+
+
+def percent(share: float) -> str:
+    """0.99444 -> '99.44 %'."""
+    return f"{100 * share:.2f} %"
+
+
+class RunProgress:
+    """Shows and records one run; on hosts other than the first it does nothing.
+
+    On a terminal there is a bar with step, images/s, loss and the time that is left; elsewhere a
+    line at each record. `metrics.jsonl` and the events in `tensorboard/` go on where the checkpoint
+    does: records of steps after it, from a run that was cut off, are removed.
+    """
+
+    def __init__(
+        self, workdir: Path, *, start_step: int, total_steps: int, batch_size: int, num_images: int, enabled: bool
+    ) -> None:
+        self._enabled = enabled
+        self._total_steps, self._batch_size, self._num_images = total_steps, batch_size, num_images
+        self._last = (time.monotonic(), start_step)
+        self._paused_seconds = 0.0
+        if not enabled:
+            return
+        self._console = Console(stderr=True, highlight=False)
+        self._file = open_metrics(workdir / "metrics.jsonl", start_step)
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("training", total=total_steps, completed=start_step, state="compiling")
+        self._bar.start()
+
+    def __enter__(self) -> "RunProgress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._enabled:
+            self._bar.stop()
+            self._events.close()
+            self._file.close()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._enabled:
+            self._console.print(text, markup=False)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar; costs nothing worth a measurement."""
+        if self._enabled:
+            self._bar.update(self._task, completed=step)
+
+    def compiled(self, step: int) -> None:
+        """Starts the clock of the rate: the time before, up to the end of `step`, was compilation."""
+        self._last = (time.monotonic(), step)
+
+    def pause(self, since: float) -> None:
+        """Leaves the time since `since` (`time.monotonic()`) out of the rate: no training was done in it."""
+        self._paused_seconds += time.monotonic() - since
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records the training metrics of the steps since the last record, with the rate."""
+        now, (then, last_step) = time.monotonic(), self._last
+        seconds = max(now - then - self._paused_seconds, 1e-9)
+        rate = (step - last_step) * self._batch_size / seconds
+        self._last, self._paused_seconds = (now, step), 0.0
+        if not self._enabled:
+            return
+        self._record(step, {f"train/{k}": v for k, v in metrics.items()} | {"train/images_per_second": rate})
+        state = f"loss {metrics['loss']:.4f}  {rate:,.0f} images/s  left"
+        self._bar.update(self._task, completed=step, state=state)
+        if not self._console.is_terminal:
+            left = (self._total_steps - step) * self._batch_size / rate
+            self.say(
+                f"step {step}/{self._total_steps}  loss {metrics['loss']:.4f}  {rate:,.0f} images/s  "
+                f"{_duration(left)} left"
+            )
+
+    def evaluation(self, step: int, metrics: Mapping[str, float], weights: str) -> None:
+        """Records an evaluation; `weights` says of which weights, 'raw' or 'ema'."""
+        if not self._enabled:
+            return
+        self._record(step, {f"eval/{k}": v for k, v in metrics.items()} | {"eval/weights": weights})
+        epoch = step * self._batch_size / self._num_images
+        shares = "  ".join(f"{k} {percent(v)}" for k, v in metrics.items() if k not in ("loss", "count"))
+        self.say(f"epoch {epoch:5.1f}  evaluation ({weights}): {shares}  loss {metrics['loss']:.4f}")
+
+    def _record(self, step: int, values: Mapping[str, Any]) -> None:
+        # NaN is no JSON: a reader in another language must not fail on a line of a failing run.
+        jsonable = {k: None if isinstance(v, float) and v != v else v for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **jsonable}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if not isinstance(value, str):
+                self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a metrics.jsonl; a last line that was cut off is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def open_metrics(path: Path, start_step: int) -> Any:
+    """Opens metrics.jsonl to go on after `start_step`; later records, of a run cut off, are removed."""
+    if path.exists():
+        kept = [r for r in read_metrics(path) if r["step"] <= start_step]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(partial, path)
+    return path.open("a")

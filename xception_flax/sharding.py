@@ -1,0 +1,99 @@
+"""Where arrays live: the mesh, the batch over all of its devices, the state over 'fsdp'.
+
+The mesh has two axes. Both split the batch; 'fsdp' also splits the large arrays of the state
+(parameters, optimizer, averages), so that a chip holds a share of them. No model knows of either:
+under `jit` over global arrays the compiler places the collectives, and batch normalization sees
+the global batch.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+PyTree = Any
+
+BATCH_AXES = ("data", "fsdp")
+
+# A smaller array costs more to gather than it saves: 64 Ki elements are 256 KiB.
+MIN_SHARDED_ELEMENTS = 2**16
+
+
+def create_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+    """Returns a mesh over all devices of all hosts, with axes ('data', 'fsdp').
+
+    Args:
+      data: devices that only split the batch; -1 for all that `fsdp` leaves.
+      fsdp: devices that also split the state; -1 for all that `data` leaves.
+
+    Raises:
+      ValueError: `data * fsdp` is not the number of devices.
+    """
+    devices = jax.device_count()
+    sizes = {"data": data, "fsdp": fsdp}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) == 1 and fixed > 0 and devices % fixed == 0:
+        sizes[free[0]] = devices // fixed
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
+        raise ValueError(
+            f"mesh: data={data} x fsdp={fsdp} must cover the {devices} devices exactly; "
+            "leave one of them at -1 to fill up."
+        )
+    return jax.make_mesh(tuple(sizes.values()), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
+    """Raises ValueError unless every device gets the same number of images in each part of a step."""
+    parts = mesh.size * accumulation_steps
+    if batch_size < 1 or batch_size % parts:
+        factors = f"{mesh.size} devices" + (
+            f" x {accumulation_steps} accumulation steps" if accumulation_steps > 1 else ""
+        )
+        lower = batch_size // parts * parts
+        near = f"{lower} or {lower + parts}" if lower > 0 else str(parts)
+        raise ValueError(
+            f"batch_size={batch_size} does not divide over {factors}; it must be a multiple of {parts}: take {near}."
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: the first dimension over all devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def state_shardings(mesh: Mesh, abstract_state: PyTree) -> PyTree:
+    """The sharding of each array of a state, from its shape alone.
+
+    One rule: an array of at least `MIN_SHARDED_ELEMENTS` is split over 'fsdp' along its largest
+    dimension that divides (the last of equals); everything else is on every device.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def rule(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        if fsdp > 1 and math.prod(leaf.shape) >= MIN_SHARDED_ELEMENTS:
+            dims = [d for d in range(len(leaf.shape)) if leaf.shape[d] % fsdp == 0]
+            if dims:
+                largest = max(dims, key=lambda d: (leaf.shape[d], d))
+                spec = [None] * len(leaf.shape)
+                spec[largest] = "fsdp"
+                return NamedSharding(mesh, PartitionSpec(*spec))
+        return replicated(mesh)
+
+    return jax.tree.map(rule, abstract_state)
+
+
+def global_batch(mesh: Mesh, local_batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Makes one global array a key from what each host has: `[N / hosts, ...]` -> `[N, ...]`."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(values))
+        for name, values in local_batch.items()
+    }

@@ -1,0 +1,101 @@
+"""The training state: all that a run needs in order to go on."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from xception_flax import sharding
+
+PyTree = Any
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that changes from step to step.
+
+    Attributes:
+      step: int32 scalar; updates done so far.
+      params: trainable parameters, collection 'params'.
+      batch_stats: moving mean and variance of batch normalization, collection 'batch_stats'.
+      opt_state: of the optimizer.
+      ema_params: exponential moving average of `params`; None where the recipe keeps none.
+      ema_batch_stats: the same of `batch_stats`.
+    """
+
+    step: jax.Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: optax.OptState
+    ema_params: PyTree | None = None
+    ema_batch_stats: PyTree | None = None
+
+    def variables(self, weights: str) -> dict[str, PyTree]:
+        """What `model.apply` takes: `weights` is 'raw' (the last ones) or 'ema' (the averaged ones).
+
+        Raises:
+          ValueError: 'ema' of a state that keeps no average, or another word.
+        """
+        if weights == "raw":
+            return {"params": self.params, "batch_stats": self.batch_stats}
+        if weights != "ema":
+            raise ValueError(f"weights must be 'raw' or 'ema', got {weights!r}.")
+        if self.ema_params is None:
+            raise ValueError("weights='ema', but the recipe keeps no average (step.ema_decay is 0).")
+        return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
+
+
+def make_init(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    mesh: Mesh,
+    *,
+    ema: bool,
+) -> tuple[Any, TrainState]:
+    """Returns (init, abstract_state).
+
+    `init(key)` makes the state, each array already where it belongs: no device ever holds more
+    than its share. `abstract_state` has the shape, type and sharding of each, without memory:
+    what restoring a checkpoint and compiling ahead of time need.
+
+    Args:
+      image_shape: `(H, W, C)` of one image.
+      ema: whether to keep averages of parameters and batch statistics.
+    """
+
+    def init(key: jax.Array) -> TrainState:
+        variables = model.init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=tx.init(params),
+            # Copies: the state is donated, and one buffer cannot be given away twice.
+            ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+            ema_batch_stats=jax.tree.map(jnp.copy, batch_stats) if ema else None,
+        )
+
+    abstract_state = _placed(mesh, jax.eval_shape(init, jax.random.key(0)))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    return jax.jit(init, out_shardings=shardings), abstract_state
+
+
+def abstract_variables(model: nn.Module, image_shape: tuple[int, int, int], mesh: Mesh) -> dict[str, PyTree]:
+    """Returns shape, type and sharding of what `model.apply` takes, without memory."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    init = partial(model.init, train=False)
+    return _placed(mesh, dict(jax.eval_shape(init, jax.random.key(0), images)))
+
+
+def _placed(mesh: Mesh, shapes: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        sharding.state_shardings(mesh, shapes),
+    )
