@@ -124,11 +124,12 @@ def classifier_head(
       x: `[N, H, W, C]`.
 
     Returns:
-      Logits `[N, num_classes]`, float32.
+      Logits `[N, num_classes]`, float32 (float64 where `dtype` is).
     """
     x = ops.global_average_pool(x)
     for i, features in enumerate(fc_layers, start=1):
         x = nn.relu(nn.Dense(features, dtype=dtype, param_dtype=param_dtype, name=f"fc{i}")(x))
     x = nn.Dropout(dropout_rate, deterministic=not train)(x)
-    # In float32 whatever the rest computes in: a logit's error is the loss's error.
-    return nn.Dense(num_classes, dtype=jnp.float32, param_dtype=param_dtype, name="predictions")(x)
+    # Never below float32, whatever the rest computes in: a logit's error is the loss's error.
+    logits_dtype = jnp.promote_types(dtype, jnp.float32)
+    return nn.Dense(num_classes, dtype=logits_dtype, param_dtype=param_dtype, name="predictions")(x)

@@ -78,5 +78,5 @@ def max_pool(x: jax.Array, *, window: tuple[int, int] = (3, 3), strides: tuple[i
 
 
 def global_average_pool(x: jax.Array, *, axes: Sequence[int] = (1, 2)) -> jax.Array:
-    """Mean over rows and columns, summed in float32: `[N, H, W, C]` -> `[N, C]`, float32."""
-    return jnp.mean(x, axis=axes, dtype=jnp.float32)
+    """Mean over rows and columns, in float32 or better: `[N, H, W, C]` -> `[N, C]`."""
+    return jnp.mean(x, axis=axes, dtype=jnp.promote_types(x.dtype, jnp.float32))

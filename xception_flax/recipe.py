@@ -15,6 +15,7 @@ import tempfile
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,51 +60,34 @@ class Group(NamedTuple):
     """The function that a group of a recipe feeds.
 
     Where `selector` is set, that key names an entry of `table`, and the group also takes the
-    keywords of the entry.
+    keywords of the entry. `supplied` are the parameters that the program gives and no recipe can.
     """
 
     function: Callable[..., Any]
-    selector: str | None = None
-    table: Mapping[str, Callable[..., Any]] | None = None
+    supplied: frozenset[str] = frozenset()
+    selector: str = ""
+    table: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+
+
+def _group(function: Callable[..., Any], supplied: str = "", **choice: Any) -> Group:
+    return Group(function, frozenset(supplied.split()), **choice)
 
 
 GROUPS = {
-    "model": Group(models.create_model, "name", models.MODELS),
-    "normalize": Group(steps.create_normalizer),
-    "loss": Group(steps.create_loss),
-    "metrics": Group(metrics.create_metrics, "name", metrics.METRICS),
-    "optimizer": Group(optimizers.create_optimizer, "name", optimizers.OPTIMIZERS),
-    "schedule": Group(optimizers.create_schedule, "name", optimizers.SCHEDULES),
-    "step": Group(steps.make_train_step),
-    "data": Group(data.load, "source", data.SOURCES),
-    "mesh": Group(sharding.create_mesh),
-    "checkpoint": Group(checkpoint.open_manager),
+    "model": _group(models.create_model, "parent", selector="name", table=models.MODELS),
+    "normalize": _group(steps.create_normalizer),
+    "loss": _group(steps.create_loss),
+    "metrics": _group(metrics.create_metrics, selector="name", table=metrics.METRICS),
+    "optimizer": _group(optimizers.create_optimizer, "schedule", selector="name", table=optimizers.OPTIMIZERS),
+    "schedule": _group(optimizers.create_schedule, "run", selector="name", table=optimizers.SCHEDULES),
+    "step": _group(steps.make_train_step, "model tx loss metrics normalize abstract_state mesh seed"),
+    "data": _group(
+        data.load, "train batch_size seed process_index process_count split", selector="source", table=data.SOURCES
+    ),
+    "mesh": _group(sharding.create_mesh),
+    "checkpoint": _group(checkpoint.open_manager, "workdir best_metric read_only"),
 }
-
-# Parameters of those functions that the program supplies and no recipe can set.
-SUPPLIED = frozenset(
-    [
-        "abstract_state",
-        "batch_size",
-        "best_metric",
-        "loss",
-        "mesh",
-        "metrics",
-        "model",
-        "normalize",
-        "parent",
-        "process_count",
-        "process_index",
-        "read_only",
-        "run",
-        "schedule",
-        "seed",
-        "split",
-        "train",
-        "tx",
-        "workdir",
-    ]
-)
+LOOP = _group(Loop)
 
 # Keys that change how a result is computed or shown and not the result: free to differ on resuming.
 OPERATIONAL = ("data.data_dir", "data.num_threads", "data.num_workers", "log_every_steps")
@@ -196,68 +180,53 @@ def resolve(recipe: Mapping[str, Any]) -> ConfigDict:
     Raises:
       ValueError: an unknown, missing or mistyped key; the message names the function that takes it.
     """
-    for key in recipe:
-        if key not in GROUPS and key not in _parameters_of(Loop):
-            raise ValueError(f"unknown recipe key {key!r}; {suggest(key, [*GROUPS, *_parameters_of(Loop)])}")
     top = {key: value for key, value in recipe.items() if key not in GROUPS}
-    resolved = _complete("", Loop.__name__, _parameters_of(Loop), top)
+    resolved = _complete("", LOOP, top)
     Loop(**resolved)
     for name, group in GROUPS.items():
         values = recipe.get(name, {})
         if not isinstance(values, Mapping):
             raise ValueError(f"recipe key {name!r} must be a group of keys, got {values!r}.")
-        resolved[name] = _complete(f"{name}.", _describe(group, values), _parameters(name, values), values)
+        resolved[name] = _complete(f"{name}.", group, values)
     return ConfigDict(resolved, convert_dict=True)
 
 
-def _parameters(name: str, values: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
-    """The parameters that group `name` feeds: of its function and of the entry it selects."""
-    group = GROUPS[name]
-    parameters = _parameters_of(group.function)
-    if group.selector is not None:
-        parameters = _parameters_of(_selected(name, values)) | parameters
-    return parameters
-
-
-def _selected(name: str, values: Mapping[str, Any]) -> Callable[..., Any]:
-    group = GROUPS[name]
-    default = inspect.signature(group.function).parameters[group.selector].default
-    choice = values.get(group.selector, default)
-    if choice is inspect.Parameter.empty:
-        raise ValueError(f"recipe key '{name}.{group.selector}' is missing; {suggest('', group.table)}")
-    if choice not in group.table:
-        raise ValueError(f"unknown {name}.{group.selector} {choice!r}; {suggest(choice, group.table)}")
-    return group.table[choice]
-
-
-def _parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    supplied = SUPPLIED if function is not Loop else frozenset()
+def _parameters(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+    """The parameters that a group feeds: of its function and of the entry it selects."""
+    parameters = dict(inspect.signature(group.function).parameters)
+    if group.selector:
+        choice = values.get(group.selector, parameters[group.selector].default)
+        if choice is inspect.Parameter.empty:
+            raise ValueError(f"recipe key '{prefix}{group.selector}' is missing; {suggest('', group.table)}")
+        if choice not in group.table:
+            raise ValueError(f"unknown {prefix}{group.selector} {choice!r}; {suggest(choice, group.table)}")
+        parameters = dict(inspect.signature(group.table[choice]).parameters) | parameters
     return {
         name: parameter
-        for name, parameter in inspect.signature(function).parameters.items()
-        if name not in supplied and parameter.kind is not parameter.VAR_KEYWORD
+        for name, parameter in parameters.items()
+        if name not in group.supplied and parameter.kind is not parameter.VAR_KEYWORD
     }
 
 
-def _describe(group: Group, values: Mapping[str, Any]) -> str:
-    choice = values.get(group.selector) if group.selector else None
-    return group.function.__name__ + (f" with {group.selector}={choice!r}" if choice else "")
+def _unknown(prefix: str, key: str, group: Group, values: Mapping[str, Any], known: Sequence[str]) -> ValueError:
+    choice = values.get(group.selector)
+    takes = f"{group.function.__name__}({f'{group.selector}={choice!r}' if choice else ''})"
+    known = [*known, *GROUPS] if group is LOOP else known
+    return ValueError(f"unknown recipe key '{prefix}{key}': {takes} takes no such key; {suggest(key, known)}")
 
 
-def _complete(
-    prefix: str, takes: str, parameters: Mapping[str, inspect.Parameter], values: Mapping[str, Any]
-) -> dict[str, Any]:
+def _complete(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = _parameters(prefix, group, values)
     for key in values:
         if key not in parameters:
-            raise ValueError(f"unknown recipe key '{prefix}{key}': {takes} takes no such key; "
-                             f"{suggest(key, parameters)}")  # fmt: skip
+            raise _unknown(prefix, key, group, values, list(parameters))
     complete = {}
     for key, parameter in parameters.items():
         value = values.get(key, parameter.default)
         if value is parameter.empty:
-            raise ValueError(f"recipe key '{prefix}{key}' is missing; {takes} needs it.")
+            raise ValueError(f"recipe key '{prefix}{key}' is missing; {group.function.__name__} needs it.")
         if key in values and not _fits(value, parameter.annotation):
-            raise ValueError(_mistyped(prefix + key, parameter.annotation, value))
+            raise _mistyped(prefix + key, parameter.annotation, value)
         complete[key] = _canonical(value, parameter.annotation)
     return complete
 
@@ -280,11 +249,11 @@ def _canonical(value: Any, annotation: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _mistyped(key: str, annotation: Any, value: Any) -> str:
+def _mistyped(key: str, annotation: Any, value: Any) -> ValueError:
     expected = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     for verbose in ("collections.abc.", "typing."):
         expected = expected.replace(verbose, "")
-    return f"recipe key '{key}' must be {expected}, got {value!r}."
+    return ValueError(f"recipe key '{key}' must be {expected}, got {value!r}.")
 
 
 # Overrides -----------------------------------------------------------------------------------------
@@ -294,21 +263,20 @@ def _override(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
     parsed = dict(_split_override(text) for text in overrides)
     # Choices first: they decide which other keys there are.
     for key in sorted(parsed, key=lambda key: not _is_selector(key)):
-        group, _, name = key.rpartition(".")
-        if group and group not in GROUPS:
-            raise ValueError(f"unknown recipe group {group!r} in --config.{key}; {suggest(group, GROUPS)}")
-        if not group and name in GROUPS:
+        name, dot, option = key.rpartition(".")
+        if key in GROUPS:
             raise ValueError(f"--config.{key} is a group; set one of its keys: --config.{key}.KEY=VALUE.")
-        values = recipe.setdefault(group, {}) if group else recipe
-        if _is_selector(key):
-            _select(group, values, parsed[key])
+        if dot and name not in GROUPS:
+            raise ValueError(f"unknown recipe group {name!r} in --config.{key}; {suggest(name, GROUPS)}")
+        group = GROUPS[name] if dot else LOOP
+        values = recipe.setdefault(name, {}) if dot else recipe
+        if option == group.selector:
+            _select(name + dot, group, values, parsed[key])
             continue
-        parameters = _parameters(group, values) if group else _parameters_of(Loop)
-        if name not in parameters:
-            takes = _describe(GROUPS[group], values) if group else "the loop"
-            known = parameters if group else [*parameters, *GROUPS]
-            raise ValueError(f"unknown recipe key in --config.{key}: {takes} takes no such key; {suggest(name, known)}")
-        values[name] = _parse_value(key, parsed[key], parameters[name].annotation)
+        parameters = _parameters(name + dot, group, values)
+        if option not in parameters:
+            raise _unknown(name + dot, option, group, values, list(parameters))
+        values[option] = _parse_value(key, parsed[key], parameters[option].annotation)
     return recipe
 
 
@@ -320,17 +288,16 @@ def _split_override(text: str) -> tuple[str, str]:
 
 
 def _is_selector(key: str) -> bool:
-    group, _, name = key.rpartition(".")
-    return group in GROUPS and GROUPS[group].selector == name
+    name, _, option = key.rpartition(".")
+    return name in GROUPS and GROUPS[name].selector == option
 
 
-def _select(name: str, values: dict[str, Any], choice: str) -> None:
+def _select(prefix: str, group: Group, values: dict[str, Any], choice: str) -> None:
     """Sets the selector; keys that only the old choice takes go with it."""
-    old = set(_parameters(name, values)) if values else set()
-    values[GROUPS[name].selector] = choice
-    new = _parameters(name, values)
-    for key in set(values) & old - set(new):
-        del values[key]
+    old = set(_parameters(prefix, group, values)) if group.selector in values else set()
+    values[group.selector] = choice
+    for key in old - set(_parameters(prefix, group, values)):
+        values.pop(key, None)
 
 
 def _parse_value(key: str, text: str, annotation: Any) -> Any:
@@ -343,7 +310,7 @@ def _parse_value(key: str, text: str, annotation: Any) -> Any:
     for value in (literal, text):
         if _fits(value, annotation):
             return value
-    raise ValueError(_mistyped(key, annotation, literal))
+    raise _mistyped(key, annotation, literal)
 
 
 # Workdir -------------------------------------------------------------------------------------------

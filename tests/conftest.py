@@ -1,0 +1,22 @@
+"""Eight virtual CPU devices for every test, Keras on its JAX backend, and a few shared makers."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["KERAS_BACKEND"] = "jax"
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+
+@pytest.fixture(scope="session")
+def one_device() -> Mesh:
+    return jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

@@ -1,0 +1,123 @@
+"""Operations against loops written in NumPy, and gradients against finite differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from xception_flax import ops
+
+
+def same_padding(size: int, window: int, stride: int) -> tuple[int, int]:
+    """TensorFlow's rule: total = max((ceil(size / stride) - 1) * stride + window - size, 0), the odd one last."""
+    total = max((-(-size // stride) - 1) * stride + window - size, 0)
+    return total // 2, total - total // 2
+
+
+def windows(x: np.ndarray, size: int, stride: int, padding: str, fill: float, dilation: int = 1):
+    """Yields (row, column, window `[N, size, size, C]`) of every output pixel."""
+    span = dilation * (size - 1) + 1
+    pads = [same_padding(s, span, stride) if padding == "SAME" else (0, 0) for s in x.shape[1:3]]
+    x = np.pad(x, [(0, 0), *pads, (0, 0)], constant_values=fill)
+    for i in range((x.shape[1] - span) // stride + 1):
+        for j in range((x.shape[2] - span) // stride + 1):
+            top, left = i * stride, j * stride
+            yield i, j, x[:, top : top + span : dilation, left : left + span : dilation]
+
+
+def assemble(results) -> np.ndarray:
+    pixels = {(i, j): value for i, j, value in results}
+    rows, columns = (max(p[axis] for p in pixels) + 1 for axis in (0, 1))
+    return np.stack([np.stack([pixels[i, j] for j in range(columns)], 1) for i in range(rows)], 1)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 9, 4), (1, 8, 5, 4), (1, 3, 3, 4)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_depthwise_convolution(rng, shape, stride, padding, multiplier):
+    x = rng.normal(size=shape).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 1, 4 * multiplier)).astype(np.float32)
+    per_channel = kernel.reshape(3, 3, 4, multiplier)
+    expected = assemble(
+        (i, j, np.einsum("nhwc,hwcm->ncm", w, per_channel).reshape(len(x), -1))
+        for i, j, w in windows(x, 3, stride, padding, 0.0)
+    )
+    result = ops.depthwise_convolution(x, kernel, strides=(stride, stride), padding=padding)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_depthwise_convolution_dilated(rng):
+    x = rng.normal(size=(2, 9, 8, 3)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 1, 3)).astype(np.float32)
+    expected = assemble(
+        (i, j, np.einsum("nhwc,hwc->nc", w, kernel[:, :, 0])) for i, j, w in windows(x, 3, 1, "SAME", 0.0, dilation=2)
+    )
+    result = ops.depthwise_convolution(x, kernel, dilation=(2, 2))
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolution(rng, padding, stride):
+    x = rng.normal(size=(2, 8, 7, 3)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 3, 5)).astype(np.float32)
+    expected = assemble(
+        (i, j, np.einsum("nhwc,hwcf->nf", w, kernel)) for i, j, w in windows(x, 3, stride, padding, 0.0)
+    )
+    result = ops.convolution(x, kernel, strides=(stride, stride), padding=padding)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6, 3), (1, 1, 4, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pointwise_convolution(rng, shape, stride):
+    x = rng.normal(size=shape).astype(np.float32)
+    kernel = rng.normal(size=(1, 1, 3, 7)).astype(np.float32)
+    result = ops.pointwise_convolution(x, kernel, strides=(stride, stride))
+    expected = np.einsum("nhwc,cf->nhwf", x[:, ::stride, ::stride], kernel[0, 0])
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+    # A 1x1 window needs no padding, so 'SAME' keeps the pixels 0, 2, 4, ... too.
+    convolved = ops.convolution(x, kernel, strides=(stride, stride), padding="SAME")
+    np.testing.assert_allclose(result, convolved, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [5, 6, 74], ids=str)
+def test_max_pool(rng, size):
+    """74 -> 37 is the pool of block 3 at 299 px, whose padding is (0, 1): none above, one below."""
+    x = rng.normal(size=(1, size, size, 2)).astype(np.float32)
+    if size == 74:
+        assert same_padding(74, 3, 2) == (0, 1)
+    expected = assemble((i, j, w.max((1, 2))) for i, j, w in windows(x, 3, 2, "SAME", -np.inf))
+    np.testing.assert_array_equal(ops.max_pool(x), expected)
+
+
+def test_max_pool_of_negative_numbers_never_takes_the_padding():
+    assert np.all(np.asarray(ops.max_pool(-jnp.ones((1, 4, 4, 1)))) == -1)
+
+
+def test_global_average_pool_sums_in_float32(rng):
+    x = jnp.asarray(1 + rng.normal(size=(1, 64, 64, 2)) / 8, jnp.bfloat16)
+    pooled = ops.global_average_pool(x)
+    assert pooled.dtype == jnp.float32
+    np.testing.assert_allclose(pooled, np.asarray(x, np.float64).mean((1, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "kernel_shape"),
+    [
+        (ops.convolution, (3, 3, 3, 2)),
+        (ops.depthwise_convolution, (3, 3, 1, 6)),
+        (ops.pointwise_convolution, (1, 1, 3, 2)),
+    ],
+)
+def test_gradients(rng, function, kernel_shape):
+    with jax.enable_x64(True):
+        x, kernel = jnp.asarray(rng.normal(size=(2, 5, 6, 3))), jnp.asarray(rng.normal(size=kernel_shape))
+        check_grads(lambda x, k: function(x, k, strides=(2, 2)), (x, kernel), order=2, atol=1e-6, rtol=1e-6)
+
+
+def test_max_pool_gradient(rng):
+    with jax.enable_x64(True):
+        check_grads(ops.max_pool, (jnp.asarray(rng.normal(size=(2, 5, 6, 3))),), order=1, atol=1e-6, rtol=1e-6)
