@@ -20,11 +20,11 @@ def get_config() -> ConfigDict:
     config.step = dict(ema_decay=0.99)
     config.data = dict(
         source="digits",
-        image_size=32,
+        image_size=48,
         channels=1,
         train_split="train",
         eval_split="validation",
-        train_transforms="random_affine(max_degrees=12, max_shift=0.08, max_scale=1.12) | resize",
+        train_transforms="resize | random_affine(max_degrees=12, max_shift=0.08, max_scale=1.12)",
         eval_transforms="resize",
     )
     return config

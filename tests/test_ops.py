@@ -48,6 +48,38 @@ def test_depthwise_convolution(rng, shape, stride, padding, multiplier):
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(
+    ("strides", "dilation", "multiplier"),
+    [((1, 1), (1, 1), 1), ((2, 2), (1, 1), 1), ((1, 2), (1, 1), 2), ((1, 1), (2, 3), 1)],
+)
+def test_depthwise_lowerings_are_equal(rng, dtype, padding, strides, dilation, multiplier):
+    """Value and both gradients; bfloat16 to one part in 128, its spacing."""
+    x = jnp.asarray(rng.normal(size=(2, 11, 9, 4)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 1, 4 * multiplier)), dtype)
+    options = dict(strides=strides, padding=padding, dilation=dilation)
+    results = []
+    for lowering in (ops.depthwise_by_shifts, ops.depthwise_by_groups):
+        y, vjp = jax.vjp(lambda x, k, f=lowering: f(x, k, **options), x, kernel)
+        cotangent = jnp.asarray(np.random.default_rng(1).normal(size=y.shape), dtype)
+        results.append([np.asarray(r, np.float32) for r in (y, *vjp(cotangent))])
+    tolerance = 1e-5 if dtype == jnp.float32 else 1 / 128
+    for shifts, groups in zip(*results, strict=True):
+        np.testing.assert_allclose(shifts, groups, rtol=tolerance, atol=tolerance * np.abs(groups).max())
+
+
+def test_depthwise_convolution_chooses_by_platform():
+    def lowered(platform):
+        x, kernel = jnp.zeros((1, 8, 8, 4)), jnp.zeros((3, 3, 1, 4))
+        traced = jax.jit(ops.depthwise_convolution).trace(x, kernel)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert "feature_group_count = 4" in lowered("tpu")
+    assert "feature_group_count = 4" in lowered("cuda")
+    assert "convolution" not in lowered("cpu").replace("depthwise_convolution", "")
+
+
 def test_depthwise_convolution_dilated(rng):
     x = rng.normal(size=(2, 9, 8, 3)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, 1, 3)).astype(np.float32)

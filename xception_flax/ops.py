@@ -1,6 +1,11 @@
-"""The operations of the network as pure functions of arrays, channels last (`[N, H, W, C]`)."""
+"""The operations of the network as pure functions of arrays, channels last (`[N, H, W, C]`).
+
+Where a backend wants a lowering of its own, the operation chooses it when it is compiled for that
+backend; all lowerings have the same values and gradients, and no caller knows of them.
+"""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +51,19 @@ def depthwise_convolution(
     Returns:
       `[N, H', W', C * multiplier]`.
     """
+    options = dict(strides=strides, padding=padding, dilation=dilation)
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=partial(depthwise_by_shifts, **options),
+        default=partial(depthwise_by_groups, **options),
+    )
+
+
+def depthwise_by_groups(
+    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
+) -> jax.Array:
+    """`depthwise_convolution` as XLA's grouped convolution, one group a channel."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -55,6 +73,32 @@ def depthwise_convolution(
         dimension_numbers=_DIMENSIONS,
         feature_group_count=x.shape[-1],
     )
+
+
+def depthwise_by_shifts(
+    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
+) -> jax.Array:
+    """`depthwise_convolution` as a sum over the taps of the kernel: the image shifted, times a weight a channel.
+
+    XLA's grouped convolution on the CPU is many times slower than this, its gradients more so.
+    """
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel.shape[:2], strict=True)]
+    pads = lax.padtype_to_pads(x.shape[1:3], spans, strides, padding)
+    dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)  # add up as a convolution does
+    x, kernel = jnp.pad(x.astype(wide), [(0, 0), *pads, (0, 0)]), kernel.astype(wide)
+    x = jnp.repeat(x, kernel.shape[-1] // x.shape[-1], axis=-1)
+    rows, columns = ((size - span) // s + 1 for size, span, s in zip(x.shape[1:3], spans, strides, strict=True))
+    total = jnp.zeros((), wide)
+    for i in range(kernel.shape[0]):
+        for j in range(kernel.shape[1]):
+            top, left = i * dilation[0], j * dilation[1]
+            shifted = x[
+                :,
+                top : top + (rows - 1) * strides[0] + 1 : strides[0],
+                left : left + (columns - 1) * strides[1] + 1 : strides[1],
+            ]
+            total += shifted * kernel[i, j, 0]
+    return total.astype(dtype)
 
 
 def pointwise_convolution(x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int] = (1, 1)) -> jax.Array:

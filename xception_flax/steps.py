@@ -167,8 +167,9 @@ def make_train_step(
         return jnp.mean(losses) + penalty, (updates.get("batch_stats", {}), sums)
 
     gradient = jax.grad(objective, has_aux=True)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
 
-    def accumulated_gradient(state: TrainState, batch: Batch, key: jax.Array):
+    def accumulated_gradient(params: PyTree, batch_stats: PyTree, batch: Batch, key: jax.Array):
         def split(x: jax.Array) -> jax.Array:
             # Part i takes every accumulation_steps-th image, so that each image stays on its device.
             x = x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
@@ -177,24 +178,28 @@ def make_train_step(
 
         def add(carry, part_and_key):
             batch_stats, total = carry
-            grads, (batch_stats, sums) = gradient(state.params, batch_stats, *part_and_key)
+            grads, (batch_stats, sums) = gradient(params, batch_stats, *part_and_key)
             return (batch_stats, jax.tree.map(jnp.add, total, (grads, sums))), None
 
         parts = (jax.tree.map(split, batch), jax.random.split(key, accumulation_steps))
         first = jax.tree.map(lambda x: x[0], parts)
-        grads, (_, sums) = jax.eval_shape(gradient, state.params, state.batch_stats, *first)
+        grads, (_, sums) = jax.eval_shape(gradient, params, batch_stats, *first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
         # Gradients are added up in the carry, not stacked: memory for one more, not for all.
-        (batch_stats, (grads, sums)), _ = jax.lax.scan(add, (state.batch_stats, zeros), parts)
+        (batch_stats, (grads, sums)), _ = jax.lax.scan(add, (batch_stats, zeros), parts)
         return jax.tree.map(lambda g: g / accumulation_steps, grads), (batch_stats, sums)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Sum]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        # What 'fsdp' splits is stored in shares and computed with whole; only the batch is split in
+        # the network. Left to itself the compiler would split channels too, and copy back and forth.
+        params = jax.lax.with_sharding_constraint(state.params, sharding.replicated(mesh))
         if accumulation_steps == 1:
-            grads, (batch_stats, sums) = gradient(state.params, state.batch_stats, batch, key)
+            grads, (batch_stats, sums) = gradient(params, state.batch_stats, batch, key)
         else:
-            grads, (batch_stats, sums) = accumulated_gradient(state, batch, key)
-        sums["gradient_norm"] = Sum(optax.global_norm(grads), jnp.ones(()))
+            grads, (batch_stats, sums) = accumulated_gradient(params, state.batch_stats, batch, key)
+        grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+        sums["gradient_norm"] = Sum(optax.tree.norm(grads), jnp.ones(()))
 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -207,11 +212,10 @@ def make_train_step(
             )
         return new, sums
 
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     return jax.jit(
         train_step,
-        in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
-        out_shardings=(state_shardings, sharding.replicated(mesh)),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
 
@@ -235,6 +239,7 @@ def make_eval_step(
     """
 
     def eval_step(variables: PyTree, batch: Batch) -> tuple[dict[str, Sum], jax.Array]:
+        variables = jax.lax.with_sharding_constraint(variables, sharding.replicated(mesh))
         logits = model.apply(variables, normalize(batch["images"]), train=False)
         sums = metrics(logits, batch["labels"], batch["mask"])
         sums["loss"] = masked_sum(loss.plain(logits, batch["labels"]), batch["mask"])

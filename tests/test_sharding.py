@@ -1,0 +1,77 @@
+"""Meshes, batches and the one rule for the state."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from xception_flax import sharding
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [({}, (8, 1)), ({"fsdp": 2}, (4, 2)), ({"data": 2, "fsdp": -1}, (2, 4)), ({"data": 1, "fsdp": 8}, (1, 8))],
+)
+def test_mesh_covers_all_devices(sizes, shape):
+    mesh = sharding.create_mesh(**sizes)
+    assert dict(mesh.shape) == {"data": shape[0], "fsdp": shape[1]}
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"fsdp": 3}, {"data": -1, "fsdp": -1}, {"data": 0}, {"data": -2}])
+def test_bad_meshes_are_refused(sizes):
+    with pytest.raises(ValueError, match="must cover the 8 devices exactly"):
+        sharding.create_mesh(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation_steps", "message"),
+    [
+        (20, 1, "batch_size=20 does not divide over 8 devices; it must be a multiple of 8: take 16 or 24"),
+        (4, 1, "multiple of 8: take 8"),
+        (0, 1, "multiple of 8: take 8"),
+        (24, 2, "over 8 devices x 2 accumulation steps; it must be a multiple of 16: take 16 or 32"),
+    ],
+)
+def test_batch_that_does_not_divide_is_refused(batch_size, accumulation_steps, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.check_batch_size(batch_size, sharding.create_mesh(), accumulation_steps)
+
+
+def test_batch_that_divides_is_taken():
+    sharding.check_batch_size(48, sharding.create_mesh(), 3)
+
+
+def test_state_rule():
+    mesh = sharding.create_mesh(data=2, fsdp=4)
+    shapes = {
+        "small": (128, 256),
+        "pointwise": (1, 1, 728, 1024),
+        "equal": (1, 1, 728, 728),
+        "odd": (3, 3, 1, 16_387),
+        "scalar": (),
+    }
+    specs = jax.tree.map(
+        lambda s: s.spec,
+        sharding.state_shardings(mesh, {k: jax.ShapeDtypeStruct(v, np.float32) for k, v in shapes.items()}),
+    )
+    assert specs == {
+        "small": PartitionSpec(),  # below 2**16 elements
+        "pointwise": PartitionSpec(None, None, None, "fsdp"),
+        "equal": PartitionSpec(None, None, None, "fsdp"),
+        "odd": PartitionSpec(),  # no dimension divides by 4
+        "scalar": PartitionSpec(),
+    }
+
+
+def test_state_is_whole_everywhere_without_fsdp():
+    mesh = sharding.create_mesh()
+    big = jax.ShapeDtypeStruct((2048, 2048), np.float32)
+    assert sharding.state_shardings(mesh, big).spec == PartitionSpec()
+
+
+def test_global_batch_is_split_over_both_axes():
+    mesh = sharding.create_mesh(data=4, fsdp=2)
+    images = np.arange(16 * 3, dtype=np.uint8).reshape(16, 3)
+    batch = sharding.global_batch(mesh, {"images": images})
+    assert [s.data.shape for s in batch["images"].addressable_shards] == [(2, 3)] * 8
+    np.testing.assert_array_equal(batch["images"], images)
