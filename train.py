@@ -33,7 +33,7 @@ from xception_flax.evaluate import evaluate
 
 EXAMPLES = """\
   python train.py --config configs/digits.py --workdir runs/digits
-  python train.py --config configs/imagenet.py --workdir gs://bucket/runs/1 --distributed
+  python train.py --config configs/imagenet.py --workdir /shared/runs/1 --distributed
   python train.py --config configs/folder.py:photos --workdir runs/photos --config.epochs=30
   python train.py --config configs/digits.py --workdir runs/lr --config.optimizer.learning_rate=0.1"""
 
@@ -45,7 +45,9 @@ MAX_STEPS_IN_FLIGHT = 2
 def main(argv: list[str]) -> int:
     parser = cli.parser(__doc__, EXAMPLES)
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the recipe, and its argument")
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of the run; made if it is not there")
+    parser.add_argument(
+        "--workdir", required=True, type=cli.directory, help="folder of the run; made if it is not there"
+    )
     parser.add_argument("--config.KEY=VALUE", dest="ignored", help="override a key of the recipe")
     arguments, overrides = parser.parse_known_args(argv)
     config = recipe.load(arguments.config, overrides)
@@ -102,6 +104,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
         model, tx, loss, compute_metrics, normalize, abstract_state, mesh, seed=config.seed, **config.step
     )
     eval_step = steps.make_eval_step(model, loss, compute_metrics, normalize, mesh)
+    # Traced from shapes, before anything is compiled or written: what does not fit together shows here.
+    jax.eval_shape(train_step, abstract_state, sharding.abstract_batch(mesh, train_data.batch_shapes))
+    jax.eval_shape(eval_step, abstract_state.variables(weights), sharding.abstract_batch(mesh, eval_data.batch_shapes))
 
     # Workdir, checkpoint.
     recipe.check_workdir(workdir, config)

@@ -115,7 +115,10 @@ def find_step(manager: ocp.CheckpointManager, which: str) -> int:
     if which == "latest":
         return steps[-1]
     if which == "best":
-        return manager.best_step()
+        best = manager.best_step()
+        if best is None or manager.metrics(best) is None:
+            raise ValueError(f"no checkpoint in {manager.directory} has been evaluated; take latest or a step.")
+        return best
     if not which.isdecimal() or int(which) not in steps:
         raise ValueError(
             f"no checkpoint {which!r} in {manager.directory}; take latest, best or a step of: "

@@ -16,9 +16,23 @@ from absl import logging as absl_logging
 # JAX is imported inside functions: the environment below must be set before.
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors as every other mistake of a user's: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help shows what there is.")
+
+
+def directory(text: str) -> Path:
+    """The type of an argument that names a folder."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is no path of a file system; mount the bucket and give its path")
+    return Path(text)
+
+
 def parser(description: str | None, examples: str) -> argparse.ArgumentParser:
     """Returns a parser with the arguments about several hosts, which every command takes."""
-    arguments = argparse.ArgumentParser(
+    arguments = _Parser(
         description=description,
         epilog="examples:\n" + examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,

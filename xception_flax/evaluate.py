@@ -70,7 +70,7 @@ class Mistakes:
 
 def main(argv: list[str]) -> int:
     parser = cli.parser(__doc__, EXAMPLES)
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of a run of train.py")
+    parser.add_argument("--workdir", type=cli.directory, required=True, help="folder of a run of train.py")
     parser.add_argument(
         "--checkpoint", default="latest", metavar="WHICH", help="latest (default), best, or the number of a step"
     )

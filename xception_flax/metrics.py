@@ -84,6 +84,11 @@ def single_label() -> MetricFunction:
     """Top-1 and top-5 accuracy (paper, table 1). Labels are `[N]` integers."""
 
     def compute(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, Sum]:
+        if labels.ndim != 1:
+            raise ValueError(
+                f"metrics 'single_label' take one label an image, got labels of shape {labels.shape}; "
+                "for several set metrics.name=multi_label."
+            )
         return {
             "top1": masked_sum(top_k_correct(logits, labels, 1), mask),
             "top5": masked_sum(top_k_correct(logits, labels, 5), mask),
@@ -109,6 +114,11 @@ def multi_label(*, k: int = 100, class_weights: str | None = None) -> MetricFunc
             raise ValueError(
                 f"metrics.class_weights must have one weight for each of the {logits.shape[-1]} classes, "
                 f"got shape {weights.shape} in {class_weights}."
+            )
+        if labels.shape != logits.shape:
+            raise ValueError(
+                f"metrics 'multi_label' take a row of 0 and 1 an image, got labels of shape {labels.shape} for logits "
+                f"of shape {logits.shape}; for one label an image set metrics.name=single_label."
             )
         relevant = labels > 0 if weights is None else (labels > 0) & (weights > 0)
         mask = mask * jnp.any(relevant, axis=-1)

@@ -90,6 +90,14 @@ def state_shardings(mesh: Mesh, abstract_state: PyTree) -> PyTree:
     return jax.tree.map(rule, abstract_state)
 
 
+def abstract_batch(mesh: Mesh, shapes: dict[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns what `global_batch` will make, without data: from (global shape, type) a key."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
 def global_batch(mesh: Mesh, local_batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Makes one global array a key from what each host has: `[N / hosts, ...]` -> `[N, ...]`."""
     sharding = batch_sharding(mesh)

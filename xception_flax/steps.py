@@ -25,6 +25,11 @@ Batch = dict[str, jax.Array]
 
 def softmax(logits: jax.Array, labels: jax.Array, label_smoothing: float) -> jax.Array:
     """Cross-entropy of one label an image: `[N, C]`, `[N]` integers -> `[N]` (nats)."""
+    if labels.ndim != 1:
+        raise ValueError(
+            f"loss 'softmax' takes one label an image, got labels of shape {labels.shape}; for several labels "
+            "set loss.name=sigmoid and metrics.name=multi_label."
+        )
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
 
@@ -34,6 +39,11 @@ def sigmoid(logits: jax.Array, labels: jax.Array, label_smoothing: float) -> jax
 
     `[N, C]`, `[N, C]` of 0 and 1 -> `[N]` (nats). Smoothing draws each target towards 1/2.
     """
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"loss 'sigmoid' takes a row of 0 and 1 an image, got labels of shape {labels.shape} for logits of "
+            f"shape {logits.shape}; for one label an image set loss.name=softmax and metrics.name=single_label."
+        )
     targets = labels.astype(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
     return jnp.sum(optax.sigmoid_binary_cross_entropy(logits, targets), axis=-1)
 

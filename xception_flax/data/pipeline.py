@@ -62,6 +62,16 @@ class Split:
         """Batches of one pass, the last one padded."""
         return -(-self.num_images // self.batch_size)
 
+    @property
+    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and type of each array of the *global* batch."""
+        label = _label(self.source[0])
+        shapes = {
+            "images": ((self.batch_size, *self.image_shape), np.dtype(np.uint8)),
+            "labels": ((self.batch_size, *label.shape), label.dtype),
+        }
+        return shapes | ({} if self.train else {"mask": ((self.batch_size,), np.dtype(np.float32))})
+
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Yields this host's share of batch `start_step`, `start_step + 1`, ...
 
@@ -109,9 +119,14 @@ class _Prepare(grain.transforms.RandomMap):
                 f"the transforms made an image of shape {image.shape}, but the recipe's image_size and channels "
                 f"are {self._image_shape}; end the chain with one that resizes."
             )
-        label = np.asarray(example["label"])
-        prepared = {"images": image, "labels": label if label.ndim else label.astype(np.int32)}
+        prepared = {"images": image, "labels": _label(example)}
         return prepared | ({"mask": example["mask"]} if "mask" in example else {})
+
+
+def _label(example: Example) -> np.ndarray:
+    """The label as int32 scalar, or as uint8 row of 0 and 1."""
+    label = np.asarray(example["label"])
+    return label.astype(np.uint8 if label.ndim else np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,41 @@
+# make demo    set up, train on embedded digits to the end, show what came of it
+# make test    set up, check the code's form, run every test
+# make lint    ruff and import-linter alone
+# make pins    write requirements*.txt anew from pyproject.toml
+
+PYTHON ?= python3
+WORKDIR ?= runs/digits
+
+.PHONY: demo test lint pins clean
+
+demo: .venv/installed
+	.venv/bin/python train.py --config configs/digits.py --workdir $(WORKDIR)
+	.venv/bin/python -m xception_flax.evaluate --workdir $(WORKDIR) --split test
+	@echo "pictures: $(WORKDIR)/curves.png $(WORKDIR)/mistakes.png"
+
+test: lint
+	.venv/bin/python -m pytest
+
+lint: .venv/installed-dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/lint-imports
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
+	test -d .venv || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+pins: .venv/installed-dev
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml -o requirements.txt
+	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
+
+clean:
+	rm -rf .venv build *.egg-info

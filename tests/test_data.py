@@ -1,0 +1,527 @@
+"""Sources, transforms and the order of examples."""
+
+import contextlib
+import gzip
+import io
+import itertools
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from xception_flax import data
+from xception_flax.data import sources, transforms
+
+
+def png(image: np.ndarray) -> bytes:
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> dict[str, dict]:
+    """For each source, a small data set on disk and the keywords that `data.load` needs for it."""
+    root = tmp_path_factory.mktemp("data")
+    digits = sources.digits("train")
+    images, labels = digits.images, digits.labels
+
+    (root / "idx").mkdir()
+    for prefix, part in (("train", slice(0, 60)), ("t10k", slice(60, 80))):
+        x, y = images[part], labels[part].astype(np.uint8)
+        x_header, y_header = struct.pack(">HBB3I", 0, 8, 3, *x.shape), struct.pack(">HBBI", 0, 8, 1, len(y))
+        (root / "idx" / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(x_header + x.tobytes()))
+        (root / "idx" / f"{prefix}-labels-idx1-ubyte").write_bytes(y_header + y.tobytes())  # plain is read too
+
+    for split, part in (("train", slice(0, 40)), ("test", slice(40, 60))):
+        for i, (image, label) in enumerate(zip(images[part], labels[part], strict=True)):
+            path = root / "folder" / split / str(label) / f"{i:03}.{('png', 'jpg', 'PNG')[i % 3]}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(cv2.imencode(".jpg" if i % 3 == 1 else ".png", image)[1].tobytes())
+            (path.parent / "notes.txt").write_text("no image")
+
+    np.savez(
+        root / "arrays.npz",
+        train_images=images[:40],
+        train_labels=labels[:40],
+        test_images=images[40:60],
+        test_labels=labels[40:60],
+        class_names=list("0123456789"),
+    )
+    return {
+        "digits": {},
+        "fashion_mnist": {"data_dir": str(root / "idx")},
+        "folder": {"data_dir": str(root / "folder")},
+        "arrays": {"path": str(root / "arrays.npz")},
+        "tfds": {"data_dir": prepare_tfds(root / "tfds", images[:60], labels[:60], "array_record")},
+    }
+
+
+def prepare_tfds(root: Path, images: np.ndarray, labels: np.ndarray, file_format: str, several: bool = False) -> str:
+    """Writes a real TFDS data set, without TensorFlow, and returns the directory of its version."""
+
+    class SmallDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.2.3")
+        pkg_dir_path = root
+
+        def _info(self):
+            label = tfds.features.ClassLabel(names=list("0123456789"))
+            features = {"image": tfds.features.Image(shape=(None, None, 1)), "label": label}
+            if several:
+                features["labels"] = tfds.features.Sequence(label)
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(range(40)), "test": self._generate_examples(range(40, 60))}
+
+        def _generate_examples(self, indices):
+            for i in indices:
+                example = {"image": io.BytesIO(png(images[i])), "label": int(labels[i])}
+                yield i, example | ({"labels": sorted({int(labels[i]), i % 10})} if several else {})
+
+    builder = SmallDigits(data_dir=root, file_format=file_format)
+    builder.download_and_prepare()
+    return str(builder.data_dir)
+
+
+LOAD = dict(image_size=32, channels=1, train_transforms="random_affine(max_shift=0.2) | resize")
+
+
+def take(count: int, start: int = 0, **options) -> list[dict]:
+    split = data.load(**(LOAD | dict(source="digits", train=True, batch_size=16) | options))
+    with contextlib.closing(split.batches(start)) as batches:
+        return [{k: np.array(v) for k, v in b.items()} for b in itertools.islice(batches, count)]
+
+
+def assert_same(a: list[dict], b: list[dict]) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for key in x:
+            np.testing.assert_array_equal(x[key], y[key])
+
+
+# The contract of every source ----------------------------------------------------------------------
+
+
+def test_the_contract_covers_every_source(prepared):
+    assert set(prepared) == set(data.SOURCES)
+
+
+@pytest.mark.parametrize("name", data.SOURCES)
+def test_contract(prepared, name):
+    """Random access that pickles, classes, and batches of the promised shapes; evaluation sees each image once."""
+    source = data.SOURCES[name]("train", **prepared[name])
+    assert isinstance(source, sources.Source)
+    assert len(source.class_names) == 10
+    for i in (len(source) - 1, 0):
+        example = source[i]
+        assert isinstance(example["image"], bytes) or example["image"].dtype == np.uint8
+        assert 0 <= int(example["label"]) < 10
+        again = pickle.loads(pickle.dumps(source))[i]
+        assert int(again["label"]) == int(example["label"])
+        assert np.array_equal(again["image"], example["image"])
+
+    train = data.load(source=name, train=True, batch_size=8, **LOAD, **prepared[name])
+    assert (train.num_images, train.image_shape) == (len(source), (32, 32, 1))
+    with contextlib.closing(train.batches()) as batches:
+        batch = next(batches)
+    assert (batch["images"].shape, batch["images"].dtype) == ((8, 32, 32, 1), np.uint8)
+    assert (batch["labels"].shape, batch["labels"].dtype) == ((8,), np.int32)
+
+    test = data.load(source=name, train=False, batch_size=7, **LOAD, **prepared[name])
+    batches = list(test.batches())
+    assert len(batches) == test.num_batches == -(-test.num_images // 7)
+    assert sum(b["mask"].sum() for b in batches) == test.num_images
+    seen = np.concatenate([b["labels"][b["mask"] > 0] for b in batches])
+    np.testing.assert_array_equal(seen, [test.source[i]["label"] for i in range(test.num_images)])
+
+
+# Digits --------------------------------------------------------------------------------------------
+
+
+def test_digits_are_the_published_ones():
+    """1,797 images; the class counts and the mean stand in scikit-learn's documentation of the same file."""
+    whole = sources.digits("train+validation+test")
+    assert np.bincount(whole.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    with np.load(Path(sources.__file__).with_name("digits.npz")) as file:
+        assert file["images"].shape == (1797, 8, 8)
+        assert file["images"].max() == 16
+        assert file["images"].mean() == pytest.approx(4.8842, abs=1e-4)
+        assert file["labels"][:10].tolist() == list(range(10))
+
+
+def test_digits_splits_are_fixed_and_apart():
+    parts = {name: sources.digits(name) for name in ("train", "validation", "test")}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 1257, "validation": 180, "test": 360}
+    assert parts["test"].labels[:12].tolist() == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5, 2, 8]
+    rows = [{image.tobytes() for image in part.images} for part in parts.values()]
+    assert len(rows[0] | rows[1] | rows[2]) == sum(map(len, rows))
+
+
+# Order ---------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_has_every_image_once_and_the_next_another_order():
+    options = dict(train_transforms="resize", image_size=8, batch_size=419)  # 3 batches an epoch
+    epochs = [np.concatenate([b["images"] for b in take(3, start, **options)]) for start in (0, 3)]
+    images = [sorted(row.tobytes() for row in epoch) for epoch in epochs]
+    assert images[0] == images[1] == sorted(i.tobytes() for i in sources.digits("train").images)
+    assert (epochs[0] != epochs[1]).any()
+
+
+def test_resuming_is_arithmetic():
+    """Batch n is the same whether one starts at 0 or at n, across the end of an epoch (78.6 batches) too."""
+    whole = take(85)
+    for start in (1, 40, 78, 79, 84):
+        assert_same(take(1, start), whole[start : start + 1])
+
+
+def test_the_seed_decides():
+    assert_same(take(2, seed=1), take(2, seed=1))
+    assert (take(1, seed=1)[0]["labels"] != take(1, seed=2)[0]["labels"]).any()
+
+
+def test_augmentation_differs_between_epochs():
+    """The same image at another time is augmented in another way."""
+    options = dict(batch_size=1257, train_transforms="random_affine(max_shift=0.3) | resize")
+    first, second = take(1, 0, **options)[0], take(1, 1, **options)[0]
+    a = {i.tobytes() for i in first["images"]}
+    b = {i.tobytes() for i in second["images"]}
+    assert len(a & b) < 10  # of 1,257
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_makes_the_same_global_batch(processes):
+    whole = take(3, 77)
+    parts = [take(3, 77, process_index=i, process_count=processes) for i in range(processes)]
+    for step in range(3):
+        for key in ("images", "labels"):
+            # Process p holds global examples p, p + n, ...
+            merged = np.stack([part[step][key] for part in parts], axis=1).reshape(whole[step][key].shape)
+            np.testing.assert_array_equal(merged, whole[step][key])
+
+
+@pytest.mark.parametrize("options", [{"num_threads": 1}, {"num_workers": 2}], ids=str)
+def test_threads_and_workers_do_not_change_a_batch(options):
+    assert_same(take(5, 76, **options), take(5, 76))
+
+
+@pytest.mark.parametrize("batch_size", [16, 100, 360, 400])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_evaluation_sees_every_image_once(batch_size, processes):
+    seen, counts = [], set()
+    for index in range(processes):
+        split = data.load(
+            **LOAD | dict(source="digits", train=False, batch_size=batch_size),
+            process_index=index,
+            process_count=processes,
+        )
+        batches = list(split.batches())
+        counts.add(len(batches))
+        seen += [i.tobytes() for b in batches for i, m in zip(b["images"], b["mask"], strict=True) if m]
+        assert {b["images"].shape[0] for b in batches} == {batch_size // processes}
+    assert counts == {-(-360 // batch_size)}  # as many on every host, or their collectives would hang
+    expected = [transforms.resize(i[..., None], None, image_size=32).tobytes() for i in sources.digits("test").images]
+    assert sorted(seen) == sorted(expected)
+
+
+# Transforms ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photo(rng) -> np.ndarray:
+    return rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+def test_decode_keeps_a_png_and_its_channel_order(photo):
+    encoded = png(cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))
+    np.testing.assert_array_equal(transforms.decode(encoded, 3), photo)
+    np.testing.assert_array_equal(transforms.decode(photo, 3), photo)
+
+
+def test_decode_between_gray_and_color(photo):
+    gray = photo[..., 0]
+    assert transforms.decode(gray, 1).shape == (40, 60, 1)
+    np.testing.assert_array_equal(transforms.decode(gray, 3), np.repeat(gray[..., None], 3, -1))
+    np.testing.assert_array_equal(transforms.decode(png(gray), 3), np.repeat(gray[..., None], 3, -1))
+    luma = photo @ np.array([0.299, 0.587, 0.114])
+    assert np.abs(transforms.decode(photo, 1)[..., 0] - luma).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (b"", "cannot be decoded"),
+        (b"garbage", r"cannot be decoded \(7 bytes"),
+        (png(np.zeros((9, 9, 3), np.uint8))[:40], "cannot be decoded"),
+        (np.zeros((4, 4), np.float32), r"must be uint8 \[H, W\] or \[H, W, C\], got float32 \(4, 4\)"),
+        (np.zeros((4, 4, 4), np.uint8), r"has 4 channels, but data.channels is 3"),
+    ],
+)
+def test_bad_images_are_refused(image, message):
+    with pytest.raises(ValueError, match=message):
+        transforms.decode(image, 3)
+
+
+def test_resize_is_half_pixel_bilinear():
+    """2 -> 4 pixels of a ramp: samples at -0.25, 0.25, 0.75, 1.25, clamped to the edge."""
+    image = np.array([[[0], [100]]], np.uint8).repeat(2, 0)
+    assert transforms.resize(image, None, image_size=4)[0, :, 0].tolist() == [0, 25, 75, 100]
+
+
+def test_center_crop_takes_the_centre(photo):
+    np.testing.assert_array_equal(transforms.center_crop(photo, None, image_size=20, fraction=0.5), photo[10:30, 20:40])
+    assert transforms.center_crop(photo[:1, :1], None, image_size=4).shape == (4, 4, 3)
+
+
+def test_random_resized_crop_has_the_promised_areas_and_aspects():
+    """A picture of its own coordinates tells which rectangle was taken."""
+    y, x = np.mgrid[0:200, 0:250].astype(np.uint8)
+    coordinates = np.stack([y, x, 0 * x], -1)
+    areas, aspects = [], []
+    for seed in range(300):
+        crop = transforms.random_resized_crop(coordinates, np.random.default_rng(seed), image_size=100, min_area=0.2)
+        h = np.ptp(crop[..., 0].astype(int)) * 100 / 99
+        w = np.ptp(crop[..., 1].astype(int)) * 100 / 99
+        areas.append(h * w / (200 * 250))
+        aspects.append(w / h)
+    assert 0.18 < min(areas) < 0.25
+    assert 0.85 < max(areas) <= 1.03
+    assert np.mean(areas) == pytest.approx(0.55, abs=0.06)  # a little less than 0.6: large ones fit less often
+    assert 0.7 < min(aspects) < 0.8
+    assert 1.25 < max(aspects) < 1.4
+
+
+def test_random_resized_crop_of_a_strip_is_its_centre():
+    strip = np.zeros((2, 400, 3), np.uint8)
+    strip[:, 199:201] = 255
+    crop = transforms.random_resized_crop(strip, np.random.default_rng(0), image_size=2, min_area=0.9)
+    assert crop.shape == (2, 2, 3)
+    assert (crop == 255).all()
+
+
+def test_flip_mirrors_half_of_the_images(photo):
+    results = [transforms.flip_left_right(photo, np.random.default_rng(seed)) for seed in range(200)]
+    flipped = [np.array_equal(r, photo[:, ::-1]) for r in results]
+    assert all(f or np.array_equal(r, photo) for f, r in zip(flipped, results, strict=True))
+    assert 75 < sum(flipped) < 125
+
+
+def test_random_affine_moves_within_its_bounds():
+    image = np.zeros((101, 101, 1), np.uint8)
+    image[48:53, 48:53] = 255
+    centres = []
+    for seed in range(100):
+        moved = transforms.random_affine(image, np.random.default_rng(seed), max_degrees=20, max_shift=0.1)
+        weights = moved[..., 0].astype(float)
+        centres.append([(weights.sum(axis) * np.arange(101)).sum() / weights.sum() - 50 for axis in (0, 1)])
+    assert 8 < np.abs(centres).max() <= 10.2
+    unmoved = transforms.random_affine(image, np.random.default_rng(0))
+    np.testing.assert_array_equal(unmoved, image)
+
+
+def test_chains_are_parsed():
+    chain = transforms.parse_transforms("random_affine(max_degrees=5, max_shift=0.1) | resize", 24)
+    assert [f.func.__name__ for f in chain] == ["random_affine", "resize"]
+    assert chain[0].keywords == {"max_degrees": 5, "max_shift": 0.1}
+    assert chain[1].keywords == {"image_size": 24}
+    assert transforms.parse_transforms("resize(image_size=7)", 24)[0].keywords == {"image_size": 7}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rezise", "unknown transform 'rezise'; did you mean 'resize'"),
+        ("resize(size=3)", "transform 'resize' takes no 'size'; .*image_size"),
+        ("resize(", "must be written as name or name"),
+        ("resize(3)", "must be written as name or name"),
+        ("resize | ", "must be written as name or name"),
+        ("center_crop(fraction='big')", "must be written as name or name"),
+        ("__import__('os').system('true')", "must be written as name or name"),
+    ],
+)
+def test_bad_chains_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        transforms.parse_transforms(text, 24)
+
+
+def test_a_chain_that_ends_in_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"made an image of shape \(8, 8, 1\).*are \(32, 32, 1\)"):
+        take(1, train_transforms="flip_left_right")
+
+
+# Mistakes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "digitz"}, "unknown source 'digitz'; did you mean 'digits'"),
+        ({"batch_size": 15, "process_count": 2}, "batch_size=15 must be a positive multiple of the 2 processes"),
+        ({"channels": 2}, "data.channels must be 1 or 3, got 2"),
+        ({"image_size": 0}, "data.image_size must be positive"),
+        ({"num_threads": 0}, "data.num_threads must be at least 1"),
+        ({"train_split": "tran"}, "unknown split of digits 'tran'; did you mean 'train'"),
+        ({"source": "folder", "data_dir": "/nowhere"}, "/nowhere is no directory; expected the folders"),
+        ({"source": "fashion_mnist", "data_dir": "/nowhere"}, "/nowhere is no directory"),
+        ({"source": "arrays", "path": "/nowhere.npz"}, "is no file; expected an .npz file"),
+        ({"source": "tfds"}, r"needs data\.name, data\.data_dir or both"),
+        ({"source": "tfds", "name": "imagenet2012", "data_dir": "/nowhere"}, "/nowhere is no directory"),
+    ],
+)
+def test_mistakes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(**(LOAD | dict(source="digits", train=True, batch_size=16) | options))
+
+
+def test_mistakes_in_a_folder_are_refused(prepared, tmp_path):
+    root = prepared["folder"]["data_dir"]
+    with pytest.raises(ValueError, match=r"no folder for split 'val'; .*There are: test, train"):
+        sources.folder("val", data_dir=root)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match="has no folder a class; expected train/CLASS"):
+        sources.folder("train", data_dir=str(tmp_path))
+    (tmp_path / "train" / "cat").mkdir()
+    with pytest.raises(ValueError, match="cat has no image"):
+        sources.folder("train", data_dir=str(tmp_path))
+
+
+def test_a_bad_file_in_a_folder_is_named(tmp_path):
+    bad = tmp_path / "train" / "cat" / "bad.jpg"
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes(b"no image")
+    split = data.load(source="folder", data_dir=str(tmp_path), train=True, batch_size=1, image_size=8)
+    with (
+        contextlib.closing(split.batches()) as batches,
+        pytest.raises(ValueError, match=r"train/cat/bad.jpg: the image cannot be decoded \(8 bytes"),
+    ):
+        next(batches)
+
+
+def test_splits_of_other_classes_are_refused(prepared):
+    split = data.load(source="digits", train=False, batch_size=8, image_size=8)
+    data.check_class_names(list("0123456789"), split)
+    with pytest.raises(ValueError, match=r"has 10 classes where 3 are expected; missing: x; not expected: 2, 3"):
+        data.check_class_names(["0", "1", "x"], split)
+
+
+def test_mistakes_in_idx_files_are_refused(prepared, tmp_path):
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz is missing; .*apt install dataset-fashion-mnist"):
+        sources.fashion_mnist("train", data_dir=str(tmp_path))
+    for path in Path(prepared["fashion_mnist"]["data_dir"]).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    images = tmp_path / "train-images-idx3-ubyte.gz"
+    images.write_bytes(images.read_bytes()[:100])
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte: not a readable IDX file"):
+        sources.fashion_mnist("train", data_dir=str(tmp_path))
+    images.write_bytes(gzip.compress(struct.pack(">HBBI", 0, 8, 1, 3) + b"abc"))
+    with pytest.raises(ValueError, match="expected an IDX file of bytes with 3 dimensions"):
+        sources.fashion_mnist("train", data_dir=str(tmp_path))
+
+
+def test_fashion_mnist_splits(prepared):
+    parts = {s: sources.fashion_mnist(s, **prepared["fashion_mnist"]) for s in ("train", "validation", "test")}
+    assert {s: len(p) for s, p in parts.items()} == {"train": 55, "validation": 5, "test": 20}
+    whole = sources.fashion_mnist("train+validation", **prepared["fashion_mnist"])
+    np.testing.assert_array_equal(whole.images, sources.digits("train").images[:60])
+
+
+def test_mistakes_in_arrays_are_refused(tmp_path):
+    def write(**content):
+        np.savez(tmp_path / "a.npz", **content)
+        return str(tmp_path / "a.npz")
+
+    images, labels = np.zeros((3, 8, 8), np.uint8), np.array([0, 1, 2])
+    for content, message in [
+        (dict(images=images), "has no array 'train_images'"),
+        (dict(train_images=images / 255, train_labels=labels), r"must be uint8 \[N, H, W\]"),
+        (dict(train_images=images, train_labels=labels[:2]), "with a label each"),
+        (dict(train_images=images, train_labels=labels * 1.0), "must be integers"),
+        (dict(train_images=images, train_labels=labels, class_names=["a", "b"]), "must be in 0 to 1, got 0 to 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sources.arrays("train", path=write(**content))
+
+
+# TensorFlow Datasets -------------------------------------------------------------------------------
+
+
+def test_tfds_by_name_and_by_directory_and_by_slice(prepared):
+    directory = Path(prepared["tfds"]["data_dir"])
+    assert (directory.name, directory.parent.name) == ("1.2.3", "small_digits")
+    whole = sources.tfds("train", data_dir=str(directory))
+    half = sources.tfds("train[:50%]", data_dir=str(directory))
+    assert (len(whole), len(half)) == (40, 20)
+    named = sources.tfds("train", name="small_digits", data_dir=str(directory.parent.parent))
+    assert named[7]["image"] == whole[7]["image"]
+
+
+def test_tfds_with_several_labels(tmp_path):
+    digits = sources.digits("train")
+    directory = prepare_tfds(tmp_path, digits.images[:60], digits.labels[:60], "array_record", several=True)
+    source = sources.tfds("train", data_dir=directory, label_key="labels")
+    single = sources.tfds("train", data_dir=directory)
+    rows = np.stack([source[i]["label"] for i in range(40)])
+    assert (rows.shape, rows.dtype) == ((40, 10), np.uint8)
+    assert all(rows[i][single[i]["label"]] == 1 for i in range(40))
+    assert set(rows.sum(-1)) == {1, 2}
+    batch = next(
+        data.load(source="tfds", train=False, batch_size=4, label_key="labels", data_dir=directory, **LOAD).batches()
+    )
+    assert (batch["labels"].shape, batch["labels"].dtype) == ((4, 10), np.uint8)
+
+
+def test_mistakes_with_tfds_are_refused(prepared, tmp_path):
+    directory = prepared["tfds"]["data_dir"]
+    for keywords, message in [
+        (dict(split="tran", data_dir=directory), r"has no split 'tran' .*there are: test, train"),
+        (dict(split="train", data_dir=directory, label_key="lable"), "no feature 'lable'; did you mean 'label'"),
+        (dict(split="train", data_dir=directory, label_key="image"), "must be a ClassLabel or a sequence of them"),
+        (dict(split="train", data_dir=str(tmp_path)), "has no dataset_info.json; point data.data_dir at NAME/VERSION"),
+        (dict(split="train", name="no_such_data", data_dir=str(tmp_path)), "TFDS data set 'no_such_data': "),
+        (dict(split="train", name="imagenet2012", data_dir=str(tmp_path)), "is not prepared in .*array_record"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sources.tfds(**keywords)
+
+
+def test_tfds_in_a_format_without_random_access_is_refused(prepared, tmp_path):
+    """A data set whose dataset_info.json says tfrecord, the default of TFDS, is refused before it is read."""
+    directory = tmp_path / "small_digits" / "1.2.3"
+    shutil.copytree(prepared["tfds"]["data_dir"], directory)
+    info = directory / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match="holds file format 'tfrecord', which has no random access; prepare"):
+        sources.tfds("train", data_dir=str(directory))
+
+
+def test_tensorflow_is_never_imported(prepared, tmp_path):
+    """With a TensorFlow installed that leaves a mark when it is imported, a process reads every source without one."""
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text(
+        f"open({str(tmp_path / 'mark')!r}, 'w').close()\nraise ImportError('imported')"
+    )
+    program = f"""
+import importlib, pkgutil
+import xception_flax, train
+for module in pkgutil.walk_packages(xception_flax.__path__, "xception_flax."):
+    importlib.import_module(module.name)
+from xception_flax import data
+for name, options in {prepared!r}.items():
+    split = data.load(source=name, train=False, batch_size=4, image_size=8, channels=1, **options)
+    assert next(iter(split.batches()))["images"].shape == (4, 8, 8, 1)
+print("read", len(data.SOURCES))
+"""
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    run = [sys.executable, "-c", program]
+    result = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.stdout == "read 5\n", result.stderr
+    assert not (tmp_path / "mark").exists()

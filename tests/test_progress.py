@@ -1,0 +1,113 @@
+"""What a person sees: records, rates, and the picture of them."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from xception_flax import pictures, progress
+
+
+def run(workdir, start_step=0, enabled=True):
+    return progress.RunProgress(
+        workdir, start_step=start_step, total_steps=100, batch_size=10, num_images=50, enabled=enabled
+    )
+
+
+def events(workdir) -> list[tuple[int, str, float]]:
+    """Reads TensorBoard's files: records of length (8 bytes), checksum (4), event, checksum (4)."""
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        content, position = path.read_bytes(), 0
+        while position < len(content):
+            length = int.from_bytes(content[position : position + 8], "little")
+            event = event_pb2.Event.FromString(content[position + 12 : position + 12 + length])
+            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            position += 16 + length
+    return found
+
+
+def test_records(tmp_path, capsys):
+    with run(tmp_path) as report:
+        report.compiled(1)
+        report.train(10, {"loss": 0.5, "top1": 0.25, "learning_rate": 0.1})
+        report.evaluation(20, {"top1": 0.9, "loss": float("nan"), "count": 7}, "ema")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0].pop("train/images_per_second") > 0
+    assert lines == [
+        {"step": 10, "train/loss": 0.5, "train/top1": 0.25, "train/learning_rate": 0.1},
+        {"step": 20, "eval/top1": 0.9, "eval/loss": None, "eval/count": 7, "eval/weights": "ema"},
+    ]
+    shown = capsys.readouterr().err
+    assert "step 10/100  loss 0.5000" in shown
+    assert "epoch   4.0  evaluation (ema): top1 90.00 %" in shown
+    recorded = events(tmp_path)
+    assert (10, "train/loss", 0.5) in recorded
+    assert (20, "eval/top1", pytest.approx(0.9)) in recorded
+
+
+def test_a_resumed_run_continues_the_records_of_its_checkpoint(tmp_path):
+    """Records after step 20 came from steps that are done again; a line cut off by a kill goes too."""
+    with run(tmp_path) as report:
+        for step in (10, 20, 30):
+            report.train(step, {"loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "train/lo')
+    with run(tmp_path, start_step=20) as report:
+        report.train(30, {"loss": 0.0})
+    records = progress.read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["train/loss"]) for r in records] == [(10, 10), (20, 20), (30, 0)]
+
+
+def test_other_hosts_write_nothing(tmp_path, capsys):
+    with run(tmp_path, enabled=False) as report:
+        report.compiled(1)
+        report.train(10, {"loss": 0.5})
+        report.evaluation(10, {"loss": 0.5, "count": 1}, "raw")
+        report.say("nothing")
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_rate_leaves_out_compilation_and_pauses(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with run(tmp_path) as report:
+        clock[0] = 160  # a minute of compilation
+        report.compiled(1)
+        clock[0] = 161
+        report.train(11, {"loss": 0.0})  # 10 steps of 10 images in a second
+        clock[0] = 170
+        report.pause(since=162)  # eight seconds of evaluation
+        report.train(21, {"loss": 0.0})
+    rates = [r["train/images_per_second"] for r in progress.read_metrics(tmp_path / "metrics.jsonl")]
+    assert rates == pytest.approx([100, 100])
+
+
+def test_curves_show_what_there_is(tmp_path):
+    """More records, more ink; a run without evaluation or with a failing loss still draws."""
+    records = [{"step": s, "train/loss": 1 / s, "train/top1": 1 - 1 / s, "train/learning_rate": 0.1} for s in (1, 2, 3)]
+    evaluated = [*records, {"step": 3, "eval/loss": 0.2, "eval/top1": 0.9}]
+    multi_label = [{"step": 1, "train/loss": None}, {"step": 1, "eval/loss": 3.0, "eval/map": 0.3}]
+    ink = []
+    for i, r in enumerate((records, evaluated, multi_label, [])):
+        path = tmp_path / f"{i}.png"
+        pictures.draw_curves(r, "title", path)
+        picture = cv2.imread(str(path))
+        assert picture.shape[0] > 300
+        assert picture.shape[1] > 1200
+        ink.append(int((picture < 200).sum()))
+    assert ink[1] > ink[0] > ink[3]
+
+
+def test_mistakes_show_every_image(tmp_path):
+    images = [np.full((8, 8, c), 200, np.uint8) for c in (1, 3, 1, 3, 1, 3, 1, 3, 1)]
+    pictures.draw_mistakes(images, ["a"] * 9, ["b" * 30] * 9, [0.5] * 9, "9 wrong", tmp_path / "m.png")
+    nine = cv2.imread(str(tmp_path / "m.png"))
+    pictures.draw_mistakes([], [], [], [], "none wrong", tmp_path / "none.png")
+    none = cv2.imread(str(tmp_path / "none.png"))
+    gray = (nine == 200).all(-1).sum()
+    assert gray > 9 * 50 * 50
+    assert (none < 128).any()

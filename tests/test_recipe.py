@@ -1,0 +1,238 @@
+"""Reading, resolving, overriding and remembering a recipe."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from xception_flax import recipe
+
+ROOT = Path(__file__).parent.parent
+DIGITS = str(ROOT / "configs" / "digits.py")
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def minimal(**changes) -> dict:
+    return {
+        "batch_size": 8,
+        "epochs": 1.0,
+        "model": {"name": "xception"},
+        "normalize": {"mean": [0.0], "std": [1.0]},
+        "loss": {"name": "softmax"},
+        "metrics": {"name": "single_label"},
+        "optimizer": {"name": "sgd", "learning_rate": 0.1},
+        "data": {"source": "digits", "image_size": 32},
+    } | changes
+
+
+def test_every_default_is_filled_in():
+    config = recipe.resolve(minimal())
+    assert isinstance(config, ConfigDict)
+    assert (config.seed, config.log_every_steps) == (0, 50)
+    assert config.model.num_classes == 1000
+    assert config.model.bn_epsilon == 1e-3
+    assert config.model.dtype == "float32"
+    assert config.optimizer.to_dict() == {
+        "name": "sgd",
+        "learning_rate": 0.1,
+        "momentum": 0.9,
+        "nesterov": False,
+        "decoupled_weight_decay": 0.0,
+        "clip_norm": None,
+    }
+    assert config.schedule.name == "constant"
+    assert config.mesh.to_dict() == {"data": -1, "fsdp": 1}
+    assert config.normalize.mean == (0.0,)
+    # What the program supplies is no key of a recipe.
+    assert not {"mesh", "seed", "model"} & set(config.step)
+    assert not {"train", "batch_size", "process_index", "split"} & set(config.data)
+
+
+def test_a_resolved_recipe_is_json_and_resolves_to_itself():
+    config = recipe.load(DIGITS)
+    again = recipe.resolve(json.loads(recipe.to_json(config)))
+    assert again == config
+    assert recipe.to_json(again) == recipe.to_json(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimzer": {}}, "unknown recipe key 'optimzer': .* did you mean 'optimizer'"),
+        ({"batch_sze": 3}, "unknown recipe key 'batch_sze': .* did you mean 'batch_size'"),
+        ({"epochs": 0.0}, "epochs must be positive, got 0.0"),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
+        ({"batch_size": 8.5}, "recipe key 'batch_size' must be int, got 8.5"),
+        ({"batch_size": True}, "recipe key 'batch_size' must be int, got True"),
+        ({"model": 3}, "recipe key 'model' must be a group of keys, got 3"),
+        ({"model": {}}, "recipe key 'model.name' is missing; There are: xception"),
+        ({"model": {"name": "xeption"}}, "unknown model.name 'xeption'; did you mean 'xception'"),
+        (
+            {"model": {"name": "xception", "widht": 1.0}},
+            r"unknown recipe key 'model.widht': create_model\(name='xception'\) takes no such key; did .* 'width'",
+        ),
+        ({"model": {"name": "xception", "width": "wide"}}, "recipe key 'model.width' must be float, got 'wide'"),
+        ({"optimizer": {"name": "sgd"}}, "recipe key 'optimizer.learning_rate' is missing; create_optimizer needs it"),
+        (
+            {"optimizer": {"name": "rmsprop", "learning_rate": 0.1, "nesterov": True}},
+            r"'optimizer.nesterov': create_optimizer\(name='rmsprop'\) takes no such key",
+        ),
+        ({"data": {"source": "digits", "image_size": 32, "path": "x"}}, r"'data.path': load\(source='digits'\)"),
+        ({"step": {"seed": 1}}, "unknown recipe key 'step.seed'"),
+        ({"normalize": {"mean": [0.0]}}, "recipe key 'normalize.std' is missing"),
+        ({"normalize": {"mean": 0.0, "std": [1.0]}}, r"'normalize.mean' must be Sequence\[float\], got 0.0"),
+    ],
+)
+def test_mistakes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.resolve(minimal(**changes))
+
+
+def test_int_is_a_float_and_none_where_it_may_be():
+    config = recipe.resolve(minimal(epochs=3, optimizer={"name": "sgd", "learning_rate": 1, "clip_norm": 2}))
+    assert (config.epochs, config.optimizer.clip_norm) == (3, 2)
+
+
+# Overrides -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("batch_size=32", ("batch_size",), 32),
+        ("epochs=1e-1", ("epochs",), 0.1),
+        ("optimizer.learning_rate=0.1", ("optimizer", "learning_rate"), 0.1),
+        ("optimizer.clip_norm=none", ("optimizer", "clip_norm"), None),
+        ("optimizer.clip_norm=2", ("optimizer", "clip_norm"), 2),
+        ("model.residual=false", ("model", "residual"), False),
+        ("model.mid_activation=relu", ("model", "mid_activation"), "relu"),
+        ("model.mid_activation=None", ("model", "mid_activation"), None),
+        ("model.fc_layers=(64, 32)", ("model", "fc_layers"), (64, 32)),
+        ("model.fc_layers=[64]", ("model", "fc_layers"), (64,)),
+        ("model.dtype=bfloat16", ("model", "dtype"), "bfloat16"),
+        ("data.train_split=train+validation", ("data", "train_split"), "train+validation"),
+        ("data.train_transforms=resize | flip_left_right", ("data", "train_transforms"), "resize | flip_left_right"),
+        ("mesh.fsdp=-1", ("mesh", "fsdp"), -1),
+    ],
+)
+def test_overrides(override, key, value):
+    config = recipe.load(DIGITS, ["--config." + override])
+    for part in key:
+        config = config[part]
+    assert config == value
+    assert type(config) is type(value)
+
+
+def test_a_number_can_be_a_string_where_a_string_is_asked_for():
+    assert recipe.load(DIGITS, ["--config.data.eval_split=7"]).data.eval_split == "7"
+
+
+def test_another_choice_drops_the_keys_of_the_old_one():
+    """AdamW's beta1 would be an unknown key to SGD; what both take stays."""
+    overrides = ["--config.optimizer.momentum=0.8", "--config.optimizer.name=sgd"]
+    config = recipe.load(DIGITS, overrides)
+    assert config.optimizer.to_dict() == {
+        "name": "sgd",
+        "learning_rate": 0.003,
+        "momentum": 0.8,
+        "nesterov": False,
+        "decoupled_weight_decay": 0.05,
+        "clip_norm": None,
+    }
+    cosine_gone = recipe.load(DIGITS, ["--config.schedule.name=constant"])
+    assert cosine_gone.schedule.to_dict() == {"name": "constant"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.optimizer.learning_rat=1", r"unknown recipe key 'optimizer.learning_rat': .*'learning_rate'"),
+        ("--config.optimiser.name=sgd", "unknown recipe group 'optimiser' in --config.optimiser.name; did you mean"),
+        ("--config.batchsize=1", "unknown recipe key 'batchsize': .*did you mean 'batch_size'"),
+        ("--config.batch_size=many", "recipe key 'batch_size' must be int, got 'many'"),
+        ("--config.batch_size=1e3", "recipe key 'batch_size' must be int, got 1000.0"),
+        ("--config.model.residual=1", "recipe key 'model.residual' must be bool, got 1"),
+        ("--config.model=xception", "--config.model is a group; set one of its keys"),
+        ("--config.model.name=resnet", "unknown model.name 'resnet'"),
+        ("--config.batch_size", "unknown argument '--config.batch_size'; .* --config.KEY=VALUE"),
+        ("--batch_size=3", "unknown argument '--batch_size=3'"),
+    ],
+)
+def test_bad_overrides_are_refused(override, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.load(DIGITS, [override])
+
+
+def test_only_some_groups_may_change_afterwards():
+    config = recipe.load(DIGITS)
+    changed = recipe.override(config, ["--config.data.num_threads=2"], groups=("data", "mesh"))
+    assert changed.data.num_threads == 2
+    with pytest.raises(ValueError, match=r"--config.model.width cannot be changed here; only keys of: data, mesh"):
+        recipe.override(config, ["--config.model.width=2"], groups=("data", "mesh"))
+
+
+# Files ---------------------------------------------------------------------------------------------
+
+
+def test_mistakes_with_recipe_files(tmp_path):
+    for text, message in [
+        ("def get_config(:\n", r"r\.py, line 1: .*: def get_config\(:"),
+        ("x = 1\n", r"r\.py has no function get_config\(\)"),
+        ("import nothing_of_this_name\n", r"r\.py, line 1: ModuleNotFoundError: No module named"),
+        ("def get_config():\n    return 1 / 0\n", r"r\.py, line 2: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    return {}\n", r"get_config\(\) must return a ConfigDict, got dict"),
+        ("def get_config(size):\n    return {}\n", r"r\.py needs an argument: --config .*r\.py:SIZE"),
+        ("import os\nos.nothing\n", r"r\.py, line 2: AttributeError: module 'os' has no attribute 'nothing'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            recipe.load(write(tmp_path / "r.py", text))
+    with pytest.raises(ValueError, match=r"no recipe file '.*/digts\.py'; did you mean '.*digits\.py'"):
+        recipe.load(str(ROOT / "configs" / "digts.py"))
+    with pytest.raises(ValueError, match="takes no argument, got"):
+        recipe.load(DIGITS + ":big")
+    with pytest.raises(ValueError, match="is no Python file"):
+        recipe.load(write(tmp_path / "recipe.txt", ""))
+
+
+def test_an_argument_reaches_the_recipe():
+    assert recipe.load(str(ROOT / "configs" / "jft.py") + ":fc").model.fc_layers == (4096, 4096)
+    assert recipe.load(str(ROOT / "configs" / "jft.py")).model.fc_layers == ()
+    with pytest.raises(ValueError, match=r"jft\.py, line \d+: the argument must be 'fc' or nothing, got 'x'"):
+        recipe.load(str(ROOT / "configs" / "jft.py") + ":x")
+
+
+# Workdir -------------------------------------------------------------------------------------------
+
+
+def test_a_workdir_remembers_and_refuses_another_recipe(tmp_path):
+    config = recipe.load(DIGITS)
+    recipe.check_workdir(tmp_path / "w", config)
+    recipe.remember(tmp_path / "w", config)
+    assert recipe.read(tmp_path / "w") == config
+    before = (tmp_path / "w" / "config.json").read_bytes()
+
+    operational = ["--config.mesh.fsdp=2", "--config.data.num_workers=3", "--config.log_every_steps=7"]
+    recipe.check_workdir(tmp_path / "w", recipe.load(DIGITS, [*operational, "--config.checkpoint.keep_latest=5"]))
+    other = recipe.load(DIGITS, ["--config.optimizer.learning_rate=0.1", "--config.seed=3"])
+    with pytest.raises(ValueError, match=r"(?s)another recipe.*optimizer.learning_rate: 0.003 -> 0.1.*seed: 0 -> 3"):
+        recipe.check_workdir(tmp_path / "w", other)
+    assert (tmp_path / "w" / "config.json").read_bytes() == before
+
+
+def test_bad_workdirs_are_refused(tmp_path):
+    config = recipe.load(DIGITS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"workdir .*file cannot be written: File exists"):
+        recipe.check_workdir(tmp_path / "file", config)
+    with pytest.raises(ValueError, match="cannot be written"):
+        recipe.check_workdir(Path("/proc/nothing"), config)
+    with pytest.raises(ValueError, match=r"is no workdir of a run: it has no config\.json"):
+        recipe.read(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: Expecting"):
+        recipe.read(tmp_path)

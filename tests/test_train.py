@@ -1,0 +1,346 @@
+"""The whole path from the shell: real processes, real signals, exact resumption, several hosts, mistakes."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import train
+from xception_flax import cli, evaluate
+
+ROOT = Path(__file__).parent.parent
+DIGITS = str(ROOT / "configs" / "digits.py")
+
+# 157 steps of 16 images: a second or so of training, and long enough to be stopped in.
+SMALL = [
+    "--config.model.width=0.02",
+    "--config.model.middle_repeats=0",
+    "--config.data.image_size=32",
+    "--config.batch_size=16",
+    "--config.epochs=2",
+    "--config.schedule.warmup_epochs=0.5",
+    "--config.eval_every_epochs=0.5",
+    "--config.checkpoint_every_epochs=0.25",
+    "--config.log_every_steps=5",
+]
+
+
+def environment(devices: int) -> dict[str, str]:
+    return os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "120",
+    }
+
+
+def start(workdir: Path, *arguments: str, devices: int = 2) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--config",
+        DIGITS,
+        "--workdir",
+        str(workdir),
+        *SMALL,
+        *arguments,
+    ]
+    return subprocess.Popen(
+        command,
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def records(workdir: Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_until(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its path, read without our own code."""
+    leaves = {}
+    for item in ("raw", "ema", "optimizer"):
+        tree = ocp.StandardCheckpointer().restore((workdir / "checkpoints" / str(step) / item).absolute())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            leaves[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return leaves
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run from beginning to end in one go."""
+    workdir = tmp_path_factory.mktemp("whole")
+    code, out, err = finish(start(workdir))
+    assert code == 0, err
+    assert "finished" in out
+    return workdir
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "curves.png"}
+    recorded = records(whole)
+    assert [r["step"] for r in recorded if "train/loss" in r] == [*range(5, 157, 5), 157]
+    assert [r["step"] for r in recorded if "eval/loss" in r] == [39, 78, 117, 156, 157]
+    assert recorded[-1]["eval/count"] == 180
+    assert {"train/loss", "train/top1", "train/top5", "train/learning_rate", "train/gradient_norm"} <= set(recorded[0])
+    assert recorded[-2]["train/loss"] < 0.8 * recorded[0]["train/loss"]
+    assert json.loads((whole / "config.json").read_text())["model"]["width"] == 0.02
+
+
+def test_the_same_command_on_a_finished_run_says_so(whole):
+    before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
+    code, _, err = finish(start(whole))
+    assert code == 0
+    assert "this run is finished (157 steps); nothing to do" in err
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
+    """SIGTERM, then SIGKILL, then to the end: every array and every record as without a stop."""
+    process = start(tmp_path)
+    wait_until(lambda: len(records(tmp_path)) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 128 + signal.SIGTERM, err
+    stopped = int(re.search(r"stopped at step (\d+), checkpoint written; the same command goes on", err)[1])
+    assert (tmp_path / "checkpoints" / str(stopped)).is_dir()
+
+    process = start(tmp_path)
+    newer = lambda: any(int(p.name) > stopped for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal())  # noqa: E731
+    wait_until(newer, process)
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+
+    code, _, err = finish(start(tmp_path))
+    assert code == 0, err
+    resumed = int(re.search(r"going on from the checkpoint of step (\d+)", err)[1])
+    assert stopped < resumed < 157
+
+    expected, result = arrays(whole, 157), arrays(tmp_path, 157)
+    assert expected.keys() == result.keys()
+    assert len(expected) > 200
+    for path, value in expected.items():
+        np.testing.assert_array_equal(result[path], value, err_msg=path)
+    evaluations = [[r for r in records(w) if "eval/loss" in r] for w in (whole, tmp_path)]
+    assert evaluations[0] == evaluations[1]
+    steps = [r["step"] for r in records(tmp_path)]
+    assert steps == sorted(steps)
+
+
+def test_ctrl_c_stops_with_a_checkpoint(tmp_path):
+    process = start(tmp_path)
+    wait_until(lambda: len(records(tmp_path)) >= 1, process)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 128 + signal.SIGINT
+    assert "checkpoint written" in err
+    assert "Traceback" not in err
+
+
+def test_two_processes_are_one(whole, tmp_path):
+    """Two hosts of one device each see what one host of two sees: the same losses, and one checkpoint."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    seldom = ["--config.eval_every_epochs=2", "--config.checkpoint_every_epochs=2"]
+    hosts = [
+        start(tmp_path, "--coordinator", address, "--num-processes", "2", "--process-id", str(i), *seldom, devices=1)
+        for i in range(2)
+    ]
+    results = [finish(host) for host in hosts]
+    assert [code for code, _, _ in results] == [0, 0], results
+    spoken = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for _, out, _ in results]
+    assert "finished" in spoken[0]
+    assert spoken[1] == []
+    one, two = ([r for r in records(w) if "train/loss" in r] for w in (whole, tmp_path))
+    assert [r["step"] for r in one] == [r["step"] for r in two]
+    # Sums in another order: equal to rounding at first, which training then magnifies.
+    np.testing.assert_allclose([r["train/loss"] for r in two[:4]], [r["train/loss"] for r in one[:4]], rtol=1e-4)
+    final = [[r for r in records(w) if "eval/loss" in r][-1] for w in (whole, tmp_path)]
+    assert final[0]["eval/count"] == final[1]["eval/count"] == 180
+    assert final[1]["eval/top1"] == pytest.approx(final[0]["eval/top1"], abs=0.05)
+    assert arrays(whole, 157).keys() == arrays(tmp_path, 157).keys()
+
+
+# Evaluation ----------------------------------------------------------------------------------------
+
+
+def run(monkeypatch, capsys, main, *arguments: str) -> tuple[int, str, str]:
+    """Runs a command's own entry point in this process."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main)
+    out, err = capsys.readouterr()
+    return exit_.value.code, out, err
+
+
+def test_evaluate_repeats_the_loops_evaluation(whole, monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, evaluate.main, "--workdir", whole)
+    assert code == 0
+    assert "digits, split 'validation', 180 images" in out
+    result = json.loads(out.splitlines()[-1])
+    recorded = records(whole)[-1]
+    assert {"top1", "top5", "loss", "count"} <= set(result)
+    assert (result["step"], result["weights"], result["count"]) == (157, "ema", 180)
+    assert result["top1"] == pytest.approx(recorded["eval/top1"], abs=1e-9)
+    assert result["loss"] == pytest.approx(recorded["eval/loss"], rel=1e-4)
+    assert (whole / "mistakes.png").exists()
+
+
+def test_evaluate_by_choice(whole, monkeypatch, capsys):
+    def result(*arguments):
+        code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, *arguments)
+        assert code == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    test = result("--split", "test")
+    other_batch = result("--split", "test", "--batch-size", "400")
+    assert (test["count"], other_batch["count"]) == (360, 360)
+    assert other_batch["top1"] == pytest.approx(test["top1"], abs=1e-9)
+    assert other_batch["loss"] == pytest.approx(test["loss"], rel=1e-5)
+    raw = result("--weights", "raw")
+    assert raw["weights"] == "raw"
+    assert raw["loss"] != test["loss"]
+    best = result("--checkpoint", "best")
+    assert best["top1"] == pytest.approx(max(r["eval/top1"] for r in records(whole) if "eval/top1" in r))
+    assert result("--checkpoint", str(best["step"]))["top1"] == best["top1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir", "/nowhere"], "is no workdir of a run"),
+        (["--checkpoint", "3"], "no checkpoint '3' in .*; take latest, best or a step of"),
+        (["--split", "tset"], "unknown split of digits 'tset'; did you mean 'test'"),
+        (["--batch-size", "12"], "batch_size=12 does not divide over 8 devices"),
+        (["--config.model.width=1"], "--config.model.width cannot be changed here"),
+        (["--bath-size", "8"], "unknown argument '--bath-size'"),
+    ],
+)
+def test_mistakes_with_evaluate(whole, monkeypatch, capsys, arguments, message):
+    workdir = [] if "--workdir" in arguments else ["--workdir", whole]
+    code, out, err = run(monkeypatch, capsys, evaluate.main, *workdir, *arguments)
+    assert (code, out) == (2, "")
+    assert re.match(f"error: .*{message}", err), err
+    assert err.count("\n") <= 2
+
+
+# Mistakes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "configs/digts.py"], "no recipe file 'configs/digts.py'; did you mean 'configs/digits.py'"),
+        (["--config.optimizer.learning_rat=1"], "unknown recipe key 'optimizer.learning_rat'.* mean 'learning_rate'"),
+        (["--config.batch_size=lots"], "recipe key 'batch_size' must be int, got 'lots'"),
+        (["--config.model.name=exception"], "unknown model.name 'exception'; did you mean 'xception'"),
+        (["--config.optimizer.name=sdg"], "unknown optimizer.name 'sdg'; did you mean 'sgd'"),
+        (["--config.data.source=digit"], "unknown data.source 'digit'; did you mean 'digits'"),
+        (["--config.data.source=folder", "--config.data.data_dir=/nowhere"], "/nowhere is no directory"),
+        (["--config.data.source=folder"], "recipe key 'data.data_dir' is missing"),
+        (["--config.batch_size=12"], "batch_size=12 does not divide over 8 devices; .* take 8 or 16"),
+        (["--config.data.image_size=31"], "at least 32 x 32 pixels, got 31 x 31; raise the recipe's data.image_size"),
+        (["--config.model.num_classes=7"], "model.num_classes is 7, but the data has 10 classes"),
+        (["--config.mesh.fsdp=3"], "mesh: data=-1 x fsdp=3 must cover the 8 devices exactly"),
+        (["--workdir", "/proc/nothing"], "workdir /proc/nothing cannot be written"),
+        (["--config.normalize.mean=(1.0,2.0)", "--config.normalize.std=(1.0,2.0)"], "mean has 2 values.*1 channels"),
+        (["--config.schedule.warmup_epochs=50"], "warmup_epochs=50 are .* but the whole run has"),
+        (["--config.data.train_transforms=rezise"], "unknown transform 'rezise'; did you mean 'resize'"),
+        (["--config.loss.name=sigmoid"], r"loss 'sigmoid' takes a row .*, got labels of shape \(64,\)"),
+        (["--config.metrics.name=multi_label"], r"metrics 'multi_label' take a row .* set metrics.name=single_label"),
+        (["--workdir", "gs://bucket/run"], "argument --workdir: gs://bucket/run is no path of a file system; mount"),
+        (["--process-id", "one"], "argument --process-id: invalid int value: 'one'; --help shows"),
+        (["--wrokdir=x"], "unknown argument '--wrokdir=x'"),
+        (["--coordinator", "localhost:1"], "--coordinator needs --num-processes and --process-id"),
+    ],
+)  # fmt: skip
+def test_mistakes_with_train(tmp_path, monkeypatch, capsys, arguments, message):
+    """One or two lines, exit code 2, and nothing written."""
+    monkeypatch.chdir(ROOT)
+    workdir = tmp_path / "w"
+    defaults = ([] if "--config" in arguments else ["--config", DIGITS]) + (
+        [] if "--workdir" in arguments else ["--workdir", workdir]
+    )
+    code, out, err = run(monkeypatch, capsys, train.main, *defaults, *arguments)
+    assert (code, out) == (2, "")
+    assert re.match(f"error: .*{message}", err), err
+    assert err.count("\n") <= 2
+    assert not workdir.exists()
+
+
+def test_another_recipe_in_an_old_workdir_is_refused(whole, monkeypatch, capsys):
+    before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    code, _, err = run(
+        monkeypatch, capsys, train.main, "--config", DIGITS, "--workdir", whole, *SMALL, "--config.seed=5"
+    )
+    assert code == 2
+    assert "holds a run of another recipe; nothing was changed" in err
+    assert "seed: 0 -> 5" in err
+    assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
+
+
+def test_a_mistake_from_the_shell_is_no_traceback(tmp_path):
+    (tmp_path / "broken.py").write_text("def get_config(:\n    pass\n")
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(tmp_path / "broken.py"), "--workdir", "w"]
+    result = subprocess.run(command, env=environment(1), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: recipe .*broken\.py, line 1: .*\n", result.stderr)
+    assert [p.name for p in tmp_path.iterdir()] == ["broken.py"]
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch, capsys):
+    def main(argv):
+        return int("x")
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.run(main)
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "xception_flax.evaluate"]], ids=" ".join)
+def test_help_is_worth_reading(command):
+    result = subprocess.run(
+        [sys.executable, *command, "--help"], env=environment(1), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0
+    for word in ("--workdir", "--config.KEY=VALUE", "examples:", "--coordinator"):
+        assert word in result.stdout
+
+
+def test_divergence_stops_before_it_is_saved(tmp_path):
+    code, _, err = finish(start(tmp_path, "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e30"))
+    assert code == 2
+    assert re.search(r"error: the loss is (nan|inf) at step \d+; .*optimizer\.learning_rate", err)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
