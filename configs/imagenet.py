@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.model = dict(
         name="xception",
         num_classes=1000,
-        dropout_rate=0.5,  # [paper] 4.2.2
+        dropout_rate=0.5,  # [paper] 4.3
         bn_decay=0.99,  # [ours] the default of Keras, which the published weights were made with
         bn_epsilon=1e-3,  # [ours] as the published weights need it
         dtype="bfloat16",  # [ours] compute; parameters, statistics, softmax and optimizer are float32
@@ -37,21 +37,21 @@ def get_config() -> ConfigDict:
     config.loss = dict(
         name="softmax",
         label_smoothing=0.1,  # [Inception V3] section 7; not in the paper
-        weight_decay=1e-5,  # [paper] 4.2.3, L2 in the loss: 1e-5 * |w|^2 / 2; of kernels only is [ours]
+        weight_decay=1e-5,  # [paper] 4.3, L2 in the loss: 1e-5 * |w|^2 / 2; of kernels only is [ours]
     )
     config.metrics = dict(name="single_label")  # [paper] table 1: top-1 and top-5
 
     config.optimizer = dict(
-        name="sgd",  # [paper] 4.2.1
-        learning_rate=0.045,  # [paper] 4.2.1
-        momentum=0.9,  # [paper] 4.2.1
+        name="sgd",  # [paper] 4.2
+        learning_rate=0.045,  # [paper] 4.2
+        momentum=0.9,  # [paper] 4.2
         nesterov=False,  # [ours]
         clip_norm=None,  # [ours] not in the paper; Inception V3 clips at 2.0 under RMSprop
     )
     config.schedule = dict(
         name="exponential",
-        decay_rate=0.94,  # [paper] 4.2.1
-        every_epochs=2.0,  # [paper] 4.2.1
+        decay_rate=0.94,  # [paper] 4.2
+        every_epochs=2.0,  # [paper] 4.2
         staircase=True,  # [ours] 'every 2 epochs' read as a step
     )
     config.step = dict(

@@ -32,8 +32,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model = dict(
         name="xception",
         num_classes=17_000,  # [paper] 4.1
-        dropout_rate=0.0,  # [paper] 4.2.2: none on JFT
-        fc_layers=(4096, 4096) if variant == "fc" else (),  # [paper] 4.3; a ReLU after each is [ours]
+        dropout_rate=0.0,  # [paper] 4.3: none on JFT
+        fc_layers=(4096, 4096) if variant == "fc" else (),  # [paper] table 2; a ReLU after each is [ours]
         bn_decay=0.99,  # [ours]
         bn_epsilon=1e-3,  # [ours]
         dtype="bfloat16",  # [ours]
@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.normalize = dict(mean=(127.5,), std=(127.5,))  # [ours]
     config.loss = dict(
         name="sigmoid",  # [paper] 4.2: 'logistic regression', several labels an image
-        weight_decay=1e-5,  # [paper] 4.2.3
+        weight_decay=1e-5,  # [paper] 4.3
     )
     config.metrics = dict(
         name="multi_label",
@@ -49,16 +49,16 @@ def get_config(variant: str = "") -> ConfigDict:
         class_weights=None,  # [paper] weights classes by how common they are, in numbers that are private
     )
     config.optimizer = dict(
-        name="rmsprop",  # [paper] 4.2.1
-        learning_rate=0.001,  # [paper] 4.2.1
-        momentum=0.9,  # [paper] 4.2.1
+        name="rmsprop",  # [paper] 4.2
+        learning_rate=0.001,  # [paper] 4.2
+        momentum=0.9,  # [paper] 4.2
         decay=0.9,  # [Inception V3] section 8
         epsilon=1.0,  # [Inception V3] section 8
     )
     config.schedule = dict(
         name="exponential",
-        decay_rate=0.9,  # [paper] 4.2.1
-        every_images=3_000_000,  # [paper] 4.2.1: samples, not steps
+        decay_rate=0.9,  # [paper] 4.2
+        every_images=3_000_000,  # [paper] 4.2: samples, not steps
         staircase=True,  # [ours]
     )
     config.step = dict(ema_decay=0.9999)  # [paper] 4.2: Polyak averaging; its decay is [ours]

@@ -169,7 +169,7 @@ def test_without_residual_the_input_of_a_middle_block_does_not_reach_its_output(
 
 
 def test_fully_connected_variant():
-    """Section 4.3: two 4096-wide layers before the classifier."""
+    """Table 2: two 4096-wide layers before the classifier."""
     params = abstract_variables(create_model("xception", fc_layers=(4096, 4096)))["params"]
     assert params["fc1"]["kernel"].shape == (2048, 4096)
     assert params["fc2"]["kernel"].shape == (4096, 4096)

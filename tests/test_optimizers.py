@@ -16,7 +16,7 @@ def constant(step):
 
 
 def test_imagenet_schedule_is_the_papers():
-    """Section 4.2.1: 0.045, times 0.94 every 2 epochs."""
+    """Section 4.2: 0.045, times 0.94 every 2 epochs."""
     schedule = create_schedule("exponential", run=IMAGENET, decay_rate=0.94, every_epochs=2.0)
     _, rate = create_optimizer("sgd", 0.045, schedule=schedule)
     for epoch in (0.0, 0.5, 1.99, 2.01, 3.99, 4.01, 50.5, 99.9):
@@ -25,7 +25,7 @@ def test_imagenet_schedule_is_the_papers():
 
 
 def test_jft_schedule_counts_samples():
-    """Section 4.2.1: 0.001, times 0.9 every 3,000,000 samples; the batch size does not matter."""
+    """Section 4.2: 0.001, times 0.9 every 3,000,000 samples; the batch size does not matter."""
     for batch_size in (500, 1536, 4096):
         run = Run(batch_size, num_images=350_000_000, total_steps=10**6)
         schedule = create_schedule("exponential", run=run, decay_rate=0.9, every_images=3_000_000)

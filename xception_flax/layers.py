@@ -117,7 +117,7 @@ def classifier_head(
 
     To be called inside a module's compact `__call__`: its layers become that module's `fc1`, `fc2`,
     ... and `predictions`. `fc_layers` are the widths of the 'optional fully-connected layers' of the
-    paper's figure 5, each followed by a ReLU. Dropout (section 4.2.2) takes the random stream
+    paper's figure 5, each followed by a ReLU. Dropout (section 4.3) takes the random stream
     'dropout' while `train` is true.
 
     Args:

@@ -117,7 +117,7 @@ def sgd(
     nesterov: bool = False,
     decoupled_weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-    """SGD with momentum: `m = momentum * m + g; p -= learning_rate * m` (paper, section 4.2.1).
+    """SGD with momentum: `m = momentum * m + g; p -= learning_rate * m` (paper, section 4.2).
 
     `decoupled_weight_decay` subtracts `learning_rate * decay * p` beside the momentum (SGDW); the
     paper's weight decay is in the loss instead.

@@ -65,7 +65,7 @@ def create_loss(name: str, *, label_smoothing: float = 0.0, weight_decay: float 
     Args:
       name: a key of `LOSSES`.
       label_smoothing: share of the target that is spread over all classes (Inception V3: 0.1).
-      weight_decay: L2 in the loss, as the paper has it (section 4.2.3): `weight_decay / 2 * sum of
+      weight_decay: L2 in the loss, as the paper has it (section 4.3): `weight_decay / 2 * sum of
         squares` of all kernels, so that its gradient is `weight_decay * kernel`. It passes through
         momentum and clipping with the rest of the gradient; `optimizer.decoupled_weight_decay` is
         the other kind.

@@ -31,12 +31,12 @@ class Xception(nn.Module):
 
     Attributes:
       num_classes: width of the logits.
-      dropout_rate: share of the pooled features that is dropped in training (section 4.2.2: 0.5 on
+      dropout_rate: share of the pooled features that is dropped in training (section 4.3: 0.5 on
         ImageNet, none on JFT).
       residual: residual connections around blocks 2 to 13; off for the ablation of section 4.6.
       mid_activation: None, 'relu' or 'elu' between depthwise and pointwise (section 4.7).
       fc_layers: widths of hidden layers before the classifier; (4096, 4096) for the JFT variant of
-        section 4.3.
+        table 2.
       width: multiplies every number of channels but the classifier's (then rounded to a multiple of 8).
       middle_repeats: blocks in the middle flow; 8 in the paper.
       bn_decay: share of the old moving statistic that a step keeps (0.99: Keras; not in the paper).
