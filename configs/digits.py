@@ -1,26 +1,37 @@
-"""Handwritten digits: real data inside the package, one to two minutes on two CPU cores."""
+"""Handwritten digits: real data inside the package, about two minutes on two CPU cores.
+
+    python train.py --config configs/digits.py --workdir runs/digits
+    python -m xception_flax.evaluate --workdir runs/digits --split test
+
+Data: 1,257 digits of 8 x 8 pixels to train on, 180 to watch ('validation'), 360 held out ('test').
+Hardware: a laptop CPU.
+Measured by us: see the README. Size, augmentation, length and rates were chosen by
+cross-validation within the first two parts; the third was looked at once, at the end.
+Every value is ours.
+"""
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.batch_size = 64
-    config.epochs = 40.0
     config.seed = 0
+    config.batch_size = 64
+    config.epochs = 36.0
     config.log_every_steps = 20
     config.eval_every_epochs = 4.0
     config.checkpoint_every_epochs = 4.0
+    # An eighth of the width and two middle blocks: 184,050 parameters.
     config.model = dict(name="xception", num_classes=10, width=0.125, middle_repeats=2, dropout_rate=0.5, bn_decay=0.9)
     config.normalize = dict(mean=(127.5,), std=(127.5,))
-    config.loss = dict(name="softmax", label_smoothing=0.0, weight_decay=0.0)
+    config.loss = dict(name="softmax")
     config.metrics = dict(name="single_label")
     config.optimizer = dict(name="adamw", learning_rate=0.003, decoupled_weight_decay=0.05)
     config.schedule = dict(name="cosine", warmup_epochs=2.0)
     config.step = dict(ema_decay=0.99)
     config.data = dict(
         source="digits",
-        image_size=48,
+        image_size=48,  # of 8 pixels: five halvings need room
         channels=1,
         train_split="train",
         eval_split="validation",
