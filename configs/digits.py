@@ -6,7 +6,7 @@
 Data: 1,257 digits of 8 x 8 pixels to train on, 180 to watch ('validation'), 360 held out ('test').
 Hardware: a laptop CPU.
 Measured by us: see the README. Size, augmentation, length and rates were chosen by
-cross-validation within the first two parts; the third was looked at once, at the end.
+cross-validation within the first two parts, none by the third.
 Every value is ours.
 """
 

@@ -5,12 +5,12 @@ import os
 import shutil
 import tempfile
 
-# One cache of compiled programs for the whole session, commands in processes of their own included:
-# many tests compile the same step.
-CACHE = tempfile.mkdtemp(prefix="xception_flax_tests_")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+# One cache of compiled programs for the whole session, for its workers and for the commands they start
+# too: many tests compile the same step.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    cache = tempfile.mkdtemp(prefix="xception_flax_tests_")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"

@@ -104,7 +104,7 @@ def test_jft_is_the_papers():
 def test_every_value_is_tagged(name):
     """Each line of the paper's recipes that sets a value says where it is from."""
     lines = (CONFIGS / f"{name}.py").read_text().splitlines()
-    body = lines[next(i for i, line in enumerate(lines) if line.startswith("def get_config")) :]
+    body = lines[next(i for i, line in enumerate(lines) if line.startswith("def get_config")) + 1 :]
     untagged = [
         line.strip()
         for line in body

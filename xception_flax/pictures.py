@@ -36,7 +36,8 @@ def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) ->
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(left=0)
     for axes in (loss, score):
-        axes.legend(frameon=False)
+        if axes.lines:
+            axes.legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)

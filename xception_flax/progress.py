@@ -93,15 +93,15 @@ class RunProgress:
         self._last, self._paused_seconds = (now, step), 0.0
         if not self._enabled:
             return
-        self._record(step, {f"train/{k}": v for k, v in metrics.items()} | {"train/images_per_second": rate})
-        state = f"loss {metrics['loss']:.4f}  {rate:,.0f} images/s  left"
-        self._bar.update(self._task, completed=step, state=state)
+        record, shown = {f"train/{k}": v for k, v in metrics.items()}, f"loss {metrics['loss']:.4f}"
+        if rate > 0:  # the first step alone has none: it was compilation
+            record["train/images_per_second"] = rate
+            shown += f"  {rate:,.0f} images/s"
+        self._record(step, record)
+        self._bar.update(self._task, completed=step, state=f"{shown}  left")
         if not self._console.is_terminal:
-            left = (self._total_steps - step) * self._batch_size / rate
-            self.say(
-                f"step {step}/{self._total_steps}  loss {metrics['loss']:.4f}  {rate:,.0f} images/s  "
-                f"{_duration(left)} left"
-            )
+            left = (self._total_steps - step) * self._batch_size / rate if rate > 0 else 0
+            self.say(f"step {step}/{self._total_steps}  {shown}" + (f"  {_duration(left)} left" if left else ""))
 
     def evaluation(self, step: int, metrics: Mapping[str, float], weights: str) -> None:
         """Records an evaluation; `weights` says of which weights, 'raw' or 'ema'."""

@@ -83,7 +83,10 @@ def make_init(
 
     abstract_state = _placed(mesh, jax.eval_shape(init, jax.random.key(0)))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-    return jax.jit(init, out_shardings=shardings), abstract_state
+    # It runs once. On CPUs XLA spends longer on making a hundred random generators fast than they run.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    return jax.jit(init, out_shardings=shardings, compiler_options=options), abstract_state
 
 
 def abstract_variables(model: nn.Module, image_shape: tuple[int, int, int], mesh: Mesh) -> dict[str, PyTree]:

@@ -84,9 +84,10 @@ class Split:
         if self.train:
             examples = examples.shuffle().repeat()  # another order each epoch
         examples = examples.random_map(_Prepare(self.transforms, self.image_shape))
-        # After the random map: an example's randomness comes from its place in the global order.
-        examples = examples[self.process_index :: self.process_count]
-        batches = examples.batch(self.batch_size // self.process_count, drop_remainder=True)[start_step:]
+        # Hosts part after the random map, since an example's randomness comes from its place in the global
+        # order, and in whole blocks, so that their shares make up the global batch in that order.
+        shares = examples.batch(self.batch_size // self.process_count, drop_remainder=True)
+        batches = shares[self.process_index :: self.process_count][start_step:]
         iterator = batches.to_iter_dataset(
             grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=self.num_threads)
         )
