@@ -9,8 +9,10 @@ import collections
 import contextlib
 import json
 import math
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -116,7 +118,19 @@ def train(config: ConfigDict, workdir: Path) -> int:
         manager = stack.enter_context(
             checkpoint.open_manager(workdir, best_metric=metrics.BEST[config.metrics.name], **config.checkpoint)
         )
+        meta = {
+            "recipe": json.loads(recipe.to_json(config)),
+            "class_names": list(train_data.class_names),
+            "num_images": train_data.num_images,
+        }
         start_step = manager.latest_step() or 0
+        if start_step:
+            check_same_data(checkpoint.read_meta(manager, start_step), meta, workdir)
+        if start_step >= total_steps:
+            if first_host:
+                print(f"{workdir}: this run is finished ({total_steps} steps); nothing to do.")
+                draw_curves(workdir)
+            return 0
         if start_step:
             train_state = checkpoint.restore_state(manager, abstract_state, start_step)
         else:
@@ -132,9 +146,6 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 enabled=first_host,
             )
         )
-        if start_step >= total_steps:
-            report.say(f"{workdir}: this run is finished ({total_steps} steps); nothing to do.")
-            return 0
         parameters = sum(leaf.size for leaf in jax.tree.leaves(train_state.params))
         report.say(
             f"{config.model.name}, {parameters:,} parameters, {train_data.num_images:,} images, {total_steps} steps of "
@@ -144,7 +155,6 @@ def train(config: ConfigDict, workdir: Path) -> int:
             report.say(f"going on from the checkpoint of step {start_step}")
 
         # Loop.
-        meta = {"recipe": json.loads(recipe.to_json(config)), "class_names": train_data.class_names}
         batches = stack.enter_context(contextlib.closing(train_data.batches(start_step)))
         stop = stack.enter_context(cli.StopRequest()) if jax.process_count() == 1 else None
         in_flight: collections.deque = collections.deque()
@@ -188,11 +198,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
         checkpoint.check_saves(manager, wait=True)
         if step < total_steps:
             report.say(f"stopped at step {step}, checkpoint written; the same command goes on from there")
-            return 128 + stop.signal if stop else 0
+            return 128 + (stop.signal if stop else signal.SIGTERM)
 
     if first_host:
-        records = progress.read_metrics(workdir / "metrics.jsonl")
-        pictures.draw_curves(records, str(workdir), workdir / "curves.png")
+        draw_curves(workdir)
         progress.show_table(
             "finished",
             {
@@ -205,13 +214,30 @@ def train(config: ConfigDict, workdir: Path) -> int:
 
 
 def check_finite(sums: dict[str, metrics.Sum], step: int) -> None:
-    """Stops a run that has diverged, before its state is saved over a good one."""
-    loss = float(sums["loss"].total / sums["loss"].count)
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the loss is {loss} at step {step}; the checkpoints before it are kept. "
-            "Lower optimizer.learning_rate, or clip gradients with optimizer.clip_norm."
-        )
+    """Stops a run whose loss or gradient is no longer a number, before that state is saved."""
+    for name in ("loss", "gradient_norm"):
+        value = float(sums[name].total / sums[name].count)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the {name} is {value} at step {step}; checkpoints from before it are kept. Lower "
+                "optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir."
+            )
+
+
+def check_same_data(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+    """Raises ValueError where the checkpoint was trained on other classes or another number of images."""
+    for key in ("class_names", "num_images"):
+        if saved[key] != now[key]:
+            raise ValueError(
+                f"the data has changed since {workdir} was begun: {key} was {str(saved[key])[:200]}, now it is "
+                f"{str(now[key])[:200]}. Give the same data, or take a new workdir."
+            )
+
+
+def draw_curves(workdir: Path) -> None:
+    """Draws curves.png from metrics.jsonl."""
+    records = progress.read_metrics(workdir / "metrics.jsonl")
+    pictures.draw_curves(records, str(workdir), workdir / "curves.png")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,9 @@ def test_checksums_see_a_change_and_a_swap_and_no_sharding():
     changed, swapped = x.copy(), x.copy()
     changed[5, 7] = np.nextafter(changed[5, 7], np.inf)
     swapped[[0, 1]] = swapped[[1, 0]]
+    with jax.enable_x64(True):
+        doubles = [int(checkpoint._checksums({"x": jnp.float64(v)})["['x']"]) for v in (1.0, 0.5)]
+    assert doubles[0] != doubles[1]
     mesh = sharding.create_mesh()
     sharded = jax.device_put(x, sharding.batch_sharding(mesh))
     sums = [int(checkpoint._checksums({"x": v})["['x']"]) for v in (x, x.copy(), sharded, changed, swapped)]

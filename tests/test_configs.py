@@ -43,7 +43,10 @@ def make_data(recipe_name: str, directory: Path) -> list[str]:
         validation_labels=labels[16:25],
         class_names=list("0123456789"),
     )
+    np.save(directory / "weights.npy", np.arange(10.0))
+    weights = [f"metrics.class_weights={directory / 'weights.npy'}"] if recipe_name == "jft" else []
     return [
+        *weights,
         "data.source=arrays",
         f"data.path={directory / 'data.npz'}",
         "data.eval_split=validation",

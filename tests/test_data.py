@@ -442,6 +442,7 @@ def test_mistakes_in_arrays_are_refused(tmp_path):
         (dict(images=images), "has no array 'train_images'"),
         (dict(train_images=images / 255, train_labels=labels), r"must be uint8 \[N, H, W\]"),
         (dict(train_images=images, train_labels=labels[:2]), "with a label each"),
+        (dict(train_images=images, train_labels=np.eye(3, dtype=int) * 2), "must be 0 or 1, got 0 to 2"),
         (dict(train_images=images, train_labels=labels * 1.0), "must be integers"),
         (dict(train_images=images, train_labels=labels, class_names=["a", "b"]), "must be in 0 to 1, got 0 to 2"),
     ]:
@@ -484,7 +485,11 @@ def test_mistakes_with_tfds_are_refused(prepared, tmp_path):
         (dict(split="train", data_dir=directory, label_key="lable"), "no feature 'lable'; did you mean 'label'"),
         (dict(split="train", data_dir=directory, label_key="image"), "must be a ClassLabel or a sequence of them"),
         (dict(split="train", data_dir=str(tmp_path)), "has no dataset_info.json; point data.data_dir at NAME/VERSION"),
-        (dict(split="train", name="no_such_data", data_dir=str(tmp_path)), "TFDS data set 'no_such_data': "),
+        (
+            dict(split="train", name="no_such_data", data_dir=str(tmp_path)),
+            "no TFDS data set 'no_such_data', neither .* none is like it",
+        ),
+        (dict(split="train", name="imagnet2012", data_dir=str(tmp_path)), "did you mean 'imagenet2012'"),
         (dict(split="train", name="imagenet2012", data_dir=str(tmp_path)), "is not prepared in .*array_record"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -26,6 +26,9 @@ def test_a_constant_network_scores_chance():
 def test_nan_is_never_correct():
     logits = jnp.full((3, 4), jnp.nan)
     assert float(metrics.top_k_correct(logits, jnp.arange(3), 1).sum()) == 0
+    assert float(metrics.average_precision(logits, jnp.eye(3, 4), 4).sum()) == 0
+    one = jnp.array([[jnp.nan, 1.0, 2.0, 3.0]])
+    assert float(metrics.average_precision(one, jnp.eye(1, 4), 4).sum()) == 0
 
 
 def test_top_5_of_fewer_than_5_classes_is_always_right():
@@ -95,6 +98,8 @@ def test_bad_class_weights_are_refused(tmp_path):
     np.save(tmp_path / "negative.npy", np.array([-1.0, 1.0]))
     with pytest.raises(ValueError, match="finite weights that are not negative"):
         metrics.create_metrics("multi_label", class_weights=str(tmp_path / "negative.npy"))
+    with pytest.raises(ValueError, match=r"metrics\.k must be at least 1, got 0"):
+        metrics.create_metrics("multi_label", k=0)
     np.save(tmp_path / "two.npy", np.array([1.0, 1.0]))
     compute = metrics.create_metrics("multi_label", class_weights=str(tmp_path / "two.npy"))
     with pytest.raises(ValueError, match=r"one weight for each of the 3 classes, got shape \(2,\)"):

@@ -210,6 +210,8 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
         ({"width": 0}, "width must be positive, got 0"),
         ({"middle_repeats": -1}, "middle_repeats must not be negative, got -1"),
         ({"bn_decay": 1.0}, "bn_decay"),
+        ({"bn_epsilon": -1.0}, "bn_epsilon must be positive, got -1.0"),
+        ({"fc_layers": (64, "x")}, "fc_layers must be positive integers"),
         ({"dtype": "int8"}, "model.dtype must be a floating-point type such as 'bfloat16', got 'int8'"),
         ({"dtype": "float33"}, "model.dtype must be a floating-point type"),
     ],

@@ -34,13 +34,13 @@ def test_records(tmp_path, capsys):
         report.compiled(1)
         report.train(1, {"loss": 2.0})  # a record of the compiling step alone has no rate
         report.train(10, {"loss": 0.5, "top1": 0.25, "learning_rate": 0.1})
-        report.evaluation(20, {"top1": 0.9, "loss": float("nan"), "count": 7}, "ema")
+        report.evaluation(20, {"top1": 0.9, "loss": float("nan"), "other": float("inf"), "count": 7}, "ema")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[1].pop("train/images_per_second") > 0
     assert lines == [
         {"step": 1, "train/loss": 2.0},
         {"step": 10, "train/loss": 0.5, "train/top1": 0.25, "train/learning_rate": 0.1},
-        {"step": 20, "eval/top1": 0.9, "eval/loss": None, "eval/count": 7, "eval/weights": "ema"},
+        {"step": 20, "eval/top1": 0.9, "eval/loss": None, "eval/other": None, "eval/count": 7, "eval/weights": "ema"},
     ]
     shown = capsys.readouterr().err
     assert "step 10/100  loss 0.5000" in shown

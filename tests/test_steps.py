@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from xception_flax import create_model, layers, sharding, steps
 from xception_flax.metrics import create_metrics
-from xception_flax.optimizers import create_optimizer
+from xception_flax.optimizers import OPTIMIZERS, create_optimizer
 from xception_flax.state import make_init
 
 CLASSES, BATCH = 5, 16
@@ -63,8 +63,8 @@ def batches(count: int, size: int = BATCH) -> list[dict]:
     ]
 
 
-def build(mesh, *, model=SMALL, rate=0.05, ema=False, loss=None, **step):
-    tx, _ = create_optimizer("sgd", rate, schedule=lambda step: jnp.ones(()))
+def build(mesh, *, model=SMALL, optimizer="sgd", rate=0.05, ema=False, loss=None, **step):
+    tx, _ = create_optimizer(optimizer, rate, schedule=lambda step: jnp.ones(()))
     loss = loss or steps.create_loss("softmax", label_smoothing=0.1, weight_decay=1e-3)
     init, abstract = make_init(model, tx, (32, 32, 3), mesh, ema=ema)
     train_step = steps.make_train_step(
@@ -110,6 +110,21 @@ def reference(one_device):
     """The same ten steps on one device, with dropout, averages and momentum."""
     with jax.enable_x64(True):
         return train(one_device, batches(10), **XCEPTION)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_shards(monkeypatch, one_device, name):
+    """Its whole state in shares over fsdp, after three steps the same as on one device; float64."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
+    with jax.enable_x64(True):
+        options = dict(model=SMALL.clone(dtype=jnp.float64), optimizer=name, rate=0.01)
+        mesh = sharding.create_mesh(data=2, fsdp=4)
+        _, _, abstract = build(mesh, **options)
+        kinds = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if "fsdp" in str(leaf.sharding.spec)]
+        assert len(kinds) >= 3
+        results = [train(m, batches(3), **options) for m in (one_device, mesh)]
+    for a, b in zip(*(jax.tree.leaves(state) for state, _ in results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_state_is_created_where_it_belongs(monkeypatch):

@@ -10,13 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 import train
-from xception_flax import cli, evaluate
+from xception_flax import cli, evaluate, ops, progress
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -120,10 +121,13 @@ def test_a_run_leaves_what_it_promises(whole):
 
 def test_the_same_command_on_a_finished_run_says_so(whole):
     before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
-    code, _, err = finish(start(whole))
+    (whole / "curves.png").unlink()
+    code, out, _ = finish(start(whole))
     assert code == 0
-    assert "this run is finished (157 steps); nothing to do" in err
-    assert {p: p.read_bytes() for p in before} == before
+    assert "this run is finished (157 steps); nothing to do" in out
+    assert {p for p in whole.rglob("*") if p.is_file() and "tensorboard" not in p.parts} == set(before)
+    for path, content in before.items():  # the picture is drawn again, and all else is as it was
+        assert path.name == "curves.png" or path.read_bytes() == content
 
 
 def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
@@ -168,21 +172,37 @@ def test_ctrl_c_stops_with_a_checkpoint(tmp_path):
     assert "Traceback" not in err
 
 
-def test_two_processes_are_one(whole, tmp_path):
-    """Two hosts of one device each see what one host of two sees: the same losses, and one checkpoint."""
+def start_two(workdir: Path) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     seldom = ["--config.eval_every_epochs=2", "--config.checkpoint_every_epochs=2"]
-    hosts = [
-        start(tmp_path, "--coordinator", address, "--num-processes", "2", "--process-id", str(i), *seldom, devices=1)
+    return [
+        start(workdir, "--coordinator", address, "--num-processes", "2", "--process-id", str(i), *seldom, devices=1)
         for i in range(2)
     ]
+
+
+def test_two_processes_are_one(whole, tmp_path):
+    """Two hosts of one device each see what one host of two sees: the same losses, and one checkpoint.
+
+    On the way one of them gets SIGTERM, as a preempted host does: both save the same step, say so by
+    their exit code, and go on from there.
+    """
+    hosts = start_two(tmp_path)
+    wait_until(lambda: len(records(tmp_path)) >= 2, hosts[0])
+    hosts[1].send_signal(signal.SIGTERM)
+    stopped = [finish(host) for host in hosts]
+    assert [code for code, _, _ in stopped] == [128 + signal.SIGTERM] * 2, stopped
+    assert "checkpoint written" in stopped[0][2]
+
+    hosts = start_two(tmp_path)
     results = [finish(host) for host in hosts]
     assert [code for code, _, _ in results] == [0, 0], results
     spoken = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for _, out, _ in results]
     assert "finished" in spoken[0]
     assert spoken[1] == []
+    assert "going on from the checkpoint of step" in results[0][2]
     one, two = ([r for r in records(w) if "train/loss" in r] for w in (whole, tmp_path))
     assert [r["step"] for r in one] == [r["step"] for r in two]
     # Sums in another order: equal to rounding at first, which training then magnifies.
@@ -243,6 +263,8 @@ def test_evaluate_by_choice(whole, monkeypatch, capsys):
         (["--workdir", "/nowhere"], "is no workdir of a run"),
         (["--checkpoint", "3"], "no checkpoint '3' in .*; take latest, best or a step of"),
         (["--split", "tset"], "unknown split of digits 'tset'; did you mean 'test'"),
+        (["--batch-size", "0"], "batch_size=0 does not divide"),
+        (["--picture", "/nowhere/m.png"], "/nowhere/m.png cannot be written: No such file .*--picture"),
         (["--batch-size", "12"], "batch_size=12 does not divide over 8 devices"),
         (["--config.model.width=1"], "--config.model.width cannot be changed here"),
         (["--bath-size", "8"], "unknown argument '--bath-size'"),
@@ -283,7 +305,9 @@ def test_mistakes_with_evaluate(whole, monkeypatch, capsys, arguments, message):
         (["--workdir", "gs://bucket/run"], "argument --workdir: gs://bucket/run is no path of a file system; mount"),
         (["--process-id", "one"], "argument --process-id: invalid int value: 'one'; --help shows"),
         (["--wrokdir=x"], "unknown argument '--wrokdir=x'"),
-        (["--coordinator", "localhost:1"], "--coordinator needs --num-processes and --process-id"),
+        (["--coordinator", "localhost:1"], "--coordinator, --num-processes and --process-id go together"),
+        (["--num-processes", "2", "--process-id", "1"], "--coordinator, --num-processes and --process-id go together"),
+        (["--config.model.fc_layers=(64,-3)"], r"fc_layers must be positive integers, got \(64, -3\)"),
     ],
 )  # fmt: skip
 def test_mistakes_with_train(tmp_path, monkeypatch, capsys, arguments, message):
@@ -311,6 +335,37 @@ def test_another_recipe_in_an_old_workdir_is_refused(whole, monkeypatch, capsys)
     assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
 
 
+def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
+    """The directory of a folder may move; its classes and its number of images may not change."""
+    image = cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes()
+    for name, count in (("a", 4), ("b", 5)):
+        for path in (f"{name}/{split}/{c}/{i}.png" for split in ("train", "val") for c in "xy" for i in range(count)):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_bytes(image)
+
+    def command(name):
+        overrides = ["--config.model.width=0.02", "--config.model.middle_repeats=0", "--config.data.image_size=32"]
+        once = ["--config.batch_size=8", "--config.epochs=1", "--config.schedule.name=constant"]
+        recipe = f"{ROOT / 'configs' / 'folder.py'}:{tmp_path / name}"
+        arguments = ["--config", recipe, "--workdir", str(tmp_path / "w"), *overrides, *once]
+        return run(monkeypatch, capsys, train.main, *arguments)
+
+    assert command("a")[0] == 0
+    code, _, err = command("b")
+    assert code == 2
+    assert "error: the data has changed since" in err
+    assert "num_images was 8, now it is 10" in err
+
+
+def test_a_foreign_folder_is_no_workdir(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics.jsonl").write_text("mine\n")
+    code, _, err = run(monkeypatch, capsys, train.main, "--config", DIGITS, "--workdir", tmp_path)
+    assert code == 2
+    assert "has metrics.jsonl and no config.json" in err
+    assert (tmp_path / "metrics.jsonl").read_text() == "mine\n"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_mistake_from_the_shell_is_no_traceback(tmp_path):
     (tmp_path / "broken.py").write_text("def get_config(:\n    pass\n")
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(tmp_path / "broken.py"), "--workdir", "w"]
@@ -320,13 +375,12 @@ def test_a_mistake_from_the_shell_is_no_traceback(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["broken.py"]
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch, capsys):
-    def main(argv):
-        return int("x")
-
+@pytest.mark.parametrize("defect", [lambda: int("x"), lambda: ops.max_pool(np.ones(3)), lambda: progress.percent("x")])
+def test_a_defect_keeps_its_traceback(monkeypatch, defect):
+    """A ValueError of a library, or of Python inside our own functions, is no user's mistake."""
     monkeypatch.setattr(sys, "argv", ["command"])
-    with pytest.raises(ValueError, match="invalid literal"):
-        cli.run(main)
+    with pytest.raises((ValueError, TypeError)):
+        cli.run(lambda argv: defect())
 
 
 @pytest.mark.parametrize("command", [["train.py"], ["-m", "xception_flax.evaluate"]], ids=" ".join)
@@ -342,5 +396,5 @@ def test_help_is_worth_reading(command):
 def test_divergence_stops_before_it_is_saved(tmp_path):
     code, _, err = finish(start(tmp_path, "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e30"))
     assert code == 2
-    assert re.search(r"error: the loss is (nan|inf) at step \d+; .*optimizer\.learning_rate", err)
+    assert re.search(r"error: the (loss|gradient_norm) is (nan|inf) at step \d+; .*optimizer\.learning_rate", err)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))

@@ -219,6 +219,8 @@ def _checksum(x: jax.Array) -> jax.Array:
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
+    if x.dtype.itemsize == 8:
+        x = lax.bitcast_convert_type(x, jnp.uint32)  # two words an element
     bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     position = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):

@@ -13,8 +13,6 @@ from typing import NoReturn
 
 from absl import logging as absl_logging
 
-# JAX is imported inside functions: the environment below must be set before.
-
 
 class _Parser(argparse.ArgumentParser):
     """Errors as every other mistake of a user's: one line."""
@@ -54,9 +52,10 @@ def start(arguments: argparse.Namespace) -> None:
     logging.getLogger("jax").setLevel(logging.ERROR)
     import jax
 
-    if arguments.coordinator is not None:
-        if arguments.num_processes is None or arguments.process_id is None:
-            raise ValueError("--coordinator needs --num-processes and --process-id.")
+    by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if any(value is not None for value in by_hand):
+        if None in by_hand or arguments.distributed:
+            raise ValueError("--coordinator, --num-processes and --process-id go together, without --distributed.")
         jax.distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
     elif arguments.distributed:
         jax.distributed.initialize()
@@ -69,12 +68,10 @@ def start(arguments: argparse.Namespace) -> None:
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Runs a command and exits with its code; a user's mistake is one message and code 2.
 
-    A ValueError that this project raises is about what the user gave; anything else is a defect
-    and keeps its traceback, as everything does with XCEPTION_FLAX_TRACEBACK=1.
+    A ValueError that a `raise` statement of this project raises is about what the user gave;
+    anything else is a defect and keeps its traceback, as everything does with
+    XCEPTION_FLAX_TRACEBACK=1.
     """
-    # TensorStore, gloo and XLA write to stderr at start, each in a format of its own.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         code = main(sys.argv[1:])
     except ValueError as error:
@@ -90,9 +87,11 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def _raised_by_us(error: BaseException) -> bool:
-    file = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    package = Path(__file__).resolve().parent
-    return package in file.parents or file == package.parent / "train.py"
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    file, package = Path(innermost.filename).resolve(), Path(__file__).resolve().parent
+    ours = package in file.parents or file == package.parent / "train.py"
+    # `int("x")` in our code raises there too, without a `raise`: that is a defect of ours.
+    return ours and (innermost.line or "").startswith("raise ")
 
 
 class StopRequest:

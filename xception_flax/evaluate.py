@@ -1,8 +1,8 @@
 """Evaluates a checkpoint: a table, a picture of what the network got wrong, and one line of JSON."""
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -74,6 +74,7 @@ def main(argv: list[str]) -> int:
         "--checkpoint", default="latest", metavar="WHICH", help="latest (default), best, or the number of a step"
     )
     parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema where the recipe keeps them, else raw")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="of what is wrong; default: WORKDIR/mistakes.png")
     parser.add_argument("--split", help="split of the data set, default: the recipe's data.eval_split")
     parser.add_argument("--batch-size", type=int, help="default: the recipe's; the result does not depend on it")
     parser.add_argument(
@@ -87,13 +88,15 @@ def main(argv: list[str]) -> int:
     results, rows = _evaluate_checkpoint(arguments, config)
     if jax.process_index() == 0:
         progress.show_table(f"{arguments.workdir}", rows)
-        print(json.dumps(results))
+        print(progress.to_json(results))
     return 0
 
 
 def _evaluate_checkpoint(arguments: argparse.Namespace, config: recipe.ConfigDict) -> tuple[dict, dict[str, str]]:
     mesh = sharding.create_mesh(**config.mesh)
-    batch_size = arguments.batch_size or -(-config.batch_size // mesh.size) * mesh.size
+    batch_size = arguments.batch_size
+    if batch_size is None:
+        batch_size = -(-config.batch_size // mesh.size) * mesh.size
     sharding.check_batch_size(batch_size, mesh)
     weights = arguments.weights or ("ema" if config.step.ema_decay else "raw")
     if weights == "ema" and not config.step.ema_decay:
@@ -133,12 +136,15 @@ def _evaluate_checkpoint(arguments: argparse.Namespace, config: recipe.ConfigDic
         "loss": f"{results['loss']:.5f}",
     }
     if mistakes is not None:
-        path = arguments.workdir / "mistakes.png"
+        path = arguments.picture or arguments.workdir / "mistakes.png"
         wrong = round((1 - results["top1"]) * results["count"])
         title = f"{wrong} of {results['count']:,} wrong ({progress.percent(results['top1'])} right)"
-        pictures.draw_mistakes(
-            mistakes.images, mistakes.truths, mistakes.predictions, mistakes.confidences, title, path
-        )
+        try:
+            pictures.draw_mistakes(
+                mistakes.images, mistakes.truths, mistakes.predictions, mistakes.confidences, title, path
+            )
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}; name another by --picture.") from None
         rows["wrong"] = f"{wrong} images, see {path}"
     return {"step": step, "weights": weights, "split": config.data.eval_split, **results}, rows
 

@@ -6,6 +6,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+MAX_LISTED = 30  # names in an error message
+
 
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     """Returns `table[name]`.
@@ -19,8 +21,10 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
-    """Words for an error message: the names closest to `name`, then all that there are."""
+    """Words for an error message: the names closest to `name`, then all that there are, if they are few."""
     names = sorted(names)
     close = difflib.get_close_matches(str(name), names, n=3)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    if len(names) > MAX_LISTED:
+        return hint.strip() or f"there are {len(names)}, and none is like it."
     return f"{hint}There are: {', '.join(names) if names else 'none'}."

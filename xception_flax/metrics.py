@@ -67,7 +67,7 @@ def average_precision(
       class_weights: `[num_classes]`, not negative; None weights all alike.
 
     Returns:
-      `[N]` float32 in [0, 1]; 0 for an example without labels.
+      `[N]` float32 in [0, 1]; 0 for an example without labels, and for a NaN or infinite logit.
     """
     labels = labels.astype(jnp.float32)
     k = min(k, logits.shape[-1])
@@ -77,7 +77,8 @@ def average_precision(
     gains = jnp.take_along_axis(weights, ranked, axis=-1)
     precision = jnp.cumsum(hits, axis=-1) / jnp.arange(1, k + 1)
     best = jnp.sum(jax.lax.top_k(weights, k)[0], axis=-1)
-    return jnp.sum(gains * precision, axis=-1) / jnp.maximum(best, jnp.finfo(jnp.float32).tiny)
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)  # `top_k` would rank NaN first
+    return finite * jnp.sum(gains * precision, axis=-1) / jnp.maximum(best, jnp.finfo(jnp.float32).tiny)
 
 
 def single_label() -> MetricFunction:
@@ -107,6 +108,8 @@ def multi_label(*, k: int = 100, class_weights: str | None = None) -> MetricFunc
       k: predictions that count.
       class_weights: path of a `.npy` file with `[num_classes]` weights; None weights all alike.
     """
+    if k < 1:
+        raise ValueError(f"metrics.k must be at least 1, got {k}.")
     weights = None if class_weights is None else _load_weights(class_weights)
 
     def compute(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, Sum]:

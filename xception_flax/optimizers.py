@@ -174,6 +174,8 @@ def create_optimizer(
         to it; None leaves them.
       **options: the optimizer's own keywords.
     """
+    if learning_rate < 0:
+        raise ValueError(f"optimizer.learning_rate must not be negative, got {learning_rate}.")
     if clip_norm is not None and clip_norm <= 0:
         raise ValueError(f"optimizer.clip_norm must be positive, or None for no clipping, got {clip_norm}.")
 

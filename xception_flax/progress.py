@@ -1,6 +1,7 @@
 """What a person sees of a run: a progress bar, lines of metrics, metrics.jsonl, TensorBoard events."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -70,7 +71,7 @@ class RunProgress:
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         if self._enabled:
-            self._console.print(text, markup=False)
+            self._console.print(text, markup=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Moves the bar; costs nothing worth a measurement."""
@@ -113,14 +114,18 @@ class RunProgress:
         self.say(f"epoch {epoch:5.1f}  evaluation ({weights}): {shares}  loss {metrics['loss']:.4f}")
 
     def _record(self, step: int, values: Mapping[str, Any]) -> None:
-        # NaN is no JSON: a reader in another language must not fail on a line of a failing run.
-        jsonable = {k: None if isinstance(v, float) and v != v else v for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **jsonable}) + "\n")
+        self._file.write(to_json({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             if not isinstance(value, str):
                 self._events.add_scalar(name, value, step)
         self._events.flush()
+
+
+def to_json(values: Mapping[str, Any]) -> str:
+    """One line of JSON; NaN and infinity, which JSON does not have, become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite, allow_nan=False)
 
 
 def _duration(seconds: float) -> str:

@@ -356,7 +356,14 @@ def _flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Raises ValueError where `workdir` cannot be written or holds a run of another recipe."""
+    """Raises ValueError where `workdir` cannot be written, or holds a run of another recipe or foreign files."""
+    if not (workdir / "config.json").is_file():
+        foreign = [name for name in ("checkpoints", "metrics.jsonl", "curves.png") if (workdir / name).exists()]
+        if foreign:
+            raise ValueError(
+                f"workdir {workdir} has {', '.join(foreign)} and no config.json: not a run of this program, or a "
+                "damaged one. Nothing was changed; take another workdir."
+            )
     if (workdir / "config.json").is_file() and (changed := differences(read(workdir), config)):
         raise ValueError(
             f"{workdir} holds a run of another recipe; nothing was changed. Take a new workdir, or the old values:\n  "

@@ -107,7 +107,7 @@ def create_normalizer(mean: Sequence[float], std: Sequence[float]) -> Callable[[
       mean: a value a channel, or one for all; on the scale 0 to 255.
       std: the same, positive.
     """
-    if len(mean) != len(std) or min(std) <= 0:
+    if not mean or len(mean) != len(std) or min(std) <= 0:
         raise ValueError(
             "normalize.mean and normalize.std need a value a channel (or one for all), std positive; "
             f"got mean={tuple(mean)}, std={tuple(std)}."

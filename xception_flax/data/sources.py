@@ -220,7 +220,13 @@ def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
         data_dir = str(_directory(data_dir, "TFDS data sets"))
     try:
         return library.builder(name, data_dir=data_dir)
-    except (library.core.registered.DatasetNotFoundError, ValueError, AssertionError) as error:
+    except library.core.DatasetNotFoundError:
+        known = library.list_builders(with_community_datasets=False)
+        raise ValueError(
+            f"no TFDS data set {name!r}, neither TFDS' own nor prepared in data.data_dir={data_dir}; "
+            f"{suggest(name, known)}"
+        ) from None
+    except (ValueError, AssertionError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"TFDS data set {name!r}: {first}") from None
 
@@ -300,6 +306,8 @@ def arrays(split: str, *, path: str) -> Arrays:
         raise ValueError(
             f"{path}: {split}_labels must be integers, [N] or [N, classes], got {labels.dtype} {labels.shape}."
         )
+    if labels.ndim == 2 and not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"{path}: {split}_labels [N, classes] must be 0 or 1, got {labels.min()} to {labels.max()}.")
     num_classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
     names = names or tuple(map(str, range(num_classes)))
     if labels.ndim == 1 and (labels.min() < 0 or labels.max() >= len(names)):

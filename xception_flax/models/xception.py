@@ -68,6 +68,10 @@ class Xception(nn.Module):
             raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
         if self.mid_activation is not None:
             lookup(ACTIVATIONS, self.mid_activation, "mid_activation")
+        if any(not isinstance(features, int) or features < 1 for features in self.fc_layers):
+            raise ValueError(f"fc_layers must be positive integers, got {tuple(self.fc_layers)}.")
+        if self.bn_epsilon <= 0:
+            raise ValueError(f"bn_epsilon must be positive, got {self.bn_epsilon}.")
         if self.width <= 0:
             raise ValueError(f"width must be positive, got {self.width}.")
         if self.middle_repeats < 0:
