@@ -1,12 +1,13 @@
-# make demo    set up, train on embedded digits to the end, show what came of it
-# make test    set up, check the code's form, run every test
-# make lint    ruff and import-linter alone
-# make pins    write requirements*.txt anew from pyproject.toml
+# make demo           set up, train on embedded digits to the end, show what came of it
+# make test           set up, check the code's form, run every test
+# make lint           ruff and import-linter alone
+# make test-minimum   every test again with the oldest versions that pyproject.toml allows
+# make pins           write requirements*.txt anew from pyproject.toml
 
 PYTHON ?= python3
 WORKDIR ?= runs/digits
 
-.PHONY: demo test lint pins clean
+.PHONY: demo test test-minimum lint pins clean
 
 demo: .venv/installed
 	.venv/bin/python train.py --config configs/digits.py --workdir $(WORKDIR)
@@ -15,6 +16,12 @@ demo: .venv/installed
 
 test: lint
 	.venv/bin/python -m pytest
+
+test-minimum: .venv/installed-dev
+	test -d .venv-minimum || $(PYTHON) -m venv .venv-minimum
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv/bin/uv pip install --quiet --python .venv-minimum/bin/python --resolution lowest-direct -e '.[dev]'
+	.venv-minimum/bin/python -m pytest
 
 lint: .venv/installed-dev
 	.venv/bin/ruff format --check .
@@ -38,4 +45,4 @@ pins: .venv/installed-dev
 	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-minimum build *.egg-info

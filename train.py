@@ -86,11 +86,13 @@ def train(config: ConfigDict, workdir: Path) -> int:
             f"set --config.model.num_classes={len(train_data.class_names)}."
         )
 
-    def to_steps(epochs: float) -> int:
-        return max(1, round(epochs * train_data.num_images / config.batch_size))
+    steps_per_epoch = train_data.num_images / config.batch_size
+    total_steps = max(1, round(config.epochs * steps_per_epoch))
 
-    total_steps = to_steps(config.epochs)
-    eval_every, checkpoint_every = to_steps(config.eval_every_epochs), to_steps(config.checkpoint_every_epochs)
+    def is_due(step: int, every_epochs: float) -> bool:
+        """Whether a multiple of `every_epochs` ends within this step; every second is due where every first is."""
+        interval = every_epochs * steps_per_epoch
+        return math.floor(step / interval + 1e-9) > math.floor((step - 1) / interval + 1e-9)
 
     # Network, loss, optimizer, steps.
     model = models.create_model(**config.model)
@@ -173,8 +175,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
 
             stopping = stop.signal is not None if stop else manager.reached_preemption(step)
             last = step == total_steps
-            evaluating = last or step % eval_every == 0
-            saving = last or stopping or step % checkpoint_every == 0
+            evaluating = last or is_due(step, config.eval_every_epochs)
+            saving = last or stopping or is_due(step, config.checkpoint_every_epochs)
             recording = last or stopping or step % config.log_every_steps == 0
             if evaluating or saving or recording:
                 check_finite(sums, step)

@@ -30,3 +30,10 @@ def one_device() -> Mesh:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that the workers end together."""
+    longest = ["test_train", "test_steps", "test_configs", "test_keras_weights"]
+    order = {name: i for i, name in enumerate(longest)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(longest)))

@@ -112,7 +112,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "curves.png"}
     recorded = records(whole)
     assert [r["step"] for r in recorded if "train/loss" in r] == [*range(5, 157, 5), 157]
-    assert [r["step"] for r in recorded if "eval/loss" in r] == [39, 78, 117, 156, 157]
+    assert [r["step"] for r in recorded if "eval/loss" in r] == [40, 79, 118, 157]
     assert recorded[-1]["eval/count"] == 180
     assert {"train/loss", "train/top1", "train/top5", "train/learning_rate", "train/gradient_norm"} <= set(recorded[0])
     assert recorded[-2]["train/loss"] < 0.8 * recorded[0]["train/loss"]
@@ -203,10 +203,10 @@ def test_two_processes_are_one(whole, tmp_path):
     assert "finished" in spoken[0]
     assert spoken[1] == []
     assert "going on from the checkpoint of step" in results[0][2]
-    one, two = ([r for r in records(w) if "train/loss" in r] for w in (whole, tmp_path))
-    assert [r["step"] for r in one] == [r["step"] for r in two]
+    one, two = ({r["step"]: r["train/loss"] for r in records(w) if "train/loss" in r} for w in (whole, tmp_path))
+    assert one.keys() <= two.keys()
     # Sums in another order: equal to rounding at first, which training then magnifies.
-    np.testing.assert_allclose([r["train/loss"] for r in two[:4]], [r["train/loss"] for r in one[:4]], rtol=1e-4)
+    np.testing.assert_allclose([two[5], two[10]], [one[5], one[10]], rtol=1e-4)
     final = [[r for r in records(w) if "eval/loss" in r][-1] for w in (whole, tmp_path)]
     assert final[0]["eval/count"] == final[1]["eval/count"] == 180
     assert final[1]["eval/top1"] == pytest.approx(final[0]["eval/top1"], abs=0.05)
