@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--workdir", required=True, type=cli.directory, help="folder of the run; made if it is not there"
     )
-    parser.add_argument("--config.KEY=VALUE", dest="ignored", help="override a key of the recipe")
+    parser.add_argument("--config.KEY=VALUE", dest="ignored", metavar="", help="override a key of the recipe")
     arguments, overrides = parser.parse_known_args(argv)
     config = recipe.load(arguments.config, overrides)
     cli.start(arguments)
@@ -114,7 +114,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
 
     # Workdir, checkpoint.
     recipe.check_workdir(workdir, config)
-    if first_host:
+    if first_host and not (workdir / "config.json").exists():
         recipe.remember(workdir, config)
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(
@@ -128,6 +128,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
         start_step = manager.latest_step() or 0
         if start_step:
             check_same_data(checkpoint.read_meta(manager, start_step), meta, workdir)
+        if first_host:
+            recipe.remember(workdir, config)  # the mesh or the place of the data may be new
         if start_step >= total_steps:
             if first_host:
                 print(f"{workdir}: this run is finished ({total_steps} steps); nothing to do.")

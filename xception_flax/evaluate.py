@@ -78,7 +78,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--split", help="split of the data set, default: the recipe's data.eval_split")
     parser.add_argument("--batch-size", type=int, help="default: the recipe's; the result does not depend on it")
     parser.add_argument(
-        "--config.KEY=VALUE", dest="ignored", help="override where the data is or how it is read (group data, mesh)"
+        "--config.KEY=VALUE",
+        dest="ignored",
+        metavar="",
+        help="override where the data is or how it is read (group data, mesh)",
     )
     arguments, overrides = parser.parse_known_args(argv)
     config = recipe.override(recipe.read(arguments.workdir), overrides, groups=("data", "mesh"))
@@ -143,8 +146,9 @@ def _evaluate_checkpoint(arguments: argparse.Namespace, config: recipe.ConfigDic
             pictures.draw_mistakes(
                 mistakes.images, mistakes.truths, mistakes.predictions, mistakes.confidences, title, path
             )
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written: {error.strerror}; name another by --picture.") from None
+        except (OSError, ValueError) as error:  # matplotlib raises the second for a suffix it does not know
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{path} cannot be written: {reason}; name another by --picture.") from None
         rows["wrong"] = f"{wrong} images, see {path}"
     return {"step": step, "weights": weights, "split": config.data.eval_split, **results}, rows
 

@@ -74,7 +74,7 @@ def cosine(run: Run, *, warmup_epochs: float = 0.0, final_factor: float = 0.0) -
     if warmup_steps >= run.total_steps:
         raise ValueError(
             f"schedule 'cosine': warmup_epochs={warmup_epochs:g} are {warmup_steps} steps, "
-            f"but the whole run has {run.total_steps}; shorten the warm-up or train longer."
+            f"but the whole run has {run.total_steps}; train longer, or set --config.schedule.warmup_epochs=0."
         )
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else 1.0,
