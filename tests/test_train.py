@@ -141,8 +141,8 @@ def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
     assert (tmp_path / "checkpoints" / str(stopped)).is_dir()
 
     process = start(tmp_path)
-    newer = lambda: any(int(p.name) > stopped for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal())  # noqa: E731
-    wait_until(newer, process)
+    saved = tmp_path / "checkpoints"
+    wait_until(lambda: any(int(p.name) > stopped for p in saved.iterdir() if p.name.isdecimal()), process)
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
 
