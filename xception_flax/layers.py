@@ -19,25 +19,48 @@ kernel_init = nn.initializers.lecun_normal()
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "elu": nn.elu}
 
 
-class Conv(nn.Module):
-    """Dense 2-D convolution without bias: `[N, H, W, C]` -> `[N, H', W', features]`.
+def _kernel(module: nn.Module, shape: tuple[int, ...]) -> jax.Array:
+    """The module's parameter `kernel`, in the type that it computes in.
 
-    Parameters: `kernel` `[kh, kw, C, features]`.
+    Raises:
+      ValueError: weights of another shape are loaded.
+    """
+    if module.has_variable("params", "kernel"):
+        loaded = module.get_variable("params", "kernel").shape
+        if loaded != shape:
+            raise ValueError(
+                f"{'/'.join(module.path) or type(module).__name__}: the input and the model's fields need a kernel of "
+                f"{_dimensions(shape)} (rows x columns x channels x features), the weights have {_dimensions(loaded)}; "
+                "give images and fields as the weights were made for, or other weights."
+            )
+    return module.param("kernel", kernel_init, shape, module.param_dtype).astype(module.dtype)
+
+
+def _dimensions(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+class Conv(nn.Module):
+    """2-D convolution without bias: `[N, H, W, C]` -> `[N, H', W', features]`.
+
+    Dense, unless `groups` cuts the channels into segments with filters of their own. Parameters:
+    `kernel` `[kh, kw, C / groups, features]`.
     """
 
     features: int
     kernel_size: tuple[int, int] = (3, 3)
     strides: tuple[int, int] = (1, 1)
     padding: str = "SAME"
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (*self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return ops.convolution(x, kernel, strides=self.strides, padding=self.padding)
+        kernel = _kernel(self, (*self.kernel_size, x.shape[-1] // self.groups, self.features))
+        options = dict(strides=self.strides, padding=self.padding, dilation=self.dilation, groups=self.groups)
+        return ops.convolution(x.astype(self.dtype), kernel, **options)
 
 
 class DepthwiseConv(nn.Module):
@@ -57,10 +80,9 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (*self.kernel_size, 1, x.shape[-1] * self.multiplier)
-        kernel = self.param("kernel", kernel_init, shape, self.param_dtype)
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return ops.depthwise_convolution(x, kernel, strides=self.strides, padding=self.padding, dilation=self.dilation)
+        kernel = _kernel(self, (*self.kernel_size, 1, x.shape[-1] * self.multiplier))
+        options = dict(strides=self.strides, padding=self.padding, dilation=self.dilation)
+        return ops.depthwise_convolution(x.astype(self.dtype), kernel, **options)
 
 
 class PointwiseConv(nn.Module):
@@ -76,9 +98,8 @@ class PointwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", kernel_init, (1, 1, x.shape[-1], self.features), self.param_dtype)
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return ops.pointwise_convolution(x, kernel, strides=self.strides)
+        kernel = _kernel(self, (1, 1, x.shape[-1], self.features))
+        return ops.pointwise_convolution(x.astype(self.dtype), kernel, strides=self.strides)
 
 
 class SeparableConv(nn.Module):
@@ -90,6 +111,7 @@ class SeparableConv(nn.Module):
 
     features: int
     kernel_size: tuple[int, int] = (3, 3)
+    dilation: tuple[int, int] = (1, 1)
     mid_activation: str | None = None
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -97,10 +119,91 @@ class SeparableConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x = DepthwiseConv(self.kernel_size, **dtypes, name="depthwise")(x)
+        x = DepthwiseConv(self.kernel_size, dilation=self.dilation, **dtypes, name="depthwise")(x)
         if self.mid_activation is not None:
             x = lookup(ACTIVATIONS, self.mid_activation, "mid_activation")(x)
         return PointwiseConv(self.features, **dtypes, name="pointwise")(x)
+
+
+def segments(channels: int, towers: int | None) -> tuple[int, ...]:
+    """Sizes of the non-overlapping segments that `towers` spatial convolutions divide `channels` into.
+
+    As equal as can be, the larger ones first: `segments(10, 4)` is `(3, 3, 2, 2)`. None stands for
+    one channel a segment.
+
+    Raises:
+      ValueError: `towers` is not from 1 to `channels`.
+    """
+    towers = channels if towers is None else towers
+    if not 1 <= towers <= channels:
+        raise ValueError(
+            f"towers must be from 1 (a regular convolution) to the {channels} channels of the layer "
+            f"(one filter a channel; also towers=None), got {towers}."
+        )
+    size, larger = divmod(channels, towers)
+    return (size + 1,) * larger + (size,) * (towers - larger)
+
+
+class TowerConv(nn.Module):
+    """A point on the axis between the regular and the depthwise separable convolution (sections 1.2, 2, 5).
+
+    `[N, H, W, C]` -> `[N, H, W, features]`. A 1x1 convolution maps all channels at once; `towers`
+    spatial convolutions map space, each in a segment of the channels of its own. With 1 tower this is
+    a regular convolution next to a 1x1, with 3 or 4 the Inception module of figures 2 and 3, with one
+    tower a channel (None) the 'extreme' module of figure 4 or, in the other order, `SeparableConv`.
+
+    Parameters: `pointwise/kernel` `[1, 1, C, features]`, `spatial/kernel` `[kh, kw, c / towers, c]`, where
+    the spatial convolutions see `c` channels; if the towers do not divide them, the larger segments are
+    in `spatial` and the smaller ones in `spatial_smaller`. In all `C * features + kh * kw *` the sum of
+    the squares of `segments(c, towers)`, and as many multiply-adds a pixel.
+
+    Attributes:
+      features: channels of the result.
+      towers: number of segments, from 1 to the channels that the spatial convolutions see: `features`
+        where the 1x1 comes first, else C. They need not divide them: see `segments`.
+      order: 'depthwise_first' (separable convolution) or 'pointwise_first' (Inception).
+      kernel_size: of the spatial convolutions.
+      dilation: of the spatial convolutions.
+      mid_activation: None, 'relu' or 'elu' between the two (Inception has one, section 4.7 is better
+        without).
+
+    Raises:
+      ValueError: a value out of its range.
+    """
+
+    features: int
+    towers: int | None = None
+    order: str = "depthwise_first"
+    kernel_size: tuple[int, int] = (3, 3)
+    dilation: tuple[int, int] = (1, 1)
+    mid_activation: str | None = None
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+        def pointwise(x: jax.Array) -> jax.Array:
+            return PointwiseConv(self.features, **dtypes, name="pointwise")(x)
+
+        def spatial(x: jax.Array) -> jax.Array:
+            sizes = segments(x.shape[-1], self.towers)
+            results, start = [], 0
+            for size, name in zip(sorted(set(sizes), reverse=True), ("spatial", "spatial_smaller"), strict=False):
+                groups = sizes.count(size)
+                part = x[..., start : start + groups * size]
+                options = dict(kernel_size=self.kernel_size, dilation=self.dilation, groups=groups, **dtypes)
+                results.append(Conv(groups * size, **options, name=name)(part))
+                start += groups * size
+            return jnp.concatenate(results, axis=-1)
+
+        orders = {"depthwise_first": (spatial, pointwise), "pointwise_first": (pointwise, spatial)}
+        first, second = lookup(orders, self.order, "order")
+        x = first(x)
+        if self.mid_activation is not None:
+            x = lookup(ACTIVATIONS, self.mid_activation, "mid_activation")(x)
+        return second(x)
 
 
 def classifier_head(
@@ -113,7 +216,7 @@ def classifier_head(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Global average pooling, optional hidden layers, dropout, logistic regression.
+    """Optional hidden layers, dropout and logistic regression on the pooled features.
 
     To be called inside a module's compact `__call__`: its layers become that module's `fc1`, `fc2`,
     ... and `predictions`. `fc_layers` are the widths of the 'optional fully-connected layers' of the
@@ -121,12 +224,14 @@ def classifier_head(
     'dropout' while `train` is true.
 
     Args:
-      x: `[N, H, W, C]`.
+      x: `[N, C]`, as `ops.global_average_pool` gives it.
+      num_classes: width of the logits; 0 for none, and `x` itself.
 
     Returns:
       Logits `[N, num_classes]`, float32 (float64 where `dtype` is).
     """
-    x = ops.global_average_pool(x)
+    if num_classes == 0:
+        return x
     for i, features in enumerate(fc_layers, start=1):
         x = nn.relu(nn.Dense(features, dtype=dtype, param_dtype=param_dtype, name=f"fc{i}")(x))
     x = nn.Dropout(dropout_rate, deterministic=not train)(x)

@@ -1,16 +1,32 @@
 """The networks, by name."""
 
-import dataclasses
+import inspect
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from xception_flax.lookup import lookup, suggest
+from xception_flax.models.aligned import ENTRY_FLOW, ENTRY_FLOW_71, AlignedXception
+from xception_flax.models.inception_v3 import InceptionV3
+from xception_flax.models.lenet import LeNet
+from xception_flax.models.towers import XceptionTowers
 from xception_flax.models.xception import Xception
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "xception": Xception,
+    "xception_towers": XceptionTowers,
+    "inception_v3": InceptionV3,
+    # DeepLab's, and timm's with pre-activation; the epsilons are timm's.
+    "xception41": partial(AlignedXception, entry_flow=ENTRY_FLOW, middle_repeats=8),
+    "xception65": partial(AlignedXception, entry_flow=ENTRY_FLOW, middle_repeats=16),
+    "xception71": partial(AlignedXception, entry_flow=ENTRY_FLOW_71, middle_repeats=16),
+    "xception41p": partial(
+        AlignedXception, entry_flow=ENTRY_FLOW, middle_repeats=8, preactivation=True, bn_epsilon=1e-5
+    ),
+    "xception65p": partial(AlignedXception, entry_flow=ENTRY_FLOW, middle_repeats=16, preactivation=True),
+    "lenet": LeNet,
 }
 
 
@@ -19,7 +35,7 @@ def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Mod
 
     Args:
       name: a key of `MODELS`.
-      num_classes: width of the logits.
+      num_classes: width of the logits; 0 for a backbone without classifier.
       **fields: the network's own attributes, such as `width`; types such as `dtype` may be given by
         name ('bfloat16').
 
@@ -27,7 +43,7 @@ def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Mod
       ValueError: unknown name or attribute, or a value out of its range.
     """
     constructor = lookup(MODELS, name, "model")
-    known = {f.name for f in dataclasses.fields(constructor)} - {"parent", "name"}
+    known = set(inspect.signature(constructor).parameters) - {"parent", "name"}
     for field in fields:
         if field not in known:
             raise ValueError(f"model {name!r} has no attribute {field!r}; {suggest(field, known)}")

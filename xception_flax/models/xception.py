@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from xception_flax import ops
-from xception_flax.layers import ACTIVATIONS, Conv, PointwiseConv, SeparableConv, classifier_head
-from xception_flax.lookup import lookup
+from xception_flax.layers import Conv, PointwiseConv, SeparableConv, classifier_head
+from xception_flax.models.contract import check_fields, check_images, rate_at, scaled
 
 MIN_IMAGE_SIZE = 32  # pixels a side; five halvings leave one
 
@@ -30,22 +30,29 @@ class Xception(nn.Module):
     arrays), updates `batch_stats`, and dropout takes the random stream 'dropout'.
 
     Attributes:
-      num_classes: width of the logits.
+      num_classes: width of the logits; 0 for no classifier: the pooled features `[N, 2048]` instead.
       dropout_rate: share of the pooled features that is dropped in training (section 4.3: 0.5 on
         ImageNet, none on JFT).
       residual: residual connections around blocks 2 to 13; off for the ablation of section 4.6.
       mid_activation: None, 'relu' or 'elu' between depthwise and pointwise (section 4.7).
       fc_layers: widths of hidden layers before the classifier; (4096, 4096) for the JFT variant of
         table 2.
-      width: multiplies every number of channels but the classifier's (then rounded to a multiple of 8).
+      width: multiplies every number of channels but the classifier's.
+      width_multiple: to a multiple of this they are then rounded.
       middle_repeats: blocks in the middle flow; 8 in the paper.
+      output_stride: pixels of the image to a pixel of the last features: 32, or 16 or 8, where dilated
+        convolutions stand for the strides left out. Weights fit all three.
+      padding: of the max-pooling. 'SAME' is TensorFlow's and Keras', 'SYMMETRIC' PyTorch's: timm's
+        `legacy_xception` is padding='SYMMETRIC', bn_epsilon=1e-5. They differ for even sizes.
+      remat: compute the inside of each block again in the backward pass instead of keeping it.
       bn_decay: share of the old moving statistic that a step keeps (0.99: Keras; not in the paper).
       bn_epsilon: added to the variance (1e-3: the published weights need it; not in the paper).
       dtype: of the computation; batch statistics and logits are float32 in any case.
       param_dtype: of the parameters.
 
     Raises:
-      ValueError: a field out of its range, images that are not `[N, H, W, C]` or too small.
+      ValueError: a field out of its range, images that are not `[N, H, W, C]` or too small, weights
+        for another number of channels.
     """
 
     num_classes: int = 1000
@@ -54,7 +61,11 @@ class Xception(nn.Module):
     mid_activation: str | None = None
     fc_layers: Sequence[int] = ()
     width: float = 1.0
+    width_multiple: int = 8
     middle_repeats: int = 8
+    output_stride: int = 32
+    padding: str = "SAME"
+    remat: bool = False
     bn_decay: float = 0.99
     bn_epsilon: float = 1e-3
     dtype: DTypeLike = jnp.float32
@@ -62,30 +73,44 @@ class Xception(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {self.num_classes}.")
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}.")
-        if self.mid_activation is not None:
-            lookup(ACTIVATIONS, self.mid_activation, "mid_activation")
-        if any(not isinstance(features, int) or features < 1 for features in self.fc_layers):
-            raise ValueError(f"fc_layers must be positive integers, got {tuple(self.fc_layers)}.")
-        if self.bn_epsilon <= 0:
-            raise ValueError(f"bn_epsilon must be positive, got {self.bn_epsilon}.")
-        if self.width <= 0:
-            raise ValueError(f"width must be positive, got {self.width}.")
-        if self.middle_repeats < 0:
-            raise ValueError(f"middle_repeats must not be negative, got {self.middle_repeats}.")
-        if not 0 <= self.bn_decay < 1:
-            raise ValueError(f"bn_decay, the share kept, must be in [0, 1), got {self.bn_decay}.")
+        check_fields(self)
+        if self.padding not in ("SAME", "SYMMETRIC"):
+            raise ValueError(f"padding must be 'SAME' or 'SYMMETRIC', got {self.padding!r}.")
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Pixels of the image to a pixel of each stage."""
+        return {f"stage{i}": min(2**i, self.output_stride) for i in range(1, 6)}
+
+    def spatial_conv(self, features: int, dilation: int, name: str) -> nn.Module:
+        """The convolution that the network is made of; what `XceptionTowers` puts in its place has the same shapes."""
+        return SeparableConv(
+            features,
+            dilation=(dilation, dilation),
+            mid_activation=self.mid_activation,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Returns the logits."""
+        return self.endpoints(images, train=train)["logits"]
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        _check_images(images)
+    def endpoints(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """Returns what a detector, a segmentation or a probe takes from the network, by name.
+
+        `model.apply(variables, images, train=False, method="endpoints")`. 'stage1' to 'stage5': the
+        last features at strides 2, 4, 8, 16 and 32 (see `strides`), all after a ReLU, as timm's
+        `features_only` has them; at 299 px `[N, 147, 147, 64]`, `[N, 74, 74, 128]`, `[N, 37, 37, 256]`,
+        `[N, 19, 19, 728]` and `[N, 10, 10, 2048]`. 'pooled': `[N, 2048]`. 'logits'.
+        """
+        check_images(images, MIN_IMAGE_SIZE, "Xception")
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
         def channels(features: int) -> int:
-            return max(8, 8 * round(features * self.width / 8))
+            return scaled(features, self.width, self.width_multiple)
 
         def norm(x: jax.Array, name: str) -> jax.Array:
             bn = nn.BatchNorm(not train, momentum=self.bn_decay, epsilon=self.bn_epsilon, **dtypes, name=f"{name}_bn")
@@ -95,62 +120,68 @@ class Xception(nn.Module):
             conv = Conv(channels(features), strides=(strides, strides), padding="VALID", **dtypes, name=name)
             return norm(conv(x), name)
 
-        def sepconv(x: jax.Array, features: int, name: str) -> jax.Array:
-            conv = SeparableConv(channels(features), mid_activation=self.mid_activation, **dtypes, name=name)
+        def sepconv(x: jax.Array, features: int, name: str, *, dilation: int = 1) -> jax.Array:
+            return norm(self.spatial_conv(channels(features), dilation, name)(x), name)
+
+        def residual(x: jax.Array, features: int, name: str, *, strides: int) -> jax.Array:
+            conv = PointwiseConv(channels(features), strides=(strides, strides), **dtypes, name=name)
             return norm(conv(x), name)
 
-        def residual(x: jax.Array, features: int, name: str) -> jax.Array:
-            conv = PointwiseConv(channels(features), strides=(2, 2), **dtypes, name=name)
-            return norm(conv(x), name)
+        # A block is a function of the module so that it can be rematerialised; `stride` is that of its input.
+        def downsampling_block(
+            _: nn.Module, x: jax.Array, block: int, features: Sequence[int], stride: int
+        ) -> jax.Array:
+            y, rate = x, rate_at(stride, self.output_stride)
+            for i, f in enumerate(features, start=1):
+                # The stem has just applied its ReLU: only block 2 has none in front.
+                y = nn.relu(y) if block > 2 or i > 1 else y
+                y = sepconv(y, f, f"block{block}_sepconv{i}", dilation=rate)
+            strides = 2 if stride < self.output_stride else 1
+            if strides == 2:
+                y = ops.max_pool(y, padding=self.padding)
+            else:
+                y = ops.atrous_max_pool(y, rate=rate, padding=self.padding)
+            return y + residual(x, features[-1], f"block{block}_residual", strides=strides) if self.residual else y
 
-        def downsampling_block(x: jax.Array, features: Sequence[int], name: str, *, leading_relu: bool) -> jax.Array:
+        def middle_block(_: nn.Module, x: jax.Array, block: int, features: Sequence[int], stride: int) -> jax.Array:
             y = x
             for i, f in enumerate(features, start=1):
-                y = nn.relu(y) if leading_relu or i > 1 else y
-                y = sepconv(y, f, f"{name}_sepconv{i}")
-            y = ops.max_pool(y)
-            return y + residual(x, features[-1], f"{name}_residual") if self.residual else y
-
-        def middle_block(x: jax.Array, name: str) -> jax.Array:
-            y = x
-            for i, f in enumerate(MIDDLE_FLOW, start=1):
-                y = sepconv(nn.relu(y), f, f"{name}_sepconv{i}")
+                y = sepconv(nn.relu(y), f, f"block{block}_sepconv{i}", dilation=rate_at(stride, self.output_stride))
             return y + x if self.residual else y
 
+        if self.remat:
+            downsampling_block, middle_block = (
+                nn.remat(block, static_argnums=(2, 3, 4)) for block in (downsampling_block, middle_block)
+            )
+
         # Entry flow. Shapes at the paper's 299 px and width 1.
-        x = images.astype(self.dtype)  #                                                     [N, 299, 299, 3]
-        x = nn.relu(conv(x, STEM[0], "block1_conv1", strides=2))  #                          [N, 149, 149, 32]
-        x = nn.relu(conv(x, STEM[1], "block1_conv2"))  #                                     [N, 147, 147, 64]
-        # The stem has just applied its ReLU: only block 2 has none in front.
-        x = downsampling_block(x, ENTRY_FLOW[0], "block2", leading_relu=False)  #            [N, 74, 74, 128]
-        x = downsampling_block(x, ENTRY_FLOW[1], "block3", leading_relu=True)  #             [N, 37, 37, 256]
-        x = downsampling_block(x, ENTRY_FLOW[2], "block4", leading_relu=True)  #             [N, 19, 19, 728]
+        x = images.astype(self.dtype)  #                                          [N, 299, 299, 3]
+        x = nn.relu(conv(x, STEM[0], "block1_conv1", strides=2))  #               [N, 149, 149, 32]
+        x = nn.relu(conv(x, STEM[1], "block1_conv2"))  #                          [N, 147, 147, 64]
+        stages = [x]
+        for block, features in enumerate(ENTRY_FLOW, start=2):
+            x = downsampling_block(self, x, block, features, 2 ** (block - 1))  # [N, 74, 74, 128], [N, 37, 37, 256],
+            stages.append(nn.relu(x))  #                                          [N, 19, 19, 728]
 
         for block in range(5, 5 + self.middle_repeats):  # blocks 5 to 12 in the paper
-            x = middle_block(x, f"block{block}")  #                                          [N, 19, 19, 728]
+            x = middle_block(self, x, block, MIDDLE_FLOW, 16)  #                  [N, 19, 19, 728]
+        stages[-1] = nn.relu(x)
 
         # Exit flow: blocks 13 and 14 in the paper.
         block = 5 + self.middle_repeats
-        x = downsampling_block(x, EXIT_FLOW[0], f"block{block}", leading_relu=True)  #       [N, 10, 10, 1024]
-        for i, f in enumerate(EXIT_FLOW[1], start=1):
-            x = nn.relu(sepconv(x, f, f"block{block + 1}_sepconv{i}"))  #                    [N, 10, 10, 2048]
+        x = downsampling_block(self, x, block, EXIT_FLOW[0], 16)  #               [N, 10, 10, 1024]
+        for i, f in enumerate(EXIT_FLOW[1], start=1):  #                          [N, 10, 10, 1536], [N, 10, 10, 2048]
+            name = f"block{block + 1}_sepconv{i}"
+            x = nn.relu(sepconv(x, f, name, dilation=rate_at(32, self.output_stride)))
+        stages.append(x)
 
-        return classifier_head(  #                                                           [N, num_classes]
-            x,
+        pooled = ops.global_average_pool(x)  #                                    [N, 2048]
+        logits = classifier_head(  #                                              [N, num_classes]
+            pooled,
             self.num_classes,
             train=train,
             fc_layers=self.fc_layers,
             dropout_rate=self.dropout_rate,
             **dtypes,
         )
-
-
-def _check_images(images: jax.Array) -> None:
-    if images.ndim != 4:
-        raise ValueError(f"images must be [N, H, W, C], got shape {images.shape}.")
-    if min(images.shape[1:3]) < MIN_IMAGE_SIZE:
-        height, width = images.shape[1:3]
-        raise ValueError(
-            f"Xception needs images of at least {MIN_IMAGE_SIZE} x {MIN_IMAGE_SIZE} pixels, "
-            f"got {height} x {width}; raise the recipe's data.image_size."
-        )
+        return {f"stage{i}": stage for i, stage in enumerate(stages, start=1)} | {"pooled": pooled, "logits": logits}

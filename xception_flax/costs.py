@@ -1,0 +1,73 @@
+"""What a network costs, layer by layer, from shapes alone: parameters, multiply-adds, memory of activations."""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Layer(NamedTuple):
+    """A module with parameters of its own.
+
+    Attributes:
+      path: its name in the variables, such as `('block2_sepconv1', 'depthwise')`.
+      shape: of its output, without the batch.
+      parameters: trainable.
+      statistics: moving means and variances.
+      macs: multiply-adds an image, of convolutions and dense layers.
+      activation_bytes: of its output, an image. The backward pass keeps about these; ReLU, pooling
+        and sums are fused or computed again.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    parameters: int
+    statistics: int
+    macs: int
+    activation_bytes: int
+
+
+def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
+    """Returns the layers of `model` in the order of their computation, for one image `(H, W, C)`.
+
+    Nothing is computed and no array is made.
+
+    Raises:
+      ValueError: the model does not take images of this shape.
+    """
+    layers: list[Layer] = []
+
+    def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        result = next_call(*args, **kwargs)
+        module = context.module
+        own = {
+            collection: {k: v for k, v in variables.items() if hasattr(v, "shape")}
+            for collection, variables in module.variables.items()
+        }
+        if context.method_name == "__call__" and any(own.values()):
+            parameters = own.get("params", {})
+            layers.append(
+                Layer(
+                    path=module.path,
+                    shape=result.shape[1:],
+                    parameters=_size(parameters),
+                    statistics=_size(own.get("batch_stats", {})),
+                    # Each weight of a kernel is used once for each pixel of the output.
+                    macs=_size(parameters.get("kernel")) * math.prod(result.shape[1:-1]),
+                    activation_bytes=math.prod(result.shape[1:]) * result.dtype.itemsize,
+                )
+            )
+        return result
+
+    def init(key: jax.Array, images: jax.Array) -> Any:
+        return model.init(key, images, train=False)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return layers
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

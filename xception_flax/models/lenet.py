@@ -1,0 +1,82 @@
+"""A LeNet-style network (LeCun et al. 1998): the convolutions and max-pooling that the paper's story starts from."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from xception_flax import ops
+from xception_flax.layers import Conv, classifier_head
+from xception_flax.models.contract import check_fields, check_images, scaled
+
+
+class LeNet(nn.Module):
+    """Convolutions 5x5 with a ReLU, each followed by max-pooling 2x2, then fully connected layers.
+
+    LeNet-5's plan with today's parts: ReLU, max-pooling and, so that any image size will do, global
+    average pooling where LeNet-5 flattens. No batch normalization: the only collection is `params`.
+    The baseline of the small recipes. Images and `train` as for `Xception`.
+
+    Attributes:
+      num_classes: width of the logits; 0 for no classifier: the pooled features instead.
+      features: output channels of the convolutions, before `width`.
+      fc_layers: widths of hidden layers before the classifier.
+      dropout_rate: share of the last hidden features that is dropped in training.
+      width: multiplies the channels of the convolutions (then rounded to a multiple of 8).
+      dtype: of the computation; logits are float32 in any case.
+      param_dtype: of the parameters.
+
+    Raises:
+      ValueError: a field out of its range, images that are not `[N, H, W, C]` or too small, weights
+        for another number of channels.
+    """
+
+    num_classes: int = 1000
+    features: Sequence[int] = (32, 64, 128)
+    fc_layers: Sequence[int] = (128,)
+    dropout_rate: float = 0.0
+    width: float = 1.0
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self)
+        if not self.features or any(not isinstance(f, int) or f < 1 for f in self.features):
+            raise ValueError(f"features must be positive integers, at least one, got {tuple(self.features)}.")
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Pixels of the image to a pixel of each stage."""
+        return {f"stage{i}": 2**i for i in range(1, len(self.features) + 1)}
+
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Returns the logits."""
+        return self.endpoints(images, train=train)["logits"]
+
+    @nn.compact
+    def endpoints(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """Returns 'stage1', ... (after each pooling, at strides 2, 4, ...), 'pooled' and 'logits' by name.
+
+        `model.apply(variables, images, train=False, method="endpoints")`; at 32 px `[N, 16, 16, 32]`,
+        `[N, 8, 8, 64]`, `[N, 4, 4, 128]`; `[N, 128]`.
+        """
+        check_images(images, 2 ** len(self.features), "LeNet")
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        x, stages = images.astype(self.dtype), {}
+        for i, features in enumerate(self.features, start=1):
+            x = nn.relu(Conv(scaled(features, self.width), kernel_size=(5, 5), **dtypes, name=f"conv{i}")(x))
+            x = ops.max_pool(x, window=(2, 2))
+            stages[f"stage{i}"] = x
+        pooled = ops.global_average_pool(x)
+        logits = classifier_head(
+            pooled,
+            self.num_classes,
+            train=train,
+            fc_layers=self.fc_layers,
+            dropout_rate=self.dropout_rate,
+            **dtypes,
+        )
+        return stages | {"pooled": pooled, "logits": logits}

@@ -1,0 +1,172 @@
+"""The Inception hypothesis as code: the modules of the paper's figures 1 to 4, and Xception at any point between.
+
+The hypothesis (section 1.1): correlations across channels and across space are decoupled enough that
+it is better not to map them jointly. Its strength is an axis, the number of segments of the channels
+that are mapped in space by themselves (sections 1.2, 2, 5: 'appears not to have been explored').
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from xception_flax import ops
+from xception_flax.costs import measure
+from xception_flax.layers import ACTIVATIONS, Conv, PointwiseConv, TowerConv, segments
+from xception_flax.lookup import lookup
+from xception_flax.models.xception import Xception
+
+# The figures leave out normalization and say 'convolution' for what has a ReLU behind it; so do these.
+
+
+class InceptionModule(nn.Module):
+    """Figure 1: a canonical module of Inception V3. `[N, H, W, C]` -> `[N, H, W, 4 * features]`.
+
+    Attributes:
+      features: output channels of each of the four towers.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def conv(x: jax.Array, size: int, name: str) -> jax.Array:
+            return nn.relu(Conv(self.features, (size, size), name=name)(x))
+
+        towers = [
+            conv(x, 1, "tower1_1x1"),
+            conv(conv(x, 1, "tower2_1x1"), 3, "tower2_3x3"),
+            conv(conv(conv(x, 1, "tower3_1x1"), 3, "tower3_3x3_1"), 3, "tower3_3x3_2"),
+            conv(ops.average_pool(x), 1, "tower4_1x1"),
+        ]  #                                                    4 times [N, H, W, features]
+        return jnp.concatenate(towers, axis=-1)  #              [N, H, W, 4 * features]
+
+
+class SimplifiedInceptionModule(nn.Module):
+    """Figure 2: one size of convolution, no pooling. `[N, H, W, C]` -> `[N, H, W, features]`.
+
+    Attributes:
+      features: channels of the result, divided among the towers as `layers.segments` does.
+      towers: from 1 to `features`; 3 in the figure.
+      mid_activation: between the 1x1 and the 3x3 convolutions: None, 'relu' or 'elu'.
+
+    Raises:
+      ValueError: `towers` out of its range.
+    """
+
+    features: int
+    towers: int | None = 3
+    mid_activation: str | None = "relu"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        towers = []
+        for i, size in enumerate(segments(self.features, self.towers), start=1):
+            y = PointwiseConv(size, name=f"tower{i}_1x1")(x)  #   [N, H, W, size]
+            if self.mid_activation is not None:
+                y = lookup(ACTIVATIONS, self.mid_activation, "mid_activation")(y)
+            towers.append(Conv(size, name=f"tower{i}_3x3")(y))  # [N, H, W, size]
+        return jnp.concatenate(towers, axis=-1)  #                [N, H, W, features]
+
+
+class SegmentedInceptionModule(TowerConv):
+    """Figure 3, strictly equivalent to figure 2: one large 1x1, then a 3x3 in each of its segments.
+
+    `[N, H, W, C]` -> 1x1 `[N, H, W, features]` -> 3x3 side by side `[N, H, W, features]`. Its weights
+    from those of figure 2: `merge_towers`.
+    """
+
+    towers: int | None = 3
+    order: str = "pointwise_first"
+    mid_activation: str | None = "relu"
+
+
+class ExtremeInceptionModule(SegmentedInceptionModule):
+    """Figure 4: one 3x3 for each output channel of the 1x1. `[N, H, W, C]` -> `[N, H, W, features]`.
+
+    Differs from the depthwise separable convolution in the order, and in the non-linearity (section 1.3).
+    """
+
+    towers: int | None = None
+
+
+def merge_towers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the weights of figure 2 rearranged for figure 3, which computes the same with them.
+
+    Args:
+      params: collection 'params' of a `SimplifiedInceptionModule`.
+
+    Returns:
+      The same of a `SegmentedInceptionModule` of as many towers.
+    """
+    count = len(params) // 2
+    pointwise = [params[f"tower{i}_1x1"]["kernel"] for i in range(1, count + 1)]
+    spatial = [params[f"tower{i}_3x3"]["kernel"] for i in range(1, count + 1)]
+    merged = {"pointwise": {"kernel": jnp.concatenate(pointwise, axis=-1)}}
+    larger = [kernel for kernel in spatial if kernel.shape == spatial[0].shape]
+    for name, kernels in (("spatial", larger), ("spatial_smaller", spatial[len(larger) :])):
+        if kernels:
+            merged[name] = {"kernel": jnp.concatenate(kernels, axis=-1)}
+    return merged
+
+
+class XceptionTowers(Xception):
+    """Xception with a `TowerConv` for every separable convolution: the axis of the hypothesis, whole networks long.
+
+    `towers=None`, one a channel, is Xception itself; `towers=1` the same network of regular
+    convolutions (each next to a 1x1); 3 or 4 are as many as an Inception module has. Other fields as
+    for `Xception`, but that channels need be no multiple of anything, so that `equal_width` is exact.
+
+    Attributes:
+      towers: from 1 to the fewest channels of a layer (64 at width 1), or None.
+      order: 'depthwise_first' (separable convolution) or 'pointwise_first' (Inception).
+    """
+
+    towers: int | None = None
+    order: str = "depthwise_first"
+    width_multiple: int = 1
+
+    def spatial_conv(self, features: int, dilation: int, name: str) -> nn.Module:
+        """The convolution that the network is made of."""
+        return TowerConv(
+            features,
+            towers=self.towers,
+            order=self.order,
+            dilation=(dilation, dilation),
+            mid_activation=self.mid_activation,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+
+def equal_width(towers: int | None, *, order: str = "depthwise_first", keep: str = "parameters") -> float:
+    """Returns the `width` at which `XceptionTowers` costs what Xception does, within 1 %.
+
+    Fewer towers are dearer: each spatial convolution has `9 * (sum of squares of its segments)`
+    weights. For a comparison along the axis at equal cost.
+
+    Args:
+      towers: as in `XceptionTowers`.
+      order: as in `XceptionTowers`.
+      keep: 'parameters' (trainable, at 1000 classes) or 'macs' (multiply-adds at 299 px).
+
+    Raises:
+      ValueError: a value out of its range.
+    """
+    quantity = lookup({"parameters": "parameters", "macs": "macs"}, keep, "keep")
+
+    def cost(model: nn.Module) -> int:
+        return sum(getattr(layer, quantity) for layer in measure(model, (299, 299, 3)))
+
+    target = cost(Xception())
+    low, high = 0.0, 1.5
+    while True:
+        width = round((low + high) / 2, 4)
+        actual = cost(XceptionTowers(towers=towers, order=order, width=width))
+        # Well within 1 %, so that a rounding of the width does not leave it.
+        if abs(actual / target - 1) < 0.005:
+            return width
+        low, high = (width, high) if actual < target else (low, width)
