@@ -1,10 +1,11 @@
-"""Parity with `keras.applications.Xception`, live, on Keras' JAX backend."""
+"""Parity with `keras.applications.Xception` and `InceptionV3`, live, on Keras' JAX backend."""
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
+from golden.seeded import structured_images
 
 from xception_flax import create_model, keras_weights
 
@@ -15,26 +16,10 @@ MAX_DIFFERENCE = 1e-4  # of that spread
 MAX_GRADIENT_DIFFERENCE = 1e-9  # of the largest gradient of the same array, in float64
 
 
-def structured_images(n: int, height: int, width: int) -> np.ndarray:
-    """`[n, height, width, 3]` in [-1, 1]: gratings, discs, gradients and noise, each its own."""
-    rng = np.random.default_rng(7)
-    y, x = np.mgrid[0:height, 0:width] / max(height, width)
-    images = []
-    for i in range(n):
-        angle, frequency, phase = rng.uniform(0, np.pi), rng.uniform(2, 25), rng.uniform(0, 2 * np.pi, 3)
-        t = (x * np.cos(angle) + y * np.sin(angle))[..., None]
-        grating = np.sin(2 * np.pi * frequency * t + phase)
-        disc = (np.hypot(x - rng.uniform(), y - rng.uniform()) < rng.uniform(0.1, 0.4))[..., None]
-        noise = rng.uniform(-1, 1, (height, width, 3))
-        gradient = 2 * t - 1 + rng.uniform(-1, 1, 3)
-        images.append([grating, disc * grating - 0.5, gradient, noise][i % 4] * 0.8 + 0.1 * noise)
-    return np.clip(images, -1, 1).astype(np.float32)
-
-
 def random_variables(model, images: np.ndarray) -> dict:
     """Random weights, and batch statistics of these very images, perturbed."""
     rng = np.random.default_rng(3)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 71, 71, 3)), train=False))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 75, 75, 3)), train=False))
 
     def draw(path, leaf):
         kind = path[-1].key
@@ -66,8 +51,11 @@ def copy_to_keras(variables: dict, keras_model: keras.Model) -> None:
         layer.set_weights(values)
 
 
-def keras_xception(height: int, width: int) -> keras.Model:
-    return keras.applications.Xception(weights=None, classifier_activation=None, input_shape=(height, width, 3))
+APPLICATIONS = {"xception": keras.applications.Xception, "inception_v3": keras.applications.InceptionV3}
+
+
+def keras_model_of(name: str, height: int, width: int) -> keras.Model:
+    return APPLICATIONS[name](weights=None, classifier_activation=None, input_shape=(height, width, 3))
 
 
 def keras_apply(model: keras.Model, trainable: list, images: np.ndarray, training: bool) -> tuple:
@@ -75,12 +63,19 @@ def keras_apply(model: keras.Model, trainable: list, images: np.ndarray, trainin
     return model.stateless_call(trainable, state, images, training=training)
 
 
-@pytest.mark.parametrize("size", [(299, 299), (224, 224), (150, 213), (71, 71)], ids=lambda s: f"{s[0]}x{s[1]}")
-def test_logits_equal_keras(size):
-    model = create_model("xception", num_classes=1000)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("xception", size) for size in ((299, 299), (224, 224), (150, 213), (71, 71))),
+        *(("inception_v3", size) for size in ((299, 299), (150, 213))),
+    ],
+    ids=str,
+)
+def test_logits_equal_keras(name, size):
+    model = create_model(name, num_classes=1000)
     images = structured_images(4, *size)
     variables = random_variables(model, images)
-    keras_model = keras_xception(*size)
+    keras_model = keras_model_of(name, *size)
     copy_to_keras(variables, keras_model)
 
     ours = np.asarray(jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images))
@@ -89,12 +84,13 @@ def test_logits_equal_keras(size):
 
     spread = np.ptp(theirs, axis=0).max()
     assert spread >= MIN_SPREAD * np.abs(theirs).max()
+    print(f"{name} {size}: {np.abs(ours - theirs).max() / spread:.1e} of the spread")
     assert np.abs(ours - theirs).max() <= MAX_DIFFERENCE * spread
 
 
-def narrow_keras_xception(model, height: int, width: int) -> keras.Model:
+def narrow_keras_model(name: str, model, height: int, width: int) -> keras.Model:
     """Keras' own graph with the widths of a narrow model of ours."""
-    config = keras_xception(height, width).get_config()
+    config = keras_model_of(name, height, width).get_config()
     for layer in config["layers"]:
         if "filters" in layer["config"]:
             layer["config"]["filters"] = max(8, 8 * round(layer["config"]["filters"] * model.width / 8))
@@ -117,15 +113,14 @@ def keras_in_float64(monkeypatch):
 
 
 @pytest.mark.usefixtures("keras_in_float64")
-def test_gradients_and_statistics_equal_keras_in_training():
+@pytest.mark.parametrize(("name", "width"), [("xception", 0.125), ("inception_v3", 0.05)])
+def test_gradients_and_statistics_equal_keras_in_training(name, width):
     """In float64: in float32 one ReLU whose input is within rounding of 0 changes all gradients before it."""
-    model = create_model(
-        "xception", num_classes=10, width=0.125, dropout_rate=0.0, dtype="float64", param_dtype="float64"
-    )
-    images = structured_images(4, 71, 75).astype(np.float64)
+    model = create_model(name, num_classes=10, width=width, dropout_rate=0.0, dtype="float64", param_dtype="float64")
+    images = structured_images(4, 75, 79).astype(np.float64)
     labels = np.arange(4)
     variables = random_variables(model, images)
-    keras_model = narrow_keras_xception(model, *images.shape[1:3])
+    keras_model = narrow_keras_model(name, model, *images.shape[1:3])
     copy_to_keras(variables, keras_model)
 
     def loss_of(logits):

@@ -1,8 +1,9 @@
-"""The weights of `keras.applications.Xception` as variables of ours, and back: one table, both ways.
+"""The weights of `keras.applications.Xception` and `InceptionV3` as variables of ours, and back: one table, both ways.
 
-Layers have the same names on both sides, but for the four residual convolutions: Keras numbers
-them by itself (`conv2d`, `conv2d_1`, ..., in older files `convolution2d_1`, ...), here they are
-`block2_residual` and so on.
+Xception's layers have the same names on both sides, but for the four residual convolutions: Keras
+numbers them by itself (`conv2d`, `conv2d_1`, ..., in older files `convolution2d_1`, ...), here they
+are `block2_residual` and so on. Inception V3's convolutions are all numbered in Keras, in the order
+in which they are made; here they have names.
 """
 
 import re
@@ -10,13 +11,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 PyTree = Any
 
-RESIDUAL_BLOCKS = ("block2_residual", "block3_residual", "block4_residual", "block13_residual")
+# What Keras numbers, in its order.
+XCEPTION_NUMBERED = ("block2_residual", "block3_residual", "block4_residual", "block13_residual")
+_MIXED_35 = ("1x1", "5x5_1", "5x5_2", "3x3dbl_1", "3x3dbl_2", "3x3dbl_3", "pool")
+_REDUCE_35 = ("3x3", "3x3dbl_1", "3x3dbl_2", "3x3dbl_3")
+_MIXED_17 = ("1x1", *(f"7x7_{i}" for i in (1, 2, 3)), *(f"7x7dbl_{i}" for i in (1, 2, 3, 4, 5)), "pool")
+_REDUCE_17 = ("3x3_1", "3x3_2", "7x7x3_1", "7x7x3_2", "7x7x3_3", "7x7x3_4")
+_MIXED_8 = ("1x1", "3x3_1", "3x3_2a", "3x3_2b", "3x3dbl_1", "3x3dbl_2", "3x3dbl_3a", "3x3dbl_3b", "pool")
+INCEPTION_V3_NUMBERED = (
+    *(f"stem_conv{i}" for i in (1, 2, 3, 4, 5)),
+    *(f"mixed{i}_{conv}" for i in (0, 1, 2) for conv in _MIXED_35),
+    *(f"mixed3_{conv}" for conv in _REDUCE_35),
+    *(f"mixed{i}_{conv}" for i in (4, 5, 6, 7) for conv in _MIXED_17),
+    *(f"mixed8_{conv}" for conv in _REDUCE_17),
+    *(f"mixed{i}_{conv}" for i in (9, 10) for conv in _MIXED_8),
+)
 
-_RESIDUAL_CONV = re.compile(r"conv(olution)?2d(_\d+)?$")
-_RESIDUAL_NORM = re.compile(r"batch_?normalization(_\d+)?$")
+_NUMBERED_CONV = re.compile(r"conv(?:olution)?2d(?:_(\d+))?$")
+_NUMBERED_NORM = re.compile(r"batch_?normalization(?:_(\d+))?$")
 
 
 class Weight(NamedTuple):
@@ -35,16 +51,13 @@ _DEPTHWISE = Weight(
     to_flax=lambda w: w.reshape(*w.shape[:2], 1, -1),
     to_keras=lambda w: w.reshape(*w.shape[:2], w.shape[-1], 1),
 )
+_STATISTICS = (Weight("batch_stats", ("mean",)), Weight("batch_stats", ("var",)))
 
-# Kinds of layers by the number of their arrays, which is unambiguous in this network.
+# Kinds of layers by the number of their arrays, which is unambiguous in these networks but for two.
 _KINDS: dict[int, tuple[Weight, ...]] = {
     1: (Weight("params", ("kernel",)),),
-    4: (
-        Weight("params", ("scale",)),
-        Weight("params", ("bias",)),
-        Weight("batch_stats", ("mean",)),
-        Weight("batch_stats", ("var",)),
-    ),
+    3: (Weight("params", ("bias",)), *_STATISTICS),  # normalization without scale: Inception V3
+    4: (Weight("params", ("scale",)), Weight("params", ("bias",)), *_STATISTICS),
 }
 _SEPARABLE = (_DEPTHWISE, Weight("params", ("pointwise", "kernel")))
 _DENSE = (Weight("params", ("kernel",)), Weight("params", ("bias",)))
@@ -53,22 +66,19 @@ _DENSE = (Weight("params", ("kernel",)), Weight("params", ("bias",)))
 def _weights_of(layer: str, count: int) -> tuple[Weight, ...]:
     weights = (_SEPARABLE if "sepconv" in layer else _DENSE) if count == 2 else _KINDS.get(count)
     if weights is None:
-        raise ValueError(f"Keras layer {layer!r} has {count} arrays; no layer of Xception has so many.")
+        raise ValueError(f"Keras layer {layer!r} has {count} arrays; no layer of Xception or Inception V3 has so many.")
     return weights
 
 
-def _our_names(keras_names: Sequence[str]) -> list[str]:
-    convolutions, norms = iter(RESIDUAL_BLOCKS), iter(RESIDUAL_BLOCKS)
-    names = []
-    for name in keras_names:
-        try:
-            if _RESIDUAL_CONV.match(name):
-                name = next(convolutions)
-            elif _RESIDUAL_NORM.match(name):
-                name = next(norms) + "_bn"
-        except StopIteration:
-            raise ValueError(f"Keras layer {name!r}: more than {len(RESIDUAL_BLOCKS)} residual layers.") from None
-        names.append(name)
+def _our_names(keras_names: Sequence[str], variables: Mapping[str, PyTree]) -> dict[str, str]:
+    """Our name of each Keras layer: numbered ones by their rank, which is the order in which they were made."""
+    numbered = INCEPTION_V3_NUMBERED if "stem_conv1" in variables["params"] else XCEPTION_NUMBERED
+    names = {name: name for name in keras_names}
+    for pattern, suffix in ((_NUMBERED_CONV, ""), (_NUMBERED_NORM, "_bn")):
+        found = sorted((int(match[1] or 0), name) for name in keras_names if (match := pattern.match(name)))
+        if len(found) > len(numbered):
+            raise ValueError(f"{len(found)} Keras layers such as {found[-1][1]!r}, expected {len(numbered)}.")
+        names |= {name: ours + suffix for (_, name), ours in zip(found, numbered, strict=False)}
     return names
 
 
@@ -76,7 +86,7 @@ def from_keras(layers: Iterable[tuple[str, Sequence[np.ndarray]]], template: Map
     """Returns our variables with the weights of a Keras model.
 
     Args:
-      layers: (name, arrays) of each layer in the model's order:
+      layers: (name, arrays) of each layer of the model, in any order:
         `[(layer.name, layer.get_weights()) for layer in model.layers]`.
       template: variables of our model, or their shapes: what must be filled, each exactly once.
 
@@ -84,23 +94,25 @@ def from_keras(layers: Iterable[tuple[str, Sequence[np.ndarray]]], template: Map
       ValueError: a layer, array or shape that does not match, or one of ours that stays without.
     """
     layers = [(name, arrays) for name, arrays in layers if len(arrays)]
-    variables: dict[str, PyTree] = {}
-    for ours, (theirs, arrays) in zip(_our_names([name for name, _ in layers]), layers, strict=True):
+    names = _our_names([name for name, _ in layers], template)
+    expected, variables = flatten_dict(template), {}
+    for theirs, arrays in layers:
         for weight, array in zip(_weights_of(theirs, len(arrays)), arrays, strict=True):
-            place = (weight.collection, ours, *weight.path)
-            expected = _get(template, place)
-            if expected is None:
+            place = (weight.collection, names[theirs], *weight.path)
+            if place not in expected:
                 raise ValueError(f"Keras layer {theirs!r}: our network has no {'/'.join(place)}.")
+            if place in variables:
+                raise ValueError(f"Keras layer {theirs!r}: {'/'.join(place)} is filled twice.")
             value = weight.to_flax(np.asarray(array))
-            if value.shape != expected.shape:
+            if value.shape != expected[place].shape:
                 raise ValueError(
-                    f"Keras layer {theirs!r}: {'/'.join(place)} must have shape {tuple(expected.shape)}, "
+                    f"Keras layer {theirs!r}: {'/'.join(place)} must have shape {tuple(expected[place].shape)}, "
                     f"got {value.shape}."
                 )
-            _set(variables, place, value)
-    if missing := set(_paths(template)) - set(_paths(variables)):
+            variables[place] = value
+    if missing := expected.keys() - variables.keys():
         raise ValueError(f"no Keras layer for {', '.join(sorted('/'.join(p) for p in missing)[:5])}.")
-    return variables
+    return unflatten_dict(variables)
 
 
 def to_keras(variables: Mapping[str, PyTree], layers: Iterable[tuple[str, int]]) -> list[list[np.ndarray]]:
@@ -108,41 +120,20 @@ def to_keras(variables: Mapping[str, PyTree], layers: Iterable[tuple[str, int]])
 
     Args:
       variables: of our model.
-      layers: (name, number of arrays) of each layer that has arrays, in the model's order.
+      layers: (name, number of arrays) of each layer that has arrays.
 
     Raises:
       ValueError: a layer that our network does not have.
     """
-    layers = list(layers)
+    layers, ours = list(layers), flatten_dict(variables)
+    names = _our_names([name for name, _ in layers], variables)
     result = []
-    for ours, (theirs, count) in zip(_our_names([name for name, _ in layers]), layers, strict=True):
+    for theirs, count in layers:
         arrays = []
         for weight in _weights_of(theirs, count):
-            value = _get(variables, (weight.collection, ours, *weight.path))
-            if value is None:
-                raise ValueError(f"Keras layer {theirs!r}: our network has no {ours!r}.")
-            arrays.append(weight.to_keras(np.asarray(value)))
+            place = (weight.collection, names[theirs], *weight.path)
+            if place not in ours:
+                raise ValueError(f"Keras layer {theirs!r}: our network has no {names[theirs]!r}.")
+            arrays.append(weight.to_keras(np.asarray(ours[place])))
         result.append(arrays)
     return result
-
-
-def _get(tree: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        if not isinstance(tree, Mapping) or key not in tree:
-            return None
-        tree = tree[key]
-    return tree
-
-
-def _set(tree: dict[str, Any], path: tuple[str, ...], value: np.ndarray) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    if path[-1] in tree:
-        raise ValueError(f"{'/'.join(path)} is filled twice.")
-    tree[path[-1]] = value
-
-
-def _paths(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    if not isinstance(tree, Mapping):
-        return [path]
-    return [p for key, value in tree.items() for p in _paths(value, (*path, key))]

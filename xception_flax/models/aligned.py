@@ -132,12 +132,14 @@ class AlignedXception(nn.Module):
             """Returns the block's result and what enters its third convolution; `stride` is that of its input."""
             rate = rate_at(stride, self.output_stride)
             strides = 2 if strided and stride < self.output_stride else 1
+            if self.preactivation:  # once, for the convolutions and for the shortcut
+                x = nn.relu(norm(x, f"block{number}_sepconv1"))
             y = tapped = x
             for i, f in enumerate(features, start=1):
                 name = f"block{number}_sepconv{i}"
                 if self.preactivation:
                     tapped = y
-                    y = nn.relu(norm(y, name))
+                    y = nn.relu(norm(y, name)) if i > 1 else y
                     y = depthwise(y, name, strides=strides if i == 3 else 1, rate=rate)
                     y = pointwise(y, f, f"{name}_pointwise")
                 else:

@@ -202,7 +202,8 @@ class InceptionV3(nn.Module):
             if min(stage4.shape[1:3]) < MIN_AUXILIARY_MAP:
                 raise ValueError(
                     f"the auxiliary tower needs 'stage4' features of {MIN_AUXILIARY_MAP} x {MIN_AUXILIARY_MAP}, "
-                    f"which 299 pixels give, got {stage4.shape[1]} x {stage4.shape[2]}; take larger images or auxiliary=False."
+                    f"which 299 pixels give, got {stage4.shape[1]} x {stage4.shape[2]}; "
+                    "take larger images or auxiliary=False."
                 )
             x = ops.average_pool(stage4, window=(5, 5), strides=(3, 3), padding="VALID")  # [N, 5, 5, 768]
             x = conv(x, 128, (1, 1), "auxiliary_conv1")  #                           [N, 5, 5, 128]
