@@ -23,6 +23,15 @@ def test_separable_convolution_is_depthwise_then_pointwise(rng):
     )
 
 
+def test_dilated_separable_convolution(rng):
+    """Its taps two pixels apart: on every second pixel it is the plain one."""
+    x = rng.normal(size=(2, 9, 8, 4)).astype(np.float32)
+    module = layers.SeparableConv(6, dilation=(2, 2))
+    variables = module.init(jax.random.key(0), x)
+    plain = module.clone(dilation=(1, 1)).apply(variables, x[:, ::2, ::2])
+    np.testing.assert_allclose(module.apply(variables, x)[:, ::2, ::2], plain, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("name", "function"), [("relu", nn.relu), ("elu", nn.elu)])
 def test_mid_activation_stands_between(rng, name, function):
     x = rng.normal(size=(2, 6, 5, 8)).astype(np.float32)
@@ -51,6 +60,14 @@ def test_depthwise_multiplier_and_bfloat16(rng):
     assert (y.shape, y.dtype) == ((2, 6, 5, 12), jnp.bfloat16)
 
 
+def test_weights_for_other_channels_are_refused():
+    module = layers.Conv(4)
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+    message = r"Conv: .* need a kernel of 3 x 3 x 1 x 4 \(.*\), the weights have 3 x 3 x 3 x 4; give images and fields"
+    with pytest.raises(ValueError, match=message):
+        module.apply(variables, jnp.zeros((1, 4, 4, 1)))
+
+
 def test_initial_kernels_keep_the_size_of_the_signal():
     """Variance 1 / fan_in: 1 / 9 for a depthwise kernel, 1 / C for a pointwise one."""
     x = jnp.zeros((1, 4, 4, 1024))
@@ -66,7 +83,12 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         return layers.classifier_head(
-            x, 3, train=train, fc_layers=self.fc_layers, dropout_rate=self.dropout_rate, dtype=jnp.bfloat16
+            ops.global_average_pool(x),
+            3,
+            train=train,
+            fc_layers=self.fc_layers,
+            dropout_rate=self.dropout_rate,
+            dtype=jnp.bfloat16,
         )
 
 

@@ -9,10 +9,24 @@ import numpy as np
 import pytest
 
 from xception_flax import MODELS, create_model
+from xception_flax.costs import measure
 
-# Trainable parameters and moving statistics at 1000 classes.
+# At 1000 classes and the default image size: trainable parameters, moving statistics, multiply-adds,
+# shapes of the stages. Parameters of the aligned networks are timm's (golden/timm.npz has them too).
+PYRAMID = [(150, 150, 128), (75, 75, 256), (38, 38, 728), (19, 19, 1024), (10, 10, 2048)]
+XCEPTION = [(147, 147, 64), (74, 74, 128), (37, 37, 256), (19, 19, 728), (10, 10, 2048)]
+INCEPTION = [(147, 147, 64), (71, 71, 192), (35, 35, 288), (17, 17, 768), (8, 8, 2048)]
 SIZES = {
-    "xception": (22_855_952, 54_528),  # paper, table 3
+    "xception": (299, 22_855_952, 54_528, 8_357_403_496, XCEPTION),  # paper, table 3
+    "xception_towers": (299, 22_855_952, 54_528, 8_357_403_496, XCEPTION),  # one tower a channel: the same
+    "inception_v3": (299, 23_817_352, 34_432, 5_713_216_096, INCEPTION),  # Keras Applications
+    "xception41": (299, 26_969_560, 115_312, 9_204_134_312, PYRAMID),
+    "xception65": (299, 39_916_312, 185_200, 13_852_682_216, PYRAMID),
+    "xception71": (299, 42_338_736, 198_976, 17_946_553_928, PYRAMID),
+    "xception41p": (299, 26_907_752, 53_504, 9_204_134_312, PYRAMID),
+    "xception65p": (299, 39_819_560, 88_448, 13_852_682_216, PYRAMID),
+    # 25 * (3 * 32 + 32 * 64 + 64 * 128) + 129 * 128 + 129 * 1000 weights
+    "lenet": (32, 403_912, 0, 28_816_384, [(16, 16, 32), (8, 8, 64), (4, 4, 128)]),
 }
 
 # Output of each stage of Xception at 299 px (paper, section 3 and figure 5).
@@ -31,22 +45,41 @@ XCEPTION_SHAPES = {
     "predictions": (1000,),
 }
 
+# The narrowest of each, for what holds at any width.
+NARROW = {
+    "xception": dict(width=0.05, middle_repeats=1),
+    "xception_towers": dict(width=0.05, middle_repeats=1, width_multiple=8, towers=3),
+    "inception_v3": dict(width=0.05),
+    **{
+        name: dict(width=0.05, middle_repeats=1)
+        for name in ("xception41", "xception65", "xception71", "xception41p", "xception65p")
+    },
+    "lenet": dict(width=0.25),
+}
+
 
 def abstract_variables(model, channels: int = 3):
-    images = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, 75, 75, channels), jnp.float32)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
 
-def outputs(model, size: int) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Shape of the output of every module by its path, without the batch."""
-    variables = abstract_variables(model)
+def random_variables(model, images):
+    """Random weights without compiling an initialisation: kernels of variance 1 / fan_in, other arrays disturbed."""
+    rng = np.random.default_rng(1)
 
-    def call(variables, images):
-        return model.apply(variables, images, train=False, capture_intermediates=True, mutable=["intermediates"])
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape).astype(leaf.dtype)
+        if path[-1].key == "kernel":
+            return noise * (2 / math.prod(leaf.shape[:-1])) ** 0.5
+        return 0.1 * noise + (1 if path[-1].key in ("scale", "var") else 0)
 
-    _, state = jax.eval_shape(call, variables, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
-    leaves = jax.tree_util.tree_leaves_with_path(state["intermediates"])
-    return {tuple(key.key for key in path[:-2]): leaf.shape[1:] for path, leaf in leaves}
+    variables = dict(abstract_variables(model, images.shape[-1]))
+    return jax.tree_util.tree_map_with_path(draw, variables)
+
+
+def apply(model, variables, images, **options):
+    options = dict(train=False) | options
+    return jax.jit(lambda v, x: model.apply(v, x, **options))(variables, images)
 
 
 def count(tree) -> int:
@@ -54,13 +87,130 @@ def count(tree) -> int:
 
 
 def test_the_size_table_is_complete():
-    assert set(SIZES) == set(MODELS)
+    assert set(SIZES) == set(MODELS) == set(NARROW)
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(name):
-    variables = abstract_variables(create_model(name))
-    assert (count(variables["params"]), count(variables["batch_stats"])) == SIZES[name]
+    size, parameters, statistics, macs, stages = SIZES[name]
+    model = create_model(name)
+    variables = abstract_variables(model)
+    assert count(variables["params"]) == parameters
+    assert count(variables.get("batch_stats", {})) == statistics
+    layers = measure(model, (size, size, 3))
+    assert sum(layer.parameters for layer in layers) == parameters
+    assert sum(layer.statistics for layer in layers) == statistics
+    assert sum(layer.macs for layer in layers) == macs
+
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    endpoints = jax.eval_shape(lambda v, x: model.apply(v, x, train=False, method="endpoints"), variables, images)
+    shapes = {name: value.shape for name, value in endpoints.items()}
+    assert shapes == {
+        **{f"stage{i}": (2, *stage) for i, stage in enumerate(stages, start=1)},
+        "pooled": (2, stages[-1][-1]),
+        "logits": (2, 1000),
+    }
+    assert list(model.strides) == [name for name in shapes if name.startswith("stage")]
+    for i, (height, _, _) in enumerate(stages, start=1):
+        assert model.strides[f"stage{i}"] == 2**i
+        assert height == pytest.approx(size / 2**i, abs=4)  # a stem without padding loses some
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_backbone_has_no_classifier(name):
+    """num_classes=0: the same network less `predictions`, and the pooled features for logits."""
+    model = create_model(name, num_classes=5, **NARROW[name])
+    backbone = model.clone(num_classes=0)
+    images = jax.random.normal(jax.random.key(0), (2, 75, 80, 3))
+    variables = random_variables(model, images)
+    params = {key: value for key, value in variables["params"].items() if key not in ("predictions", "fc1")}
+    shapes = jax.tree.map(jnp.shape, abstract_variables(backbone)["params"])
+    assert shapes == jax.tree.map(jnp.shape, params)
+    endpoints = apply(model, variables, images, method="endpoints")
+    assert endpoints["logits"].shape == (2, 5)
+    embedding = apply(backbone, {**variables, "params": params}, images)
+    np.testing.assert_allclose(embedding, endpoints["pooled"], rtol=1e-5, atol=1e-6)
+    last = np.maximum(endpoints[list(model.strides)[-1]], 0)  # with pre-activation the last ReLU is still to come
+    np.testing.assert_allclose(embedding, last.mean((1, 2)), rtol=1e-4, atol=1e-5)
+    assert np.ptp(embedding, axis=0).max() > 0
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize("size", [(64, 64), (75, 70)], ids=str)
+@pytest.mark.parametrize("name", ["xception", "xception_towers", "xception41", "xception71", "xception41p"])
+def test_output_stride_is_the_same_network_on_a_finer_grid(name, size, output_stride):
+    """With the same weights and any size: the dilated features at every k-th pixel are the strided ones."""
+    model = create_model(name, num_classes=5, **NARROW[name])
+    images = jax.random.normal(jax.random.key(0), (2, *size, 3))
+    variables = random_variables(model, images)
+    plain = apply(model, variables, images, method="endpoints")
+    dilated = model.clone(output_stride=output_stride)
+    assert jax.tree.map(jnp.shape, abstract_variables(dilated)) == jax.tree.map(jnp.shape, abstract_variables(model))
+    fine = apply(dilated, variables, images, method="endpoints")
+    for stage, stride in model.strides.items():
+        step = stride // dilated.strides[stage]
+        assert step == max(1, stride // output_stride)
+        assert np.ptp(plain[stage]) > 0
+        tolerance = 1e-5 * np.abs(plain[stage]).max()
+        np.testing.assert_allclose(fine[stage][:, ::step, ::step], plain[stage], rtol=0, atol=tolerance)
+    assert fine["stage5"].shape[1] > 1.5 * plain["stage5"].shape[1]
+
+
+def test_output_stride_with_symmetric_pooling():
+    """timm's reading of Xception, at sizes whose halves are even and odd."""
+    model = create_model("xception", num_classes=0, padding="SYMMETRIC", **NARROW["xception"])
+    images = jax.random.normal(jax.random.key(0), (1, 97, 80, 3))
+    variables = random_variables(model, images)
+    plain = apply(model, variables, images, method="endpoints")["stage5"]
+    fine = apply(model.clone(output_stride=8), variables, images, method="endpoints")["stage5"]
+    np.testing.assert_allclose(fine[:, ::4, ::4], plain, rtol=0, atol=1e-5 * np.abs(plain).max())
+    same = apply(model.clone(padding="SAME"), variables, images, method="endpoints")["stage5"]
+    assert np.abs(same - plain).max() > 1e-2 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize("name", ["xception", "inception_v3", "xception41p"])
+def test_remat_changes_memory_only(name):
+    """Same names, logits, statistics and gradients; the blocks' insides are computed twice."""
+    model = create_model(name, num_classes=5, dropout_rate=0.0, **NARROW[name])
+    images = jax.random.normal(jax.random.key(0), (2, 75, 75, 3))
+    variables = random_variables(model, images)
+    results = {}
+    for remat in (False, True):
+        network = model.clone(remat=remat)
+
+        def loss(params, images, network=network):
+            logits, updates = network.apply(
+                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+            )
+            return jnp.sum(jnp.sin(logits)), updates
+
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(variables["params"], images)
+        assert ("optimization_barrier" in step.as_text()) == remat
+        results[remat] = step.compile(compiler_options={"xla_backend_optimization_level": 0})(
+            variables["params"], images
+        )
+    assert jax.tree.structure(results[True]) == jax.tree.structure(results[False])
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(results[False][1]))
+    for a, b in zip(jax.tree.leaves(results[True]), jax.tree.leaves(results[False]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_auxiliary_tower_of_inception_v3():
+    """TF-slim's: 128 of 1x1, 768 of 5x5, a classifier; off by default, and in no logits."""
+    model = create_model("inception_v3", auxiliary=True)
+    layers = {layer.path[0]: layer for layer in measure(model, (299, 299, 3))}
+    assert layers["auxiliary_conv1"].shape == (5, 5, 128)
+    assert layers["auxiliary_conv2"].shape == (1, 1, 768)
+    assert layers["auxiliary_predictions"].shape == (1000,)
+    extra = sum(layer.parameters for name, layer in layers.items() if name.startswith("auxiliary"))
+    assert extra == 768 * 128 + 128 + 25 * 128 * 768 + 768 + 769 * 1000
+    images = jax.ShapeDtypeStruct((2, 299, 299, 3), jnp.float32)
+    endpoints = jax.eval_shape(
+        lambda x: model.init_with_output(jax.random.key(0), x, train=False, method="endpoints")[0], images
+    )
+    assert endpoints["auxiliary_logits"].shape == (2, 1000)
+    with pytest.raises(ValueError, match="needs 'stage4' features of 17 x 17, which 299 pixels give, got 7 x 7"):
+        measure(model, (139, 139, 3))
 
 
 def test_xception_parameters_by_kind():
@@ -90,24 +240,20 @@ def test_xception_parameters_by_kind():
 
 
 def test_xception_shapes_at_299_pixels():
-    shapes = outputs(create_model("xception"), 299)
-    assert {name: shapes[(name,)] for name in XCEPTION_SHAPES} == XCEPTION_SHAPES
+    shapes = {
+        layer.path[0].removesuffix("_bn"): layer.shape for layer in measure(create_model("xception"), (299, 299, 3))
+    }
+    assert {name: shapes[name] for name in XCEPTION_SHAPES} == XCEPTION_SHAPES
 
 
 def test_xception_cost_at_299_pixels():
     """8.357 GMAC an image: 90.6 % pointwise, 7.8 % dense convolutions, 1.6 % depthwise."""
-    model = create_model("xception")
-    shapes, macs = outputs(model, 299), {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_variables(model)["params"]):
-        path = tuple(key.key for key in path)
-        if path[-1] == "kernel":
-            # Each weight of a kernel is used once for each pixel of the output.
-            macs[path[:-1]] = math.prod(leaf.shape) * math.prod(shapes[path[:-1]][:-1])
-    total = sum(macs.values())
+    layers = measure(create_model("xception"), (299, 299, 3))
+    total = sum(layer.macs for layer in layers)
     assert total / 1e9 == pytest.approx(8.357, abs=5e-4)
 
     def share(of):
-        return 100 * sum(n for path, n in macs.items() if of(path)) / total
+        return 100 * sum(layer.macs for layer in layers if of(layer.path)) / total
 
     assert share(lambda p: p[-1] == "pointwise") == pytest.approx(90.6, abs=0.05)
     assert share(lambda p: p[-1] == "depthwise") == pytest.approx(1.6, abs=0.05)
@@ -122,13 +268,24 @@ def test_xception_parameter_names_are_public():
     assert "\n".join(lines) + "\n" == golden.read_text()
 
 
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("height", "width", "channels"), [(32, 32, 1), (33, 71, 3), (64, 40, 4)])
-def test_any_size_and_channels(height, width, channels):
-    model = create_model("xception", num_classes=7, width=0.05, middle_repeats=1)
-    images = jnp.zeros((2, height, width, channels))
-    variables = model.init(jax.random.key(0), images, train=False)
-    logits = model.apply(variables, images, train=False)
+def test_any_size_and_channels(name, height, width, channels):
+    model = create_model(name, num_classes=7, **NARROW[name])
+    if name == "inception_v3":  # whose least size is 75
+        height, width = height + 43, width + 43
+    images = jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32)
+    logits, _ = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, train=False), images)
     assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_channels_than_the_weights_have_are_refused(name):
+    model = create_model(name, num_classes=7, **NARROW[name])
+    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_variables(model))
+    message = r"(block1|stem|)_?conv1: .* kernel of .* x 1 x 8 .*, the weights have .* x 3 x 8; give images"
+    with pytest.raises(ValueError, match=message):
+        model.apply(variables, jnp.zeros((1, 75, 75, 1)), train=False)
 
 
 def test_width_one_half_has_a_quarter_of_the_pointwise_parameters():
@@ -160,10 +317,10 @@ def test_without_residual_the_input_of_a_middle_block_does_not_reach_its_output(
     spreads = {}
     for residual in (True, False):
         model = create_model("xception", num_classes=3, width=0.05, middle_repeats=1, residual=residual)
-        variables = model.init(jax.random.key(1), images, train=False)
+        variables = random_variables(model, images)
         scale = variables["params"]["block5_sepconv3_bn"]["scale"]
         variables["params"]["block5_sepconv3_bn"]["scale"] = jnp.zeros_like(scale)
-        spreads[residual] = np.ptp(model.apply(variables, images, train=False), axis=0).max()
+        spreads[residual] = np.ptp(apply(model, variables, images), axis=0).max()
     assert spreads[False] == 0
     assert spreads[True] > 1e-4
 
@@ -181,8 +338,8 @@ def test_mid_activation_changes_values_and_no_parameter():
     results = {}
     for name in (None, "relu", "elu"):
         model = create_model("xception", num_classes=3, width=0.05, middle_repeats=1, mid_activation=name)
-        variables = model.init(jax.random.key(1), images, train=False)
-        results[name] = (count(variables), np.asarray(model.apply(variables, images, train=False)))
+        variables = random_variables(model, images)
+        results[name] = (count(variables), np.asarray(apply(model, variables, images)))
     assert len({size for size, _ in results.values()}) == 1
     assert len({logits.tobytes() for _, logits in results.values()}) == 3
 
@@ -190,12 +347,12 @@ def test_mid_activation_changes_values_and_no_parameter():
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     model = create_model("xception", num_classes=3, width=0.1, middle_repeats=1, dtype="bfloat16")
     images = jax.random.normal(jax.random.key(0), (4, 48, 48, 3))
-    variables = model.init(jax.random.key(1), images, train=False)
+    variables = random_variables(model, images)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    logits, state = model.apply(variables, images, train=False, capture_intermediates=True, mutable=["intermediates"])
+    logits, state = apply(model, variables, images, capture_intermediates=True, mutable=["intermediates"])
     assert state["intermediates"]["block7_sepconv2_bn"]["__call__"][0].dtype == (jnp.bfloat16)
     assert logits.dtype == jnp.float32
-    exact = model.clone(dtype=jnp.float32).apply(variables, images, train=False)
+    exact = apply(model.clone(dtype=jnp.float32), variables, images)
     assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
 
 
@@ -204,7 +361,15 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     [
         ({"name": "xcepton"}, "unknown model 'xcepton'; did you mean 'xception'"),
         ({"widht": 0.5}, "model 'xception' has no attribute 'widht'; did you mean 'width'"),
-        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"num_classes": -1}, r"num_classes must not be negative \(0: no classifier\), got -1"),
+        ({"output_stride": 4}, r"output_stride must be one of \(8, 16, 32\), got 4"),
+        ({"name": "xception41", "output_stride": 64}, r"output_stride must be one of \(8, 16, 32\), got 64"),
+        ({"name": "inception_v3", "output_stride": 16}, "model 'inception_v3' has no attribute 'output_stride'"),
+        ({"name": "xception41", "entry_flow": ((8, 2), (8, 4))}, r"entry_flow must be \(channels, stride\) of blocks"),
+        ({"name": "inception_v3", "auxiliary": True, "num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"name": "lenet", "features": ()}, "features must be positive integers, at least one, got"),
+        ({"padding": "VALID"}, "padding must be 'SAME' or 'SYMMETRIC', got 'VALID'"),
+        ({"width_multiple": 0}, "width_multiple must be positive, got 0"),
         ({"dropout_rate": 1.0}, r"dropout_rate must be in \[0, 1\), got 1.0"),
         ({"mid_activation": "gelu"}, "unknown mid_activation 'gelu'"),
         ({"width": 0}, "width must be positive, got 0"),
@@ -222,13 +387,20 @@ def test_bad_fields_are_refused(fields, message):
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("name", "shape", "message"),
     [
-        ((1, 31, 64, 3), "at least 32 x 32 pixels, got 31 x 64; raise the recipe's data.image_size"),
-        ((64, 64, 3), r"images must be \[N, H, W, C\], got shape \(64, 64, 3\)"),
+        (
+            "xception",
+            (1, 31, 64, 3),
+            "Xception needs images of at least 32 x 32 pixels, got 31 x 64; give larger ones",
+        ),
+        ("inception_v3", (1, 75, 74, 3), "Inception V3 needs images of at least 75 x 75 pixels, got 75 x 74"),
+        ("xception65", (1, 64, 31, 3), "Aligned Xception needs images of at least 32 x 32 pixels, got 64 x 31"),
+        ("lenet", (1, 7, 8, 3), "LeNet needs images of at least 8 x 8 pixels, got 7 x 8"),
+        ("xception", (64, 64, 3), r"images must be \[N, H, W, C\], got shape \(64, 64, 3\)"),
     ],
 )
-def test_bad_images_are_refused(shape, message):
-    model = create_model("xception", width=0.05)
+def test_bad_images_are_refused(name, shape, message):
+    model = create_model(name, **NARROW[name])
     with pytest.raises(ValueError, match=message):
         model.init(jax.random.key(0), jnp.zeros(shape), train=False)

@@ -1,5 +1,7 @@
 """Operations against loops written in NumPy, and gradients against finite differences."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,11 @@ def same_padding(size: int, window: int, stride: int) -> tuple[int, int]:
 def windows(x: np.ndarray, size: int, stride: int, padding: str, fill: float, dilation: int = 1):
     """Yields (row, column, window `[N, size, size, C]`) of every output pixel."""
     span = dilation * (size - 1) + 1
-    pads = [same_padding(s, span, stride) if padding == "SAME" else (0, 0) for s in x.shape[1:3]]
+    pads = {
+        "SAME": [same_padding(s, span, stride) for s in x.shape[1:3]],
+        "SYMMETRIC": [((span - 1) // 2,) * 2] * 2,  # torch's padding=(span - 1) // 2
+        "VALID": [(0, 0)] * 2,
+    }[padding]
     x = np.pad(x, [(0, 0), *pads, (0, 0)], constant_values=fill)
     for i in range((x.shape[1] - span) // stride + 1):
         for j in range((x.shape[2] - span) // stride + 1):
@@ -34,7 +40,7 @@ def assemble(results) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", [(2, 7, 9, 4), (1, 8, 5, 4), (1, 3, 3, 4)])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("padding", ops.PADDINGS)
 @pytest.mark.parametrize("multiplier", [1, 2])
 def test_depthwise_convolution(rng, shape, stride, padding, multiplier):
     x = rng.normal(size=shape).astype(np.float32)
@@ -49,7 +55,7 @@ def test_depthwise_convolution(rng, shape, stride, padding, multiplier):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("padding", ops.PADDINGS)
 @pytest.mark.parametrize(
     ("strides", "dilation", "multiplier"),
     [((1, 1), (1, 1), 1), ((2, 2), (1, 1), 1), ((1, 2), (1, 1), 2), ((1, 1), (2, 3), 1)],
@@ -90,16 +96,34 @@ def test_depthwise_convolution_dilated(rng):
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_convolution(rng, padding, stride):
-    x = rng.normal(size=(2, 8, 7, 3)).astype(np.float32)
-    kernel = rng.normal(size=(3, 3, 3, 5)).astype(np.float32)
+@pytest.mark.parametrize("padding", ops.PADDINGS)
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_convolution(rng, padding, stride, dilation, groups):
+    x = rng.normal(size=(2, 8, 7, 4)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 4 // groups, 8)).astype(np.float32)
+    # Segment g of the channels has the filters g of `groups` equal parts.
     expected = assemble(
-        (i, j, np.einsum("nhwc,hwcf->nf", w, kernel)) for i, j, w in windows(x, 3, stride, padding, 0.0)
+        (
+            i,
+            j,
+            np.concatenate(
+                [
+                    np.einsum("nhwc,hwcf->nf", part, filters)
+                    for part, filters in zip(np.split(w, groups, -1), np.split(kernel, groups, -1), strict=True)
+                ],
+                axis=-1,
+            ),
+        )
+        for i, j, w in windows(x, 3, stride, padding, 0.0, dilation)
     )
-    result = ops.convolution(x, kernel, strides=(stride, stride), padding=padding)
-    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+    options = dict(strides=(stride,) * 2, padding=padding, dilation=(dilation,) * 2, groups=groups)
+    np.testing.assert_allclose(ops.convolution(x, kernel, **options), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_padding_is_refused():
+    with pytest.raises(ValueError, match=r"unknown padding 'SAMME'; did you mean 'SAME'\?"):
+        ops.convolution(jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 2, 2)), padding="SAMME")
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6, 3), (1, 1, 4, 3)])
@@ -115,14 +139,39 @@ def test_pointwise_convolution(rng, shape, stride):
     np.testing.assert_allclose(result, convolved, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", ops.PADDINGS)
 @pytest.mark.parametrize("size", [5, 6, 74], ids=str)
-def test_max_pool(rng, size):
-    """74 -> 37 is the pool of block 3 at 299 px, whose padding is (0, 1): none above, one below."""
+def test_max_pool(rng, size, padding):
+    """74 -> 37 is the pool of block 3 at 299 px, whose 'SAME' padding is (0, 1): none above, one below."""
     x = rng.normal(size=(1, size, size, 2)).astype(np.float32)
     if size == 74:
         assert same_padding(74, 3, 2) == (0, 1)
-    expected = assemble((i, j, w.max((1, 2))) for i, j, w in windows(x, 3, 2, "SAME", -np.inf))
-    np.testing.assert_array_equal(ops.max_pool(x), expected)
+    expected = assemble((i, j, w.max((1, 2))) for i, j, w in windows(x, 3, 2, padding, -np.inf))
+    np.testing.assert_array_equal(ops.max_pool(x, padding=padding), expected)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "SYMMETRIC"])
+@pytest.mark.parametrize("rate", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(2, 19, 20, 3), (1, 37, 38, 3), (1, 8, 5, 3)], ids=str)
+def test_atrous_max_pool_is_the_strided_pool_at_every_pixel(rng, shape, rate, padding):
+    x = rng.normal(size=shape).astype(np.float32)
+    dense = np.asarray(ops.atrous_max_pool(x, rate=rate, padding=padding))
+    assert dense.shape == x.shape
+    strided = ops.max_pool(x[:, ::rate, ::rate], padding=padding)
+    np.testing.assert_array_equal(dense[:, :: 2 * rate, :: 2 * rate], strided)
+    # Elsewhere too it is the maximum of nine pixels `rate` apart: of the grid that starts there.
+    if padding == "SYMMETRIC":
+        shifted = ops.max_pool(x[:, rate // 2 :: rate, rate // 2 :: rate], strides=(1, 1), padding=padding)
+        np.testing.assert_array_equal(dense[:, rate // 2 :: rate, rate // 2 :: rate], shifted)
+
+
+@pytest.mark.parametrize("padding", ops.PADDINGS)
+@pytest.mark.parametrize(("window", "stride"), [(3, 1), (5, 3)])
+def test_average_pool_counts_real_pixels_only(rng, padding, window, stride):
+    x = rng.normal(size=(2, 9, 8, 3)).astype(np.float32)
+    expected = assemble((i, j, np.nanmean(w, (1, 2))) for i, j, w in windows(x, window, stride, padding, np.nan))
+    result = ops.average_pool(x, window=(window,) * 2, strides=(stride,) * 2, padding=padding)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_max_pool_of_negative_numbers_never_takes_the_padding():
@@ -140,6 +189,7 @@ def test_global_average_pool_sums_in_float32(rng):
     ("function", "kernel_shape"),
     [
         (ops.convolution, (3, 3, 3, 2)),
+        (partial(ops.convolution, groups=3), (3, 3, 1, 6)),
         (ops.depthwise_convolution, (3, 3, 1, 6)),
         (ops.pointwise_convolution, (1, 1, 3, 2)),
     ],
@@ -150,6 +200,7 @@ def test_gradients(rng, function, kernel_shape):
         check_grads(lambda x, k: function(x, k, strides=(2, 2)), (x, kernel), order=2, atol=1e-6, rtol=1e-6)
 
 
-def test_max_pool_gradient(rng):
+@pytest.mark.parametrize("function", [ops.max_pool, ops.atrous_max_pool, ops.average_pool])
+def test_pooling_gradients(rng, function):
     with jax.enable_x64(True):
-        check_grads(ops.max_pool, (jnp.asarray(rng.normal(size=(2, 5, 6, 3))),), order=1, atol=1e-6, rtol=1e-6)
+        check_grads(function, (jnp.asarray(rng.normal(size=(2, 5, 6, 3))),), order=1, atol=1e-6, rtol=1e-6)

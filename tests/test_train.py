@@ -297,7 +297,7 @@ def test_mistakes_with_evaluate(whole, monkeypatch, capsys, arguments, message):
         (["--config.data.source=folder", "--config.data.data_dir=/nowhere"], "/nowhere is no directory"),
         (["--config.data.source=folder"], "recipe key 'data.data_dir' is missing"),
         (["--config.batch_size=12"], "batch_size=12 does not divide over 8 devices; .* take 8 or 16"),
-        (["--config.data.image_size=31"], "at least 32 x 32 pixels, got 31 x 31; raise the recipe's data.image_size"),
+        (["--config.data.image_size=31"], "at least 32 x 32 pixels, got 31 x 31; give larger ones"),
         (["--config.model.num_classes=7"], "model.num_classes is 7, but the data has 10 classes"),
         (["--config.mesh.fsdp=3"], "mesh: data=-1 x fsdp=3 must cover the 8 devices exactly"),
         (["--workdir", "/proc/nothing"], "workdir /proc/nothing cannot be written"),

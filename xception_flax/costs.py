@@ -61,11 +61,11 @@ def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
             )
         return result
 
-    def init(key: jax.Array, images: jax.Array) -> Any:
-        return model.init(key, images, train=False)
+    def init(images: jax.Array) -> Any:
+        return model.init(jax.random.key(0), images, train=False)
 
     with nn.intercept_methods(record):
-        jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+        jax.eval_shape(init, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     return layers
 
 

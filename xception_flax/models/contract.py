@@ -39,7 +39,7 @@ def check_images(images: jax.Array, min_size: int, network: str) -> None:
         height, width = images.shape[1:3]
         raise ValueError(
             f"{network} needs images of at least {min_size} x {min_size} pixels, "
-            f"got {height} x {width}; raise the recipe's data.image_size."
+            f"got {height} x {width}; give larger ones (in a recipe: data.image_size)."
         )
 
 

@@ -6,11 +6,13 @@ that are mapped in space by themselves (sections 1.2, 2, 5: 'appears not to have
 """
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from xception_flax import ops
 from xception_flax.costs import measure
@@ -29,11 +31,15 @@ class InceptionModule(nn.Module):
     """
 
     features: int
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
         def conv(x: jax.Array, size: int, name: str) -> jax.Array:
-            return nn.relu(Conv(self.features, (size, size), name=name)(x))
+            return nn.relu(Conv(self.features, (size, size), **dtypes, name=name)(x))
 
         towers = [
             conv(x, 1, "tower1_1x1"),
@@ -59,16 +65,18 @@ class SimplifiedInceptionModule(nn.Module):
     features: int
     towers: int | None = 3
     mid_activation: str | None = "relu"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        towers = []
+        dtypes, towers = dict(dtype=self.dtype, param_dtype=self.param_dtype), []
         for i, size in enumerate(segments(self.features, self.towers), start=1):
-            y = PointwiseConv(size, name=f"tower{i}_1x1")(x)  #   [N, H, W, size]
+            y = PointwiseConv(size, **dtypes, name=f"tower{i}_1x1")(x)  #   [N, H, W, size]
             if self.mid_activation is not None:
                 y = lookup(ACTIVATIONS, self.mid_activation, "mid_activation")(y)
-            towers.append(Conv(size, name=f"tower{i}_3x3")(y))  # [N, H, W, size]
-        return jnp.concatenate(towers, axis=-1)  #                [N, H, W, features]
+            towers.append(Conv(size, **dtypes, name=f"tower{i}_3x3")(y))  # [N, H, W, size]
+        return jnp.concatenate(towers, axis=-1)  #                          [N, H, W, features]
 
 
 class SegmentedInceptionModule(TowerConv):
@@ -156,17 +164,14 @@ def equal_width(towers: int | None, *, order: str = "depthwise_first", keep: str
     Raises:
       ValueError: a value out of its range.
     """
-    quantity = lookup({"parameters": "parameters", "macs": "macs"}, keep, "keep")
+    quantity = lookup({"parameters": attrgetter("parameters"), "macs": attrgetter("macs")}, keep, "keep")
 
     def cost(model: nn.Module) -> int:
-        return sum(getattr(layer, quantity) for layer in measure(model, (299, 299, 3)))
+        return sum(quantity(layer) for layer in measure(model, (299, 299, 3)))
 
     target = cost(Xception())
-    low, high = 0.0, 1.5
-    while True:
-        width = round((low + high) / 2, 4)
-        actual = cost(XceptionTowers(towers=towers, order=order, width=width))
-        # Well within 1 %, so that a rounding of the width does not leave it.
-        if abs(actual / target - 1) < 0.005:
-            return width
+    low, width, high = 0.0, 1.0, 2.0
+    while abs((actual := cost(XceptionTowers(towers=towers, order=order, width=width))) / target - 1) > 0.005:
         low, high = (width, high) if actual < target else (low, width)
+        width = round((low + high) / 2, 4)
+    return width
