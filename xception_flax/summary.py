@@ -121,7 +121,7 @@ def summarize(model: nn.Module, image_shape: tuple[int, int, int], *, by: str = 
     Raises:
       ValueError: the model does not take images of this shape, or `by` is neither.
     """
-    parts = lookup({"stages": _stages, "layers": _layers}, by, "rows by")
+    parts = lookup({"stages": _stages, "layers": _layers}, by, "grouping")
     height, width, channels = image_shape
     trace = _trace(model, image_shape)
     larger = _trace(model, (height + GROWTH, width + GROWTH, channels))
