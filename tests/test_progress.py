@@ -50,6 +50,18 @@ def test_records(tmp_path, capsys):
     assert (20, "eval/top1", pytest.approx(0.9)) in recorded
 
 
+def test_columns_are_aligned_and_never_cut(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "10")
+    progress.show_columns("title", {"name": ["[b]a[/b]", "b"], "number": ["1", "123,456,789,000"]})
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "title",
+        "name               number",
+        "[b]a[/b]                1",
+        "b         123,456,789,000",
+    ]
+
+
 def test_a_resumed_run_continues_the_records_of_its_checkpoint(tmp_path):
     """Records after step 20 came from steps that are done again; a line cut off by a kill goes too."""
     with run(tmp_path) as report:

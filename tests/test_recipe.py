@@ -176,6 +176,16 @@ def test_only_some_groups_may_change_afterwards():
         recipe.override(config, ["--config.model.width=2"], groups=("data", "mesh"))
 
 
+def test_one_group_is_resolved_as_in_a_recipe():
+    overrides = ["--config.model.width=0.5"]
+    group = recipe.resolve_group("model", {"name": "xception"}, overrides)
+    assert group == recipe.override(recipe.resolve(minimal()), overrides, groups=("model",)).model
+    with pytest.raises(ValueError, match=r"recipe key 'model\.name' is missing"):
+        recipe.resolve_group("model", {})
+    with pytest.raises(ValueError, match=r"--config\.seed cannot be changed here; only keys of: model"):
+        recipe.resolve_group("model", {"name": "xception"}, ["--config.seed=1"])
+
+
 # Files ---------------------------------------------------------------------------------------------
 
 

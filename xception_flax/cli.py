@@ -28,21 +28,23 @@ def directory(text: str) -> Path:
     return Path(text)
 
 
-def parser(description: str | None, examples: str) -> argparse.ArgumentParser:
-    """Returns a parser with the arguments about several hosts, which every command takes."""
+def parser(description: str | None, examples: str, *, hosts: bool = True) -> argparse.ArgumentParser:
+    """Returns a parser with the arguments about several hosts, which every command takes that opens devices."""
     arguments = _Parser(
         description=description,
         epilog="examples:\n" + examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    hosts = arguments.add_argument_group("several hosts (run the same command on each)")
-    hosts.add_argument(
+    if not hosts:
+        return arguments
+    group = arguments.add_argument_group("several hosts (run the same command on each)")
+    group.add_argument(
         "--distributed", action="store_true", help="find the other hosts by the cluster's own means (TPU pod, Slurm)"
     )
-    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where there is no such means")
-    hosts.add_argument("--num-processes", type=int, metavar="N", help="with --coordinator: processes in all")
-    hosts.add_argument("--process-id", type=int, metavar="I", help="with --coordinator: number of this one, from 0")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where there is no such means")
+    group.add_argument("--num-processes", type=int, metavar="N", help="with --coordinator: processes in all")
+    group.add_argument("--process-id", type=int, metavar="I", help="with --coordinator: number of this one, from 0")
     return arguments
 
 

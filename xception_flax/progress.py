@@ -4,12 +4,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 from tensorboardX import SummaryWriter
 
 
@@ -19,6 +21,18 @@ def show_table(title: str, rows: Mapping[str, str]) -> None:
     print(f"\n{title}")
     for name, value in rows.items():
         print(f"  {name:<{width}}  {value}")
+
+
+def show_columns(title: str, columns: Mapping[str, Sequence[str]]) -> None:
+    """Prints a table of columns by their headers on standard output: the first to the left, the others to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, header in enumerate(columns):
+        table.add_column(header, justify="right" if i else "left", no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, row))
+    print(f"\n{title}")
+    # As wide as what is in it: a narrow terminal may break a line, but no number is cut.
+    Console(width=10_000).print(table)
 
 
 def percent(share: float) -> str:

@@ -116,11 +116,32 @@ def override(config: ConfigDict, overrides: Sequence[str], groups: Sequence[str]
     Raises:
       ValueError: a key of another group, an unknown key or a wrong value.
     """
+    _check_groups(overrides, groups)
+    return resolve(_override(config.to_dict(), overrides))
+
+
+def resolve_group(name: str, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> ConfigDict:
+    """Returns one group without a recipe around it, every default filled in, with overrides applied.
+
+    Args:
+      name: a key of `GROUPS`.
+      values: keys of the group, such as `{"name": "xception"}`.
+      overrides: as for `load`; they may only touch this group.
+
+    Raises:
+      ValueError: a key of another group, an unknown or missing key or a wrong value.
+    """
+    _check_groups(overrides, (name,))
+    return ConfigDict(
+        _complete(f"{name}.", GROUPS[name], _override({name: dict(values)}, overrides)[name]), convert_dict=True
+    )
+
+
+def _check_groups(overrides: Sequence[str], groups: Sequence[str]) -> None:
     for text in overrides:
         key, _ = _split_override(text)
         if key.partition(".")[0] not in groups:
             raise ValueError(f"--config.{key} cannot be changed here; only keys of: {', '.join(groups)}.")
-    return resolve(_override(config.to_dict(), overrides))
 
 
 def _run_recipe(path_and_argument: str) -> dict[str, Any]:

@@ -1,0 +1,310 @@
+"""Shows what a network is made of and what it costs: a table, totals, and one line of JSON.
+
+Nothing is computed and no accelerator is opened: all is from shapes.
+  output    height x width x channels; of a stage, what the next one gets
+  stride    pixels of the image to a pixel of the output
+  MACs      multiply-adds an image, of convolutions and dense layers
+  act. MB   activations an image, in 10^6 bytes: outputs of the layers that have
+            parameters, at the network's dtype (float32; --config.model.dtype)
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from xception_flax import cli, costs, models, progress, recipe
+from xception_flax.lookup import lookup
+
+EXAMPLES = """\
+  python -m xception_flax.summary xception
+  python -m xception_flax.summary xception65 --image-size 513 --config.model.output_stride=16
+  python -m xception_flax.summary --config configs/digits.py --layers
+  python -m xception_flax.summary --all --config.model.dtype=bfloat16"""
+
+IMAGE_SIZE = 299  # pixels a side, as in the paper
+IMAGE_SIZES = {"lenet": 32}  # of networks that are for other images
+
+# A stride is exact when read from two image sizes: an image larger by a multiple of it has just as
+# many more pixels in the output, whatever borders are lost on the way. All strides here divide this.
+GROWTH = 960
+
+Shape = tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """Layers that are counted together, such as those of a stage.
+
+    Attributes:
+      name: theirs, or 'first ... last' of a fold.
+      count: rows of the same numbers that are folded into this one.
+      shape: of the output, `(H, W, C)` or `(C,)`; of a stage it is what the next one gets.
+      stride: pixels of the image to a pixel of the output; None where it has none.
+      parameters: trainable; this and the following are totals of the fold.
+      statistics: moving means and variances.
+      macs: multiply-adds an image.
+      activation_bytes: an image.
+    """
+
+    name: str
+    count: int
+    shape: Shape
+    stride: int | None
+    parameters: int
+    statistics: int
+    macs: int
+    activation_bytes: int
+
+
+class _Trace(NamedTuple):
+    layers: list[costs.Layer]
+    inputs: dict[str, Shape]  # of the modules at the top, by name
+    features: Shape  # the last stage of the network's `endpoints`
+
+
+def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> _Trace:
+    inputs: dict[str, Shape] = {}
+    features: Shape = ()
+
+    def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        nonlocal features
+        path, method = context.module.path, context.method_name
+        if len(path) == 1 and method == "__call__":
+            inputs[path[0]] = args[0].shape[1:]
+        result = next_call(*args, **kwargs)
+        if not path and method == "endpoints":
+            features = [x.shape[1:] for name, x in result.items() if name.startswith("stage")][-1]
+        return result
+
+    with nn.intercept_methods(record):
+        layers = costs.measure(model, image_shape)
+    return _Trace(layers, inputs, features)
+
+
+def _stages(trace: _Trace) -> Iterator[tuple[str, Shape, list[costs.Layer]]]:
+    """Name, shape of the output and layers of each stage."""
+    groups = [
+        (stage, list(layers))
+        for stage, layers in itertools.groupby(trace.layers, lambda layer: layer.path[0].partition("_")[0])
+    ]
+    for i, (stage, layers) in enumerate(groups):
+        shape = layers[-1].shape
+        if len(shape) == 3:
+            # What stands behind the last layer, such as pooling and the concatenation of towers, has no
+            # parameters and so no row; the next stage's input shows it. Behind the last features that is
+            # the global pooling, which belongs to no stage.
+            following = trace.inputs[groups[i + 1][1][0].path[0]] if i + 1 < len(groups) else ()
+            shape = following if len(following) == 3 else trace.features
+        yield stage, shape, layers
+
+
+def _layers(trace: _Trace) -> Iterator[tuple[str, Shape, list[costs.Layer]]]:
+    for layer in trace.layers:
+        yield "/".join(layer.path), layer.shape, [layer]
+
+
+def summarize(model: nn.Module, image_shape: tuple[int, int, int], *, by: str = "stages") -> list[Row]:
+    """Returns a row a stage of `model`, or a row a layer, in the order of computation, for one image `(H, W, C)`.
+
+    A stage is the neighbouring layers whose names at the top begin with the same word: 'block2' of
+    'block2_sepconv1'. Every layer with parameters is in exactly one row.
+
+    Args:
+      model: with `endpoints`, as every network of `MODELS`.
+      image_shape: height and width in pixels, channels.
+      by: 'stages' or 'layers'.
+
+    Raises:
+      ValueError: the model does not take images of this shape, or `by` is neither.
+    """
+    parts = lookup({"stages": _stages, "layers": _layers}, by, "grouping")
+    height, width, channels = image_shape
+    trace = _trace(model, image_shape)
+    larger = _trace(model, (height + GROWTH, width + GROWTH, channels))
+    rows = []
+    for (name, shape, layers), (_, larger_shape, _) in zip(parts(trace), parts(larger), strict=True):
+        stride = GROWTH // (larger_shape[0] - shape[0]) if len(shape) == 3 else None
+        rows.append(Row(name, 1, shape, stride, *_totals(layers)))
+    return rows
+
+
+def fold(rows: Iterable[Row]) -> list[Row]:
+    """Returns the rows, neighbours that differ only in their names folded into one with their totals."""
+    folded = []
+    for _, same in itertools.groupby(rows, lambda row: row[1:]):
+        same = list(same)
+        name = same[0].name if len(same) == 1 else f"{same[0].name} ... {same[-1].name}"
+        folded.append(Row(name, len(same), same[0].shape, same[0].stride, *_totals(same)))
+    return folded
+
+
+def _totals(parts: Iterable[costs.Layer | Row]) -> tuple[int, int, int, int]:
+    columns = zip(*((p.parameters, p.statistics, p.macs, p.activation_bytes) for p in parts), strict=True)
+    return tuple(map(sum, columns))
+
+
+# Showing -------------------------------------------------------------------------------------------
+
+
+def _times(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def _decimals(value: float) -> int:
+    """How many make four digits, or three where there is none before the point."""
+    return 3 if value < 10 else 2 if value < 100 else 1
+
+
+def _si(number: int) -> str:
+    """8357403496 -> '8.357 G'."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:,.{_decimals(number / size)}f} {unit}"
+    return str(number)
+
+
+def _megabytes(numbers: Sequence[int]) -> list[str]:
+    """Of bytes, with the same decimals in all, that the largest be readable."""
+    decimals = _decimals(max(numbers) / 1e6)
+    return [f"{number / 1e6:,.{decimals}f}" for number in numbers]
+
+
+def _show_rows(title: str, rows: Sequence[Row], *, by: str) -> None:
+    columns = {
+        by.removesuffix("s"): [row.name if row.count == 1 else f"{row.name} x{row.count}" for row in rows],
+        "output": [_times(row.shape) for row in rows],
+        "stride": [str(row.stride or "") for row in rows],
+        "parameters": [f"{row.parameters:,}" for row in rows],
+        "MACs": [_si(row.macs) for row in rows],
+    }
+    if by == "stages":  # names of layers are too long for one more column in 80
+        total = sum(row.macs for row in rows)
+        columns["share"] = [f"{100 * row.macs / total:.1f}%" for row in rows]
+    columns["act. MB"] = _megabytes([row.activation_bytes for row in rows])
+    progress.show_columns(title, columns)
+
+
+def _classes(config: recipe.ConfigDict) -> str:
+    return f"{config.num_classes:,} classes" if config.num_classes else "no classifier"
+
+
+def _record(config: recipe.ConfigDict, image_shape: Shape, totals: tuple[int, int, int, int]) -> dict[str, Any]:
+    parameters, statistics, macs, activation_bytes = totals
+    return {
+        "name": config.name,
+        "image_size": image_shape[0],
+        "channels": image_shape[2],
+        "num_classes": config.num_classes,
+        "parameters": parameters,
+        "statistics": statistics,
+        "macs": macs,
+        "activation_bytes": activation_bytes,
+        "parameter_bytes": parameters * np.dtype(config.param_dtype).itemsize,
+    }
+
+
+def _summarize_one(config: recipe.ConfigDict, image_shape: tuple[int, int, int], *, by: str) -> None:
+    rows = summarize(models.create_model(**config), image_shape, by=by)
+    record = _record(config, image_shape, _totals(rows))
+    title = f"{config.name}, images {' x '.join(map(str, image_shape))}, {_classes(config)}"
+    _show_rows(title, fold(rows) if by == "stages" else rows, by=by)
+    progress.show_table(
+        "in all",
+        {
+            "trainable parameters": f"{record['parameters']:,}",
+            "memory of parameters": f"{_megabytes([record['parameter_bytes']])[0]} MB as {config.param_dtype}",
+            "moving statistics": f"{record['statistics']:,}",
+            "multiply-adds": f"{_si(record['macs'])} an image",
+            "memory of activations": f"{_megabytes([record['activation_bytes']])[0]} MB an image as {config.dtype}",
+        },
+    )
+    print(progress.to_json(record))
+
+
+def _compare(configs: Sequence[recipe.ConfigDict], image_shapes: Sequence[tuple[int, int, int]]) -> None:
+    traces = [_trace(models.create_model(**c), shape) for c, shape in zip(configs, image_shapes, strict=True)]
+    records = [
+        _record(config, shape, _totals(trace.layers))
+        for config, shape, trace in zip(configs, image_shapes, traces, strict=True)
+    ]
+    columns = {
+        "network": [record["name"] for record in records],
+        "image": [str(record["image_size"]) for record in records],
+        "features": [_times(trace.features) for trace in traces],
+        "parameters": [f"{record['parameters']:,}" for record in records],
+        "statistics": [f"{record['statistics']:,}" for record in records],
+        "MACs": [_si(record["macs"]) for record in records],
+        "act. MB": _megabytes([record["activation_bytes"] for record in records]),
+    }
+    progress.show_columns(f"all networks, {_classes(configs[0])}", columns)
+    print("[" + ", ".join(map(progress.to_json, records)) + "]")
+
+
+# Command -------------------------------------------------------------------------------------------
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return number
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser(__doc__, EXAMPLES, hosts=False)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("name", nargs="?", metavar="NAME", help=f"a network: {', '.join(models.MODELS)}")
+    which.add_argument("--config", metavar="FILE[:ARG]", help="the network, image size and channels of a recipe")
+    which.add_argument("--all", action="store_true", help="every network side by side; the JSON is a list")
+    parser.add_argument("--layers", action="store_true", help="a row a layer instead of a row a stage")
+    parser.add_argument(
+        "--image-size",
+        type=_positive,
+        metavar="N",
+        help="pixels a side, default: 299 (lenet: 32), or the recipe's",
+    )
+    parser.add_argument("--channels", type=_positive, metavar="N", help="of the images, default: 3, or the recipe's")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="0: no classifier; default: 1000, or the recipe's")
+    parser.add_argument(
+        "--config.model.KEY=VALUE", dest="ignored", metavar="", help="set a field of the network, as in a recipe"
+    )
+    arguments, overrides = parser.parse_known_args(argv)
+    if arguments.all and arguments.layers:
+        parser.error("argument --layers: not allowed with argument --all, which has a row a network")
+    if arguments.num_classes is not None:
+        if any(text.startswith("--config.model.num_classes=") for text in overrides):
+            parser.error("argument --num-classes: not allowed with --config.model.num_classes")
+        overrides.append(f"--config.model.num_classes={arguments.num_classes}")
+
+    if arguments.config is not None:
+        config = recipe.override(recipe.load(arguments.config), overrides, groups=("model",))
+        choices = [(config.model, config.data.image_size, config.data.channels)]
+    else:
+        if any(text.startswith("--config.model.name=") for text in overrides):
+            parser.error("--config.model.name is for a recipe's network (--config); else give the network as NAME")
+        choices = [
+            (recipe.resolve_group("model", {"name": name}, overrides), IMAGE_SIZES.get(name, IMAGE_SIZE), 3)
+            for name in (models.MODELS if arguments.all else [arguments.name])
+        ]
+    # Shapes need no accelerator, and opening one would take memory from a run that is on it.
+    jax.config.update("jax_platforms", "cpu")
+    image_shapes = [
+        (arguments.image_size or size, arguments.image_size or size, arguments.channels or channels)
+        for _, size, channels in choices
+    ]
+    if arguments.all:
+        _compare([config for config, _, _ in choices], image_shapes)
+    else:
+        _summarize_one(choices[0][0], image_shapes[0], by="layers" if arguments.layers else "stages")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
