@@ -7,21 +7,27 @@ import numpy as np
 import pytest
 
 import train
-from xception_flax import recipe
+from xception_flax import create_model, recipe
 from xception_flax.data import sources
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = ["digits", "fashion_mnist", "folder", "imagenet", "jft", "jft:fc"]
+RECIPES = [
+    *("digits", "fashion_mnist", "folder", "imagenet", "jft", "jft:fc", "inception_v3", "imagenet_aligned"),
+    "ablations:towers_4",
+]
 
 # Sixteen images, one step of eight devices, the narrowest network without a middle flow.
 TINY = [
     "model.width=0.02",
-    "model.middle_repeats=0",
     "schedule.name=constant",
     "data.image_size=32",
     "batch_size=16",
     "epochs=1",
 ]
+NARROWEST = {
+    "inception_v3": ["data.image_size=75"],
+    "ablations": ["model.middle_repeats=0", "model.width=0.07"],  # four towers need four channels
+}
 
 
 def make_data(recipe_name: str, directory: Path) -> list[str]:
@@ -66,7 +72,8 @@ def test_recipe_takes_a_step(name, tmp_path):
         argument = str(tmp_path)
     path = f"{CONFIGS / file}.py" + (f":{argument}" if argument else "")
     recipe.load(path)  # as it is: every key known, every type right
-    overrides = ["--config." + text for text in TINY + make_data(name, tmp_path)]
+    narrowest = NARROWEST.get(file, ["model.middle_repeats=0"])
+    overrides = ["--config." + text for text in TINY + narrowest + make_data(name, tmp_path)]
     config = recipe.load(path, overrides)
     assert train.train(config, tmp_path / "w") == 0
 
@@ -101,6 +108,56 @@ def test_jft_is_the_papers():
     assert (config.schedule.decay_rate, config.schedule.every_images) == (0.9, 3_000_000)
     assert (config.loss.name, config.loss.weight_decay) == ("sigmoid", 1e-5)
     assert (config.metrics.name, config.metrics.k) == ("multi_label", 100)
+
+
+def test_inception_v3_is_trained_as_xception_is():
+    """Sections 4.2 and 4.3: the same settings but for the weight decay, and no auxiliary tower."""
+    xception, inception = (recipe.load(str(CONFIGS / f"{name}.py")) for name in ("imagenet", "inception_v3"))
+    assert not inception.model.auxiliary
+    assert inception.loss.weight_decay == 4e-5
+    same = [line for line in recipe.differences(xception, inception) if not line.startswith("model.")]
+    assert same == ["loss.weight_decay: 1e-05 -> 4e-05"]
+    shared = set(xception.model) & set(inception.model) - {"name"}
+    assert {key: inception.model[key] for key in shared} == {key: xception.model[key] for key in shared}
+
+
+@pytest.mark.parametrize("name", ["xception41", "xception65", "xception71", "xception41p", "xception65p"])
+def test_aligned_recipe_has_the_named_network(name):
+    config = recipe.load(f"{CONFIGS / 'imagenet_aligned.py'}:{name}")
+    ours, timms = create_model(**config.model), create_model(name)
+    for field in ("entry_flow", "middle_repeats", "preactivation", "bn_epsilon"):
+        assert getattr(ours, field) == getattr(timms, field), field
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("no_residual", {"model.residual: True -> False"}),
+        ("mid_relu", {"model.mid_activation: None -> 'relu'"}),
+        ("mid_elu", {"model.mid_activation: None -> 'elu'"}),
+        ("fc", {"model.fc_layers: [] -> [4096, 4096]"}),
+        ("wd_4e-5", {"loss.weight_decay: 1e-05 -> 4e-05"}),
+        *((f"towers_{k}", {f"model.towers: '(none)' -> {k}"}) for k in (1, 2, 3, 4, 8)),
+        ("towers_4_equal", {"model.towers: '(none)' -> 4", "model.width: 1.0 -> 0.5971"}),
+    ],
+)
+def test_an_ablation_is_one_change(name, changes):
+    found = recipe.differences(
+        recipe.load(str(CONFIGS / "imagenet.py")), recipe.load(f"{CONFIGS / 'ablations.py'}:{name}")
+    )
+    if name.startswith("towers"):  # another network's name and its other defaults come with it
+        changes = changes | {
+            "model.name: 'xception' -> 'xception_towers'",
+            "model.order: '(none)' -> 'depthwise_first'",
+            "model.width_multiple: 8 -> 1",
+        }
+    assert set(found) == changes
+
+
+@pytest.mark.parametrize("name", ["ablations.py:towers_0", "ablations.py:residual", "imagenet_aligned.py:xception"])
+def test_unknown_arguments_of_recipes_are_refused(name):
+    with pytest.raises(ValueError, match="the argument must be one of"):
+        recipe.load(str(CONFIGS / name))
 
 
 @pytest.mark.parametrize("name", ["imagenet", "jft"])

@@ -248,6 +248,11 @@ def test_equal_width_keeps_the_cost(count, keep):
             "unknown order 'first'; ",
         ),
         (lambda: towers.equal_width(2, keep="flops"), "unknown keep 'flops'"),
+        (
+            lambda: towers.equal_width(64),
+            "64 towers need a width of 1.0 or more, at which they cost more than Xception",
+        ),
+        (lambda: towers.equal_width(65), "to the 64 channels of the layer .*, got 65"),
     ],
 )
 def test_bad_towers_are_refused(call, message):

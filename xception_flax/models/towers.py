@@ -18,7 +18,7 @@ from xception_flax import ops
 from xception_flax.costs import measure
 from xception_flax.layers import ACTIVATIONS, Conv, PointwiseConv, TowerConv, segments
 from xception_flax.lookup import lookup
-from xception_flax.models.xception import Xception
+from xception_flax.models.xception import ENTRY_FLOW, STEM, Xception
 
 # The figures leave out normalization and say 'convolution' for what has a ReLU behind it; so do these.
 
@@ -162,16 +162,23 @@ def equal_width(towers: int | None, *, order: str = "depthwise_first", keep: str
       keep: 'parameters' (trainable, at 1000 classes) or 'macs' (multiply-adds at 299 px).
 
     Raises:
-      ValueError: a value out of its range.
+      ValueError: a value out of its range, or so many towers that the network they fit in costs more.
     """
     quantity = lookup({"parameters": attrgetter("parameters"), "macs": attrgetter("macs")}, keep, "keep")
 
-    def cost(model: nn.Module) -> int:
-        return sum(quantity(layer) for layer in measure(model, (299, 299, 3)))
+    def ratio(width: float) -> float:
+        network = XceptionTowers(towers=towers, order=order, width=width)
+        return sum(map(quantity, measure(network, image_shape))) / target
 
-    target = cost(Xception())
-    low, width, high = 0.0, 1.0, 2.0
-    while abs((actual := cost(XceptionTowers(towers=towers, order=order, width=width))) / target - 1) > 0.005:
-        low, high = (width, high) if actual < target else (low, width)
+    image_shape = (299, 299, 3)
+    target = sum(map(quantity, measure(Xception(), image_shape)))
+    # The narrowest layer must have a channel for each tower, which sets the least width.
+    narrowest = {"depthwise_first": STEM[1], "pointwise_first": ENTRY_FLOW[0][0]}
+    least = (towers or 1) / lookup(narrowest, order, "order")
+    low, width, high = least, 1.0, 1.0
+    while abs((found := ratio(width)) - 1) > 0.009:
+        low, high = (width, high) if found < 1 else (low, width)
+        if high - low < 1e-4:
+            raise ValueError(f"{towers} towers need a width of {least} or more, at which they cost more than Xception.")
         width = round((low + high) / 2, 4)
     return width
