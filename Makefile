@@ -12,7 +12,7 @@ WORKDIR ?= runs/digits
 demo: .venv/installed
 	.venv/bin/python train.py --config configs/digits.py --workdir $(WORKDIR)
 	.venv/bin/python -m xception_flax.evaluate --workdir $(WORKDIR) --split test
-	@echo "pictures: $(WORKDIR)/curves.png $(WORKDIR)/mistakes.png"
+	@echo "pictures: $(WORKDIR)/curves.png $(WORKDIR)/mistakes_test.png"
 
 test: lint
 	.venv/bin/python -m pytest
@@ -29,15 +29,17 @@ lint: .venv/installed-dev
 	.venv/bin/lint-imports
 
 .venv/installed: requirements.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
-	test -d .venv || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
+	@echo "installing into .venv (a few minutes) ..."
+	@test -d .venv || $(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	touch $@
+	@echo "installing what the tests need into .venv ..."
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
 
 pins: .venv/installed-dev
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv

@@ -5,11 +5,17 @@ metrics.jsonl, tensorboard/, checkpoints/, curves.png. The same command again go
 stopped.
 """
 
+import signal
+
+from xception_flax import signals
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
+
 import collections
 import contextlib
 import json
 import math
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +45,11 @@ EXAMPLES = """\
   python train.py --config configs/folder.py:photos --workdir runs/photos --config.epochs=30
   python train.py --config configs/digits.py --workdir runs/lr --config.optimizer.learning_rate=0.1"""
 
+OUT_OF_MEMORY = (
+    "Lower batch_size or data.image_size, compute a batch in parts (step.accumulation_steps=4), set "
+    "model.dtype=bfloat16, each in a new workdir; or take more devices, and split the state over them by mesh.fsdp."
+)
+
 # Steps that may be under way at once. The host runs ahead of the devices by this much and no more:
 # enough to keep them busy, little enough that collectives on CPU devices never starve for threads.
 MAX_STEPS_IN_FLIGHT = 2
@@ -54,7 +65,8 @@ def main(argv: list[str]) -> int:
     arguments, overrides = parser.parse_known_args(argv)
     config = recipe.load(arguments.config, overrides)
     cli.start(arguments)
-    return train(config, arguments.workdir)
+    with cli.out_of_memory(OUT_OF_MEMORY):
+        return train(config, arguments.workdir)
 
 
 def train(config: ConfigDict, workdir: Path) -> int:
@@ -66,6 +78,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     Raises:
       ValueError: the recipe cannot be run here; nothing has been written.
     """
+    recipe.check_workdir(workdir, config)
     first_host = jax.process_index() == 0
     mesh = sharding.create_mesh(**config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
@@ -113,10 +126,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
     jax.eval_shape(eval_step, abstract_state.variables(weights), sharding.abstract_batch(mesh, eval_data.batch_shapes))
 
     # Workdir, checkpoint.
-    recipe.check_workdir(workdir, config)
-    if first_host and not (workdir / "config.json").exists():
-        recipe.remember(workdir, config)
     with contextlib.ExitStack() as stack:
+        if first_host:
+            stack.enter_context(recipe.claim(workdir, config))
         manager = stack.enter_context(
             checkpoint.open_manager(workdir, best_metric=metrics.BEST[config.metrics.name], **config.checkpoint)
         )
@@ -160,7 +172,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
 
         # Loop.
         batches = stack.enter_context(contextlib.closing(train_data.batches(start_step)))
-        stop = stack.enter_context(cli.StopRequest()) if jax.process_count() == 1 else None
+        stop = stack.enter_context(signals.StopRequest()) if jax.process_count() == 1 else None
         in_flight: collections.deque = collections.deque()
         totals = metrics.Accumulator()
         for step in range(start_step + 1, total_steps + 1):

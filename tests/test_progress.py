@@ -122,6 +122,10 @@ def test_mistakes_show_every_image(tmp_path):
     nine = cv2.imread(str(tmp_path / "m.png"))
     pictures.draw_mistakes([], [], [], [], "none wrong", tmp_path / "none.png")
     none = cv2.imread(str(tmp_path / "none.png"))
+    pictures.draw_mistakes(images[:1], ["a"], ["b"], [0.5], "a title\nof three\nlines", tmp_path / "one.png")
+    one = cv2.imread(str(tmp_path / "one.png"))
+    assert (one == 200).all(-1).mean() > 0.2  # as large as what is on it
+    assert none.shape[0] < 100
     gray = (nine == 200).all(-1).sum()
     assert gray > 9 * 50 * 50
     assert (none < 128).any()

@@ -1,6 +1,11 @@
 """Reading, resolving, overriding and remembering a recipe."""
 
+import errno
+import fcntl
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,26 +68,33 @@ def test_a_resolved_recipe_is_json_and_resolves_to_itself():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimzer": {}}, "unknown recipe key 'optimzer': .* did you mean 'optimizer'"),
-        ({"batch_sze": 3}, "unknown recipe key 'batch_sze': .* did you mean 'batch_size'"),
-        ({"epochs": 0.0}, "epochs must be positive, got 0.0"),
-        ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
+        ({"optimzer": {}}, "unknown recipe key 'optimzer'; did you mean 'optimizer'"),
+        ({"batch_sze": 3}, "unknown recipe key 'batch_sze'; did you mean 'batch_size'"),
+        ({"epochs": 0.0}, "recipe key 'epochs' must be positive, got 0.0"),
+        ({"batch_size": 0}, "recipe key 'batch_size' must be positive, got 0"),
+        ({"seed": -1}, r"recipe key 'seed' must be in \[0, 2\*\*32\), got -1"),
         ({"batch_size": 8.5}, "recipe key 'batch_size' must be int, got 8.5"),
         ({"batch_size": True}, "recipe key 'batch_size' must be int, got True"),
         ({"model": 3}, "recipe key 'model' must be a group of keys, got 3"),
-        ({"model": {}}, "recipe key 'model.name' is missing; There are: xception"),
+        ({"model": {}}, "recipe key 'model.name' is missing; there are: .*xception"),
         ({"model": {"name": "xeption"}}, "unknown model.name 'xeption'; did you mean 'xception'"),
         (
             {"model": {"name": "xception", "widht": 1.0}},
-            r"unknown recipe key 'model.widht': create_model\(name='xception'\) takes no such key; did .* 'width'",
+            "unknown recipe key 'model.widht' with model.name='xception'; did you mean 'width'",
         ),
         ({"model": {"name": "xception", "width": "wide"}}, "recipe key 'model.width' must be float, got 'wide'"),
-        ({"optimizer": {"name": "sgd"}}, "recipe key 'optimizer.learning_rate' is missing; create_optimizer needs it"),
+        (
+            {"optimizer": {"name": "sgd"}},
+            r"'optimizer.learning_rate' is missing; set it by --config.optimizer.learning_rate=VALUE \(float\)",
+        ),
         (
             {"optimizer": {"name": "rmsprop", "learning_rate": 0.1, "nesterov": True}},
-            r"'optimizer.nesterov': create_optimizer\(name='rmsprop'\) takes no such key",
+            "unknown recipe key 'optimizer.nesterov' with optimizer.name='rmsprop'; there are: ",
         ),
-        ({"data": {"source": "digits", "image_size": 32, "path": "x"}}, r"'data.path': load\(source='digits'\)"),
+        (
+            {"data": {"source": "digits", "image_size": 32, "path": "x"}},
+            "'data.path' with data.source='digits'; there are: ",
+        ),
         ({"step": {"seed": 1}}, "unknown recipe key 'step.seed'"),
         ({"normalize": {"mean": [0.0]}}, "recipe key 'normalize.std' is missing"),
         ({"normalize": {"mean": 0.0, "std": [1.0]}}, r"'normalize.mean' must be Sequence\[float\], got 0.0"),
@@ -151,9 +163,9 @@ def test_another_choice_drops_the_keys_of_the_old_one():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--config.optimizer.learning_rat=1", r"unknown recipe key 'optimizer.learning_rat': .*'learning_rate'"),
+        ("--config.optimizer.learning_rat=1", r"unknown recipe key 'optimizer.learning_rat' .*'learning_rate'"),
         ("--config.optimiser.name=sgd", "unknown recipe group 'optimiser' in --config.optimiser.name; did you mean"),
-        ("--config.batchsize=1", "unknown recipe key 'batchsize': .*did you mean 'batch_size'"),
+        ("--config.batchsize=1", "unknown recipe key 'batchsize'; did you mean 'batch_size'"),
         ("--config.batch_size=many", "recipe key 'batch_size' must be int, got 'many'"),
         ("--config.batch_size=1e3", "recipe key 'batch_size' must be int, got 1000.0"),
         ("--config.model.residual=1", "recipe key 'model.residual' must be bool, got 1"),
@@ -197,11 +209,14 @@ def test_mistakes_with_recipe_files(tmp_path):
         ("def get_config():\n    return 1 / 0\n", r"r\.py, line 2: ZeroDivisionError: division by zero"),
         ("def get_config():\n    return {}\n", r"get_config\(\) must return a ConfigDict, got dict"),
         ("def get_config(size):\n    return {}\n", r"r\.py needs an argument: --config .*r\.py:SIZE"),
+        ("def get_config():\n    return int('x')\n", r"r\.py, line 2: invalid literal for int\(\)"),
         ("import os\nos.nothing\n", r"r\.py, line 2: AttributeError: module 'os' has no attribute 'nothing'"),
     ]:
         with pytest.raises(ValueError, match=message):
             recipe.load(write(tmp_path / "r.py", text))
-    with pytest.raises(ValueError, match=r"no recipe file '.*/digts\.py'; did you mean '.*digits\.py'"):
+    with pytest.raises(
+        ValueError, match=r"no recipe file '.*/digts\.py'; did you mean '\S*/configs/digits\.py'\? There"
+    ):
         recipe.load(str(ROOT / "configs" / "digts.py"))
     with pytest.raises(ValueError, match="takes no argument, got"):
         recipe.load(DIGITS + ":big")
@@ -209,11 +224,33 @@ def test_mistakes_with_recipe_files(tmp_path):
         recipe.load(write(tmp_path / "recipe.txt", ""))
 
 
-def test_an_argument_reaches_the_recipe():
+def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
+    """What was meant is found by its name alone; from elsewhere the message says where one is."""
+    monkeypatch.chdir(ROOT)
+    every = r"configs/digits\.py, .*configs/jft\.py\.$"  # and neither train.py nor a test
+    for path, message in [
+        ("configs/zzzzz.py", rf"^no recipe file 'configs/zzzzz\.py'; there are: {every}"),
+        ("configs/", rf"^'configs/' is a folder, not a recipe file; there are: {every}"),
+        (".", rf"^'\.' is a folder, not a recipe file; there are: {every}"),
+        ("digits", rf"^no recipe file 'digits'; did you mean 'configs/digits\.py'\? There are: {every}"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            recipe.load(path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"^no recipe file 'configs/digits\.py', seen from {tmp_path}; change to the"):
+        recipe.load("configs/digits.py")
+    with pytest.raises(ValueError, match=r"digits\.py', and no recipe beside it; check the path"):
+        recipe.load(str(tmp_path / "configs" / "digits.py"))
+
+
+def test_an_argument_reaches_the_recipe(tmp_path):
     assert recipe.load(str(ROOT / "configs" / "jft.py") + ":fc").model.fc_layers == (4096, 4096)
     assert recipe.load(str(ROOT / "configs" / "jft.py")).model.fc_layers == ()
-    with pytest.raises(ValueError, match=r"jft\.py, line \d+: the argument must be 'fc' or nothing, got 'x'"):
+    # What a recipe says of its argument is for the user, who has no use for the line.
+    with pytest.raises(ValueError, match=r"jft\.py: the argument must be 'fc' or nothing, got 'x'"):
         recipe.load(str(ROOT / "configs" / "jft.py") + ":x")
+    with pytest.raises(ValueError, match=r"folder\.py: \S*no/train is no directory; expected"):
+        recipe.load(str(ROOT / "configs" / "folder.py") + f":{tmp_path / 'no'}")
 
 
 # Workdir -------------------------------------------------------------------------------------------
@@ -222,7 +259,9 @@ def test_an_argument_reaches_the_recipe():
 def test_a_workdir_remembers_and_refuses_another_recipe(tmp_path):
     config = recipe.load(DIGITS)
     recipe.check_workdir(tmp_path / "w", config)
-    recipe.remember(tmp_path / "w", config)
+    assert not (tmp_path / "w").exists()
+    with recipe.claim(tmp_path / "w", config):
+        pass
     assert recipe.read(tmp_path / "w") == config
     before = (tmp_path / "w" / "config.json").read_bytes()
 
@@ -237,8 +276,10 @@ def test_a_workdir_remembers_and_refuses_another_recipe(tmp_path):
 def test_bad_workdirs_are_refused(tmp_path):
     config = recipe.load(DIGITS)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"workdir .*file cannot be written: File exists"):
+    with pytest.raises(ValueError, match=r"workdir .*file is a file; expected a folder, or a name that is free"):
         recipe.check_workdir(tmp_path / "file", config)
+    with pytest.raises(ValueError, match=r"workdir .*file/a/b lies in .*file, which is a file"):
+        recipe.check_workdir(tmp_path / "file" / "a" / "b", config)
     with pytest.raises(ValueError, match="cannot be written"):
         recipe.check_workdir(Path("/proc/nothing"), config)
     with pytest.raises(ValueError, match=r"is no workdir of a run: it has no config\.json"):
@@ -246,3 +287,35 @@ def test_bad_workdirs_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: Expecting"):
         recipe.read(tmp_path)
+
+
+def test_a_workdir_is_claimed_by_one_at_a_time(tmp_path, monkeypatch):
+    """The lock is the kernel's: a process that is killed leaves none; where there are no locks, none is needed."""
+    config = recipe.load(DIGITS)
+    script = f"""
+import pathlib, time
+from xception_flax import recipe
+with recipe.claim(pathlib.Path({str(tmp_path)!r}), recipe.load({DIGITS!r})):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"is in use by process {other.pid} on .* \(it holds .*/\.lock\)"):
+            recipe.claim(tmp_path, config).__enter__()
+        other.kill()
+    with recipe.claim(tmp_path, config), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
+        recipe.claim(tmp_path, config).__enter__()
+    # Between the first look and the claim another run may have come and gone.
+    with (
+        pytest.raises(ValueError, match=r"(?s)another recipe.*seed: 0 -> 3"),
+        recipe.claim(tmp_path, recipe.load(DIGITS, ["--config.seed=3"])),
+    ):
+        pass
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with recipe.claim(tmp_path, config), recipe.claim(tmp_path, config):
+        pass

@@ -17,9 +17,19 @@ def test_mesh_covers_all_devices(sizes, shape):
     assert dict(mesh.shape) == {"data": shape[0], "fsdp": shape[1]}
 
 
-@pytest.mark.parametrize("sizes", [{"data": 3}, {"fsdp": 3}, {"data": -1, "fsdp": -1}, {"data": 0}, {"data": -2}])
-def test_bad_meshes_are_refused(sizes):
-    with pytest.raises(ValueError, match="must cover the 8 devices exactly"):
+@pytest.mark.parametrize(
+    ("sizes", "advice"),
+    [
+        ({"data": 3}, "leave one of them, and only one, at -1"),
+        ({"fsdp": 3}, "mesh.fsdp must divide their number: take 1 or 2 or 4 or 8"),
+        ({"data": 3, "fsdp": -1}, "mesh.data must divide their number: take 1 or 2 or 4 or 8"),
+        ({"data": -1, "fsdp": -1}, "leave one of them, and only one, at -1"),
+        ({"data": 0}, "leave one of them, and only one, at -1"),
+        ({"data": -2}, "leave one of them, and only one, at -1"),
+    ],
+)
+def test_bad_meshes_are_refused(sizes, advice):
+    with pytest.raises(ValueError, match=f"must cover the 8 devices exactly; {advice}"):
         sharding.create_mesh(**sizes)
 
 
@@ -28,7 +38,7 @@ def test_bad_meshes_are_refused(sizes):
     [
         (20, 1, "batch_size=20 does not divide over 8 devices; it must be a multiple of 8: take 16 or 24"),
         (4, 1, "multiple of 8: take 8"),
-        (0, 1, "multiple of 8: take 8"),
+        (0, 1, "a positive multiple of 8: take 8"),
         (24, 2, "over 8 devices x 2 accumulation steps; it must be a multiple of 16: take 16 or 32"),
     ],
 )

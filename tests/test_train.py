@@ -109,7 +109,7 @@ def whole(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_what_it_promises(whole):
     names = {path.name for path in whole.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "curves.png"}
+    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "curves.png", ".lock"}
     recorded = records(whole)
     assert [r["step"] for r in recorded if "train/loss" in r] == [*range(5, 157, 5), 157]
     assert [r["step"] for r in recorded if "eval/loss" in r] == [40, 79, 118, 157]
@@ -127,7 +127,7 @@ def test_the_same_command_on_a_finished_run_says_so(whole):
     assert "this run is finished (157 steps); nothing to do" in out
     assert {p for p in whole.rglob("*") if p.is_file() and "tensorboard" not in p.parts} == set(before)
     for path, content in before.items():  # the picture is drawn again, and all else is as it was
-        assert path.name == "curves.png" or path.read_bytes() == content
+        assert path.name in ("curves.png", ".lock") or path.read_bytes() == content
 
 
 def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
@@ -162,14 +162,64 @@ def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
     assert steps == sorted(steps)
 
 
-def test_ctrl_c_stops_with_a_checkpoint(tmp_path):
+def test_ctrl_c_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):
     process = start(tmp_path)
     wait_until(lambda: len(records(tmp_path)) >= 1, process)
+    process.send_signal(signal.SIGSTOP)  # while it holds still: a second run does not come into its workdir
+    try:
+        code, _, err = run(monkeypatch, capsys, train.main, "--config", DIGITS, "--workdir", tmp_path, *SMALL)
+        assert code == 2
+        assert re.match(rf"error: workdir .* is in use by process {process.pid} on .*\.lock\); wait for its end", err)
+    finally:
+        process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 128 + signal.SIGINT
     assert "checkpoint written" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "xception_flax.evaluate"]], ids=" ".join)
+@pytest.mark.parametrize("module", ["xception_flax.signals", "numpy", "jax", "flax.linen", "orbax.checkpoint"])
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(command, module):
+    """Python says on stderr what it has imported; the signal comes when that has come to `module`."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", *command, "--workdir", "w"],
+        env=environment(1),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if line.split("|")[-1].strip() == module:
+            time.sleep(0.05)  # the handler is set just after the first of them
+            process.send_signal(signal.SIGINT)
+            break
+    code, _, err = finish(process)
+    assert code == 128 + signal.SIGINT
+    said = [line for line in err.splitlines() if line and not line.startswith("import time:")]
+    assert said == ["interrupted"]
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    """In native code too, where Python's own handlers wait: an hour of hashing stands for compiling."""
+    (tmp_path / "s.py").write_text("""
+import hashlib
+from xception_flax import signals
+with signals.StopRequest():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+""")
+    command = [sys.executable, str(tmp_path / "s.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=environment(1), text=True, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert (code, err) == (128 + signal.SIGTERM, "\ninterrupted\n")
 
 
 def start_two(workdir: Path) -> list[subprocess.Popen]:
@@ -239,7 +289,61 @@ def test_evaluate_repeats_the_loops_evaluation(whole, monkeypatch, capsys):
     assert (result["step"], result["weights"], result["count"]) == (157, "ema", 180)
     assert result["top1"] == pytest.approx(recorded["eval/top1"], abs=1e-9)
     assert result["loss"] == pytest.approx(recorded["eval/loss"], rel=1e-4)
-    assert (whole / "mistakes.png").exists()
+    assert (whole / "mistakes_validation.png").exists()
+
+
+def test_the_picture_says_what_it_is_of(whole, tmp_path, monkeypatch, capsys):
+    """An SVG has its words as comments. Ten times one image, as each of the digits: nine are wrong."""
+    digit = np.load(ROOT / "xception_flax" / "data" / "digits.npz")["images"][:1]
+    files = {"ten": (np.repeat(digit, 10, 0), np.arange(10))}
+
+    def result(name):
+        images, labels = files[name]
+        names = np.arange(10).astype(str)
+        np.savez(tmp_path / "d.npz", **{f"{name}_images": images, f"{name}_labels": labels, "class_names": names})
+        source = ["--config.data.source=arrays", f"--config.data.path={tmp_path / 'd.npz'}", "--split", name]
+        picture = tmp_path / f"{name}.svg"
+        code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, "--picture", picture, *source)
+        assert code == 0, err
+        comments = re.findall(r"<!-- (.*?) -->", picture.read_text(), re.DOTALL)
+        return re.search("  wrong +(.*)", out)[1], comments
+
+    wrong, comments = result("ten")
+    assert wrong == f"9 images, see {tmp_path / 'ten.svg'}"
+    text = "\n".join(comments)
+    assert "9 of 10 wrong (10.00 % right)" in text
+    assert "arrays, split 'ten'" in text
+    assert "step 157, ema weights" in text
+    wrong_labels = {int(label) for label in re.findall(r"^is (\d)", text, re.MULTILINE)}
+    (right,) = set(range(10)) - wrong_labels
+    files |= {"none": (digit, np.array([right])), "one": (digit, np.array([min(wrong_labels)]))}
+    assert result("none")[0] == "no image"
+    assert result("one")[0] == f"1 image, see {tmp_path / 'one.svg'}"
+
+
+def test_no_picture_loses_the_results(whole, tmp_path, monkeypatch, capsys):
+    """A bad path is found before there is anything to lose, a full disk after all is said."""
+    for picture, message in [
+        (tmp_path / "no" / "m.png", "No such file"),
+        (tmp_path / "m.pgn", r"expected one that ends in \.png"),
+        (tmp_path / "m", r"expected one that ends in \.png"),
+        (whole, r"expected one that ends in \.png"),
+    ]:
+        both = ["--picture", picture, "--split", "tset"]  # the split is looked at first of all that is work
+        code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, *both)
+        assert (code, out) == (2, "")
+        assert re.match(rf"error: {picture} .*{message}", err), err
+    code, _, err = run(
+        monkeypatch, capsys, evaluate.main, "--workdir", whole, "--picture", tmp_path / "m.png", "--split", "tset"
+    )
+    assert "unknown split" in err
+    assert list(tmp_path.iterdir()) == []
+
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, "--picture", tmp_path / "full.png")
+    assert code == 2
+    assert json.loads(out.splitlines()[-1])["count"] == 180
+    assert re.match(r"error: .*full\.png cannot be written: No space left on device; name another by --picture", err)
 
 
 def test_evaluate_by_choice(whole, monkeypatch, capsys):
@@ -299,8 +403,11 @@ def test_mistakes_with_evaluate(whole, monkeypatch, capsys, arguments, message):
         (["--config.batch_size=12"], "batch_size=12 does not divide over 8 devices; .* take 8 or 16"),
         (["--config.data.image_size=31"], "at least 32 x 32 pixels, got 31 x 31; give larger ones"),
         (["--config.model.num_classes=7"], "model.num_classes is 7, but the data has 10 classes"),
-        (["--config.mesh.fsdp=3"], "mesh: data=-1 x fsdp=3 must cover the 8 devices exactly"),
-        (["--workdir", "/proc/nothing"], "workdir /proc/nothing cannot be written"),
+        (["--config.mesh.fsdp=3"], "mesh: data=-1 x fsdp=3 must cover the 8 devices exactly; .* take 1 or 2 or 4 or 8"),
+        (["--config.batch_size=1264"], "batch_size=1264 is more than the 1257 images of split 'train'; take at most"),
+        # Of two mistakes the workdir is the first to be looked at.
+        (["--workdir", "/proc/nothing", "--config.mesh.fsdp=3"], "workdir /proc/nothing cannot be written"),
+        (["--workdir", __file__, "--config.mesh.fsdp=3"], "workdir .*test_train.py is a file; expected a folder"),
         (["--config.normalize.mean=(1.0,2.0)", "--config.normalize.std=(1.0,2.0)"], "mean has 2 values.*1 channels"),
         (["--config.schedule.warmup_epochs=50"], "warmup_epochs=50 are .* but the whole run has"),
         (["--config.data.train_transforms=rezise"], "unknown transform 'rezise'; did you mean 'resize'"),
@@ -331,7 +438,11 @@ def test_mistakes_with_train(tmp_path, monkeypatch, capsys, arguments, message):
 def test_another_recipe_in_an_old_workdir_is_refused(whole, monkeypatch, capsys):
     before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
     code, _, err = run(
-        monkeypatch, capsys, train.main, "--config", DIGITS, "--workdir", whole, *SMALL, "--config.seed=5"
+        monkeypatch,
+        capsys,
+        train.main,
+        *("--config", DIGITS, "--workdir", whole, *SMALL, "--config.seed=5"),
+        "--config.mesh.fsdp=3",  # a second mistake: the workdir is the first to be looked at
     )
     assert code == 2
     assert "holds a run of another recipe; nothing was changed" in err
@@ -385,6 +496,27 @@ def test_a_defect_keeps_its_traceback(monkeypatch, defect):
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises((ValueError, TypeError)):
         cli.run(lambda argv: defect())
+
+
+def test_what_does_not_fit_into_memory_is_two_lines(tmp_path, monkeypatch, capsys):
+    """No machine has room for an image of 4 PB; and an error that is none of memory keeps its traceback."""
+    large = [*SMALL, f"--config.data.image_size={2**26}"]
+    code, _, err = run(monkeypatch, capsys, train.main, "--config", DIGITS, "--workdir", tmp_path, *large)
+    assert code == 2
+    last = err.splitlines()[-2:]
+    assert re.match(r"error: it does not fit into memory: .*allocate \d+ bytes", last[0]), err
+    assert "Lower batch_size" in last[1]
+    with (
+        pytest.raises(ValueError, match=r"not fit into memory: .*Unable to allocate.*\nadvice"),
+        cli.out_of_memory("advice"),
+    ):
+        np.empty(2**55, np.uint8)
+    with pytest.raises(ValueError, match=r"not fit into memory: RESOURCE_EXHAUSTED"), cli.out_of_memory("advice"):
+        jax.device_put(np.broadcast_to(np.uint8(0), 2**50))
+    for other in (RuntimeError("INTERNAL: no"), ValueError("RESOURCE_EXHAUSTED: disk"), OSError(28, "No space left")):
+        with pytest.raises(type(other)) as raised, cli.out_of_memory("advice"):
+            raise other
+        assert raised.value is other
 
 
 @pytest.mark.parametrize("command", [["train.py"], ["-m", "xception_flax.evaluate"]], ids=" ".join)

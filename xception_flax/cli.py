@@ -1,14 +1,15 @@
-"""Starting a command: arguments every command has, several hosts, quiet logs, errors in a line, stopping by signal."""
+"""Starting a command: arguments every command has, several hosts, quiet logs, errors in a line."""
 
 import argparse
+import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from absl import logging as absl_logging
@@ -96,27 +97,20 @@ def _raised_by_us(error: BaseException) -> bool:
     return ours and (innermost.line or "").startswith("raise ")
 
 
-class StopRequest:
-    """Whether SIGTERM or Ctrl-C has asked to stop; a context manager, for a run of one process.
+@contextlib.contextmanager
+def out_of_memory(advice: str) -> Iterator[None]:
+    """Makes an error of the advice where memory, of the host or of a device, runs out within.
 
-    The first signal lets the step in hand end and a checkpoint be written; the second stops at
-    once. With several processes JAX has its own handler, which makes all hosts stop at one step.
+    Raises:
+      ValueError: it did.
     """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._old: dict[int, object] = {}
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
+    try:
+        yield
+    except (ValueError, OSError):  # a full disk is RESOURCE_EXHAUSTED to some, and another matter
+        raise
+    except Exception as error:  # JAX and OpenCV have their own types, and JAX two codes
+        reason = re.search(r"(RESOURCE_EXHAUSTED|out of memory|insufficient memory).*", str(error), re.IGNORECASE)
+        if reason is None and not isinstance(error, MemoryError):
+            raise
+        what = reason[0].rstrip(".")[:200] if reason else str(error) or "MemoryError"
+        raise ValueError(f"it does not fit into memory: {what}.\n{advice}") from error

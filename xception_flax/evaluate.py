@@ -1,6 +1,15 @@
 """Evaluates a checkpoint: a table, a picture of what the network got wrong, and one line of JSON."""
 
+import signal
+
+from xception_flax import signals
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
+
 import argparse
+import functools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +24,8 @@ EXAMPLES = """\
   python -m xception_flax.evaluate --workdir runs/digits
   python -m xception_flax.evaluate --workdir runs/digits --split test --weights raw --checkpoint best
   python -m xception_flax.evaluate --workdir runs/imagenet --config.data.data_dir=/data/tfds"""
+
+OUT_OF_MEMORY = "Take a smaller --batch-size; the result does not depend on it."
 
 MAX_MISTAKES = 40  # images in the picture
 
@@ -74,7 +85,9 @@ def main(argv: list[str]) -> int:
         "--checkpoint", default="latest", metavar="WHICH", help="latest (default), best, or the number of a step"
     )
     parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema where the recipe keeps them, else raw")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="of what is wrong; default: WORKDIR/mistakes.png")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="of what is wrong; default: WORKDIR/mistakes_SPLIT.png"
+    )
     parser.add_argument("--split", help="split of the data set, default: the recipe's data.eval_split")
     parser.add_argument("--batch-size", type=int, help="default: the recipe's; the result does not depend on it")
     parser.add_argument(
@@ -88,14 +101,36 @@ def main(argv: list[str]) -> int:
     if arguments.split is not None:
         config.data.eval_split = arguments.split
     cli.start(arguments)
-    results, rows = _evaluate_checkpoint(arguments, config)
+    picture = _picture_path(arguments, config)
+    with cli.out_of_memory(OUT_OF_MEMORY):
+        results, rows, draw = _evaluate_checkpoint(arguments, config, picture)
     if jax.process_index() == 0:
         progress.show_table(f"{arguments.workdir}", rows)
-        print(progress.to_json(results))
+        print(progress.to_json(results), flush=True)
+        if draw is not None:  # last: nothing that happens to the picture loses the results
+            draw()
     return 0
 
 
-def _evaluate_checkpoint(arguments: argparse.Namespace, config: recipe.ConfigDict) -> tuple[dict, dict[str, str]]:
+def _picture_path(arguments: argparse.Namespace, config: recipe.ConfigDict) -> Path | None:
+    """Where the picture goes, checked before there are results to lose; None where none is drawn."""
+    if config.metrics.name != "single_label" or jax.process_count() > 1:
+        if arguments.picture is not None:
+            raise ValueError(
+                "--picture: none is drawn on several hosts, nor for several labels an image; leave it out."
+            )
+        return None
+    # A file a split: a glance at one is no reason to lose the picture of another.
+    split = re.sub(r"[^\w.+-]", "_", config.data.eval_split)
+    picture = arguments.picture or arguments.workdir / f"mistakes_{split}.png"
+    pictures.check_path(picture)
+    return picture
+
+
+def _evaluate_checkpoint(
+    arguments: argparse.Namespace, config: recipe.ConfigDict, picture: Path | None
+) -> tuple[dict, dict[str, str], Callable[[], None] | None]:
+    """Returns the results, the rows of the table, and what draws the picture."""
     mesh = sharding.create_mesh(**config.mesh)
     batch_size = arguments.batch_size
     if batch_size is None:
@@ -129,8 +164,7 @@ def _evaluate_checkpoint(arguments: argparse.Namespace, config: recipe.ConfigDic
         abstract = state.abstract_variables(model, split.image_shape, mesh)
         variables = checkpoint.restore_variables(manager, abstract, weights, step)
 
-    single_label, one_host = config.metrics.name == "single_label", jax.process_count() == 1
-    mistakes = Mistakes(class_names) if single_label and one_host else None
+    mistakes = Mistakes(class_names) if picture is not None else None
     results = evaluate(eval_step, variables, split, mesh, on_batch=mistakes)
     rows = {
         "checkpoint": f"step {step}, {weights} weights",
@@ -138,19 +172,26 @@ def _evaluate_checkpoint(arguments: argparse.Namespace, config: recipe.ConfigDic
         **{k: progress.percent(v) for k, v in results.items() if k not in ("loss", "count")},
         "loss": f"{results['loss']:.5f}",
     }
+    draw = None
     if mistakes is not None:
-        path = arguments.picture or arguments.workdir / "mistakes.png"
-        wrong = round((1 - results["top1"]) * results["count"])
-        title = f"{wrong} of {results['count']:,} wrong ({progress.percent(results['top1'])} right)"
-        try:
-            pictures.draw_mistakes(
-                mistakes.images, mistakes.truths, mistakes.predictions, mistakes.confidences, title, path
-            )
-        except (OSError, ValueError) as error:  # matplotlib raises the second for a suffix it does not know
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{path} cannot be written: {reason}; name another by --picture.") from None
-        rows["wrong"] = f"{wrong} images, see {path}"
-    return {"step": step, "weights": weights, "split": config.data.eval_split, **results}, rows
+        wrong, drawn = round((1 - results["top1"]) * results["count"]), len(mistakes.images)
+        which = f"the first {drawn} in" if drawn < wrong else "see"
+        rows["wrong"] = f"{wrong:,} {'image' if wrong == 1 else 'images'}, {which} {picture}" if wrong else "no image"
+        title = (
+            f"{wrong:,} of {results['count']:,} wrong ({progress.percent(results['top1'])} right)"
+            + (f", the first {drawn}" if drawn < wrong else "")
+            + f"\n{config.data.source}, split {config.data.eval_split!r}\n{rows['checkpoint']}"
+        )
+        draw = functools.partial(
+            pictures.draw_mistakes,
+            mistakes.images,
+            mistakes.truths,
+            mistakes.predictions,
+            mistakes.confidences,
+            title,
+            picture,
+        )
+    return {"step": step, "weights": weights, "split": config.data.eval_split, **results}, rows, draw
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Choosing an entry of a table by name, with an error that helps."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -20,11 +20,15 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     return table[name]
 
 
-def suggest(name: str, names: Iterable[str]) -> str:
-    """Words for an error message: the names closest to `name`, then all that there are, if they are few."""
+def suggest(name: str, names: Iterable[str], spell: Callable[[str], str] = str) -> str:
+    """Words for an error message, to follow a semicolon: the names closest to `name`, then all, if they are few.
+
+    Args:
+      spell: how a name is written in the message, where that is not what is compared.
+    """
     names = sorted(names)
     close = difflib.get_close_matches(str(name), names, n=3)
-    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    hint = f"did you mean {' or '.join(repr(spell(n)) for n in close)}? " if close else ""
     if len(names) > MAX_LISTED:
         return hint.strip() or f"there are {len(names)}, and none is like it."
-    return f"{hint}There are: {', '.join(names) if names else 'none'}."
+    return f"{hint}{'There' if hint else 'there'} are: {', '.join(map(spell, names)) if names else 'none'}."

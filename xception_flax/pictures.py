@@ -1,5 +1,6 @@
 """Pictures for people: the curves of a run, the images a network got wrong."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,27 @@ matplotlib.use("Agg")  # files only: no display is needed, and none is opened
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 TRAIN_COLOR, EVAL_COLOR, RATE_COLOR = "#4c78a8", "#e45756", "#72b7b2"
+
+
+def check_path(path: Path) -> None:
+    """Raises ValueError where no picture can be written to `path`; leaves no file."""
+    kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if path.suffix.lower().removeprefix(".") not in kinds:
+        raise ValueError(f"{path} is no name of a picture; expected one that ends in .png (or .{', .'.join(kinds)}).")
+    try:
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise _not_writable(path, error) from None
+
+
+def _not_writable(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"{path} cannot be written: {error.strerror or error}; name another by --picture.")
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
@@ -69,13 +89,23 @@ def draw_mistakes(
       truths: names of the true classes.
       predictions: names of the predicted classes.
       confidences: probability of each prediction, 0 to 1.
-      title: of the whole picture.
+      title: of the whole picture; may have several lines.
       path: of the PNG file.
+
+    Raises:
+      ValueError: the file cannot be written.
     """
-    columns = min(8, max(4, len(images)))
-    rows = max(1, -(-len(images) // columns))
+    columns = max(1, min(8, len(images)))
+    rows = -(-len(images) // columns)
+    # As wide as the images, and at least as wide as the title: 35 letters are less than 3.5 inches.
+    width = max(1.75 * columns, 3.5)
+    lines = [part for line in title.split("\n") for part in textwrap.wrap(line, int(width * 10))]
     figure, grid = plt.subplots(
-        rows, columns, figsize=(1.75 * columns, 2.05 * rows + 0.5), layout="constrained", squeeze=False
+        max(1, rows),
+        columns,
+        figsize=(width, 2.05 * rows + 0.25 * len(lines)),
+        layout="constrained" if images else None,  # without images there is nothing to lay out
+        squeeze=False,
     )
     for axes in grid.flat:
         axes.axis("off")
@@ -84,9 +114,13 @@ def draw_mistakes(
     ):
         axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
         axes.set_title(f"is {_short(truth)}\nsaid {_short(prediction)} ({100 * confidence:.0f} %)", fontsize=9)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.suptitle("\n".join(lines), fontsize=10)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise _not_writable(path, error) from None
+    finally:
+        plt.close(figure)
 
 
 def _short(name: str) -> str:

@@ -6,14 +6,18 @@ and meaning stand. Keys outside of groups are the fields of `Loop`.
 """
 
 import ast
+import contextlib
 import dataclasses
+import fcntl
 import importlib.util
 import inspect
 import json
 import os
+import socket
 import tempfile
+import traceback
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -51,9 +55,9 @@ class Loop:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value <= 0 and field.name != "seed":
-                raise ValueError(f"{field.name} must be positive, got {value}.")
+                raise ValueError(f"recipe key {field.name!r} must be positive, got {value}.")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}.")
+            raise ValueError(f"recipe key 'seed' must be in [0, 2**32), got {self.seed}.")
 
 
 class Group(NamedTuple):
@@ -147,8 +151,7 @@ def _check_groups(overrides: Sequence[str], groups: Sequence[str]) -> None:
 def _run_recipe(path_and_argument: str) -> dict[str, Any]:
     path, _, argument = path_and_argument.partition(":")
     if not Path(path).is_file():
-        close = sorted(str(p) for p in Path(path).parent.glob("*.py")) if Path(path).parent.is_dir() else []
-        raise ValueError(f"no recipe file {path!r}; {suggest(path, close)}")
+        raise _no_recipe(path)
     spec = importlib.util.spec_from_file_location("recipe_" + Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path!r} is no Python file; a recipe ends in .py.")
@@ -182,14 +185,28 @@ def _run_recipe(path_and_argument: str) -> dict[str, Any]:
     return config.to_dict()
 
 
+def _no_recipe(path: str) -> ValueError:
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    files = [file for place in (".", "configs") for file in (folder / place).glob("*.py") if file.is_file()]
+    recipes = {file.stem: str(file) for file in files if b"def get_config(" in file.read_bytes()}
+    wrong = f"{path!r} is a folder, not a recipe file" if Path(path).is_dir() else f"no recipe file {path!r}"
+    if recipes:  # compared without what they have in common, the folder and the suffix
+        return ValueError(f"{wrong}; {suggest(Path(path).stem, recipes, spell=recipes.__getitem__)}")
+    if Path(path).is_absolute():
+        return ValueError(f"{wrong}, and no recipe beside it; check the path.")
+    return ValueError(
+        f"{wrong}, seen from {Path.cwd()}; change to the folder of the project, or give the file's whole path."
+    )
+
+
 def _failed(path: str, error: Exception) -> ValueError:
-    line, traceback = None, error.__traceback__
-    while traceback is not None:
-        if Path(traceback.tb_frame.f_code.co_filename).name == Path(path).name:
-            line = traceback.tb_lineno
-        traceback = traceback.tb_next
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame for frame in frames if Path(frame.filename).name == Path(path).name]
+    # What a recipe raises itself is about its argument; all else is a mistake in the recipe, and where it is helps.
+    if isinstance(error, ValueError) and lines[-1:] == frames[-1:] and (frames[-1].line or "").startswith("raise "):
+        return ValueError(f"recipe {path}: {error}")
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return ValueError(f"recipe {path}, line {line}: {kind}{error}")
+    return ValueError(f"recipe {path}, line {lines[-1].lineno if lines else None}: {kind}{error}")
 
 
 # Resolving -----------------------------------------------------------------------------------------
@@ -199,7 +216,7 @@ def resolve(recipe: Mapping[str, Any]) -> ConfigDict:
     """Returns the recipe with every default filled in, every key and type checked.
 
     Raises:
-      ValueError: an unknown, missing or mistyped key; the message names the function that takes it.
+      ValueError: an unknown, missing or mistyped key, or a value out of its range.
     """
     top = {key: value for key, value in recipe.items() if key not in GROUPS}
     resolved = _complete("", LOOP, top)
@@ -231,9 +248,9 @@ def _parameters(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[st
 
 def _unknown(prefix: str, key: str, group: Group, values: Mapping[str, Any], known: Sequence[str]) -> ValueError:
     choice = values.get(group.selector)
-    takes = f"{group.function.__name__}({f'{group.selector}={choice!r}' if choice else ''})"
+    where = f" with {prefix}{group.selector}={choice!r}" if choice else ""
     known = [*known, *GROUPS] if group is LOOP else known
-    return ValueError(f"unknown recipe key '{prefix}{key}': {takes} takes no such key; {suggest(key, known)}")
+    return ValueError(f"unknown recipe key '{prefix}{key}'{where}; {suggest(key, known)}")
 
 
 def _complete(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,7 +262,10 @@ def _complete(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[str,
     for key, parameter in parameters.items():
         value = values.get(key, parameter.default)
         if value is parameter.empty:
-            raise ValueError(f"recipe key '{prefix}{key}' is missing; {group.function.__name__} needs it.")
+            raise ValueError(
+                f"recipe key '{prefix}{key}' is missing; set it by --config.{prefix}{key}=VALUE "
+                f"({_type_name(parameter.annotation)})."
+            )
         if key in values and not _fits(value, parameter.annotation):
             raise _mistyped(prefix + key, parameter.annotation, value)
         complete[key] = _canonical(value, parameter.annotation)
@@ -271,10 +291,12 @@ def _canonical(value: Any, annotation: Any) -> Any:
 
 
 def _mistyped(key: str, annotation: Any, value: Any) -> ValueError:
-    expected = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    for verbose in ("collections.abc.", "typing."):
-        expected = expected.replace(verbose, "")
-    return ValueError(f"recipe key '{key}' must be {expected}, got {value!r}.")
+    return ValueError(f"recipe key '{key}' must be {_type_name(annotation)}, got {value!r}.")
+
+
+def _type_name(annotation: Any) -> str:
+    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return name.replace("collections.abc.", "").replace("typing.", "")
 
 
 # Overrides -----------------------------------------------------------------------------------------
@@ -377,7 +399,17 @@ def _flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Raises ValueError where `workdir` cannot be written, or holds a run of another recipe or foreign files."""
+    """Raises ValueError where `workdir` cannot be written, or holds a run of another recipe or foreign files.
+
+    Writes nothing.
+    """
+    try:
+        existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+    except OSError as error:
+        raise _not_writable(workdir, error) from None
+    if not existing.is_dir():
+        wrong = "is a file" if existing == workdir else f"lies in {existing}, which is a file"
+        raise ValueError(f"workdir {workdir} {wrong}; expected a folder, or a name that is free.")
     if not (workdir / "config.json").is_file():
         foreign = [name for name in ("checkpoints", "metrics.jsonl", "curves.png") if (workdir / name).exists()]
         if foreign:
@@ -391,11 +423,49 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
             + "\n  ".join(changed)
         )
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ValueError(f"workdir {workdir} cannot be written: {error.strerror}.") from None
+        raise _not_writable(workdir, error) from None
+
+
+@contextlib.contextmanager
+def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Makes `workdir`, with its `config.json`, and keeps every other run out of it meanwhile.
+
+    The lock is the kernel's, on `workdir/.lock`: it goes with the process, however that ends. On a
+    file system without locks there is none.
+
+    Raises:
+      ValueError: another process holds it, or the reasons of `check_workdir`.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("a+")
+    except OSError as error:
+        raise _not_writable(workdir, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            raise ValueError(
+                f"workdir {workdir} is in use by {holder} (it holds {file.name}); wait for its end, or take another."
+            ) from None
+        except OSError:  # no such locks here: as many shared file systems do without, so do we
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        check_workdir(workdir, config)  # once more: another run may have begun here and ended since
+        if not (workdir / "config.json").exists():
+            remember(workdir, config)
+        yield
+
+
+def _not_writable(workdir: Path, error: OSError) -> ValueError:
+    return ValueError(f"workdir {workdir} cannot be written: {error.strerror}.")
 
 
 def remember(workdir: Path, config: ConfigDict) -> None:

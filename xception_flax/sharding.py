@@ -38,10 +38,13 @@ def create_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     if len(free) == 1 and fixed > 0 and devices % fixed == 0:
         sizes[free[0]] = devices // fixed
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
-        raise ValueError(
-            f"mesh: data={data} x fsdp={fsdp} must cover the {devices} devices exactly; "
-            "leave one of them at -1 to fill up."
-        )
+        if len(free) == 1:
+            other = "fsdp" if free == ["data"] else "data"
+            divisors = [str(d) for d in range(1, devices + 1) if devices % d == 0]
+            advice = f"mesh.{other} must divide their number: take {' or '.join(divisors)}"
+        else:
+            advice = "leave one of them, and only one, at -1 to fill up"
+        raise ValueError(f"mesh: data={data} x fsdp={fsdp} must cover the {_devices(devices)} exactly; {advice}.")
     return jax.make_mesh(tuple(sizes.values()), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
@@ -49,14 +52,19 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -
     """Raises ValueError unless every device gets the same number of images in each part of a step."""
     parts = mesh.size * accumulation_steps
     if batch_size < 1 or batch_size % parts:
-        factors = f"{mesh.size} devices" + (
+        factors = _devices(mesh.size) + (
             f" x {accumulation_steps} accumulation steps" if accumulation_steps > 1 else ""
         )
         lower = batch_size // parts * parts
         near = f"{lower} or {lower + parts}" if lower > 0 else str(parts)
+        multiple = "a multiple" if batch_size > 0 else "a positive multiple"
         raise ValueError(
-            f"batch_size={batch_size} does not divide over {factors}; it must be a multiple of {parts}: take {near}."
+            f"batch_size={batch_size} does not divide over {factors}; it must be {multiple} of {parts}: take {near}."
         )
+
+
+def _devices(number: int) -> str:
+    return f"{number} device" if number == 1 else f"{number} devices"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -69,6 +69,11 @@ def load(
     examples = function(train_split if train else eval_split, **options)
     if not len(examples):
         raise ValueError(f"source {source!r}: split {train_split if train else eval_split!r} has no images.")
+    if train and batch_size > len(examples):  # it would hold images twice, and an epoch would be less than a step
+        raise ValueError(
+            f"batch_size={batch_size} is more than the {len(examples)} images of split {train_split!r}; "
+            f"take at most {len(examples)}."
+        )
     return Split(
         source=examples,
         transforms=transforms,

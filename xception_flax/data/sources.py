@@ -104,7 +104,7 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
     if not path.exists() and not zipped.exists():
         raise ValueError(
             f"{zipped} is missing; put the four IDX files of Fashion-MNIST there "
-            "(Debian: apt install dataset-fashion-mnist) or set data.data_dir."
+            "(Debian: apt install dataset-fashion-mnist) or say where they are by --config.data.data_dir=DATA."
         )
     try:
         content = path.read_bytes() if path.exists() else gzip.decompress(zipped.read_bytes())
@@ -175,8 +175,8 @@ def tfds(
     where, features, file_format = builder.data_dir, builder.info.features, builder.info.file_format
     if not builder.info.splits:
         raise ValueError(
-            f"TFDS data set {builder.name!r} is not prepared in {where}. Prepare it with "
-            "file_format='array_record' (see the README), or set data.data_dir."
+            f"TFDS data set {builder.name!r} is not prepared in {where}; say where it is by "
+            "--config.data.data_dir=DATA, or prepare it with file_format='array_record' (see the README)."
         )
     if file_format is None or file_format.value != "array_record":
         found = None if file_format is None else file_format.value
@@ -208,7 +208,10 @@ def tfds(
 def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
     if name is None:
         if data_dir is None:
-            raise ValueError("source 'tfds' needs data.name, data.data_dir or both.")
+            raise ValueError(
+                "source 'tfds' needs data.name, data.data_dir or both: "
+                "--config.data.name=imagenet2012 --config.data.data_dir=DATA, say."
+            )
         directory = _directory(data_dir, "a TFDS data set")
         if not (directory / "dataset_info.json").exists():
             raise ValueError(
