@@ -13,7 +13,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Level 0: LLVM's passes take longer than the tests then run what they made. What is tested on top of
+# XLA is the same; test_train.py's processes, and so the whole path, run at the level of every user.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["KERAS_BACKEND"] = "jax"
 
 import jax
@@ -34,6 +36,6 @@ def rng() -> np.random.Generator:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that the workers end together."""
-    longest = ["test_train", "test_steps", "test_configs", "test_keras_weights"]
+    longest = ["test_train", "test_configs", "test_steps", "test_keras_weights", "test_family", "test_models"]
     order = {name: i for i, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.stem, len(longest)))

@@ -7,13 +7,23 @@ import numpy as np
 import pytest
 
 import train
-from xception_flax import create_model, recipe
+from xception_flax import MODELS, create_model, recipe
 from xception_flax.data import sources
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = [
-    *("digits", "fashion_mnist", "folder", "imagenet", "jft", "jft:fc", "inception_v3", "imagenet_aligned"),
-    "ablations:towers_4",
+    *(
+        "digits",
+        "digits:lenet",
+        "fashion_mnist",
+        "folder",
+        "imagenet",
+        "jft",
+        "jft:fc",
+        "inception_v3",
+        "ablations:towers_4",
+    ),
+    *(f"imagenet_aligned:xception{variant}" for variant in ("41", "65", "71", "41p", "65p")),
 ]
 
 # Sixteen images, one step of eight devices, the narrowest network without a middle flow.
@@ -26,14 +36,15 @@ TINY = [
 ]
 NARROWEST = {
     "inception_v3": ["data.image_size=75"],
-    "ablations": ["model.middle_repeats=0", "model.width=0.07"],  # four towers need four channels
+    "digits:lenet": [],
+    "ablations:towers_4": ["model.middle_repeats=0", "model.width=0.07"],  # four towers need four channels
 }
 
 
 def make_data(recipe_name: str, directory: Path) -> list[str]:
     """Writes sixteen images for training and nine for evaluation; returns the overrides that name them."""
     digits = sources.digits("train")
-    gray = recipe_name in ("digits", "fashion_mnist")
+    gray = recipe_name in ("digits", "digits:lenet", "fashion_mnist")
     images = digits.images if gray else np.repeat(digits.images[..., None], 3, -1)
     labels = digits.labels
     if recipe_name.startswith("jft"):
@@ -64,15 +75,25 @@ def test_the_list_is_complete():
     assert {name.partition(":")[0] for name in RECIPES} == {path.stem for path in CONFIGS.glob("*.py")}
 
 
+def test_every_network_is_in_a_recipe():
+    """So that each trains through the real loop below."""
+    networks = {recipe.load(path_of(name)).model.name for name in RECIPES if name != "folder"}
+    assert networks == set(MODELS)
+
+
+def path_of(name: str) -> str:
+    file, colon, argument = name.partition(":")
+    return f"{CONFIGS / file}.py{colon}{argument}"
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_takes_a_step(name, tmp_path):
-    file, _, argument = name.partition(":")
+    file, path = name.partition(":")[0], path_of(name)
     if name == "folder":
         (tmp_path / "train" / "cat").mkdir(parents=True)
-        argument = str(tmp_path)
-    path = f"{CONFIGS / file}.py" + (f":{argument}" if argument else "")
+        path += f":{tmp_path}"
     recipe.load(path)  # as it is: every key known, every type right
-    narrowest = NARROWEST.get(file, ["model.middle_repeats=0"])
+    narrowest = NARROWEST.get(name, ["model.middle_repeats=0"])
     overrides = ["--config." + text for text in TINY + narrowest + make_data(name, tmp_path)]
     config = recipe.load(path, overrides)
     assert train.train(config, tmp_path / "w") == 0

@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.typing import DTypeLike
 
-from xception_flax import create_model, layers, sharding, steps
+from xception_flax import create_model, layers, ops, sharding, steps
 from xception_flax.metrics import create_metrics
 from xception_flax.optimizers import OPTIMIZERS, create_optimizer
 from xception_flax.state import make_init
@@ -31,6 +31,7 @@ class Small(nn.Module):
 
         x = nn.relu(norm(layers.Conv(8, strides=(2, 2), dtype=self.dtype, name="conv")(images), "conv_bn"))
         x = nn.relu(norm(layers.SeparableConv(16, dtype=self.dtype, name="sepconv")(x), "sepconv_bn"))
+        x = ops.global_average_pool(x)
         return layers.classifier_head(x, CLASSES, train=train, dropout_rate=self.dropout_rate, dtype=self.dtype)
 
 

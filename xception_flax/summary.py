@@ -8,6 +8,13 @@ Nothing is computed and no accelerator is opened: all is from shapes.
             parameters, at the network's dtype (float32; --config.model.dtype)
 """
 
+import signal
+
+from xception_flax import signals
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
+
 import argparse
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
