@@ -86,4 +86,5 @@ def test_eight_devices_equal_one(monkeypatch, one_device, name):
         strict=True,
     ):
         assert np.abs(a - b).max() <= 1e-7 * max(np.abs(b).max(), 1e-3), jax.tree_util.keystr(path)
+        assert (a.dtype, a.shape) == (start.dtype, start.shape), jax.tree_util.keystr(path)
         assert np.abs(a - start).max() > 0, jax.tree_util.keystr(path)  # every array has moved

@@ -83,6 +83,8 @@ def _grouped_convolution(
     )
 
 
+# Under jit it is traced and differentiated once for each shape, not once for each of the equal layers.
+@partial(jax.jit, static_argnames=("strides", "padding", "dilation"))
 def depthwise_convolution(
     x: jax.Array,
     kernel: jax.Array,

@@ -69,7 +69,7 @@ def make_init(
     """
 
     def init(key: jax.Array) -> TrainState:
-        variables = model.init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
+        variables = _init_variables(model, key, jnp.zeros((1, *image_shape), jnp.float32))
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -92,8 +92,17 @@ def make_init(
 def abstract_variables(model: nn.Module, image_shape: tuple[int, int, int], mesh: Mesh) -> dict[str, PyTree]:
     """Returns shape, type and sharding of what `model.apply` takes, without memory."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    init = partial(model.init, train=False)
-    return _placed(mesh, dict(jax.eval_shape(init, jax.random.key(0), images)))
+    return _placed(mesh, jax.eval_shape(partial(_init_variables, model), jax.random.key(0), images))
+
+
+def _init_variables(model: nn.Module, key: jax.Array, images: jax.Array) -> dict[str, PyTree]:
+    """`model.init`, with moving statistics of the type that a step gives them: float64 where the model computes so."""
+    variables = dict(model.init(key, images, train=False))
+    if "batch_stats" in variables:
+        # linen begins in float32, and the first update would change the state's types.
+        dtype = jnp.promote_types(model.dtype, jnp.float32)
+        variables["batch_stats"] = jax.tree.map(lambda leaf: leaf.astype(dtype), variables["batch_stats"])
+    return variables
 
 
 def _placed(mesh: Mesh, shapes: PyTree) -> PyTree:
