@@ -166,7 +166,7 @@ def test_figure_2_is_its_towers_side_by_side(rng):
 
 
 def test_figure_4_is_the_separable_convolution_in_the_other_order(rng):
-    """1x1 first, then one 3x3 a channel, with a non-linearity between (section 1.3)."""
+    """1x1 first, then one 3x3 a channel, with a non-linearity between (section 1.2)."""
     x = rng.normal(size=(2, 6, 5, 7)).astype(np.float32)
     module = towers.ExtremeInceptionModule(12)
     params = module.init(jax.random.key(0), x)["params"]

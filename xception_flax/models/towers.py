@@ -94,7 +94,7 @@ class SegmentedInceptionModule(TowerConv):
 class ExtremeInceptionModule(SegmentedInceptionModule):
     """Figure 4: one 3x3 for each output channel of the 1x1. `[N, H, W, C]` -> `[N, H, W, features]`.
 
-    Differs from the depthwise separable convolution in the order, and in the non-linearity (section 1.3).
+    Differs from the depthwise separable convolution in the order, and in the non-linearity (section 1.2).
     """
 
     towers: int | None = None
