@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 NETWORKS = {
     # An eighth of the width and two middle blocks: 184,050 parameters.
     "xception": dict(name="xception", num_classes=10, width=0.125, middle_repeats=2, dropout_rate=0.5, bn_decay=0.9),
-    # Convolutions and max-pooling: 74,154 parameters.
+    # Convolutions and max-pooling: 74,010 parameters.
     "lenet": dict(name="lenet", num_classes=10, width=0.5, dropout_rate=0.5),
 }
 

@@ -174,6 +174,14 @@ def test_average_pool_counts_real_pixels_only(rng, padding, window, stride):
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_average_pool_sums_in_float32(rng):
+    x = jnp.asarray(1 + rng.normal(size=(1, 16, 16, 2)) / 8, jnp.bfloat16)
+    pooled = ops.average_pool(x)
+    assert pooled.dtype == jnp.bfloat16
+    exact = ops.average_pool(x.astype(jnp.float32))
+    np.testing.assert_array_equal(pooled, exact.astype(jnp.bfloat16))  # one rounding, at the end
+
+
 def test_max_pool_of_negative_numbers_never_takes_the_padding():
     assert np.all(np.asarray(ops.max_pool(-jnp.ones((1, 4, 4, 1)))) == -1)
 

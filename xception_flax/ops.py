@@ -222,7 +222,8 @@ def average_pool(
         zero = np.zeros((), x.dtype)
         return lax.reduce_window(x, zero, lax.add, (1, *window, 1), (1, *strides, 1), [(0, 0), *pads, (0, 0)])
 
-    return add_up(x) / add_up(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
+    wide = jnp.promote_types(x.dtype, jnp.float32)  # nine numbers of 8 bits do not add up in 8 bits
+    return (add_up(x.astype(wide)) / add_up(jnp.ones((1, *x.shape[1:3], 1), wide))).astype(x.dtype)
 
 
 def global_average_pool(x: jax.Array, *, axes: Sequence[int] = (1, 2)) -> jax.Array:
