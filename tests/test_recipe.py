@@ -219,7 +219,7 @@ def test_mistakes_with_recipe_files(tmp_path):
     ):
         recipe.load(str(ROOT / "configs" / "digts.py"))
     with pytest.raises(ValueError, match="takes no argument, got"):
-        recipe.load(DIGITS + ":big")
+        recipe.load(str(ROOT / "configs" / "imagenet.py") + ":big")
     with pytest.raises(ValueError, match="is no Python file"):
         recipe.load(write(tmp_path / "recipe.txt", ""))
 
@@ -227,7 +227,7 @@ def test_mistakes_with_recipe_files(tmp_path):
 def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
     """What was meant is found by its name alone; from elsewhere the message says where one is."""
     monkeypatch.chdir(ROOT)
-    every = r"configs/digits\.py, .*configs/jft\.py\.$"  # and neither train.py nor a test
+    every = r"configs/ablations\.py, configs/digits\.py, .*configs/jft\.py\.$"  # and neither train.py nor a test
     for path, message in [
         ("configs/zzzzz.py", rf"^no recipe file 'configs/zzzzz\.py'; there are: {every}"),
         ("configs/", rf"^'configs/' is a folder, not a recipe file; there are: {every}"),
