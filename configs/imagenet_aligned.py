@@ -3,6 +3,8 @@
     python train.py --config configs/imagenet_aligned.py --workdir WORKDIR --config.data.data_dir=DIR
     python train.py --config configs/imagenet_aligned.py:xception41 ...     another of the family
 
+(By the argument, not by --config.model.name: xception41p has an epsilon of its own.)
+
 Data and hardware: as for imagenet.py, whose recipe this is but for the network; about 1.7 times its
 multiply-adds for xception65 (`python -m xception_flax.summary --all`). Neither DeepLab's paper nor timm
 gives a whole recipe for these networks on ImageNet.

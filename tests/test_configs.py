@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import train
-from xception_flax import MODELS, create_model, recipe
+from xception_flax import MODELS, create_model, evaluate, recipe
 from xception_flax.data import sources
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -87,7 +87,7 @@ def path_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_takes_a_step(name, tmp_path):
+def test_recipe_takes_a_step(name, tmp_path, capsys):
     file, path = name.partition(":")[0], path_of(name)
     if name == "folder":
         (tmp_path / "train" / "cat").mkdir(parents=True)
@@ -108,6 +108,13 @@ def test_recipe_takes_a_step(name, tmp_path):
     assert records[-1]["eval/weights"] == "ema"
     for item in ("config.json", "curves.png", "checkpoints/1/raw", "checkpoints/1/ema"):
         assert (tmp_path / "w" / item).exists(), item
+
+    if name in ("digits", "digits:lenet"):  # with and without batch statistics; the rest is the same
+        capsys.readouterr()
+        assert evaluate.main(["--workdir", str(tmp_path / "w")]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert result["loss"] == pytest.approx(records[-1]["eval/loss"], rel=1e-5)
+        assert (result["top1"], result["count"]) == (records[-1]["eval/top1"], 9)
 
 
 def test_imagenet_is_the_papers():

@@ -159,3 +159,46 @@ def test_gradients_and_statistics_equal_keras_in_training(name, width):
 def _loss_and_gradients(function, argument):
     (loss, updates), grads = jax.jit(jax.value_and_grad(function, has_aux=True))(argument)
     return float(loss), (grads, updates)
+
+
+@pytest.mark.usefixtures("keras_in_float64")
+@pytest.mark.parametrize("size", [(32, 45), (27, 64)], ids=str)
+def test_lenet_equals_the_same_stack_in_keras(size):
+    """Logits and the gradients of all weights, in float64; Keras' pooling is told to keep odd borders too."""
+    model = create_model("lenet", num_classes=10, width=0.25, dtype="float64", param_dtype="float64")
+    images = structured_images(4, *size).astype(np.float64)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), images, train=False))()
+    layers = [keras.layers.Input((*size, 3))]
+    for channels in (8, 16, 32):
+        layers.append(keras.layers.Conv2D(channels, 5, padding="same", activation="relu", use_bias=False))
+        layers.append(keras.layers.MaxPooling2D(2, padding="same"))
+    layers += [
+        keras.layers.GlobalAveragePooling2D(),
+        keras.layers.Dense(128, activation="relu"),
+        keras.layers.Dense(10),
+    ]
+    keras_model = keras.Sequential(layers)
+    params = variables["params"]
+    kernels = [[params[f"conv{i}"]["kernel"]] for i in (1, 2, 3)]
+    dense = [[params[name]["kernel"], params[name]["bias"]] for name in ("fc1", "predictions")]
+    arrays = [np.asarray(array) for layer in (*kernels, *dense) for array in layer]
+    keras_model.set_weights(arrays)
+
+    def ours(params):
+        logits = model.apply({"params": params}, images, train=True)
+        return jnp.sum(jnp.sin(logits)), logits
+
+    def theirs(trainable):
+        logits = keras_apply(keras_model, trainable, images, True)[0]
+        return jnp.sum(jnp.sin(logits)), logits
+
+    (_, logits), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
+    (_, expected), expected_grads = jax.jit(jax.value_and_grad(theirs, has_aux=True))(
+        [v.value for v in keras_model.trainable_variables]
+    )
+    assert np.ptp(expected, axis=0).max() >= MIN_SPREAD * np.abs(expected).max()
+    np.testing.assert_allclose(logits, expected, rtol=1e-12, atol=1e-12)
+    ordered = [grads[f"conv{i}"]["kernel"] for i in (1, 2, 3)]
+    ordered += [grads[name][leaf] for name in ("fc1", "predictions") for leaf in ("kernel", "bias")]
+    for a, b in zip(ordered, expected_grads, strict=True):
+        assert np.abs(a - b).max() <= MAX_GRADIENT_DIFFERENCE * np.abs(b).max()

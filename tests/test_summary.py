@@ -95,6 +95,7 @@ VARIANTS = [
     ("xception65p", {"middle_repeats": 2}),
     ("xception65p", {"middle_repeats": 0, "output_stride": 8, "num_classes": 0}),
     ("lenet", {}),
+    ("lenet", {"features": (8,) * 7}),
     ("lenet", {"features": (8, 16), "num_classes": 0}),
 ]
 
@@ -140,6 +141,7 @@ def test_a_block_without_residual_ends_with_its_pooling():
 def test_variants(name, fields):
     """Stages have the sizes and strides that the network's `endpoints` have; every layer is counted once."""
     model, size = create_model(name, **fields), 32 if name == "lenet" else 299
+    size = max(size, 2 * max(model.strides.values()))
     stages = summary.summarize(model, (size, size, 3))
     spatial = [row for row in stages if len(row.shape) == 3]
 
@@ -319,6 +321,16 @@ def test_a_recipe(monkeypatch, capsys):
     record = json.loads(out.splitlines()[-1])
     keys = ("name", "image_size", "channels", "num_classes", "parameters")
     assert [record[k] for k in keys] == ["xception", 48, 1, 10, 184_050]
+
+    code, out, _ = run(monkeypatch, capsys, "--config", f"{DIGITS}:lenet")
+    assert [json.loads(out.splitlines()[-1])[k] for k in keys] == ["lenet", 48, 1, 10, 74_010]
+
+    # Another network has its own defaults, not those of the recipe's: 65 has 16 middle blocks, 41 has 8.
+    imagenet = str(ROOT / "configs" / "imagenet.py")
+    code, out, _ = run(monkeypatch, capsys, "--config", imagenet, "--config.model.name=xception65")
+    assert code == 0
+    record = json.loads(out.splitlines()[-1])
+    assert (record["parameters"], record["macs"]) == (39_916_312, 13_852_682_216)
 
     changes = ["--image-size", "64", "--channels", "3", "--num-classes", "5", "--config.model.name=lenet"]
     code, out, _ = run(monkeypatch, capsys, "--config", DIGITS, *changes)

@@ -237,6 +237,13 @@ def test_equal_width_keeps_the_cost(count, keep):
     assert width == 1.0 if count is None else width < 1.0
 
 
+def test_equal_width_with_the_pointwise_convolution_first():
+    width = towers.equal_width(3, order="pointwise_first")
+    fields = dict(towers=3, order="pointwise_first", width=width)
+    network = measure(create_model("xception_towers", **fields), (299, 299, 3))
+    assert sum(layer.parameters for layer in network) == pytest.approx(22_855_952, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -1,5 +1,6 @@
 """What a network costs, layer by layer, from shapes alone: parameters, multiply-adds, memory of activations."""
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -64,7 +65,8 @@ def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
     def init(images: jax.Array) -> Any:
         return model.init(jax.random.key(0), images, train=False)
 
-    with nn.intercept_methods(record):
+    float64 = jnp.float64 in (jnp.dtype(getattr(model, name, None)) for name in ("dtype", "param_dtype"))
+    with nn.intercept_methods(record), jax.enable_x64(True) if float64 else contextlib.nullcontext():
         jax.eval_shape(init, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     return layers
 

@@ -145,7 +145,7 @@ def segments(channels: int, towers: int | None) -> tuple[int, ...]:
 
 
 class TowerConv(nn.Module):
-    """A point on the axis between the regular and the depthwise separable convolution (sections 1.2, 2, 5).
+    """A point on the axis between the regular and the depthwise separable convolution (sections 1.2 and 5).
 
     `[N, H, W, C]` -> `[N, H, W, features]`. A 1x1 convolution maps all channels at once; `towers`
     spatial convolutions map space, each in a segment of the channels of its own. With 1 tower this is

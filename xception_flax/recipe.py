@@ -101,16 +101,19 @@ OPERATIONAL_GROUPS = ("mesh", "checkpoint")
 # Reading -------------------------------------------------------------------------------------------
 
 
-def load(path_and_argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def load(path_and_argument: str, overrides: Sequence[str] = (), groups: Sequence[str] | None = None) -> ConfigDict:
     """Returns the resolved recipe of `FILE` or `FILE:ARGUMENT`, with overrides applied.
 
     Args:
       path_and_argument: what follows the colon is handed to the recipe's `get_config`.
       overrides: `('--config.model.width=0.5', ...)`.
+      groups: those that the overrides may touch; None for all.
 
     Raises:
       ValueError: the file cannot be read or run, or a key or value is wrong.
     """
+    if groups is not None:
+        _check_groups(overrides, groups)
     return resolve(_override(_run_recipe(path_and_argument), overrides))
 
 

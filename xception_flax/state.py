@@ -70,7 +70,7 @@ def make_init(
 
     def init(key: jax.Array) -> TrainState:
         variables = _init_variables(model, key, jnp.zeros((1, *image_shape), jnp.float32))
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        params, batch_stats = variables["params"], variables["batch_stats"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -96,13 +96,11 @@ def abstract_variables(model: nn.Module, image_shape: tuple[int, int, int], mesh
 
 
 def _init_variables(model: nn.Module, key: jax.Array, images: jax.Array) -> dict[str, PyTree]:
-    """`model.init`, with moving statistics of the type that a step gives them: float64 where the model computes so."""
-    variables = dict(model.init(key, images, train=False))
-    if "batch_stats" in variables:
-        # linen begins in float32, and the first update would change the state's types.
-        dtype = jnp.promote_types(model.dtype, jnp.float32)
-        variables["batch_stats"] = jax.tree.map(lambda leaf: leaf.astype(dtype), variables["batch_stats"])
-    return variables
+    """`model.init`, always with both collections, and with moving statistics of the type that a step gives them."""
+    variables = {"batch_stats": {}} | dict(model.init(key, images, train=False))
+    # linen begins in float32 where the model computes in float64: the first update would change the state's types.
+    dtype = jnp.promote_types(model.dtype, jnp.float32)
+    return variables | {"batch_stats": jax.tree.map(lambda leaf: leaf.astype(dtype), variables["batch_stats"])}
 
 
 def _placed(mesh: Mesh, shapes: PyTree) -> PyTree:

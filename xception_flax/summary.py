@@ -36,10 +36,6 @@ EXAMPLES = """\
 IMAGE_SIZE = 299  # pixels a side, as in the paper
 IMAGE_SIZES = {"lenet": 32}  # of networks that are for other images
 
-# A stride is exact when read from two image sizes: an image larger by a multiple of it has just as
-# many more pixels in the output, whatever borders are lost on the way. All strides here divide this.
-GROWTH = 960
-
 Shape = tuple[int, ...]
 
 
@@ -131,10 +127,13 @@ def summarize(model: nn.Module, image_shape: tuple[int, int, int], *, by: str = 
     parts = lookup({"stages": _stages, "layers": _layers}, by, "grouping")
     height, width, channels = image_shape
     trace = _trace(model, image_shape)
-    larger = _trace(model, (height + GROWTH, width + GROWTH, channels))
+    # A stride is exact when read from two image sizes: an image larger by a multiple of it has just as
+    # many more pixels in the output, whatever borders are lost on the way. 3 is the auxiliary tower's.
+    growth = 6 * max(model.strides.values())
+    larger = _trace(model, (height + growth, width + growth, channels))
     rows = []
     for (name, shape, layers), (_, larger_shape, _) in zip(parts(trace), parts(larger), strict=True):
-        stride = GROWTH // (larger_shape[0] - shape[0]) if len(shape) == 3 else None
+        stride = growth // (larger_shape[0] - shape[0]) if len(shape) == 3 else None
         rows.append(Row(name, 1, shape, stride, *_totals(layers)))
     return rows
 
@@ -291,7 +290,7 @@ def main(argv: list[str]) -> int:
         overrides.append(f"--config.model.num_classes={arguments.num_classes}")
 
     if arguments.config is not None:
-        config = recipe.override(recipe.load(arguments.config), overrides, groups=("model",))
+        config = recipe.load(arguments.config, overrides, groups=("model",))
         choices = [(config.model, config.data.image_size, config.data.channels)]
     else:
         if any(text.startswith("--config.model.name=") for text in overrides):

@@ -54,6 +54,8 @@ def timm_names(template: Mapping[str, PyTree]) -> dict[tuple[str, ...], str]:
     """
     params = template["params"]
     legacy = "block2_sepconv1" in params
+    if legacy and "block14_sepconv1" not in params:
+        raise ValueError("timm's legacy_xception has 8 blocks in its middle flow (middle_repeats=8).")
     table = _LEGACY if legacy else _ALIGNED if "block1_conv2_bn" in params else _PREACTIVATION
     return {path: f"{_timm_module(path, table, legacy)}.{_LEAVES[path[-1]]}" for path in flatten_dict(template)}
 

@@ -1,8 +1,10 @@
 """Aligned Xception (DeepLab v3+, Chen et al. 2018, arXiv 1802.02611, figure 4), as timm has it.
 
 What it changes in Xception: strided depthwise convolutions instead of max-pooling, batch
-normalization and ReLU after each depthwise convolution too, three separable convolutions in every
-block, a deeper middle flow, symmetric padding. The pre-activation variants are timm's own.
+normalization after each depthwise convolution too, three separable convolutions in every block, a
+deeper middle flow, symmetric padding. (DeepLab's paper has a ReLU after each depthwise convolution as
+well; timm, which loads DeepLab's weights, has it in the last block only, and so is it here.) The
+pre-activation variants are timm's own.
 """
 
 from collections.abc import Sequence
@@ -71,16 +73,15 @@ class AlignedXception(nn.Module):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self)
-        if sorted(stride for _, stride in self.entry_flow)[-3:] != [2, 2, 2] or len(self.strided_blocks) != 3:
+        pairs = all(
+            isinstance(block, Sequence) and len(block) == 2 and all(isinstance(n, int) and n >= 1 for n in block)
+            for block in self.entry_flow
+        )
+        if not pairs or sorted(stride for _, stride in self.entry_flow if stride > 1) != [2, 2, 2]:
             raise ValueError(
                 f"entry_flow must be (channels, stride) of blocks with strides 1 or 2, three of them 2, "
                 f"got {self.entry_flow}."
             )
-
-    @property
-    def strided_blocks(self) -> tuple[int, ...]:
-        """Numbers of the blocks of the entry flow that have a stride."""
-        return tuple(i for i, (_, stride) in enumerate(self.entry_flow, start=2) if stride != 1)
 
     @property
     def strides(self) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """What every network here keeps to: checks of its fields and its images, widths, strides traded for dilation."""
 
+import math
+
 import flax.linen as nn
 import jax
 
@@ -21,8 +23,8 @@ def check_fields(model: nn.Module) -> None:
     if fields.get("mid_activation") is not None:
         lookup(ACTIVATIONS, model.mid_activation, "mid_activation")
     for name in ("width", "width_multiple", "bn_epsilon"):
-        if fields.get(name, 1) <= 0:
-            raise ValueError(f"{name} must be positive, got {fields[name]}.")
+        if not 0 < fields.get(name, 1) < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {fields[name]}.")
     if fields.get("middle_repeats", 0) < 0:
         raise ValueError(f"middle_repeats must not be negative, got {model.middle_repeats}.")
     if not 0 <= fields.get("bn_decay", 0) < 1:

@@ -2,7 +2,7 @@
 
 The hypothesis (section 1.1): correlations across channels and across space are decoupled enough that
 it is better not to map them jointly. Its strength is an axis, the number of segments of the channels
-that are mapped in space by themselves (sections 1.2, 2, 5: 'appears not to have been explored').
+that are mapped in space by themselves (sections 1.2 and 5: 'appears not to have been explored').
 """
 
 from collections.abc import Mapping
@@ -128,7 +128,8 @@ class XceptionTowers(Xception):
     for `Xception`, but that channels need be no multiple of anything, so that `equal_width` is exact.
 
     Attributes:
-      towers: from 1 to the fewest channels of a layer (64 at width 1), or None.
+      towers: from 1 to the fewest channels that a spatial convolution sees (at width 1: 64, or 128 with
+        the pointwise convolution first), or None.
       order: 'depthwise_first' (separable convolution) or 'pointwise_first' (Inception).
     """
 
