@@ -38,7 +38,9 @@ def get_config(name: str) -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).with_name("imagenet.py")))["get_config"]()
     towers = re.fullmatch(r"towers_([1-9]\d*)(_equal)?", name)
     if towers is None and name not in CHANGES:
-        raise ValueError(f"the argument must be one of {', '.join(CHANGES)}, towers_K, towers_K_equal, got {name!r}.")
+        raise ValueError(
+            f"the argument must be one of {', '.join(CHANGES)}, towers_K, towers_K_equal (K from 1), got {name!r}."
+        )
     for key, value in CHANGES.get(name, {}).items():
         group, option = key.split(".")
         config[group][option] = value

@@ -249,6 +249,8 @@ def test_equal_width_with_the_pointwise_convolution_first():
     [
         (lambda: layers.segments(8, 0), r"towers must be from 1 .* to the 8 channels of the layer .*, got 0"),
         (lambda: layers.segments(8, 9), "got 9"),
+        (lambda: layers.segments(8, 3.5), "got 3.5"),
+        (lambda: layers.segments(8, "3"), "got '3'"),
         (lambda: _init(create_model("xception_towers", towers=65)), "to the 64 channels of the layer .*, got 65"),
         (
             lambda: _init(create_model("xception_towers", towers=2, order="first")),

@@ -107,6 +107,11 @@ def whole(tmp_path_factory) -> Path:
     return workdir
 
 
+def test_evaluation_on_other_channels_is_refused(whole):
+    with pytest.raises(ValueError, match=r"was trained on images of data\.channels=1, got 3; leave out --config\.data"):
+        evaluate.main(["--workdir", str(whole), "--config.data.channels=3"])
+
+
 def test_a_run_leaves_what_it_promises(whole):
     names = {path.name for path in whole.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "curves.png", ".lock"}
@@ -215,7 +220,8 @@ with signals.StopRequest():
     process = subprocess.Popen(command, env=environment(1), text=True, **pipes)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)  # as `timeout` does, which signals the process and then its group
+    time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)

@@ -97,7 +97,14 @@ def main(argv: list[str]) -> int:
         help="override where the data is or how it is read (group data, mesh)",
     )
     arguments, overrides = parser.parse_known_args(argv)
-    config = recipe.override(recipe.read(arguments.workdir), overrides, groups=("data", "mesh"))
+    trained = recipe.read(arguments.workdir)
+    channels = trained.data.channels
+    config = recipe.override(trained, overrides, groups=("data", "mesh"))
+    if config.data.channels != channels:
+        raise ValueError(
+            f"{arguments.workdir} was trained on images of data.channels={channels}, got {config.data.channels}; "
+            "leave out --config.data.channels."
+        )
     if arguments.split is not None:
         config.data.eval_split = arguments.split
     cli.start(arguments)

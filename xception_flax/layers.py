@@ -135,10 +135,10 @@ def segments(channels: int, towers: int | None) -> tuple[int, ...]:
       ValueError: `towers` is not from 1 to `channels`.
     """
     towers = channels if towers is None else towers
-    if not 1 <= towers <= channels:
+    if not isinstance(towers, int) or not 1 <= towers <= channels:
         raise ValueError(
             f"towers must be from 1 (a regular convolution) to the {channels} channels of the layer "
-            f"(one filter a channel; also towers=None), got {towers}."
+            f"(one filter a channel; also towers=None), got {towers!r}."
         )
     size, larger = divmod(channels, towers)
     return (size + 1,) * larger + (size,) * (towers - larger)

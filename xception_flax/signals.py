@@ -3,8 +3,13 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import NoReturn
+
+# `timeout` and some job managers signal a process, and at once its whole group: to the process that is
+# twice, and meant once.
+ECHO_SECONDS = 0.1
 
 
 def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
@@ -53,5 +58,9 @@ class StopRequest:
         with open(told, "rb", buffering=0) as pipe:
             numbers = (byte[0] for byte in iter(lambda: pipe.read(1), b""))
             requests = (number for number in numbers if number in (signal.SIGTERM, signal.SIGINT))
-            if next(requests, None) is not None and (second := next(requests, None)) is not None:
-                stop_at_once(second)
+            if next(requests, None) is None:
+                return
+            first = time.monotonic()
+            for second in requests:
+                if time.monotonic() - first > ECHO_SECONDS:
+                    stop_at_once(second)
