@@ -13,7 +13,7 @@ NAME is one of
                       1 (regular convolution) to 64; 3 or 4 is Inception (sections 1.2 and 5). Fewer
                       towers have more parameters: 1 has 8.0, 2 has 4.5, 4 has 2.8 times Xception's
     towers_K_equal    the same with the width at which the parameters are as many as Xception's, to 1 %
-                      (0.35, 0.46, 0.60 for these), so that only the structure differs; K up to 62, as
+                      (0.35, 0.46, 0.60 for these), so that only the structure differs; K up to 60, as
                       narrower networks have no channel for each tower
 
 Data, hardware: as for imagenet.py. Measured by us: not yet run.

@@ -116,6 +116,15 @@ def test_sizes(name):
         assert height == pytest.approx(size / 2**i, abs=4)  # a stem without padding loses some
 
 
+def test_the_readme_has_the_sizes():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for name, (_, parameters, _, macs, _) in SIZES.items():
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
+        number, unit = row.split("|")[3].split()[:2]
+        assert row.split("|")[2].strip() == f"{parameters:,}", name
+        assert float(number) == pytest.approx(macs / {"G": 1e9, "M": 1e6}[unit], rel=1e-3), name
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_backbone_has_no_classifier(name):
     """num_classes=0: the same network less `predictions`, and the pooled features for logits."""
@@ -430,6 +439,7 @@ def test_bad_fields_are_refused(fields, message):
         ("inception_v3", (1, 75, 74, 3), "Inception V3 needs images of at least 75 x 75 pixels, got 75 x 74"),
         ("xception65", (1, 64, 31, 3), "Aligned Xception needs images of at least 32 x 32 pixels, got 64 x 31"),
         ("lenet", (1, 7, 8, 3), "LeNet needs images of at least 8 x 8 pixels, got 7 x 8"),
+        ("xception", (1, 3, 64, 64), r"\(1, 3, 64, 64\) looks like \[N, C, H, W\], transpose it"),
         ("xception", (64, 64, 3), r"images must be \[N, H, W, C\], got shape \(64, 64, 3\)"),
     ],
 )

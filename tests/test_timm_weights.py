@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from golden.seeded import disturbed, draw, structured_images
+from golden.seeded import disturbed, draw, sample, structured_images
 
 from xception_flax import create_model, timm_weights
 
@@ -51,10 +51,6 @@ def calibrated(model, template: dict, images: np.ndarray) -> dict:
         for path, value in flatten_dict({"batch_stats": updates["batch_stats"]}).items()
     }
     return {"params": variables["params"], "batch_stats": unflatten_dict(statistics)}
-
-
-def sample(stage: np.ndarray) -> np.ndarray:
-    return stage[:, :: -(-stage.shape[1] // 4), :: -(-stage.shape[2] // 4), :: -(-stage.shape[3] // 16)]
 
 
 def compare(ours: np.ndarray, theirs: np.ndarray, what: str) -> float:

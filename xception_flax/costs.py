@@ -65,7 +65,7 @@ def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
     def init(images: jax.Array) -> Any:
         return model.init(jax.random.key(0), images, train=False)
 
-    float64 = jnp.float64 in (jnp.dtype(getattr(model, name, None)) for name in ("dtype", "param_dtype"))
+    float64 = jnp.float64 in (jnp.dtype(getattr(model, name, jnp.float32)) for name in ("dtype", "param_dtype"))
     with nn.intercept_methods(record), jax.enable_x64(True) if float64 else contextlib.nullcontext():
         jax.eval_shape(init, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     return layers

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from seeded import disturbed, draw, structured_images
+from seeded import disturbed, draw, sample, structured_images
 
 NAMES = ("legacy_xception", "xception41", "xception65", "xception71", "xception41p", "xception65p")
 SIZES = ((299, 299), (150, 214))
@@ -44,11 +44,6 @@ def calibrate(model: torch.nn.Module, images: torch.Tensor) -> None:
     for name, norm in norms.items():
         for kind, statistic in (("mean", norm.running_mean), ("var", norm.running_var)):
             statistic.copy_(torch.from_numpy(disturbed(f"{name}.running_{kind}", kind, statistic.numpy())))
-
-
-def sample(stage: np.ndarray) -> np.ndarray:
-    """About 4 x 4 pixels of 16 channels of `[N, H, W, C]`."""
-    return stage[:, :: -(-stage.shape[1] // 4), :: -(-stage.shape[2] // 4), :: -(-stage.shape[3] // 16)]
 
 
 def main() -> None:

@@ -44,3 +44,8 @@ def disturbed(name: str, kind: str, value: np.ndarray) -> np.ndarray:
     """A calibrated 'mean' or 'var' moved a little, so that evaluation differs from training."""
     noise = draw(name, kind, value.shape)
     return value * np.exp(noise) if kind == "var" else value + noise
+
+
+def sample(stage: np.ndarray) -> np.ndarray:
+    """About 4 x 4 pixels of 16 channels of `[N, H, W, C]`."""
+    return stage[:, :: -(-stage.shape[1] // 4), :: -(-stage.shape[2] // 4), :: -(-stage.shape[3] // 16)]

@@ -37,6 +37,8 @@ def check_images(images: jax.Array, min_size: int, network: str) -> None:
     """Raises ValueError where `images` are not `[N, H, W, C]` or less than `min_size` pixels high or wide."""
     if images.ndim != 4:
         raise ValueError(f"images must be [N, H, W, C], got shape {images.shape}.")
+    if images.shape[1] in (1, 3) and images.shape[3] > 4:
+        raise ValueError(f"images must be [N, H, W, C]; {images.shape} looks like [N, C, H, W], transpose it.")
     if min(images.shape[1:3]) < min_size:
         height, width = images.shape[1:3]
         raise ValueError(

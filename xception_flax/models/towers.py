@@ -20,7 +20,8 @@ from xception_flax.layers import ACTIVATIONS, Conv, PointwiseConv, TowerConv, se
 from xception_flax.lookup import lookup
 from xception_flax.models.xception import ENTRY_FLOW, STEM, Xception
 
-# The figures leave out normalization and say 'convolution' for what has a ReLU behind it; so do these.
+# As in the figures there is no normalization here. Figure 1 has a ReLU behind each convolution, as
+# Inception V3; 2 to 4 only the one between 1x1 and 3x3 that their equivalence is about.
 
 
 class InceptionModule(nn.Module):
@@ -175,7 +176,8 @@ def equal_width(towers: int | None, *, order: str = "depthwise_first", keep: str
     target = sum(map(quantity, measure(Xception(), image_shape)))
     # The narrowest layer must have a channel for each tower, which sets the least width.
     narrowest = {"depthwise_first": STEM[1], "pointwise_first": ENTRY_FLOW[0][0]}
-    least = (towers or 1) / lookup(narrowest, order, "order")
+    channels = lookup(narrowest, order, "order")
+    least = len(segments(channels, towers)) / channels
     low, width, high = least, 1.0, 1.0
     while abs((found := ratio(width)) - 1) > 0.009:
         low, high = (width, high) if found < 1 else (low, width)
