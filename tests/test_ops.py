@@ -54,36 +54,85 @@ def test_depthwise_convolution(rng, shape, stride, padding, multiplier):
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("padding", ops.PADDINGS)
-@pytest.mark.parametrize(
-    ("strides", "dilation", "multiplier"),
-    [((1, 1), (1, 1), 1), ((2, 2), (1, 1), 1), ((1, 2), (1, 1), 2), ((1, 1), (2, 3), 1)],
-)
-def test_depthwise_lowerings_are_equal(rng, dtype, padding, strides, dilation, multiplier):
-    """Value and both gradients; bfloat16 to one part in 128, its spacing."""
-    x = jnp.asarray(rng.normal(size=(2, 11, 9, 4)), dtype)
-    kernel = jnp.asarray(rng.normal(size=(3, 3, 1, 4 * multiplier)), dtype)
-    options = dict(strides=strides, padding=padding, dilation=dilation)
+def both_lowerings(function, *operands):
+    """Value and gradients of `function` as the platform has it and as XLA has it, for the same cotangent."""
     results = []
-    for lowering in (ops.depthwise_by_shifts, ops.depthwise_by_groups):
-        y, vjp = jax.vjp(lambda x, k, f=lowering: f(x, k, **options), x, kernel)
-        cotangent = jnp.asarray(np.random.default_rng(1).normal(size=y.shape), dtype)
-        results.append([np.asarray(r, np.float32) for r in (y, *vjp(cotangent))])
+    for name in ops.LOWERINGS:
+        with ops.lowering(name):
+            y, vjp = jax.vjp(function, *operands)
+            cotangent = jnp.asarray(np.random.default_rng(1).normal(size=y.shape), y.dtype)
+            results.append([np.asarray(r, np.float32) for r in (y, *vjp(cotangent))])
+    return zip(*results, strict=True)
+
+
+STRIDES_AND_DILATIONS = [((1, 1), (1, 1)), ((2, 2), (1, 1)), ((1, 2), (1, 1)), ((1, 1), (2, 3)), ((2, 3), (2, 1))]
+DTYPES_AND_PADDINGS = [("float32", padding) for padding in ops.PADDINGS] + [("bfloat16", "SAME")]
+
+
+@pytest.mark.parametrize(("dtype", "padding"), DTYPES_AND_PADDINGS)
+@pytest.mark.parametrize(("strides", "dilation"), STRIDES_AND_DILATIONS)
+@pytest.mark.parametrize(
+    ("function", "kernel_shape"),
+    [
+        (ops.depthwise_convolution, (3, 3, 1, 4)),
+        (ops.depthwise_convolution, (3, 2, 1, 8)),  # channel multiplier 2
+        (ops.convolution, (3, 3, 4, 5)),
+        (ops.convolution, (1, 4, 4, 5)),
+        (ops.convolution, (1, 1, 4, 5)),
+    ],
+    ids=["depthwise", "multiplier", "convolution", "1x4", "1x1"],
+)
+def test_lowerings_of_convolutions_are_equal(rng, dtype, padding, strides, dilation, function, kernel_shape):
+    """Value and both gradients; bfloat16 to one part in 128, its spacing."""
+    x = jnp.asarray(rng.normal(size=(2, 11, 10, 4)), dtype)
+    kernel = jnp.asarray(rng.normal(size=kernel_shape), dtype)
+    tolerance = 1e-5 if dtype == "float32" else 1 / 128
+    function = partial(function, strides=strides, padding=padding, dilation=dilation)
+    for ours, stock in both_lowerings(function, x, kernel):
+        np.testing.assert_allclose(ours, stock, rtol=tolerance, atol=tolerance * np.abs(stock).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_lowerings_of_the_pointwise_convolution_are_equal(rng, dtype, strides):
+    x, kernel = jnp.asarray(rng.normal(size=(2, 5, 6, 3)), dtype), jnp.asarray(rng.normal(size=(1, 1, 3, 7)), dtype)
     tolerance = 1e-5 if dtype == jnp.float32 else 1 / 128
-    for shifts, groups in zip(*results, strict=True):
-        np.testing.assert_allclose(shifts, groups, rtol=tolerance, atol=tolerance * np.abs(groups).max())
+    for ours, stock in both_lowerings(partial(ops.pointwise_convolution, strides=strides), x, kernel):
+        np.testing.assert_allclose(ours, stock, rtol=tolerance, atol=tolerance * np.abs(stock).max())
 
 
-def test_depthwise_convolution_chooses_by_platform():
-    def lowered(platform):
-        x, kernel = jnp.zeros((1, 8, 8, 4)), jnp.zeros((3, 3, 1, 4))
-        traced = jax.jit(ops.depthwise_convolution).trace(x, kernel)
+@pytest.mark.parametrize(("dtype", "padding"), DTYPES_AND_PADDINGS)
+@pytest.mark.parametrize(
+    ("window", "strides"), [((3, 3), (2, 2)), ((3, 3), (1, 1)), ((2, 3), (3, 2)), ((5, 4), (2, 3)), ((1, 130), (1, 2))]
+)
+def test_lowerings_of_max_pooling_are_equal(rng, dtype, padding, window, strides):
+    """Half of the pixels are 0, as after a ReLU, so most windows have equal maxima: the first one has the gradient."""
+    x = np.maximum(rng.integers(-3, 3, size=(2, 14, max(13, window[1]), 3)), 0)
+    x[0, :, :, 0] = -1  # and a channel without a positive number, next to the padding
+    function = partial(ops.max_pool, window=window, strides=strides, padding=padding)
+    tolerance = 1e-6 if dtype == "float32" else 1 / 32  # several gradients of 8 bits add up in another order
+    for ours, stock in both_lowerings(function, jnp.asarray(x, dtype)):
+        np.testing.assert_allclose(ours, stock, rtol=tolerance, atol=tolerance * np.abs(stock).max())
+
+
+def test_lowering_is_chosen_by_platform():
+    def lowered(function, *operands, platform):
+        traced = jax.jit(lambda *operands: function(*operands)).trace(*operands)
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
-    assert "feature_group_count = 4" in lowered("tpu")
-    assert "feature_group_count = 4" in lowered("cuda")
-    assert "convolution" not in lowered("cpu").replace("depthwise_convolution", "")
+    x, kernel = jnp.zeros((1, 8, 8, 4)), jnp.zeros((3, 3, 1, 4))
+    for platform in ("tpu", "cuda"):
+        assert "feature_group_count = 4" in lowered(ops.depthwise_convolution, x, kernel, platform=platform)
+        assert "reduce_window" in lowered(ops.max_pool, x, platform=platform)
+    assert "stablehlo.convolution" not in lowered(ops.depthwise_convolution, x, kernel, platform="cpu")
+    assert "reduce_window" not in lowered(ops.max_pool, x, platform="cpu")
+    with ops.lowering("stock"):
+        assert "feature_group_count = 4" in lowered(ops.depthwise_convolution, x, kernel, platform="cpu")
+
+
+def test_unknown_lowering_is_refused():
+    with pytest.raises(ValueError, match=r"unknown lowering 'stok'; did you mean 'stock'\?"), ops.lowering("stok"):
+        pass
 
 
 def test_depthwise_convolution_dilated(rng):
@@ -202,13 +251,32 @@ def test_global_average_pool_sums_in_float32(rng):
         (ops.pointwise_convolution, (1, 1, 3, 2)),
     ],
 )
-def test_gradients(rng, function, kernel_shape):
-    with jax.enable_x64(True):
+@pytest.mark.parametrize(("lowering", "modes"), [("platform", ["rev"]), ("stock", ["fwd", "rev"])])
+def test_gradients(rng, function, kernel_shape, lowering, modes):
+    """First and second derivatives against finite differences; forward mode is the stock lowering's alone."""
+    with jax.enable_x64(True), ops.lowering(lowering):
         x, kernel = jnp.asarray(rng.normal(size=(2, 5, 6, 3))), jnp.asarray(rng.normal(size=kernel_shape))
-        check_grads(lambda x, k: function(x, k, strides=(2, 2)), (x, kernel), order=2, atol=1e-6, rtol=1e-6)
+        check_grads(lambda x, k: function(x, k, strides=(2, 2)), (x, kernel), 2, modes, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("function", [ops.max_pool, ops.atrous_max_pool, ops.average_pool])
 def test_pooling_gradients(rng, function):
     with jax.enable_x64(True):
-        check_grads(function, (jnp.asarray(rng.normal(size=(2, 5, 6, 3))),), order=1, atol=1e-6, rtol=1e-6)
+        check_grads(function, (jnp.asarray(rng.normal(size=(2, 5, 6, 3))),), 2, ["rev"], atol=1e-6, rtol=1e-6)
+
+
+def test_operations_map_over_another_dimension(rng):
+    """`vmap` of a gradient, as for gradients of single examples, against a loop."""
+    x = jnp.asarray(rng.normal(size=(3, 1, 6, 7, 4)), jnp.float32)
+    kernels = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(3, 3, 4, 4), (3, 3, 1, 4), (1, 1, 4, 2)]]
+
+    def loss(kernels, x):
+        x = ops.convolution(x, kernels[0])
+        return jnp.sum(
+            ops.pointwise_convolution(ops.max_pool(ops.depthwise_convolution(x, kernels[1])), kernels[2]) ** 2
+        )
+
+    mapped = jax.vmap(jax.grad(loss), (None, 0))(kernels, x)
+    one_by_one = [jax.grad(loss)(kernels, image) for image in x]
+    for i, gradients in enumerate(zip(*one_by_one, strict=True)):
+        np.testing.assert_allclose(mapped[i], np.stack(gradients), rtol=1e-4, atol=1e-4)

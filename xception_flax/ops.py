@@ -1,11 +1,16 @@
 """The operations of the network as pure functions of arrays, channels last (`[N, H, W, C]`).
 
-Where a backend wants a lowering of its own, the operation chooses it when it is compiled for that
-backend; all lowerings have the same values and gradients, and no caller knows of them.
+Each is defined in XLA's own operations, which GPUs and TPUs get. Where those are slow on CPUs there is
+a second lowering for them, chosen when a program is compiled for its platform; values and gradients
+are the same, and no caller knows of it. What CPUs get has its own rule for the gradient, which forward
+mode (`jax.jvp`) does not take: use `with lowering("stock")` for that.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +27,51 @@ _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # VALID      none.
 PADDINGS = ("SAME", "SYMMETRIC", "VALID")
 
+LOWERINGS = ("platform", "stock")
+
+
+# Choosing a lowering -------------------------------------------------------------------------------
+
+_chosen: ContextVar[str] = ContextVar("lowering", default="platform")
+
+
+@contextlib.contextmanager
+def lowering(name: str) -> Iterator[None]:
+    """Operations called within it are traced with this lowering.
+
+    Args:
+      name: 'platform', the default, is the best for each platform; 'stock' is XLA's own operation on
+        all of them. A function under `jit` keeps the lowering that it was first traced with.
+
+    Raises:
+      ValueError: another name.
+    """
+    if name not in LOWERINGS:
+        raise ValueError(f"unknown lowering {name!r}; {suggest(name, LOWERINGS)}")
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def _lower(*operands: jax.Array, cpu: Callable[..., Any], stock: Callable[..., Any], **options: Any) -> Any:
+    """Calls `cpu` or `stock`, whichever is right for the platform, with the operands and the (hashable) options."""
+    return _lowered(*operands, cpu=cpu, stock=stock, options=tuple(options.items()), lowering=_chosen.get())
+
+
+# Under jit an operation is traced and differentiated once for each shape, not once for each of the equal
+# layers, and compiled once where the caller is not under jit.
+@partial(jax.jit, static_argnames=("cpu", "stock", "options", "lowering"))
+def _lowered(*operands, cpu, stock, options, lowering):
+    cpu, stock = (partial(function, **dict(options)) for function in (cpu, stock))
+    if lowering == "stock":
+        return stock(*operands)
+    return lax.platform_dependent(*operands, cpu=cpu, default=stock)
+
+
+# Windows -------------------------------------------------------------------------------------------
+
 
 def _pads(sizes: Sequence[int], spans: Sequence[int], strides: Sequence[int], padding: str) -> list[tuple[int, int]]:
     """(before, after) of rows and columns for windows that reach over `spans` pixels."""
@@ -33,7 +83,55 @@ def _pads(sizes: Sequence[int], spans: Sequence[int], strides: Sequence[int], pa
 
 
 def _spans(window: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Pixels from the first to the last tap of a window, inclusive: rows, columns."""
     return [d * (size - 1) + 1 for d, size in zip(dilation, window, strict=True)]
+
+
+def _padded(
+    x: jax.Array,
+    window: Sequence[int],
+    strides: Sequence[int],
+    padding: str,
+    dilation: Sequence[int],
+    value: float = 0.0,
+) -> jax.Array:
+    pads = _pads(x.shape[1:3], _spans(window, dilation), strides, padding)
+    return jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=value)
+
+
+def _every(start: int, number: int, stride: int) -> slice:
+    """The slice of `number` pixels from `start` on."""
+    return slice(start, start + (number - 1) * stride + 1, stride)
+
+
+def _taps(
+    x: jax.Array, window: Sequence[int], strides: Sequence[int] = (1, 1), dilation: Sequence[int] = (1, 1)
+) -> Iterator[tuple[int, int, jax.Array]]:
+    """Yields (row, column, `[N, H', W', C]`) for each place in a window: what all windows have there."""
+    spans = _spans(window, dilation)
+    rows, columns = ((size - span) // s + 1 for size, span, s in zip(x.shape[1:3], spans, strides, strict=True))
+    for i in range(window[0]):
+        for j in range(window[1]):
+            yield i, j, x[:, _every(i * dilation[0], rows, strides[0]), _every(j * dilation[1], columns, strides[1])]
+
+
+def _reach(
+    shape: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+    out_shape: Sequence[int],
+    window: Sequence[int],
+    strides: Sequence[int],
+    dilation: Sequence[int],
+) -> list[tuple[int, int]]:
+    """(before, after) of the outputs, spread by the strides, so that a window over them is what reached a pixel."""
+    spans = _spans(window, dilation)
+    return [
+        (span - 1 - low, low + size - 1 - (out - 1) * stride)
+        for size, (low, _), out, span, stride in zip(shape[1:3], pads, out_shape[1:3], spans, strides, strict=True)
+    ]
+
+
+# Regular convolution -------------------------------------------------------------------------------
 
 
 def convolution(
@@ -59,18 +157,24 @@ def convolution(
     Returns:
       `[N, H', W', features]`.
     """
+    options = dict(strides=strides, padding=padding, dilation=dilation)
     if groups == x.shape[-1] > 1:
-        return depthwise_convolution(x, kernel, strides=strides, padding=padding, dilation=dilation)
-    return _grouped_convolution(x, kernel, strides, padding, dilation, groups)
+        return depthwise_convolution(x, kernel, **options)
+    if kernel.shape[:2] == (1, 1) and groups == 1:
+        return pointwise_convolution(x, kernel, strides=strides)
+    if groups > 1:
+        return _grouped_convolution(x, kernel, groups=groups, **options)
+    return _lower(x, kernel, cpu=convolution_by_patches, stock=_grouped_convolution, **options)
 
 
 def _grouped_convolution(
     x: jax.Array,
     kernel: jax.Array,
+    *,
     strides: tuple[int, int],
     padding: str,
     dilation: tuple[int, int],
-    groups: int,
+    groups: int = 1,
 ) -> jax.Array:
     return lax.conv_general_dilated(
         x,
@@ -83,8 +187,62 @@ def _grouped_convolution(
     )
 
 
-# Under jit it is traced and differentiated once for each shape, not once for each of the equal layers.
-@partial(jax.jit, static_argnames=("strides", "padding", "dilation"))
+def convolution_by_patches(
+    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
+) -> jax.Array:
+    """`convolution` with a kernel gradient of matrix products, patches of one image after the other by the gradient.
+
+    XLA's own is many times slower on CPUs; its other gradient and its value are not.
+    """
+    return _convolution_by_patches(x, kernel, strides, padding, dilation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolution_by_patches(x, kernel, strides, padding, dilation):
+    return _grouped_convolution(x, kernel, strides=strides, padding=padding, dilation=dilation)
+
+
+def _convolution_by_patches_forward(x, kernel, strides, padding, dilation):
+    return _convolution_by_patches(x, kernel, strides, padding, dilation), (x, kernel)
+
+
+def _convolution_by_patches_backward(strides, padding, dilation, saved, dy):
+    x, kernel = saved
+    window = kernel.shape[:2]
+    pads = _pads(x.shape[1:3], _spans(window, dilation), strides, padding)
+    # As XLA's own rule has it, but the kernel is turned round in memory: there is a fast convolution
+    # for that layout alone.
+    dx = lax.conv_general_dilated(
+        dy,
+        lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3)),
+        window_strides=(1, 1),
+        padding=_reach(x.shape, pads, dy.shape, window, strides, dilation),
+        lhs_dilation=strides,
+        rhs_dilation=dilation,
+        dimension_numbers=_DIMENSIONS,
+    )
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+
+    def add_image(total, image_and_gradient):
+        image, gradient = image_and_gradient
+        taps = [tap[0] for _, _, tap in _taps(image[None], window, strides, dilation)]
+        patches = jnp.concatenate(taps, axis=-1).reshape(-1, total.shape[0])  # [H' * W', kh * kw * C]
+        gradient = gradient.reshape(-1, total.shape[1])
+        product = lax.dot_general(patches, gradient, (((0,), (0,)), ((), ())), preferred_element_type=total.dtype)
+        return total + product, None
+
+    images = _padded(x, window, strides, padding, dilation)
+    total = jnp.zeros((kernel.size // kernel.shape[-1], kernel.shape[-1]), wide)
+    total, _ = lax.scan(add_image, total, (images, dy))
+    return dx, total.reshape(kernel.shape).astype(kernel.dtype)
+
+
+_convolution_by_patches.defvjp(_convolution_by_patches_forward, _convolution_by_patches_backward)
+
+
+# Depthwise convolution -----------------------------------------------------------------------------
+
+
 def depthwise_convolution(
     x: jax.Array,
     kernel: jax.Array,
@@ -106,19 +264,15 @@ def depthwise_convolution(
       `[N, H', W', C * multiplier]`.
     """
     options = dict(strides=strides, padding=padding, dilation=dilation)
-    return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=partial(depthwise_by_shifts, **options),
-        default=partial(depthwise_by_groups, **options),
-    )
+    return _lower(x, kernel, cpu=depthwise_by_shifts, stock=depthwise_by_groups, **options)
 
 
 def depthwise_by_groups(
     x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
 ) -> jax.Array:
     """`depthwise_convolution` as XLA's grouped convolution, one group a channel."""
-    return _grouped_convolution(x, kernel, strides, padding, dilation, groups=x.shape[-1])
+    options = dict(strides=strides, padding=padding, dilation=dilation)
+    return _grouped_convolution(x, kernel, groups=x.shape[-1], **options)
 
 
 def depthwise_by_shifts(
@@ -128,23 +282,60 @@ def depthwise_by_shifts(
 
     XLA's grouped convolution on the CPU is many times slower than this, its gradients more so.
     """
-    spans = _spans(kernel.shape[:2], dilation)
-    pads = _pads(x.shape[1:3], spans, strides, padding)
     dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)  # add up as a convolution does
-    x, kernel = jnp.pad(x.astype(wide), [(0, 0), *pads, (0, 0)]), kernel.astype(wide)
+    x = _padded(x.astype(wide), kernel.shape[:2], strides, padding, dilation)
     x = jnp.repeat(x, kernel.shape[-1] // x.shape[-1], axis=-1)
-    rows, columns = ((size - span) // s + 1 for size, span, s in zip(x.shape[1:3], spans, strides, strict=True))
-    total = jnp.zeros((), wide)
-    for i in range(kernel.shape[0]):
-        for j in range(kernel.shape[1]):
-            top, left = i * dilation[0], j * dilation[1]
-            shifted = x[
-                :,
-                top : top + (rows - 1) * strides[0] + 1 : strides[0],
-                left : left + (columns - 1) * strides[1] + 1 : strides[1],
-            ]
-            total += shifted * kernel[i, j, 0]
-    return total.astype(dtype)
+    return _sum_of_taps(x, kernel[:, :, 0].astype(wide), strides, dilation).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _sum_of_taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], dilation: tuple[int, int]) -> jax.Array:
+    """`[N, H, W, C]`, padded already, and `[kh, kw, C]` -> `[N, H', W', C]`."""
+    return reduce(jnp.add, (tap * kernel[i, j] for i, j, tap in _taps(x, kernel.shape[:2], strides, dilation)))
+
+
+def _sum_of_taps_forward(x, kernel, strides, dilation):
+    return _sum_of_taps(x, kernel, strides, dilation), (x, kernel)
+
+
+def _sum_of_taps_backward(strides, dilation, saved, dy):
+    x, kernel = saved
+    # A pixel's gradient is the same sum, over the windows that reach it, with the kernel turned round.
+    edges = _reach(x.shape, [(0, 0), (0, 0)], dy.shape, kernel.shape[:2], strides, dilation)
+    edges = [(low, high, stride - 1) for (low, high), stride in zip(edges, strides, strict=True)]
+    spread = lax.pad(dy, np.zeros((), dy.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    taps = _taps(spread, kernel.shape[:2], dilation=dilation)
+    dx = reduce(jnp.add, (tap * kernel[-1 - i, -1 - j] for i, j, tap in taps))
+    return dx, _kernel_gradient_by_rows(x, kernel.shape, dy, strides, dilation)
+
+
+def _kernel_gradient_by_rows(x, shape, dy, strides, dilation):
+    # Row by row, into a sum for each tap and column: XLA on the CPU is many times slower with
+    # reductions over whole shifted images.
+    batch, rows, columns, channels = dy.shape
+    places = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
+
+    def add_row(totals, row):
+        n, h = row // rows, row % rows
+        gradient = lax.dynamic_slice(dy, (n, h, 0, 0), (1, 1, columns, channels))[0, 0]
+        reached = [
+            lax.dynamic_slice(x, (n, h * strides[0] + i * dilation[0], 0, 0), (1, 1, *x.shape[2:]))[0, 0]
+            for i in range(shape[0])
+        ]
+        return [
+            total + gradient * reached[i][_every(j * dilation[1], columns, strides[1])]
+            for total, (i, j) in zip(totals, places, strict=True)
+        ], None
+
+    totals = [jnp.zeros((columns, channels), dy.dtype) for _ in places]
+    totals, _ = lax.scan(add_row, totals, jnp.arange(batch * rows))
+    return jnp.stack([jnp.sum(total, axis=0) for total in totals]).reshape(shape)
+
+
+_sum_of_taps.defvjp(_sum_of_taps_forward, _sum_of_taps_backward)
+
+
+# Pointwise convolution -----------------------------------------------------------------------------
 
 
 def pointwise_convolution(x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int] = (1, 1)) -> jax.Array:
@@ -158,8 +349,40 @@ def pointwise_convolution(x: jax.Array, kernel: jax.Array, *, strides: tuple[int
     Returns:
       `[N, ceil(H / strides[0]), ceil(W / strides[1]), features]`.
     """
-    x = x[:, :: strides[0], :: strides[1]]
-    return lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+    return _lower(x[:, :: strides[0], :: strides[1]], kernel[0, 0], cpu=_product_of_its_own, stock=_product)
+
+
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`[N, H, W, C]`, `[C, features]` -> `[N, H, W, features]`."""
+    return lax.dot_general(x, kernel, (((3,), (0,)), ((), ())))
+
+
+@jax.custom_vjp
+def _product_of_its_own(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`_product`, kept apart from what comes before it in the backward pass.
+
+    XLA on the CPU fuses the gradient of the normalization into a transposed copy for each of the two
+    products that take it.
+    """
+    return _product(x, kernel)
+
+
+def _product_forward(x, kernel):
+    return _product(x, kernel), (x, kernel)
+
+
+def _product_backward(saved, dy):
+    x, kernel = saved
+    pixels = x.reshape(-1, x.shape[-1])
+    gradients = lax.optimization_barrier(dy).reshape(-1, dy.shape[-1])
+    dx = lax.dot_general(gradients, kernel, (((1,), (1,)), ((), ())))
+    return dx.reshape(x.shape), lax.dot_general(pixels, gradients, (((0,), (0,)), ((), ())))
+
+
+_product_of_its_own.defvjp(_product_forward, _product_backward)
+
+
+# Pooling -------------------------------------------------------------------------------------------
 
 
 def max_pool(
@@ -169,9 +392,72 @@ def max_pool(
     strides: tuple[int, int] = (2, 2),
     padding: str = "SAME",
 ) -> jax.Array:
-    """Maximum over windows: `[N, H, W, C]` -> `[N, H', W', C]`; `padding` is one of `PADDINGS`."""
+    """Maximum over windows: `[N, H, W, C]` -> `[N, H', W', C]`; `padding` is one of `PADDINGS`.
+
+    The gradient goes to the first of equal maxima, row by row.
+    """
+    options = dict(window=window, strides=strides, padding=padding)
+    return _lower(x, cpu=max_pool_by_taps, stock=max_pool_by_windows, **options)
+
+
+def max_pool_by_windows(x: jax.Array, *, window: tuple[int, int], strides: tuple[int, int], padding: str) -> jax.Array:
+    """`max_pool` as XLA's reduction over windows."""
     pads = _pads(x.shape[1:3], window, strides, padding)
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, *window, 1), (1, *strides, 1), [(0, 0), *pads, (0, 0)])
+
+
+def max_pool_by_taps(x: jax.Array, *, window: tuple[int, int], strides: tuple[int, int], padding: str) -> jax.Array:
+    """`max_pool` as the maximum of the taps of a window, which remembers where each maximum was.
+
+    XLA's gradient on the CPU scatters, and takes many times as long; it also keeps `x`, where this keeps
+    a byte for each output.
+    """
+    return _max_of_taps(_padded(x, window, strides, padding, (1, 1), -jnp.inf), window, strides)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _max_of_taps(x: jax.Array, window: tuple[int, int], strides: tuple[int, int]) -> jax.Array:
+    """`[N, H, W, C]`, padded already -> `[N, H', W', C]`."""
+    return reduce(jnp.maximum, (tap for _, _, tap in _taps(x, window, strides)))
+
+
+def _max_of_taps_forward(x, window, strides):
+    (_, _, best), *taps = _taps(x, window, strides)
+    number = np.min_scalar_type(-window[0] * window[1])  # a byte, for up to 128 taps
+    place = jnp.zeros(best.shape, number)
+    for i, j, tap in taps:
+        place = jnp.where(tap > best, number.type(i * window[1] + j), place)
+        best = jnp.maximum(best, tap)
+    return best, (place, x.shape)
+
+
+def _max_of_taps_backward(window, strides, saved, dy):
+    place, shape = saved
+    # The pixels of one phase (row % stride, column % stride) are a grid like that of the windows, on
+    # which pixel q is tap `stride * k + phase` of window q - k: no scatter, a sum of shifted arrays.
+    grid = [-(-size // stride) for size, stride in zip(shape[1:3], strides, strict=True)]
+    reach = [(size - 1) // stride for size, stride in zip(window, strides, strict=True)]
+    edges = [(r, size - out) for r, size, out in zip(reach, grid, dy.shape[1:3], strict=True)]
+    spread = jnp.pad(dy, [(0, 0), *edges, (0, 0)])
+    place = jnp.pad(place, [(0, 0), *edges, (0, 0)], constant_values=-1)
+    spread, place = lax.optimization_barrier((spread, place))  # padding within a fusion is slow
+
+    def phase(row: int, column: int) -> jax.Array:
+        total = jnp.zeros((dy.shape[0], *grid, dy.shape[-1]), dy.dtype)
+        for i in range(row, window[0], strides[0]):
+            for j in range(column, window[1], strides[1]):
+                top, left = reach[0] - i // strides[0], reach[1] - j // strides[1]
+                there = np.s_[:, top : top + grid[0], left : left + grid[1]]
+                total += jnp.where(place[there] == i * window[1] + j, spread[there], 0)
+        return total
+
+    rows = [jnp.stack([phase(i, j) for j in range(strides[1])], axis=3) for i in range(strides[0])]
+    dx = jnp.stack(rows, axis=2)  # [N, grid, stride, grid, stride, C]
+    dx = dx.reshape(dy.shape[0], grid[0] * strides[0], grid[1] * strides[1], dy.shape[-1])
+    return (dx[:, : shape[1], : shape[2]],)
+
+
+_max_of_taps.defvjp(_max_of_taps_forward, _max_of_taps_backward)
 
 
 def atrous_max_pool(
@@ -196,13 +482,7 @@ def atrous_max_pool(
     spans = _spans(window, (rate, rate))
     pads = [(low, span - 1 - low) for low, span in zip(before, spans, strict=True)]
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=-jnp.inf)
-    height, width = (size - span + 1 for size, span in zip(x.shape[1:3], spans, strict=True))
-    shifted = [
-        x[:, i * rate : i * rate + height, j * rate : j * rate + width]
-        for i in range(window[0])
-        for j in range(window[1])
-    ]
-    return reduce(jnp.maximum, shifted)
+    return reduce(jnp.maximum, (tap for _, _, tap in _taps(x, window, dilation=(rate, rate))))
 
 
 def average_pool(
