@@ -1,6 +1,10 @@
 """Xception in JAX and Flax: the network, its training and evaluation."""
 
-__all__ = ["MODELS", "create_model"]
+import importlib
+
+_HOMES = {"MODELS": "models", "create_model": "models", "fold_batch_norm": "folding"}
+
+__all__ = list(_HOMES)
 __version__ = "0.1.0"
 
 
@@ -8,6 +12,4 @@ def __getattr__(name: str) -> object:
     # Imported when asked for: JAX takes seconds, and a command handles Ctrl-C before it imports that.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from xception_flax import models
-
-    return getattr(models, name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
