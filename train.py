@@ -16,7 +16,6 @@ import collections
 import contextlib
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,13 @@ from ml_collections import ConfigDict
 from xception_flax import (
     checkpoint,
     cli,
+    costs,
     data,
     metrics,
     models,
     optimizers,
     pictures,
+    profiling,
     progress,
     recipe,
     sharding,
@@ -101,6 +102,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
 
     steps_per_epoch = train_data.num_images / config.batch_size
     total_steps = max(1, round(config.epochs * steps_per_epoch))
+    profiled = recipe.profiled_steps(config.profile)
+    if profiled and profiled[-1] > total_steps:
+        raise ValueError(f"profile={config.profile} is not within the {total_steps} steps of this run.")
 
     def is_due(step: int, every_epochs: float) -> bool:
         """Whether a multiple of `every_epochs` ends within this step; every second is due where every first is."""
@@ -152,6 +156,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         else:
             train_state = init(jax.random.key(config.seed))
 
+        device_kind = mesh.devices.flat[0].device_kind
         report = stack.enter_context(
             progress.RunProgress(
                 workdir,
@@ -160,12 +165,17 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 batch_size=config.batch_size,
                 num_images=train_data.num_images,
                 enabled=first_host,
+                peak_images_per_second=costs.peak_images_per_second(
+                    model, train_data.image_shape, device_kind, mesh.size
+                ),
             )
         )
+        profiled = range(max(profiled.start, start_step + 1), profiled.stop)
+        profile = stack.enter_context(profiling.Profile(profiled, workdir / "profile", report, enabled=first_host))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(train_state.params))
         report.say(
             f"{config.model.name}, {parameters:,} parameters, {train_data.num_images:,} images, {total_steps} steps of "
-            f"{config.batch_size} on {mesh.size} x {mesh.devices.flat[0].device_kind}, {workdir}"
+            f"{config.batch_size} on {mesh.size} x {device_kind}, {workdir}"
         )
         if start_step:
             report.say(f"going on from the checkpoint of step {start_step}")
@@ -176,15 +186,17 @@ def train(config: ConfigDict, workdir: Path) -> int:
         in_flight: collections.deque = collections.deque()
         totals = metrics.Accumulator()
         for step in range(start_step + 1, total_steps + 1):
-            batch = sharding.global_batch(mesh, next(batches))
-            train_state, sums = train_step(train_state, batch)
-            in_flight.append(sums)
-            if len(in_flight) > MAX_STEPS_IN_FLIGHT:
-                totals.add(in_flight.popleft())
+            with profile.step(step, in_flight):
+                with report.input_wait():
+                    batch = next(batches)
+                train_state, sums = train_step(train_state, sharding.global_batch(mesh, batch))
+                in_flight.append(sums)
+                if len(in_flight) > MAX_STEPS_IN_FLIGHT:
+                    totals.add(in_flight.popleft())
             report.advance(step)
 
             if step == start_step + 1:
-                jax.block_until_ready(sums)
+                jax.block_until_ready((sums, learning_rate(step)))  # which compiles at its first call too
                 report.compiled(step)
 
             stopping = stop.signal is not None if stop else manager.reached_preemption(step)
@@ -201,14 +213,15 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 report.train(step, totals.means() | {"learning_rate": float(learning_rate(step - 1))})
                 totals = metrics.Accumulator()
 
-            paused = time.monotonic()
             results = None
             if evaluating:
-                results = evaluate(eval_step, train_state.variables(weights), eval_data, mesh)
+                with report.pause("evaluation"):
+                    results = evaluate(eval_step, train_state.variables(weights), eval_data, mesh)
                 report.evaluation(step, results, weights)
             if saving:
-                checkpoint.save(manager, train_state, meta, results)
-            report.pause(since=paused)
+                with report.pause("checkpoint"):
+                    checkpoint.save(manager, train_state, meta, results)
+                report.checkpoint(step)
             if stopping and not last:
                 break
         checkpoint.check_saves(manager, wait=True)

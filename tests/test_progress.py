@@ -36,7 +36,10 @@ def test_records(tmp_path, capsys):
         report.train(10, {"loss": 0.5, "top1": 0.25, "learning_rate": 0.1})
         report.evaluation(20, {"top1": 0.9, "loss": float("nan"), "other": float("inf"), "count": 7}, "ema")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0].pop("train/first_step_seconds") > 0
     assert lines[1].pop("train/images_per_second") > 0
+    assert lines[1].pop("train/step_seconds") > 0
+    assert lines[1].pop("train/input_wait_seconds") == 0
     assert lines == [
         {"step": 1, "train/loss": 2.0},
         {"step": 10, "train/loss": 0.5, "train/top1": 0.25, "train/learning_rate": 0.1},
@@ -78,26 +81,62 @@ def test_a_resumed_run_continues_the_records_of_its_checkpoint(tmp_path):
 def test_other_hosts_write_nothing(tmp_path, capsys):
     with run(tmp_path, enabled=False) as report:
         report.compiled(1)
+        with report.input_wait(), report.pause("checkpoint"):
+            pass
         report.train(10, {"loss": 0.5})
         report.evaluation(10, {"loss": 0.5, "count": 1}, "raw")
+        report.checkpoint(10)
         report.say("nothing")
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err == ""
 
 
-def test_rate_leaves_out_compilation_and_pauses(tmp_path, monkeypatch):
+def test_all_of_the_time_is_recorded_once(tmp_path, monkeypatch, capsys):
+    """By a clock of our own: the rate leaves out compilation and pauses, and the parts add up to the whole."""
     clock = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    with run(tmp_path) as report:
-        clock[0] = 160  # a minute of compilation
+    with progress.RunProgress(
+        tmp_path,
+        start_step=0,
+        total_steps=100,
+        batch_size=10,
+        num_images=50,
+        enabled=True,
+        peak_images_per_second=250.0,
+    ) as report:
+        with report.input_wait():
+            clock[0] += 7  # the pipeline starts
+        clock[0] += 53  # compilation: a minute in all
         report.compiled(1)
-        clock[0] = 161
-        report.train(11, {"loss": 0.0})  # 10 steps of 10 images in a second
-        clock[0] = 170
-        report.pause(since=162)  # eight seconds of evaluation
+        for _ in range(10):  # 10 steps of 10 images in a second
+            with report.input_wait():
+                clock[0] += 0.025
+            clock[0] += 0.075
+        report.train(11, {"loss": 0.0})
+        with report.pause("evaluation"):
+            clock[0] += 8
+        report.evaluation(11, {"loss": 0.0, "count": 1}, "raw")
+        with report.pause("checkpoint"):
+            clock[0] += 2
+        report.checkpoint(11)
+        with report.pause("profile"):
+            clock[0] += 30
+        clock[0] += 1
         report.train(21, {"loss": 0.0})
-    rates = [r["train/images_per_second"] for r in progress.read_metrics(tmp_path / "metrics.jsonl")]
-    assert rates == pytest.approx([100, 100])
+    records = progress.read_metrics(tmp_path / "metrics.jsonl")
+    times = [{k: v for k, v in r.items() if k.endswith(("second", "seconds", "mfu"))} for r in records]
+    steps = {"train/images_per_second": 100, "train/step_seconds": 0.1, "train/mfu": 0.4}
+    assert times == [
+        pytest.approx(steps | {"train/first_step_seconds": 60, "train/input_wait_seconds": 0.025}),
+        pytest.approx({"eval/seconds": 8}),
+        pytest.approx({"checkpoint/blocking_seconds": 2}),
+        pytest.approx(steps | {"train/input_wait_seconds": 0}),
+    ]
+    assert clock[0] - 100 == pytest.approx(60 + 10 * 0.1 + 8 + 2 + 30 + 10 * 0.1)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0] == "step 11/100  loss 0.0000  100 images/s  MFU 40 %  input 25 %  0:09 left"
+    assert (11, "train/step_seconds", pytest.approx(0.1)) in events(tmp_path)
+    assert (11, "checkpoint/blocking_seconds", 2.0) in events(tmp_path)
 
 
 def test_curves_show_what_there_is(tmp_path):

@@ -73,6 +73,10 @@ def test_a_resolved_recipe_is_json_and_resolves_to_itself():
         ({"epochs": 0.0}, "recipe key 'epochs' must be positive, got 0.0"),
         ({"batch_size": 0}, "recipe key 'batch_size' must be positive, got 0"),
         ({"seed": -1}, r"recipe key 'seed' must be in \[0, 2\*\*32\), got -1"),
+        ({"profile": "10-12"}, r"key 'profile' must be FIRST:LAST, got '10-12'; 10:12 traces the steps 10, 11 and 12"),
+        ({"profile": "12:10"}, "recipe key 'profile' must be FIRST:LAST, got '12:10'"),
+        ({"profile": "0:3"}, "recipe key 'profile' must be FIRST:LAST, got '0:3'"),
+        ({"profile": 10}, "recipe key 'profile' must be str, got 10"),
         ({"batch_size": 8.5}, "recipe key 'batch_size' must be int, got 8.5"),
         ({"batch_size": True}, "recipe key 'batch_size' must be int, got True"),
         ({"model": 3}, "recipe key 'model' must be a group of keys, got 3"),
@@ -130,6 +134,8 @@ def test_int_is_a_float_and_none_where_it_may_be():
         ("data.train_split=train+validation", ("data", "train_split"), "train+validation"),
         ("data.train_transforms=resize | flip_left_right", ("data", "train_transforms"), "resize | flip_left_right"),
         ("mesh.fsdp=-1", ("mesh", "fsdp"), -1),
+        ("profile=10:12", ("profile",), "10:12"),
+        ("profile=", ("profile",), ""),
     ],
 )
 def test_overrides(override, key, value):
@@ -138,6 +144,12 @@ def test_overrides(override, key, value):
         config = config[part]
     assert config == value
     assert type(config) is type(value)
+
+
+def test_profiled_steps_are_both_included():
+    assert list(recipe.profiled_steps("10:12")) == [10, 11, 12]
+    assert list(recipe.profiled_steps("7:7")) == [7]
+    assert not recipe.profiled_steps("")
 
 
 def test_a_number_can_be_a_string_where_a_string_is_asked_for():
@@ -266,6 +278,7 @@ def test_a_workdir_remembers_and_refuses_another_recipe(tmp_path):
     before = (tmp_path / "w" / "config.json").read_bytes()
 
     operational = ["--config.mesh.fsdp=2", "--config.data.num_workers=3", "--config.log_every_steps=7"]
+    operational += ["--config.profile=3:4"]
     recipe.check_workdir(tmp_path / "w", recipe.load(DIGITS, [*operational, "--config.checkpoint.keep_latest=5"]))
     other = recipe.load(DIGITS, ["--config.optimizer.learning_rate=0.1", "--config.seed=3"])
     with pytest.raises(ValueError, match=r"(?s)another recipe.*optimizer.learning_rate: 0.003 -> 0.1.*seed: 0 -> 3"):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -79,6 +80,11 @@ def records(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def evaluations(workdir: Path) -> list[dict]:
+    """The results of every evaluation, without the time it took."""
+    return [{k: v for k, v in r.items() if k != "eval/seconds"} for r in records(workdir) if "eval/loss" in r]
+
+
 def wait_until(condition, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 200
     while not condition():
@@ -118,9 +124,10 @@ def test_a_run_leaves_what_it_promises(whole):
     recorded = records(whole)
     assert [r["step"] for r in recorded if "train/loss" in r] == [*range(5, 157, 5), 157]
     assert [r["step"] for r in recorded if "eval/loss" in r] == [40, 79, 118, 157]
-    assert recorded[-1]["eval/count"] == 180
+    assert [r["step"] for r in recorded if "checkpoint/blocking_seconds" in r] == [20, 40, 59, 79, 99, 118, 138, 157]
+    assert recorded[-2]["eval/count"] == 180
     assert {"train/loss", "train/top1", "train/top5", "train/learning_rate", "train/gradient_norm"} <= set(recorded[0])
-    assert recorded[-2]["train/loss"] < 0.8 * recorded[0]["train/loss"]
+    assert recorded[-3]["train/loss"] < 0.8 * recorded[0]["train/loss"]
     assert json.loads((whole / "config.json").read_text())["model"]["width"] == 0.02
 
 
@@ -133,6 +140,101 @@ def test_the_same_command_on_a_finished_run_says_so(whole):
     assert {p for p in whole.rglob("*") if p.is_file() and "tensorboard" not in p.parts} == set(before)
     for path, content in before.items():  # the picture is drawn again, and all else is as it was
         assert path.name in ("curves.png", ".lock") or path.read_bytes() == content
+
+
+def test_the_parts_of_the_time_add_up(whole):
+    """No part is longer than the whole, which the file system's clock measures by itself, from outside."""
+    recorded = records(whole)
+    trained = [r for r in recorded if "train/loss" in r]
+    first, steps = trained[0], [b["step"] - a["step"] for a, b in zip([{"step": 1}, *trained], trained, strict=False)]
+    in_steps = sum(n * r["train/step_seconds"] for n, r in zip(steps, trained, strict=True))
+    stood_still = sum(r.get("eval/seconds", 0) + r.get("checkpoint/blocking_seconds", 0) for r in recorded)
+    began = (whole / "config.json").stat().st_mtime  # before the state is made
+    ended = (whole / "metrics.jsonl").stat().st_mtime
+    assert 0 < first["train/first_step_seconds"] + in_steps + stood_still <= ended - began
+    for r in trained:
+        assert 0 <= r["train/input_wait_seconds"] <= r["train/step_seconds"]
+        assert r["train/images_per_second"] == pytest.approx(16 / r["train/step_seconds"])
+        assert "train/mfu" not in r  # nobody knows the peak of a CPU
+    assert ["train/first_step_seconds" in r for r in trained] == [True] + [False] * (len(trained) - 1)
+    assert all("eval/seconds" in r for r in recorded if "eval/loss" in r)
+
+
+# Starting again ------------------------------------------------------------------------------------
+
+COUNT_CACHE = """
+import collections, pathlib, sys
+from jax import monitoring
+counts = collections.Counter()
+monitoring.register_event_listener(lambda event, **_: counts.update([event.rpartition("/")[2]]))
+import train
+assert train.main(sys.argv[2:]) == 0
+pathlib.Path(sys.argv[1]).write_text(f"{counts['cache_hits']} {counts['compile_requests_use_cache']}")
+"""
+
+
+def test_a_second_start_compiles_nothing(tmp_path):
+    """With a user's own cache: the second run finds each program, and ends bit for bit as the first.
+
+    A run here is five steps, an evaluation and a checkpoint; compiled at LLVM's lowest level, since the
+    tests of resumption compare a run that compiles with such as do not at the usual one.
+    """
+    counts = {}
+    for name in ("cold", "warm"):
+        kept = {k: v for k, v in os.environ.items() if "COMPILATION_CACHE" not in k and "PERSISTENT_CACHE" not in k}
+        command = [sys.executable, "-c", COUNT_CACHE, tmp_path / f"{name}.txt"]
+        arguments = ["--config", DIGITS, "--workdir", tmp_path / name, *SMALL, "--config.epochs=0.0637"]
+        arguments += ["--config.schedule.warmup_epochs=0", "--config.log_every_steps=1"]
+        result = subprocess.run(
+            [*map(str, command + arguments)],
+            env=kept | {"XDG_CACHE_HOME": str(tmp_path / "caches"), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert result.returncode == 0, result.stderr
+        assert "Warning" not in result.stderr
+        assert "rror" not in result.stderr
+        counts[name] = [int(n) for n in (tmp_path / f"{name}.txt").read_text().split()]
+    (cold_hits, cold_requests), (warm_hits, warm_requests) = counts["cold"], counts["warm"]
+    assert cold_hits < cold_requests / 10  # programs that are equal but for their names
+    assert warm_hits == warm_requests == cold_requests
+    folder = tmp_path / "caches" / "xception_flax" / "jax"
+    assert {"jit_train_step", "jit_init", "jit_eval_step"} <= {path.name.partition("-")[0] for path in folder.iterdir()}
+    assert folder.stat().st_mode & 0o077 == 0
+
+    expected = arrays(tmp_path / "cold", 5)
+    for path, value in arrays(tmp_path / "warm", 5).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+    losses = [[r["train/loss"] for r in records(tmp_path / w) if "train/loss" in r] for w in ("cold", "warm")]
+    assert len(losses[0]) == 5
+    assert losses[0] == losses[1]
+    assert evaluations(tmp_path / "warm") == evaluations(tmp_path / "cold")
+
+
+def test_a_profile_has_the_chosen_steps_and_no_other(tmp_path, monkeypatch, capsys):
+    """Asked for are 5 to 8, of a run that goes on from step 6: 7 and 8 are left."""
+    arguments = ["--config", DIGITS, "--workdir", tmp_path, *SMALL, "--config.epochs=0.1019"]  # 8 steps
+    arguments += ["--config.schedule.warmup_epochs=0", "--config.checkpoint_every_epochs=0.02545"]  # every second
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments)
+    assert code == 0, err
+    assert not (tmp_path / "profile").exists()
+    saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal())
+    assert saved[-2:] == [6, 8]
+    shutil.rmtree(tmp_path / "checkpoints" / "8")
+
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments, "--config.profile=5:8")
+    assert code == 0, err
+    assert "going on from the checkpoint of step 6" in err
+    assert f"profile of steps 7 to 8 in {tmp_path / 'profile'}; to look at it: " in err
+    assert json.loads((tmp_path / "config.json").read_text())["profile"] == "5:8"
+    (trace,) = (tmp_path / "profile" / "plugins" / "profile").glob("*/*.xplane.pb")
+    assert len(list(trace.parent.glob("*.trace.json.gz"))) == 1
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    traced = [event for plane in planes for line in plane.lines for event in line.events]
+    assert [dict(e.stats)["step_num"] for e in traced if e.name == "train"] == [7, 8]
+    # The devices' own work: each of the eight runs the step's convolutions, twice.
+    assert sum("fusion" in e.name and not e.name.startswith("$") for e in traced) > 2 * 8 * 10
 
 
 def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
@@ -161,8 +263,7 @@ def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
     assert len(expected) > 200
     for path, value in expected.items():
         np.testing.assert_array_equal(result[path], value, err_msg=path)
-    evaluations = [[r for r in records(w) if "eval/loss" in r] for w in (whole, tmp_path)]
-    assert evaluations[0] == evaluations[1]
+    assert evaluations(whole) == evaluations(tmp_path)
     steps = [r["step"] for r in records(tmp_path)]
     assert steps == sorted(steps)
 
@@ -290,7 +391,7 @@ def test_evaluate_repeats_the_loops_evaluation(whole, monkeypatch, capsys):
     assert code == 0
     assert "digits, split 'validation', 180 images" in out
     result = json.loads(out.splitlines()[-1])
-    recorded = records(whole)[-1]
+    recorded = evaluations(whole)[-1]
     assert {"top1", "top5", "loss", "count"} <= set(result)
     assert (result["step"], result["weights"], result["count"]) == (157, "ema", 180)
     assert result["top1"] == pytest.approx(recorded["eval/top1"], abs=1e-9)
@@ -415,6 +516,8 @@ def test_mistakes_with_evaluate(whole, monkeypatch, capsys, arguments, message):
         (["--workdir", "/proc/nothing", "--config.mesh.fsdp=3"], "workdir /proc/nothing cannot be written"),
         (["--workdir", __file__, "--config.mesh.fsdp=3"], "workdir .*test_train.py is a file; expected a folder"),
         (["--config.normalize.mean=(1.0,2.0)", "--config.normalize.std=(1.0,2.0)"], "mean has 2 values.*1 channels"),
+        (["--config.profile=700:708"], "profile=700:708 is not within the 707 steps of this run"),
+        (["--config.profile=7"], "recipe key 'profile' must be FIRST:LAST, got '7'; 10:12 traces"),
         (["--config.schedule.warmup_epochs=50"], "warmup_epochs=50 are .* but the whole run has"),
         (["--config.data.train_transforms=rezise"], "unknown transform 'rezise'; did you mean 'resize'"),
         (["--config.loss.name=sigmoid"], r"loss 'sigmoid' takes a row .*, got labels of shape \(64,\)"),

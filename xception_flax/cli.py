@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import jax
 from absl import logging as absl_logging
+
+from xception_flax import compilation_cache
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,11 +53,13 @@ def parser(description: str | None, examples: str, *, hosts: bool = True) -> arg
 
 
 def start(arguments: argparse.Namespace) -> None:
-    """Connects the hosts and quiets the libraries. To be called before JAX touches a device."""
+    """Connects the hosts, keeps what is compiled and quiets the libraries.
+
+    To be called before JAX touches a device.
+    """
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("jax").setLevel(logging.ERROR)
-    import jax
-
+    compilation_cache.enable()
     by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if any(value is not None for value in by_hand):
         if None in by_hand or arguments.distributed:
@@ -63,9 +68,14 @@ def start(arguments: argparse.Namespace) -> None:
     elif arguments.distributed:
         jax.distributed.initialize()
     try:
-        jax.devices()
+        platform = jax.devices()[0].platform
     except RuntimeError as error:
         raise ValueError(f"JAX finds no device to run on: {str(error).splitlines()[0]}") from None
+    if platform == "cpu" and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # which is JAX's own choice
+        # On a CPU that prefers no gather or scatter instruction, as many of Intel's do, XLA takes the
+        # preference for a feature, misses it in the CPU and logs an error at each program out of the
+        # cache, kilobytes long and without consequence (jax-ml/jax#38445). Real errors are raised too.
+        jax.config.update("jax_logging_level", "CRITICAL")
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from xception_flax import devices
+
 
 class Layer(NamedTuple):
     """A module with parameters of its own.
@@ -73,3 +75,21 @@ def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
 
 def _size(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def training_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Returns the floating-point operations an image that training by this network needs.
+
+    Two for a multiply-add; and three times the forward pass, since the backward pass makes two
+    products of the size of each: the gradient of its input and that of its weights. What is computed
+    again to save memory does not count, nor does what is not a convolution or a dense layer.
+    """
+    return 2 * 3 * sum(layer.macs for layer in measure(model, image_shape))
+
+
+def peak_images_per_second(
+    model: nn.Module, image_shape: tuple[int, int, int], device_kind: str, num_devices: int
+) -> float | None:
+    """Returns the rate of training that devices of a kind cannot exceed; None where their peak is not known."""
+    peak = devices.peak_flops_per_second(device_kind, jnp.dtype(model.dtype).name)
+    return None if peak is None else num_devices * peak / training_flops(model, image_shape)

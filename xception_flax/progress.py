@@ -1,10 +1,12 @@
 """What a person sees of a run: a progress bar, lines of metrics, metrics.jsonl, TensorBoard events."""
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +48,47 @@ class RunProgress:
     On a terminal there is a bar with step, images/s, loss and the time that is left; elsewhere a
     line at each record. `metrics.jsonl` and the events in `tensorboard/` go on where the checkpoint
     does: records of steps after it, from a run that was cut off, are removed.
+
+    Of the time of a run all is recorded once: `train/first_step_seconds`, which is compilation for the
+    most part; then, for each step, `train/step_seconds`, of which the host waited
+    `train/input_wait_seconds` for a batch; and what training stood still for, `eval/seconds` and
+    `checkpoint/blocking_seconds` (a checkpoint's files are written in the background). The host runs
+    a few steps ahead of the devices: times are means over the steps between two records, at whose
+    ends the devices have nothing left to do.
     """
 
     def __init__(
-        self, workdir: Path, *, start_step: int, total_steps: int, batch_size: int, num_images: int, enabled: bool
+        self,
+        workdir: Path,
+        *,
+        start_step: int,
+        total_steps: int,
+        batch_size: int,
+        num_images: int,
+        enabled: bool,
+        peak_images_per_second: float | None = None,
     ) -> None:
+        """Begins the run; its clock starts here.
+
+        Args:
+          workdir: of the run.
+          start_step: done already.
+          total_steps: of the whole run.
+          batch_size: images a step.
+          num_images: of an epoch.
+          enabled: on the first host.
+          peak_images_per_second: that all devices could train on, if they did nothing but the network's
+            multiply-adds at their peak; the rate's share of it is recorded as `train/mfu`. None where it
+            is not known.
+        """
         self._enabled = enabled
         self._total_steps, self._batch_size, self._num_images = total_steps, batch_size, num_images
+        self._peak_images_per_second = peak_images_per_second
         self._last = (time.monotonic(), start_step)
-        self._paused_seconds = 0.0
+        self._first_step_seconds: float | None = None
+        self._input_wait_seconds = 0.0
+        self._pauses: Counter[str] = Counter()  # seconds by reason, until they are recorded
+        self._paused_seconds = 0.0  # of all reasons, since the last record of training
         if not enabled:
             return
         self._console = Console(stderr=True, highlight=False)
@@ -94,24 +128,50 @@ class RunProgress:
 
     def compiled(self, step: int) -> None:
         """Starts the clock of the rate: the time before, up to the end of `step`, was compilation."""
-        self._last = (time.monotonic(), step)
+        now, (then, _) = time.monotonic(), self._last
+        self._first_step_seconds = now - then - self._paused_seconds
+        self._last, self._paused_seconds, self._input_wait_seconds = (now, step), 0.0, 0.0
 
-    def pause(self, since: float) -> None:
-        """Leaves the time since `since` (`time.monotonic()`) out of the rate: no training was done in it."""
-        self._paused_seconds += time.monotonic() - since
+    @contextlib.contextmanager
+    def input_wait(self) -> Iterator[None]:
+        """Goes around the wait for the next batch."""
+        begin = time.monotonic()
+        yield
+        self._input_wait_seconds += time.monotonic() - begin
+
+    @contextlib.contextmanager
+    def pause(self, reason: str) -> Iterator[None]:
+        """Leaves the time spent in it out of the rate: no training is done. The devices have nothing left to do.
+
+        Args:
+          reason: 'evaluation' or 'checkpoint', whose record then has this time, or another.
+        """
+        begin = time.monotonic()
+        yield
+        seconds = time.monotonic() - begin
+        self._pauses[reason] += seconds
+        self._paused_seconds += seconds
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records the training metrics of the steps since the last record, with the rate."""
+        """Records the training metrics of the steps since the last record, with the rate and where the time went."""
         now, (then, last_step) = time.monotonic(), self._last
-        seconds = max(now - then - self._paused_seconds, 1e-9)
-        rate = (step - last_step) * self._batch_size / seconds
-        self._last, self._paused_seconds = (now, step), 0.0
+        seconds, steps = max(now - then - self._paused_seconds, 1e-9), step - last_step
+        rate, input_wait_seconds = steps * self._batch_size / seconds, self._input_wait_seconds
+        self._last, self._paused_seconds, self._input_wait_seconds = (now, step), 0.0, 0.0
         if not self._enabled:
             return
         record, shown = {f"train/{k}": v for k, v in metrics.items()}, f"loss {metrics['loss']:.4f}"
-        if rate > 0:  # the first step alone has none: it was compilation
+        if self._first_step_seconds is not None:
+            record["train/first_step_seconds"], self._first_step_seconds = self._first_step_seconds, None
+        if steps:  # the first step alone has none of these: it was compilation
             record["train/images_per_second"] = rate
+            record["train/step_seconds"] = seconds / steps
+            record["train/input_wait_seconds"] = input_wait_seconds / steps
             shown += f"  {rate:,.0f} images/s"
+            if self._peak_images_per_second is not None:
+                record["train/mfu"] = rate / self._peak_images_per_second
+                shown += f"  MFU {100 * record['train/mfu']:.0f} %"
+            shown += f"  input {100 * input_wait_seconds / seconds:.0f} %"
         self._record(step, record)
         self._bar.update(self._task, completed=step, state=f"{shown}  left")
         if not self._console.is_terminal:
@@ -122,10 +182,16 @@ class RunProgress:
         """Records an evaluation; `weights` says of which weights, 'raw' or 'ema'."""
         if not self._enabled:
             return
-        self._record(step, {f"eval/{k}": v for k, v in metrics.items()} | {"eval/weights": weights})
+        seconds = {"eval/seconds": self._pauses.pop("evaluation")} if "evaluation" in self._pauses else {}
+        self._record(step, {f"eval/{k}": v for k, v in metrics.items()} | seconds | {"eval/weights": weights})
         epoch = step * self._batch_size / self._num_images
         shares = "  ".join(f"{k} {percent(v)}" for k, v in metrics.items() if k not in ("loss", "count"))
         self.say(f"epoch {epoch:5.1f}  evaluation ({weights}): {shares}  loss {metrics['loss']:.4f}")
+
+    def checkpoint(self, step: int) -> None:
+        """Records how long training stood still for the checkpoint of `step`."""
+        if self._enabled:
+            self._record(step, {"checkpoint/blocking_seconds": self._pauses.pop("checkpoint")})
 
     def _record(self, step: int, values: Mapping[str, Any]) -> None:
         self._file.write(to_json({"step": step, **values}) + "\n")

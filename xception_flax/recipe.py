@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import socket
 import tempfile
 import traceback
@@ -42,6 +43,8 @@ class Loop:
       log_every_steps: steps between two lines of training metrics.
       eval_every_epochs: epochs between two evaluations; the end is always evaluated.
       checkpoint_every_epochs: epochs between two checkpoints; the end is always saved.
+      profile: steps to trace into `workdir/profile`, as `FIRST:LAST`, both included; '' for none. The
+        first step compiles, and its trace is large.
     """
 
     batch_size: int
@@ -50,14 +53,33 @@ class Loop:
     log_every_steps: int = 50
     eval_every_epochs: float = 1.0
     checkpoint_every_epochs: float = 1.0
+    profile: str = ""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value <= 0 and field.name != "seed":
+            if field.name not in ("seed", "profile") and value <= 0:
                 raise ValueError(f"recipe key {field.name!r} must be positive, got {value}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"recipe key 'seed' must be in [0, 2**32), got {self.seed}.")
+        profiled_steps(self.profile)
+
+
+def profiled_steps(profile: str) -> range:
+    """Returns the steps that the key `profile` names.
+
+    Raises:
+      ValueError: it is neither empty nor `FIRST:LAST`.
+    """
+    if not profile:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", profile)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise ValueError(
+            f"recipe key 'profile' must be FIRST:LAST, got {profile!r}; 10:12 traces the steps 10, 11 and 12."
+        )
+    return range(first, last + 1)
 
 
 class Group(NamedTuple):
@@ -94,7 +116,7 @@ GROUPS = {
 LOOP = _group(Loop)
 
 # Keys that change how a result is computed or shown and not the result: free to differ on resuming.
-OPERATIONAL = ("data.data_dir", "data.num_threads", "data.num_workers", "log_every_steps")
+OPERATIONAL = ("data.data_dir", "data.num_threads", "data.num_workers", "log_every_steps", "profile")
 OPERATIONAL_GROUPS = ("mesh", "checkpoint")
 
 
