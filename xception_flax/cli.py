@@ -15,7 +15,7 @@ from typing import NoReturn
 import jax
 from absl import logging as absl_logging
 
-from xception_flax import compilation_cache
+from xception_flax import allocator, compilation_cache
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,7 +53,7 @@ def parser(description: str | None, examples: str, *, hosts: bool = True) -> arg
 
 
 def start(arguments: argparse.Namespace) -> None:
-    """Connects the hosts, keeps what is compiled and quiets the libraries.
+    """Connects the hosts, keeps what is compiled, sets the allocator and quiets the libraries.
 
     To be called before JAX touches a device.
     """
@@ -71,6 +71,8 @@ def start(arguments: argparse.Namespace) -> None:
         platform = jax.devices()[0].platform
     except RuntimeError as error:
         raise ValueError(f"JAX finds no device to run on: {str(error).splitlines()[0]}") from None
+    if platform == "cpu":
+        allocator.keep_freed_memory()
     if platform == "cpu" and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # which is JAX's own choice
         # On a CPU that prefers no gather or scatter instruction, as many of Intel's do, XLA takes the
         # preference for a feature, misses it in the CPU and logs an error at each program out of the
