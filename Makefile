@@ -2,12 +2,13 @@
 # make test           set up, check the code's form, run every test
 # make lint           ruff and import-linter alone
 # make test-minimum   every test again with the oldest versions that pyproject.toml allows
-# make pins           write requirements*.txt anew from pyproject.toml
+# make contenders     set up what the benchmarks compare with, in .venv-contenders (8 GB)
+# make pins           write requirements*.txt anew from pyproject.toml and benchmarks/requirements.in
 
 PYTHON ?= python3
 WORKDIR ?= runs/digits
 
-.PHONY: demo test test-minimum lint pins clean
+.PHONY: demo test test-minimum lint contenders pins clean
 
 demo: .venv/installed
 	.venv/bin/python train.py --config configs/digits.py --workdir $(WORKDIR)
@@ -28,6 +29,8 @@ lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/lint-imports
 
+contenders: .venv/installed .venv-contenders/installed
+
 .venv/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
 	@echo "installing into .venv (a few minutes) ..."
@@ -41,10 +44,17 @@ lint: .venv/installed-dev
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+.venv-contenders/installed: benchmarks/requirements.txt
+	@echo "installing what the benchmarks compare with into .venv-contenders ..."
+	@test -d .venv-contenders || $(PYTHON) -m venv .venv-contenders
+	@.venv-contenders/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	@touch $@
+
 pins: .venv/installed-dev
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml -o requirements.txt
 	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
+	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade benchmarks/requirements.in -c requirements.txt -o benchmarks/requirements.txt
 
 clean:
-	rm -rf .venv .venv-minimum build *.egg-info
+	rm -rf .venv .venv-contenders .venv-minimum build *.egg-info

@@ -36,6 +36,14 @@ def rng() -> np.random.Generator:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that the workers end together."""
-    longest = ["test_train", "test_configs", "test_steps", "test_keras_weights", "test_family", "test_models"]
+    longest = [
+        "test_train",
+        "test_configs",
+        "test_steps",
+        "test_keras_weights",
+        "test_family",
+        "test_models",
+        "test_benchmarks",
+    ]
     order = {name: i for i, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.stem, len(longest)))

@@ -1,0 +1,98 @@
+"""What all contenders are given: images, labels, the weights in everybody's words, and what must come out.
+
+Runs in this project's environment, in a process that has ended before anything is measured.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+
+from benchmarks.contenders import NUM_CLASSES, Job
+from xception_flax import costs, create_model, keras_weights, timm_weights
+
+# The two readings of Xception that are about: they differ in the padding of the max-pooling for even sizes and in
+# the epsilon of batch normalization, by nothing that takes time.
+READINGS = {"keras": dict(padding="SAME", bn_epsilon=1e-3), "timm": dict(padding="SYMMETRIC", bn_epsilon=1e-5)}
+
+# What runs once: LLVM's passes would take more than they would save.
+_COMPILED_FAST = {"xla_backend_optimization_level": 0}
+
+
+def network(job: Job, **fields: Any) -> nn.Module:
+    """Xception as the benchmark runs it: without dropout, which Keras Applications and ONNX do not have."""
+    scale = dict(width=job.width, middle_repeats=job.middle_repeats)
+    return create_model("xception", num_classes=NUM_CLASSES, dropout_rate=0.0, **scale, **fields)
+
+
+def write(job: Job, readings: list[str]) -> dict[str, Any]:
+    """Writes the files of `job.folder`, and what each of `readings` makes of them into `expected_{reading}.npy`.
+
+    Weights are random. Where readings are asked for, the moving statistics are those of the images: with others
+    the signal dies on its way, and logits of different networks agree.
+
+    Returns:
+      `macs` of one image, forward, and `parameters`.
+    """
+    folder, rng = Path(job.folder), np.random.default_rng(0)
+    images, labels = _images(rng, job.batch, job.size), rng.integers(0, NUM_CLASSES, job.batch)
+    normalised = (images.astype(np.float32) - 127.5) / 127.5
+    np.save(folder / "images_uint8.npy", images)
+    np.save(folder / "images.npy", normalised)
+    np.save(folder / "labels.npy", labels.astype(np.int32))
+
+    init = jax.jit(
+        lambda key: network(job).init(key, jnp.zeros((1, 64, 64, 3)), train=False), compiler_options=_COMPILED_FAST
+    )
+    variables = init(jax.random.key(0))
+    if readings:
+        # With a decay of 0 one step leaves the statistics of the batch itself.
+        _, updates = _apply(network(job, bn_decay=0.0), variables, normalised, train=True)
+        variables = {"params": variables["params"], **updates}
+    for reading in readings:
+        logits, _ = _apply(network(job, **READINGS[reading]), variables, normalised, train=job.mode == "train")
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        np.save(folder / f"expected_{reading}.npy", logits if job.mode == "forward" else loss)
+
+    np.savez(folder / "flax.npz", **flatten_dict(variables, sep="/"))
+    if "keras" in readings:
+        layers = _keras_layers(variables)
+        arrays = keras_weights.to_keras(variables, layers)
+        named = {f"{layer}/{i}": a for (layer, _), each in zip(layers, arrays, strict=True) for i, a in enumerate(each)}
+        np.savez(folder / "keras.npz", **named)
+    if "timm" in readings:
+        np.savez(folder / "timm.npz", **timm_weights.to_timm(variables))
+    layers = costs.measure(network(job), (job.size, job.size, 3))
+    return {"macs": sum(layer.macs for layer in layers), "parameters": sum(layer.parameters for layer in layers)}
+
+
+def _images(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
+    """`[n, size, size, 3]` uint8: patches of colour, each image its own, under a little noise."""
+    patches = rng.integers(0, 224, (n, 6, 6, 3))
+    place = np.arange(size) * 6 // size
+    return (patches[:, place][:, :, place] + rng.integers(0, 32, (n, size, size, 3))).astype(np.uint8)
+
+
+def _apply(model: nn.Module, variables: Any, images: np.ndarray, *, train: bool) -> tuple[np.ndarray, Any]:
+    apply = jax.jit(
+        lambda variables, images: model.apply(variables, images, train=train, mutable="batch_stats"),
+        compiler_options=_COMPILED_FAST,
+    )
+    return apply(variables, images)
+
+
+def _keras_layers(variables: Any) -> list[tuple[str, int]]:
+    """(name in a fresh process of Keras, number of arrays) of each layer of Keras Applications' Xception."""
+    numbered = {}
+    for i, ours in enumerate(keras_weights.XCEPTION_NUMBERED):
+        suffix = f"_{i}" if i else ""
+        numbered |= {ours: f"conv2d{suffix}", f"{ours}_bn": f"batch_normalization{suffix}"}
+    counts: dict[str, int] = {}
+    for _, layer, *_ in (path for path in flatten_dict(variables)):
+        counts[layer] = counts.get(layer, 0) + 1
+    return [(numbered.get(layer, layer), count) for layer, count in counts.items()]

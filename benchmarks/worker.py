@@ -1,0 +1,226 @@
+"""A process that computes for the benchmark, and its handle: lines of JSON over pipes, a reply to each request.
+
+A worker is stopped (SIGSTOP, with all of its threads and children) whenever it has nothing to do. Thread pools wait
+for their next task by spinning, and while one contender is timed no other may: some spin for milliseconds, some for
+as long as they are let.
+
+Linux only: CPU affinity, peak memory and the end with the parent are its own.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+# Settings that change how fast a library is. What is left of them in a shell must help nobody.
+SETTINGS = re.compile(
+    "(JAX|XLA|TF|KERAS|TORCH|TORCHINDUCTOR|PYTORCH|INDUCTOR|ORT|OV|OPENVINO|ONEDNN|DNNL|MKL|OMP|GOMP|KMP|OPENBLAS|"
+    "MALLOC|GLIBC|LD|PYTHON)_?.*"
+)
+
+
+def clean_environment() -> dict[str, str]:
+    """Returns this process's variables without `SETTINGS`; JAX keeps to the CPU, TensorFlow's log to errors."""
+    kept = {name: value for name, value in os.environ.items() if not SETTINGS.fullmatch(name)}
+    return kept | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+class WorkerError(Exception):
+    """A worker could not do what it was asked; the message is one line."""
+
+
+class Worker:
+    """A process, idle until it is asked; a context manager that ends it.
+
+    Args:
+      python: interpreter of its environment.
+      threads: CPUs that it may run on, the first so many of this process's own.
+      folder: for what its libraries cache, which must be empty for every run of the benchmark.
+      environment: further variables.
+    """
+
+    def __init__(self, python: Path, threads: int, folder: Path, environment: Mapping[str, str]) -> None:
+        always = {
+            "JAX_ENABLE_COMPILATION_CACHE": "false",  # compile time is measured
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        }
+        self._log = tempfile.TemporaryFile(mode="w+", dir=folder)  # noqa: SIM115 (closed by `end`)
+        self._process = subprocess.Popen(
+            [str(python), "-m", "benchmarks.worker", str(threads)],
+            cwd=ROOT,
+            env=clean_environment() | always | dict(environment),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,  # Ctrl-C is ours to handle, and a signal reaches its children too
+        )
+
+    def ask(self, request: str, **arguments: Any) -> Any:
+        """Returns the reply, with the worker awake for as long as it takes.
+
+        Raises:
+          WorkerError: an exception in the worker, or its end.
+        """
+        self._signal(signal.SIGCONT)
+        with contextlib.suppress(BrokenPipeError):  # it has ended: the reply says so
+            self._process.stdin.write(json.dumps([request, arguments]) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+            name = signal.Signals(-code).name if code < 0 else f"code {code}"
+            raise WorkerError(f"its process ended by {name}{hint}. {self._last_words()}".strip())
+        self._signal(signal.SIGSTOP)
+        reply = json.loads(line)
+        if "error" in reply:
+            raise WorkerError(reply["error"])
+        return reply["result"]
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Ends the process and its children; a second time does nothing."""
+        if self._log.closed:
+            return
+        self._signal(signal.SIGKILL)  # nothing that it holds is needed, and a stopped process hears nothing else
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._log):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        return " ".join(self._log.read().split("\n")[-3:])[-300:].strip()
+
+
+# In the process --------------------------------------------------------------------------------------
+
+
+class _Requests:
+    """What a worker can be asked: its methods."""
+
+    def __init__(self) -> None:
+        self._run: Any = None
+        self._lap_seconds = 0.0  # the last
+
+    def write_inputs(self, job: dict[str, Any], readings: list[str]) -> dict[str, Any]:
+        from benchmarks import contenders, inputs
+
+        return inputs.write(contenders.Job(**job), readings)
+
+    def write_onnx(self, job: dict[str, Any]) -> None:
+        from benchmarks import contenders
+
+        contenders.write_onnx(contenders.Job(**job))
+
+    def build(self, contender: str, job: dict[str, Any]) -> dict[str, Any]:
+        """Makes the function that is timed, and calls it once.
+
+        Returns:
+          `versions` of what was imported; `build_seconds` of making the network with its weights, and
+          `first_seconds` of the first call, compilation included; resident memory `imported_mb` after the
+          imports and `build_peak_mb` up to here, of the whole process; `difference` from what must come out.
+        """
+        from benchmarks import contenders
+
+        entry, job = (contenders.CONTENDERS | contenders.CEILINGS)[contender], contenders.Job(**job)
+        modules = [importlib.import_module(name) for name in entry.imports]
+        reply: dict[str, Any] = {"versions": {m.__name__: m.__version__ for m in modules}}
+        reply["imported_mb"] = _memory_mb("VmRSS")
+        start = time.perf_counter()
+        self._run = entry.build(job)
+        reply["build_seconds"] = time.perf_counter() - start
+        start = time.perf_counter()
+        value = self._run()
+        self._lap_seconds = reply["first_seconds"] = time.perf_counter() - start
+        reply["build_peak_mb"] = _memory_mb("VmHWM")
+        expected = Path(job.folder) / f"expected_{entry.reading}.npy"
+        if expected.exists():
+            reply["difference"] = difference(value, job.load(expected.name))
+        reset_peak = "5"  # Documentation/filesystems/proc.rst: VmHWM is now the present size
+        Path("/proc/self/clear_refs").write_text(reset_peak)
+        return reply
+
+    def turn(self, seconds: float) -> dict[str, Any]:
+        """Runs until `seconds` have passed, and at least once; before that once untimed, if that takes no longer.
+
+        Returns:
+          `lap_seconds` of each run; `run_peak_mb` of the whole process since it was built; `last_value`, the
+          mean of the last result: in training, its loss.
+        """
+        import numpy as np
+
+        if self._lap_seconds < seconds:
+            self._run()  # caches and threads are cold after the others' turns
+        laps: list[float] = []
+        while sum(laps) < seconds or not laps:
+            start = time.perf_counter()
+            value = self._run()
+            laps.append(time.perf_counter() - start)
+        self._lap_seconds = laps[-1]
+        return {"lap_seconds": laps, "run_peak_mb": _memory_mb("VmHWM"), "last_value": float(np.mean(value))}
+
+
+def difference(value: Any, expected: Any) -> float:
+    """Largest difference of logits, as a share of what they spread over images (of one, over classes); of a loss,
+    as a share of it.
+    """
+    import numpy as np
+
+    if value.shape != expected.shape or not np.isfinite(value).all():
+        raise ValueError(f"expected finite numbers of shape {expected.shape}, got {value.shape}: {value}")
+    scale = np.abs(expected) if value.ndim == 0 else np.ptp(expected, axis=0 if len(expected) > 1 else 1).max()
+    return float(np.abs(value - expected).max() / scale)
+
+
+def _memory_mb(field: str) -> float:
+    """VmRSS, resident memory, or VmHWM, its peak, in MB (10^6 bytes)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024 / 1e6
+
+
+def main(threads: int) -> None:
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    # Before any library counts the CPUs: XLA, OpenBLAS and Eigen make as many threads as they find.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to the log
+    requests = _Requests()
+    for line in sys.stdin:
+        request, arguments = json.loads(line)
+        try:
+            reply = {"result": getattr(requests, request)(**arguments)}
+        except Exception as error:
+            traceback.print_exc()
+            words = str(error).strip().splitlines() or [""]
+            reply = {"error": f"{type(error).__name__}: {words[0]}"[:300]}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,157 @@
+"""The benchmarks run and compare what they say; times are never asserted."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import cold_start, command, contenders, growth, inputs, plain_linen, step, worker
+
+ROOT = Path(__file__).parent.parent
+MAX_DIFFERENCE = 1e-4  # of what the logits spread over images, as in test_keras_weights.py; measured: 8e-6
+
+
+def shell(arguments: str) -> subprocess.CompletedProcess:
+    """`python -m benchmarks.` and the rest of a command line."""
+    name, *others = arguments.split()
+    call = [sys.executable, "-m", f"benchmarks.{name}", *others]
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_plain_linen_has_the_parameters_of_xception():
+    model = plain_linen.Xception()
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 71, 71, 3)), train=False))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == 22_855_952  # Keras Applications
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_plain_linen_computes_what_xception_does(tmp_path, mode):
+    """The logits of the same weights, and the loss of the first step; the second step's loss is less."""
+    job = contenders.Job(str(tmp_path), mode, batch=2, size=71, threads=1)
+    costs = inputs.write(job, ["keras"])
+    assert costs == {"macs": 553_174_824, "parameters": 22_855_952}  # as `xception_flax.summary` has it
+    run, expected = contenders.build_plain_linen(job), job.load("expected_keras.npy")
+    first = run()
+    assert first.shape == expected.shape == ((2, 1000) if mode == "forward" else ())
+    assert worker.difference(first, expected) < MAX_DIFFERENCE
+    if mode == "train":
+        assert run() < first
+
+
+def test_a_step_is_measured_and_who_fails_keeps_a_row(tmp_path):
+    """Two contenders that are here and one that is not: its environment lacks TensorFlow."""
+    file = tmp_path / "step.json"
+    names = ["xception_flax", "plain_linen", "keras_tensorflow"]
+    result = shell(
+        "step --mode forward --batch 2 --size 71 --rounds 2 --seconds-per-turn 0.1 --threads 1 "
+        f"--only {','.join(names)} --contenders-python {sys.executable} --json {file}"
+    )
+    assert result.returncode == 1, result.stderr  # for the one that failed
+    assert "forward: round 2 of 2, plain linen" in result.stderr
+
+    record = json.loads(file.read_text())
+    assert set(record) == {"machine", "options", "forward"}
+    forward = record["forward"]
+    assert forward["gflop_per_image"] == pytest.approx(2 * 0.553174824)
+    rows = {row["name"]: row for row in forward["rows"]}
+    assert set(rows) == set(names)
+    for name in names[:2]:
+        row = rows[name]
+        laps = [lap for laps in row["lap_seconds"] for lap in laps]
+        assert len(row["lap_seconds"]) == 2
+        assert row["seconds"] == np.median(laps)
+        assert row["images_per_second"] == pytest.approx(2 / row["seconds"])
+        assert row["difference"] < MAX_DIFFERENCE
+        assert 0 < row["imported_mb"] < row["build_peak_mb"]
+        ceiling = max(forward["ceiling_gflop_per_second"].values())
+        assert row["of_the_ceiling"] == pytest.approx(forward["gflop_per_image"] * row["images_per_second"] / ceiling)
+    assert max(rows[name]["of_the_best"] for name in names[:2]) == 1.0
+    assert "No module named 'tensorflow'" in rows["keras_tensorflow"]["error"]
+
+    table = [line for line in result.stdout.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in table[2:]] == [row["title"] for row in forward["rows"]]
+    assert len({len(line) for line in table[:-1]}) == 1
+    assert table[-1].startswith("| Keras on TensorFlow | failed: ModuleNotFoundError")
+
+
+def test_growth_of_a_training_step(tmp_path):
+    file = tmp_path / "growth.json"
+    result = shell(
+        "growth --mode train --size 71 --width 0.125 --middle-repeats 1 --rounds 1 --seconds-per-turn 0.1 "
+        f"--axis batch=1,3 --json {file}"
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(file.read_text())["batch"]["rows"]
+    assert [row["name"] for row in rows] == ["1", "3"]
+    assert rows[1]["gflop"] == pytest.approx(3 * rows[0]["gflop"])
+    assert rows[1]["relative"] == pytest.approx(1.0)
+    assert "Time grows as FLOP to the power of" in result.stdout
+
+
+def test_the_exponent_of_growth():
+    rows = [{"gflop": gflop, "seconds": 0.3 * gflop**1.5} for gflop in (1, 2, 5, 11)]
+    assert growth.exponent(rows) == pytest.approx(1.5)
+
+
+def test_a_worker_sleeps_unless_asked_and_ends(tmp_path):
+    with worker.Worker(Path(sys.executable), 1, tmp_path, {}) as process:
+        with pytest.raises(worker.WorkerError, match="TypeError: "):
+            process.ask("turn", seconds=1.0)  # nothing is built
+        pid = process._process.pid
+        deadline = time.monotonic() + 10
+        while (state := Path(f"/proc/{pid}/stat").read_text().split()[2]) != "T" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert state == "T"  # stopped
+        assert os.sched_getaffinity(pid) == {min(os.sched_getaffinity(0))}
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(worker.WorkerError, match=r"its process ended by SIGKILL \(out of memory\?\)"):
+            process.ask("turn", seconds=1.0)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_settings_of_the_shell_do_not_reach_a_worker(monkeypatch):
+    for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "OMP_NUM_THREADS", "LD_PRELOAD", "TF_ENABLE_ONEDNN_OPTS"):
+        monkeypatch.setenv(name, "1")
+        assert name not in worker.clean_environment()
+    assert "PATH" in worker.clean_environment()
+
+
+def test_a_table_in_markdown():
+    assert command.markdown(("name", "s"), [("a", "10.5"), ("longer", "1")]).splitlines() == [
+        "| name   |    s |",
+        "| ------ | ---: |",
+        "| a      | 10.5 |",
+        "| longer |    1 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("step --only xception_flx", "unknown contender 'xception_flx'; did you mean 'xception_flax'?"),
+        ("step --only timm --contenders-python /nowhere", "timm: there is no /nowhere; .* `make contenders`"),
+        ("step --only openvino --mode train", "openvino has no mode 'train', only forward"),
+        ("step --size 70", "--size must be at least 71 pixels, got 70"),
+        ("step --rounds 0", "argument --rounds: must be positive, got 0"),
+        ("step --threads 9999", "--threads must be at most .*, the CPUs that this process may use"),
+        ("step --json /nowhere/step.json", "--json: there is no folder /nowhere"),
+        ("growth --axis batches=1", "unknown axis 'batches'; did you mean 'batch'?"),
+        ("cold_start --contenders-python /nowhere", "keras_tensorflow: there is no /nowhere; .* `make contenders`"),
+    ],
+)
+def test_mistakes(capsys, arguments, message):
+    name, *rest = arguments.split()
+    with pytest.raises(SystemExit) as stopped:
+        {"step": step, "growth": growth, "cold_start": cold_start}[name].main(rest)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
