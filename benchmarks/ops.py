@@ -6,7 +6,6 @@ and writes as many bytes as the input has, and is what an operation that waits f
 
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
