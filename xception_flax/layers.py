@@ -124,6 +124,62 @@ class SeparableConv(nn.Module):
             x = lookup(ACTIVATIONS, self.mid_activation, "mid_activation")(x)
         return PointwiseConv(self.features, **dtypes, name="pointwise")(x)
 
+    def normalized(
+        self, x: jax.Array, scale: jax.Array, shift: jax.Array, *, relu: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same of `relu(x * scale + shift)`, and the moments of the result: see `ops`. Not for `mid_activation`."""
+        kernels = (self.get_variable("params", name)["kernel"] for name in ("depthwise", "pointwise"))
+        return ops.normalized_separable_convolution(
+            x, scale, shift, *(kernel.astype(self.dtype) for kernel in kernels), relu=relu, dilation=self.dilation
+        )
+
+
+class _TrainingBatchNorm(nn.Module):
+    """`nn.BatchNorm` while training, its variables too, but from moments to the multiply-add that it is.
+
+    `[2, C]` (means of an array and of its square) -> scale `[C]`, shift `[C]`.
+    """
+
+    momentum: float
+    epsilon: float
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean, variance = moments[0], jnp.maximum(moments[1] - jnp.square(moments[0]), 0)
+        for name, value in (("mean", mean), ("var", variance)):
+            moving = self.variable("batch_stats", name, jnp.zeros_like, value)
+            moving.value = self.momentum * moving.value + (1 - self.momentum) * value
+        scale = self.param("scale", nn.initializers.ones, mean.shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, mean.shape, self.param_dtype)
+        scale = (scale * jax.lax.rsqrt(variance + self.epsilon)).astype(mean.dtype)
+        return scale, (bias - mean * scale).astype(mean.dtype)
+
+
+def fused_separable_chain(
+    x: jax.Array, convs: Sequence[SeparableConv], *, relu_first: bool, bn_decay: float, bn_epsilon: float
+) -> jax.Array:
+    """Separable convolutions one after the other, each normalised, with a ReLU between: the step of training.
+
+    To be called inside a module's compact `__call__`, where `NAME_bn` become that module's, as after
+    `nn.BatchNorm`. Each convolution is given the multiply-add of the normalization before it, so that
+    `ops` can do both, and the sums of the next, in one pass over memory.
+
+    Args:
+      x: `[N, H, W, C]`.
+      relu_first: whether a ReLU is in front of the first convolution too.
+
+    Returns:
+      `[N, H, W, features]` of the last, normalised, without a ReLU behind.
+    """
+    dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
+    scale, shift = jnp.ones(x.shape[-1], wide), jnp.zeros(x.shape[-1], wide)
+    for i, conv in enumerate(convs):
+        x, moments = conv.normalized(x, scale, shift, relu=relu_first or i > 0)
+        norm = _TrainingBatchNorm(bn_decay, bn_epsilon, conv.param_dtype, name=f"{conv.name}_bn")
+        scale, shift = norm(moments)
+    return (x.astype(wide) * scale + shift).astype(dtype)
+
 
 def segments(channels: int, towers: int | None) -> tuple[int, ...]:
     """Sizes of the non-overlapping segments that `towers` spatial convolutions divide `channels` into.

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AbstractMesh, PartitionSpec
 
+from xception_flax import fused
 from xception_flax.lookup import suggest
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -27,7 +29,7 @@ _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # VALID      none.
 PADDINGS = ("SAME", "SYMMETRIC", "VALID")
 
-LOWERINGS = ("platform", "stock")
+LOWERINGS = ("platform", "stock", "fused")
 
 
 # Choosing a lowering -------------------------------------------------------------------------------
@@ -40,8 +42,10 @@ def lowering(name: str) -> Iterator[None]:
     """Operations called within it are traced with this lowering.
 
     Args:
-      name: 'platform', the default, is the best for each platform; 'stock' is XLA's own operation on
-        all of them. A function under `jit` keeps the lowering that it was first traced with.
+      name: 'platform', the default, is the best that was measured for each platform; 'stock' is XLA's
+        own operation on all of them; 'fused' is 'platform', but with the kernels of `fused` on TPUs
+        where shapes allow: fewer bytes by the compiler's count, not yet timed on a TPU. A function
+        under `jit` keeps the lowering that it was first traced with.
 
     Raises:
       ValueError: another name.
@@ -53,6 +57,11 @@ def lowering(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def is_fused() -> bool:
+    """Whether the lowering is 'fused', with which networks leave it to operations to combine layers."""
+    return _chosen.get() == "fused"
 
 
 def _lower(*operands: jax.Array, cpu: Callable[..., Any], stock: Callable[..., Any], **options: Any) -> Any:
@@ -380,6 +389,72 @@ def _product_backward(saved, dy):
 
 
 _product_of_its_own.defvjp(_product_forward, _product_backward)
+
+
+# Between two normalizations ---------------------------------------------------------------------
+
+
+def normalized_separable_convolution(
+    x: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    depthwise_kernel: jax.Array,
+    pointwise_kernel: jax.Array,
+    *,
+    relu: bool = True,
+    dilation: tuple[int, int] = (1, 1),
+) -> tuple[jax.Array, jax.Array]:
+    """What stands between two batch normalizations: the first one's multiply-add, ReLU, a separable convolution.
+
+    `y = pointwise(depthwise(relu(x * scale + shift)))` and the moments that the second one needs. With
+    the lowering 'fused', where the mesh in context is of TPUs and the shapes fit, in one pass over memory.
+
+    Args:
+      x: `[N, H, W, C]`.
+      scale: `[C]`, float32 or better, as `shift`.
+      shift: `[C]`.
+      depthwise_kernel: `[kh, kw, 1, C]`; stride 1, padding 'SAME'.
+      pointwise_kernel: `[1, 1, C, features]`.
+      relu: False leaves it out.
+      dilation: of the depthwise convolution: rows, columns.
+
+    Returns:
+      `y` `[N, H, W, features]`, and the means of `y` and of `y * y` over images, rows and columns,
+      `[2, features]` in the type of `scale`.
+    """
+    mesh, features = jax.sharding.get_abstract_mesh(), pointwise_kernel.shape[-1]
+    if (
+        is_fused()
+        and _on_tpus(mesh)
+        and depthwise_kernel.shape[:2] == (3, 3)
+        and dilation == (1, 1)
+        and x.shape[0] % mesh.size == 0
+    ):
+        share = (x.shape[0] // mesh.size, *x.shape[1:])  # the batch is split over every axis of the mesh
+        if fused.fits(share, features, x.dtype.itemsize):
+            batch, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+            y, sums = jax.shard_map(
+                partial(fused.separable, relu=relu),
+                in_specs=(batch, whole, whole, whole, whole),
+                out_specs=(batch, batch),
+                check_vma=False,
+            )(x, scale, shift, depthwise_kernel, pointwise_kernel)
+            return y, jnp.sum(sums, axis=0) / (y.size // features)
+    z = x.astype(scale.dtype) * scale + shift
+    z = (jax.nn.relu(z) if relu else z).astype(x.dtype)
+    y = pointwise_convolution(depthwise_convolution(z, depthwise_kernel, dilation=dilation), pointwise_kernel)
+    return y, moments(y)
+
+
+def moments(x: jax.Array) -> jax.Array:
+    """Means of `x` and of `x * x` over all but the channels, in float32 or better: `[..., C]` -> `[2, C]`."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    pixels = tuple(range(x.ndim - 1))
+    return jnp.stack([jnp.mean(wide, axis=pixels), jnp.mean(jnp.square(wide), axis=pixels)])
+
+
+def _on_tpus(mesh: AbstractMesh) -> bool:
+    return not mesh.empty and mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
 
 
 # Pooling -------------------------------------------------------------------------------------------

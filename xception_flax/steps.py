@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xception_flax import sharding
-from xception_flax.lookup import lookup
+from xception_flax import ops, sharding
+from xception_flax.lookup import lookup, suggest
 from xception_flax.metrics import MetricFunction, Sum, masked_sum
 from xception_flax.optimizers import decay_mask
 from xception_flax.state import TrainState
@@ -137,6 +137,7 @@ def make_train_step(
     seed: int,
     ema_decay: float = 0.0,
     accumulation_steps: int = 1,
+    lowering: str = "platform",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Sum]]]:
     """Returns the compiled `train_step(state, batch) -> (state, metrics)`; the old state is donated.
 
@@ -153,11 +154,17 @@ def make_train_step(
       accumulation_steps: parts a batch is split into and computed one after the other, for batches
         that do not fit. The gradient is the mean over the parts; batch normalization sees, and
         its moving statistics follow, one part after the other.
+      lowering: how operations are computed, see `ops.lowering`; 'fused' is for the Xception networks
+        with a batch of which each TPU has a multiple of 16 images.
     """
     if not 0 <= ema_decay < 1:
         raise ValueError(f"step.ema_decay, the share kept, must be in [0, 1), got {ema_decay}.")
     if accumulation_steps < 1:
         raise ValueError(f"step.accumulation_steps must be at least 1, got {accumulation_steps}.")
+    if lowering not in ops.LOWERINGS:
+        raise ValueError(f"unknown step.lowering {lowering!r}; {suggest(lowering, ops.LOWERINGS)}")
+    if lowering == "fused" and (platform := mesh.devices.flat[0].platform) != "tpu":
+        raise ValueError(f"step.lowering='fused' has kernels for TPUs only, and this is a {platform}; leave it out.")
 
     def objective(params: PyTree, batch_stats: PyTree, part: Batch, key: jax.Array):
         logits, updates = model.apply(
@@ -176,7 +183,11 @@ def make_train_step(
         }
         return jnp.mean(losses) + penalty, (updates.get("batch_stats", {}), sums)
 
-    gradient = jax.grad(objective, has_aux=True)
+    def gradient(*arguments):
+        # A kernel that each chip runs on its share asks for the mesh in context; see `ops`.
+        with ops.lowering(lowering), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.grad(objective, has_aux=True)(*arguments)
+
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
 
     def accumulated_gradient(params: PyTree, batch_stats: PyTree, batch: Batch, key: jax.Array):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from xception_flax import ops
-from xception_flax.layers import Conv, PointwiseConv, SeparableConv, classifier_head
+from xception_flax.layers import Conv, PointwiseConv, SeparableConv, classifier_head, fused_separable_chain
 from xception_flax.models.contract import check_fields, check_images, rate_at, scaled
 
 MIN_IMAGE_SIZE = 32  # pixels a side; five halvings leave one
@@ -120,8 +120,21 @@ class Xception(nn.Module):
             conv = Conv(channels(features), strides=(strides, strides), padding="VALID", **dtypes, name=name)
             return norm(conv(x), name)
 
-        def sepconv(x: jax.Array, features: int, name: str, *, dilation: int = 1) -> jax.Array:
-            return norm(self.spatial_conv(channels(features), dilation, name)(x), name)
+        def sepconvs(
+            x: jax.Array, block: int, features: Sequence[int], dilation: int, *, relu_first: bool = True
+        ) -> jax.Array:
+            """Normalised, with a ReLU between them and, if `relu_first`, in front, but none behind."""
+            convs = [
+                self.spatial_conv(channels(f), dilation, f"block{block}_sepconv{i}")
+                for i, f in enumerate(features, start=1)
+            ]
+            fusible = type(convs[0]) is SeparableConv and self.mid_activation is None
+            if ops.is_fused() and fusible and train and not self.is_initializing():
+                options = dict(bn_decay=self.bn_decay, bn_epsilon=self.bn_epsilon)
+                return fused_separable_chain(x, convs, relu_first=relu_first, **options)
+            for i, conv in enumerate(convs):
+                x = norm(conv(nn.relu(x) if relu_first or i else x), conv.name)
+            return x
 
         def residual(x: jax.Array, features: int, name: str, *, strides: int) -> jax.Array:
             conv = PointwiseConv(channels(features), strides=(strides, strides), **dtypes, name=name)
@@ -131,11 +144,9 @@ class Xception(nn.Module):
         def downsampling_block(
             _: nn.Module, x: jax.Array, block: int, features: Sequence[int], stride: int
         ) -> jax.Array:
-            y, rate = x, rate_at(stride, self.output_stride)
-            for i, f in enumerate(features, start=1):
-                # The stem has just applied its ReLU: only block 2 has none in front.
-                y = nn.relu(y) if block > 2 or i > 1 else y
-                y = sepconv(y, f, f"block{block}_sepconv{i}", dilation=rate)
+            rate = rate_at(stride, self.output_stride)
+            # The stem has just applied its ReLU: only block 2 has none in front.
+            y = sepconvs(x, block, features, rate, relu_first=block > 2)
             strides = 2 if stride < self.output_stride else 1
             if strides == 2:
                 y = ops.max_pool(y, padding=self.padding)
@@ -144,9 +155,7 @@ class Xception(nn.Module):
             return y + residual(x, features[-1], f"block{block}_residual", strides=strides) if self.residual else y
 
         def middle_block(_: nn.Module, x: jax.Array, block: int, features: Sequence[int], stride: int) -> jax.Array:
-            y = x
-            for i, f in enumerate(features, start=1):
-                y = sepconv(nn.relu(y), f, f"block{block}_sepconv{i}", dilation=rate_at(stride, self.output_stride))
+            y = sepconvs(x, block, features, rate_at(stride, self.output_stride))
             return y + x if self.residual else y
 
         if self.remat:
@@ -170,9 +179,8 @@ class Xception(nn.Module):
         # Exit flow: blocks 13 and 14 in the paper.
         block = 5 + self.middle_repeats
         x = downsampling_block(self, x, block, EXIT_FLOW[0], 16)  #               [N, 10, 10, 1024]
-        for i, f in enumerate(EXIT_FLOW[1], start=1):  #                          [N, 10, 10, 1536], [N, 10, 10, 2048]
-            name = f"block{block + 1}_sepconv{i}"
-            x = nn.relu(sepconv(x, f, name, dilation=rate_at(32, self.output_stride)))
+        rate = rate_at(32, self.output_stride)
+        x = nn.relu(sepconvs(x, block + 1, EXIT_FLOW[1], rate, relu_first=False))  # [N, 10, 10, 1536], then 2048
         stages.append(x)
 
         pooled = ops.global_average_pool(x)  #                                    [N, 2048]
