@@ -15,9 +15,18 @@ SLICES = ("2x4", "4x8", "8x8", "16x16")  # 8, 32, 64, 256 chips
 IMAGES_A_CHIP = 128
 BATCH_SIZE = 1536  # the recipe's
 
-HEADER = (
-    "| slice | images a chip | batch | memory a chip | HBM bytes a step | collectives | step | images/s a chip | hours |"
+COLUMNS = (
+    "slice",
+    "images a chip",
+    "batch",
+    "memory a chip",
+    "HBM a step",
+    "collectives",
+    "step",
+    "images/s a chip",
+    "h",
 )
+HEADER = f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|"
 
 
 def row(topology: str, batch_size: int) -> str:
@@ -50,7 +59,7 @@ def main() -> None:
         (f"Weak scaling, {IMAGES_A_CHIP} images a chip", lambda chips: IMAGES_A_CHIP * chips),
         (f"Strong scaling, a batch of {BATCH_SIZE:,}", lambda chips: BATCH_SIZE),
     ):
-        print(f"\n{title}:\n\n{HEADER}\n" + "|---" * HEADER.count(" | ") + "|---|", flush=True)
+        print(f"\n{title}:\n\n{HEADER}", flush=True)
         for shape in SLICES:
             rows, columns = map(int, shape.split("x"))
             print(row(f"{tpu}:{shape}", batch(rows * columns)), flush=True)

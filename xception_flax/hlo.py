@@ -11,11 +11,14 @@ from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
-BITS = {"pred": 8, "token": 0} | {f"{kind}{bits}": bits for kind in "sufc" for bits in (4, 8, 16, 32, 64)} | {"bf16": 16}
+BITS = (
+    {"pred": 8, "token": 0} | {f"{kind}{bits}": bits for kind in "sufc" for bits in (4, 8, 16, 32, 64)} | {"bf16": 16}
+)
 
 # They move nothing: names for arrays, and the ends of what was begun by another instruction.
-_FREE = frozenset(
-    "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id opt-barrier domain".split()
+_FREE = (
+    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "domain"),
+    *("partition-id", "replica-id"),
 )
 
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)")
@@ -23,10 +26,10 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 
 
 class Array(NamedTuple):
-    """One array of a type: its size with what its tiles are padded with, and whether it lies in the chip's own memory."""
+    """An array of a type."""
 
-    size: int  # bytes
-    on_chip: bool
+    size: int  # bytes, with those that pad its tiles
+    on_chip: bool  # in the chip's own memory (VMEM, SMEM), not in HBM
 
 
 class Instruction(NamedTuple):
@@ -118,7 +121,10 @@ class Hlo:
                         outputs -= inputs
                     key = kind, max(inputs, outputs)
                     found[key] = found.get(key, 0) + times
-        return [Collective(kind, size, times) for (kind, size), times in sorted(found.items(), key=lambda f: -f[0][1])]
+        return [
+            Collective(kind, size, times)
+            for (kind, size), times in sorted(found.items(), key=lambda f: (-f[0][1], f[0][0]))
+        ]
 
     def _run(self, name: str, times: int, fused: bool = False) -> Iterator[tuple[str, int]]:
         """The computations that run, each with how often, without or with those that are parts of one instruction."""
@@ -142,7 +148,9 @@ def _instruction(name: str, types: str, opcode: str, rest: str) -> Instruction:
     arguments, _, attributes = rest.partition(")")
     called: list[str] = []
     # A reduction's `to_apply` is arithmetic on two numbers, not a computation of its own.
-    keys = "calls|body|condition|branch_computations|true_computation|false_computation" + "|to_apply" * (opcode == "call")
+    keys = "calls|body|condition|branch_computations|true_computation|false_computation" + "|to_apply" * (
+        opcode == "call"
+    )
     for group in re.findall(rf"\b(?:{keys})=(\{{[^}}]*\}}|%?[\w.-]+)", attributes):
         called += re.findall(r"[\w.-]+", group)
     trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes) if opcode == "while" else None
@@ -184,7 +192,10 @@ def _moved(instruction: Instruction, computation: dict[str, Instruction]) -> lis
     if instruction.target == "ConcatBitcast":  # slices that lie side by side, named as one array
         return []
     operands = [array for name in instruction.operands for array in computation[name].results]
-    if opcode in ("copy-start", "slice-start"):  # results: of a copy (copy, operand, ...), of a slice (operand, slice, ...)
+    if opcode in (
+        "copy-start",
+        "slice-start",
+    ):  # results: of a copy (copy, operand, ...), of a slice (operand, slice, ...)
         made = instruction.results[0 if opcode == "copy-start" else len(operands)]
         return [made, Array(made.size, operands[0].on_chip)]
     if opcode == "dynamic-update-slice":  # in place: the slice is read and written

@@ -23,9 +23,10 @@ if __name__ == "__main__":
     tpu.hide_hardware()
 
 import collections
+import concurrent.futures
 import importlib.metadata
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from xception_flax import cli, costs, models, progress, recipe, sharding
-from xception_flax.hlo import Hlo
+from xception_flax.hlo import Collective, Hlo
 from xception_flax.program import create_program
 
 EXAMPLES = """\
@@ -54,16 +55,24 @@ KINDS = {
     "Dense": "classifier",
 }
 BETWEEN, LOSS, UPDATE = "between layers", "loss", "optimizer"
+ORDER = (*KINDS.values(), BETWEEN, LOSS, UPDATE)
 
 BATCH_GRAIN = 8  # images a chip; batches between two multiples are padded to the next on a TPU
 MAX_COMPILATIONS = 8  # in search of the largest batch
 
 
 class DoesNotFit(Exception):
-    """The compiled step needs `used` bytes of a chip's memory, which are not there."""
+    """The step needs `memory` bytes of a chip, which are not there."""
 
-    def __init__(self, used: int) -> None:
-        self.used = used
+    def __init__(self, memory: int) -> None:
+        self.memory = memory
+
+
+class Cost(NamedTuple):
+    """Of one kind of layer: `flops` of the network's own arithmetic, `size` bytes of HBM read and written."""
+
+    flops: float
+    size: int
 
 
 class Report(NamedTuple):
@@ -74,7 +83,7 @@ class Report(NamedTuple):
       state: bytes of it that parameters, statistics, optimizer and averages take.
       flops: all arithmetic, as the compiler counts it.
       xla_size: bytes accessed, as the compiler counts them: also those within the chip.
-      kinds: for each kind of layer (arithmetic of the network, bytes of HBM).
+      kinds: costs of each kind of layer.
       collectives: what is sent between chips.
     """
 
@@ -82,8 +91,8 @@ class Report(NamedTuple):
     state: int
     flops: float
     xla_size: float
-    kinds: dict[str, tuple[float, int]]
-    collectives: list[Any]
+    kinds: dict[str, Cost]
+    collectives: list[Collective]
 
 
 def batch_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -128,8 +137,8 @@ def measure(compiled: jax.stages.Compiled, config: ConfigDict, num_chips: int) -
     layers = costs.measure(network, _image_shape(config))
     kinds = collections.defaultdict(lambda: [0.0, 0])
     for layer in layers:
-        kinds[KINDS.get(layer.module, layer.module)][0] += 6 * layer.macs * config.batch_size / num_chips
-    paths = {"/".join(layer.path): KINDS.get(layer.module, layer.module) for layer in layers}
+        kinds[KINDS[layer.module]][0] += 6 * layer.macs * config.batch_size / num_chips
+    paths = {"/".join(layer.path): KINDS[layer.module] for layer in layers}
     for part in hlo.costs():
         kinds[kind_of(part.op_name, paths, type(network).__name__)][1] += part.hbm_size
     return Report(
@@ -138,7 +147,7 @@ def measure(compiled: jax.stages.Compiled, config: ConfigDict, num_chips: int) -
         state=memory.alias_size_in_bytes,
         flops=cost["flops"],
         xla_size=cost["bytes accessed"],
-        kinds={kind: (flops, size) for kind, (flops, size) in kinds.items()},
+        kinds={kind: Cost(*kinds[kind]) for kind in sorted(kinds, key=ORDER.index)},
         collectives=hlo.collectives(),
     )
 
@@ -159,41 +168,59 @@ def kind_of(op_name: str, paths: dict[str, str], network: str) -> str:
     return BETWEEN if f"jvp({network})" in op_name else LOSS if "jvp(" in op_name else UPDATE
 
 
-def step_seconds(report: Report, where: tpu.Slice) -> tuple[dict[str, tuple[float, float]], float]:
-    """Returns seconds of arithmetic and of memory of each kind of layer, and seconds of collectives: a bound."""
-    chip = where.chip
-    kinds = {
-        kind: (flops / chip.flops_per_second, size / chip.hbm_bytes_per_second)
-        for kind, (flops, size) in report.kinds.items()
+def estimate(report: Report, where: tpu.Slice, images_a_chip: float) -> dict[str, Any]:
+    """Returns what the report implies for a slice, as it goes into the JSON: a bound, no measurement."""
+    chip, kinds = where.chip, {}
+    for kind, cost in report.kinds.items():
+        computing, moving = cost.flops / chip.flops_per_second, cost.size / chip.hbm_bytes_per_second
+        bound = "arithmetic" if computing > moving else "bytes"
+        kinds[kind] = {"flops": cost.flops, "bytes": cost.size, "seconds": max(computing, moving), "bound": bound}
+    sent: dict[str, dict[str, int]] = {}
+    for c in report.collectives:
+        of_kind = sent.setdefault(c.kind, {"count": 0, "bytes": 0})
+        of_kind["count"] += c.times
+        of_kind["bytes"] += c.times * c.size
+    sending = sum(c.times * where.collective_seconds(c.kind, c.size) for c in report.collectives)
+    bounds = {name: sum(k["seconds"] for k in kinds.values() if k["bound"] == name) for name in ("arithmetic", "bytes")}
+    bounds["links"] = sending
+    seconds = sum(bounds.values())
+    return {
+        "flops": report.flops,
+        "network_flops": sum(cost.flops for cost in report.kinds.values()),
+        "hbm_bytes": sum(cost.size for cost in report.kinds.values()),
+        "xla_bytes": report.xla_size,
+        "kinds": kinds,
+        "collectives": sent,
+        "collective_seconds": sending,
+        "step_seconds": seconds,
+        "bound": max(bounds, key=bounds.__getitem__),
+        "images_per_second_per_chip": images_a_chip / seconds,
     }
-    return kinds, sum(c.times * where.collective_seconds(c.kind, c.size) for c in report.collectives)
 
 
-def largest_batch(used_at: Callable[[int], int], limit: int, first: int, state: int, grain: int) -> tuple[int, int]:
-    """Returns a number of images a chip that fits into `limit` bytes, and the least one seen that does not.
+def largest_batch(memory_at: Callable[[int], int], usable: int, first: int, state: int) -> tuple[int, int]:
+    """Returns the most images a chip that fit, and the fewest that do not: multiples of `BATCH_GRAIN`.
 
     Memory is nearly affine in the batch, so each guess is where the line through the last two points
-    meets the limit; the two are `grain` apart, unless `MAX_COMPILATIONS` are over.
+    meets the limit. After `MAX_COMPILATIONS` the two may be further apart than they could be.
 
     Args:
-      used_at: compiles for so many images a chip, and returns the bytes that are used.
+      memory_at: compiles for so many images a chip, and returns the bytes that it needs.
+      usable: bytes of a chip.
       first: images a chip to begin with.
       state: bytes without any image.
-      grain: images a chip; guesses are multiples of it.
     """
-    points = [(0, state)]
-    fits, fails, guess = 0, math.inf, max(grain, first // grain * grain)
+    grain, fits, fails = BATCH_GRAIN, 0, sys.maxsize
+    guess, last = max(grain, first // grain * grain), (0, state)
     for _ in range(MAX_COMPILATIONS):
-        points.append((guess, used_at(guess)))
-        if points[-1][1] <= limit:
-            fits = max(fits, guess)
-        else:
-            fails = min(fails, guess)
+        point = (guess, memory_at(guess))
+        fits, fails = (max(fits, guess), fails) if point[1] <= usable else (fits, min(fails, guess))
         if fails - fits <= grain:
             break
-        (n0, used0), (n1, used1) = points[-2:]
-        crossing = n1 + (limit - used1) * (n1 - n0) / (used1 - used0) if used1 != used0 else math.inf
-        guess = int(min(max(crossing // grain * grain, fits + grain), fails - grain, 4 * guess))
+        an_image = (point[1] - last[1]) / (point[0] - last[0])
+        # Four times at most: where a chip is nearly empty, its memory says little of an image's.
+        crossing = guess + (usable - point[1]) / an_image if an_image > 0 else 4 * guess
+        last, guess = point, int(max(min(crossing // grain * grain, 4 * guess, fails - grain), fits + grain))
     return fits, fails
 
 
@@ -201,64 +228,63 @@ def largest_batch(used_at: Callable[[int], int], limit: int, first: int, state: 
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f}"
+    return f"{size / 1e9:,.2f} GB"
 
 
-def _show(config: ConfigDict, where: tpu.Slice, report: Report, num_images: int | None) -> dict[str, Any]:
-    """Prints the report, and returns what is in it."""
-    kinds, sending = step_seconds(report, where)
-    seconds = sum(max(times) for times in kinds.values()) + sending
-    rate = config.batch_size / where.num_chips / seconds
-    order = [*KINDS.values(), BETWEEN, LOSS, UPDATE]
-    rows = sorted(kinds, key=lambda kind: order.index(kind) if kind in order else len(order))
-    computing, moving = (sum(times[i] for times in kinds.values()) for i in (0, 1))
-    table = {
-        "a step of a chip": [*rows, "collectives", "in all"],
-        "GFLOP": [f"{report.kinds[kind][0] / 1e9:,.1f}" for kind in rows] + ["", f"{_total(report, 0) / 1e9:,.1f}"],
-        "GB": [_gb(report.kinds[kind][1]) for kind in rows] + ["", _gb(_total(report, 1))],
-        "ms at best": [f"{1e3 * max(kinds[kind]):.2f}" for kind in rows] + [f"{1e3 * sending:.2f}", f"{1e3 * seconds:.2f}"],
-        "bound by": ["arithmetic" if kinds[kind][0] > kinds[kind][1] else "bytes" for kind in rows]
-        + ["links", "arithmetic" if computing > max(moving, sending) else "bytes" if moving > sending else "links"],
+def _gib(size: float) -> str:
+    return f"{size / tpu.GIB:.2f} GiB"
+
+
+def _show_memory(config: ConfigDict, where: tpu.Slice, result: dict[str, Any]) -> None:
+    used, usable, parts = result["memory_bytes"], where.chip.usable_bytes, config.step.accumulation_steps
+    rows = {
+        "compiler": f"jax {result['jax']}, libtpu {result['libtpu']}",
+        "batch": f"{config.batch_size:,}, {config.batch_size / where.num_chips:g} images a chip"
+        + (f" in {parts} parts" if parts > 1 else ""),
+        "memory": f"{_gib(used)} a chip, of {_gib(usable)}: " + ("fits" if result["fits"] else "DOES NOT FIT"),
     }
-    progress.show_columns("where the time goes (estimate: bandwidth and arithmetic as specified)", table)
-    sums = collections.Counter()
-    for c in report.collectives:
-        sums[c.kind, "count"] += c.times
-        sums[c.kind, "bytes"] += c.times * c.size
-    collectives = {c.kind: {"count": sums[c.kind, "count"], "bytes": sums[c.kind, "bytes"]} for c in report.collectives}
-    result = {
-        "flops": report.flops,
-        "model_flops": _total(report, 0),
-        "hbm_bytes": _total(report, 1),
-        "xla_bytes": report.xla_size,
-        "collectives": collectives,
-        "collective_seconds": sending,
-        "step_seconds": seconds,
-        "images_per_second_per_chip": rate,
+    if result["fits"]:
+        rows["  of it state"] = f"{_gib(result['state_bytes'])}: parameters, statistics, optimizer, averages"
+    if "largest_batch" in result:
+        rows["largest batch"] = f"{result['largest_batch']:,} fits, {result['too_large_batch']:,} does not"
+    progress.show_table(f"{result['config']} on {where.name}, {where.num_chips} chips", rows)
+
+
+def _show_costs(config: ConfigDict, where: tpu.Slice, result: dict[str, Any]) -> None:
+    kinds = result["kinds"]
+    columns = {
+        "a step of a chip": [*kinds, "collectives", "in all"],
+        "GFLOP": [*(f"{k['flops'] / 1e9:,.1f}" for k in kinds.values()), "", f"{result['network_flops'] / 1e9:,.1f}"],
+        "GB": [*(f"{k['bytes'] / 1e9:,.2f}" for k in kinds.values()), "", f"{result['hbm_bytes'] / 1e9:,.2f}"],
+        "ms": [
+            f"{1e3 * seconds:,.2f}"
+            for seconds in (
+                *(k["seconds"] for k in kinds.values()),
+                result["collective_seconds"],
+                result["step_seconds"],
+            )
+        ],
+        "bound by": [*(k["bound"] for k in kinds.values()), "links", result["bound"]],
     }
-    lines = {
-        "arithmetic": f"{_total(report, 0) / 1e9:,.0f} GFLOP of the network; the compiler counts {report.flops / 1e9:,.0f}",
-        "bytes": f"{_gb(_total(report, 1))} GB of HBM; the compiler counts {_gb(report.xla_size)} GB, "
-        "with those within the chip",
-        "collectives": "; ".join(f"{c['count']} {kind}, {c['bytes'] / 1e6:,.2f} MB" for kind, c in collectives.items())
+    progress.show_columns("least time by the chip's specification (estimate)", columns)
+    rate = result["images_per_second_per_chip"]
+    rows = {
+        "arithmetic": f"{result['network_flops'] / 1e9:,.0f} GFLOP of the network; in all, by the compiler's count, "
+        f"{result['flops'] / 1e9:,.0f}",
+        "bytes": f"{_gb(result['hbm_bytes'])} of HBM; by the compiler's count, with those within the chip, "
+        f"{_gb(result['xla_bytes'])}",
+        "collectives": ", ".join(
+            f"{c['count']} {kind} of {c['bytes'] / 1e6:,.2f} MB" for kind, c in result["collectives"].items()
+        )
         or "none",
         "speed": f"at most {rate:,.0f} images/s a chip, {rate * where.num_chips:,.0f} in all (estimate)",
+        "run": "its length needs --num-images",
     }
-    if num_images is None:
-        lines["length"] = "unknown without --num-images"
-    else:
-        steps = max(1, round(config.epochs * num_images / config.batch_size))
-        result |= {"steps": steps, "hours": steps * seconds / 3600}
-        lines["length"] = (
-            f"{steps:,} steps for {config.epochs:g} epochs of {num_images:,} images: at least "
-            f"{result['hours']:,.2f} hours (estimate)"
+    if "steps" in result:
+        rows["run"] = (
+            f"{result['steps']:,} steps, {config.epochs:g} epochs: at least {result['hours']:,.2f} h (estimate)"
         )
-    progress.show_table("a step of a chip, and the run", lines)
-    return result
-
-
-def _total(report: Report, column: int) -> float:
-    return sum(kind[column] for kind in report.kinds.values())
+    progress.show_table("a step of a chip, and the run", rows)
 
 
 # Command -------------------------------------------------------------------------------------------
@@ -281,62 +307,52 @@ def main(argv: list[str]) -> int:
     where = tpu.parse_slice(arguments.topology)
     config = recipe.load(arguments.config, overrides)
     num_images = arguments.num_images or NUM_IMAGES.get(config.data.get("name"))
-    devices = tpu.devices(where)
-    limit = where.chip.usable_bytes
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    parts = where.num_chips * config.step.accumulation_steps
+    devices, usable = tpu.devices(where), where.chip.usable_bytes
 
-    def compiled_at(batch_size: int) -> Report | DoesNotFit:
+    def at(batch_size: int) -> Report | DoesNotFit:
         changed = config.copy_and_resolve_references()
         changed.batch_size = batch_size
-        with progress.waiting(f"compiling for {batch_size:,} images on {where.num_chips} x {where.name.partition(':')[0]}"):
+        with progress.waiting(f"compiling for {where.name}, {batch_size:,} images"):
             try:
-                compiled = compile_step(changed, devices, num_images or batch_size)
+                # In a thread: this one waits as Python does, and so hears Ctrl-C.
+                with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                    compiled = thread.submit(compile_step, changed, devices, num_images or batch_size).result()
             except DoesNotFit as error:
                 return error
         return measure(compiled, changed, where.num_chips)
 
-    report = compiled_at(config.batch_size)
+    report = at(config.batch_size)
     fits = isinstance(report, Report)
-    used = report.memory if fits else report.used
     result = {
         "config": arguments.config,
         "topology": where.name,
         "chips": where.num_chips,
-        **versions,
+        **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "batch_size": config.batch_size,
         "fits": fits,
-        "memory_bytes": used,
-        "usable_bytes": limit,
+        "memory_bytes": report.memory,
+        "usable_bytes": usable,
     }
-    words = f"fits: {100 * used / limit:.0f} %" if fits else "DOES NOT FIT: more than the"
-    rows = {
-        "step": f"batch {config.batch_size:,}, {config.batch_size / where.num_chips:g} images a chip"
-        + (f" in {config.step.accumulation_steps} parts" if config.step.accumulation_steps > 1 else ""),
-        "memory": f"{_gib(used)} a chip; {words} of {_gib(limit)}",
-        "compiler": ", ".join(f"{name} {version}" for name, version in versions.items()),
-    }
-    if fits:
-        rows["state"] = f"{_gb(report.state)} GB of it: parameters, statistics, optimizer, averages"
     if arguments.find_largest_batch:
+        parts = where.num_chips * config.step.accumulation_steps
 
-        def used_at(images: int) -> int:
-            at = report if images * parts == config.batch_size else compiled_at(images * parts)
-            return at.memory if isinstance(at, Report) else max(at.used, limit + 1)
+        def memory_at(images: int) -> int:
+            known = images * parts == config.batch_size
+            found = report if known else at(images * parts)
+            return found.memory if isinstance(found, Report) else max(found.memory, usable + 1)
 
-        state = report.state if fits else 0
-        largest, too_large = largest_batch(used_at, limit, config.batch_size // parts, state, BATCH_GRAIN)
-        result |= {"largest_batch": largest * parts, "too_large_batch": too_large * parts}
-        rows["largest batch"] = f"{largest * parts:,} fits, {too_large * parts:,} does not (multiples of {BATCH_GRAIN})"
-    progress.show_table(f"{arguments.config} on {where.name}, {where.num_chips} chips", rows)
+        sizes = largest_batch(memory_at, usable, config.batch_size // parts, report.state if fits else 0)
+        result["largest_batch"], result["too_large_batch"] = (images * parts for images in sizes)
     if fits:
-        result |= _show(config, where, report, num_images)
+        result |= {"state_bytes": report.state} | estimate(report, where, config.batch_size / where.num_chips)
+        if num_images is not None:
+            steps = max(1, round(config.epochs * num_images / config.batch_size))
+            result |= {"steps": steps, "hours": steps * result["step_seconds"] / 3600}
+    _show_memory(config, where, result)
+    if fits:
+        _show_costs(config, where, result)
     print(progress.to_json(result))
     return 0 if fits else 1
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 if __name__ == "__main__":

@@ -100,7 +100,9 @@ def parse_slice(name: str) -> Slice:
     """
     generation, _, shape = name.partition(":")
     if generation not in CHIPS:
-        raise ValueError(f"unknown TPU {generation!r} in topology {name!r}; {suggest(generation, CHIPS)} As in v5e:2x4.")
+        raise ValueError(
+            f"unknown TPU {generation!r} in topology {name!r}; {suggest(generation, CHIPS)} As in v5e:2x4."
+        )
     chip = CHIPS[generation]
     sides = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape) else ()
     cubes = chip.shapes is _CUBES and len(sides) == 3 and all(side % 4 == 0 for side in sides)
@@ -116,6 +118,8 @@ def hide_hardware() -> None:
     To be called before JAX is imported: it asks Google Cloud for the machine's metadata at import.
     """
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    # libtpu lets one process in at a time, by a lock file: two can share a compiler, if not a TPU.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     # What the metadata would have said; without it libtpu writes a page of errors. Any values do.
     for key, value in {"ACCELERATOR_TYPE": "v5litepod-8", "WORKER_HOSTNAMES": "localhost", "WORKER_ID": "0"}.items():
         os.environ.setdefault(f"TPU_{key}", value)
@@ -125,7 +129,7 @@ def devices(where: Slice) -> Iterable[Any]:
     """Returns devices of the slice, to compile for.
 
     Raises:
-      ValueError: libtpu is missing, or does not know such a slice.
+      ValueError: libtpu is missing, or does not describe such a slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("compiling for TPUs needs libtpu, which is not installed here.\npip install -e '.[tpu]'")
@@ -138,4 +142,4 @@ def devices(where: Slice) -> Iterable[Any]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=where.name, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"libtpu knows no slice {where.name!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"libtpu cannot describe {where.name!r}: {str(error).splitlines()[0]}") from None
