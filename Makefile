@@ -2,13 +2,14 @@
 # make test           set up, check the code's form, run every test
 # make lint           ruff and import-linter alone
 # make test-minimum   every test again with the oldest versions that pyproject.toml allows
+# make test-tpu       compile for TPUs that are not there, in an environment of its own (libtpu is 700 MB)
 # make contenders     set up what the benchmarks compare with, in .venv-contenders (8 GB)
 # make pins           write requirements*.txt anew from pyproject.toml and benchmarks/requirements.in
 
 PYTHON ?= python3
 WORKDIR ?= runs/digits
 
-.PHONY: demo test test-minimum lint contenders pins clean
+.PHONY: demo test test-minimum test-tpu lint contenders pins clean
 
 demo: .venv/installed
 	.venv/bin/python train.py --config configs/digits.py --workdir $(WORKDIR)
@@ -23,6 +24,18 @@ test-minimum: .venv/installed-dev
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv/bin/uv pip install --quiet --python .venv-minimum/bin/python --resolution lowest-direct -e '.[dev]'
 	.venv-minimum/bin/python -m pytest
+
+# libtpu has an environment of its own: with it there, JAX looks for TPUs at every start.
+test-tpu: .venv-tpu/installed
+	.venv-tpu/bin/python -m pytest --override-ini=addopts= -ra --durations=5 tests_tpu
+
+.venv-tpu/installed: requirements-tpu.txt pyproject.toml
+	@echo "installing into .venv-tpu (a few minutes) ..."
+	@test -d .venv-tpu || $(PYTHON) -m venv .venv-tpu
+	@.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-tpu.txt
+	@.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt pytest
+	@.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
 
 lint: .venv/installed-dev
 	.venv/bin/ruff format --check .
@@ -55,6 +68,7 @@ pins: .venv/installed-dev
 	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml -o requirements.txt
 	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
 	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade benchmarks/requirements.in -c requirements.txt -o benchmarks/requirements.txt
+	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml --extra tpu -c requirements.txt -o requirements-tpu.txt
 
 clean:
-	rm -rf .venv .venv-contenders .venv-minimum build *.egg-info
+	rm -rf .venv .venv-contenders .venv-minimum .venv-tpu build *.egg-info

@@ -22,23 +22,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from xception_flax import (
-    checkpoint,
-    cli,
-    costs,
-    data,
-    metrics,
-    models,
-    optimizers,
-    pictures,
-    profiling,
-    progress,
-    recipe,
-    sharding,
-    state,
-    steps,
-)
+from xception_flax import checkpoint, cli, costs, data, metrics, pictures, profiling, progress, recipe, sharding
 from xception_flax.evaluate import evaluate
+from xception_flax.program import create_program
 
 EXAMPLES = """\
   python train.py --config configs/digits.py --workdir runs/digits
@@ -101,10 +87,6 @@ def train(config: ConfigDict, workdir: Path) -> int:
         )
 
     steps_per_epoch = train_data.num_images / config.batch_size
-    total_steps = max(1, round(config.epochs * steps_per_epoch))
-    profiled = recipe.profiled_steps(config.profile)
-    if profiled and profiled[-1] > total_steps:
-        raise ValueError(f"profile={config.profile} is not within the {total_steps} steps of this run.")
 
     def is_due(step: int, every_epochs: float) -> bool:
         """Whether a multiple of `every_epochs` ends within this step; every second is due where every first is."""
@@ -112,19 +94,13 @@ def train(config: ConfigDict, workdir: Path) -> int:
         return math.floor(step / interval + 1e-9) > math.floor((step - 1) / interval + 1e-9)
 
     # Network, loss, optimizer, steps.
-    model = models.create_model(**config.model)
-    normalize = steps.create_normalizer(**config.normalize)
-    loss = steps.create_loss(**config.loss)
-    compute_metrics = metrics.create_metrics(**config.metrics)
-    run = optimizers.Run(config.batch_size, train_data.num_images, total_steps)
-    schedule = optimizers.create_schedule(**config.schedule, run=run)
-    tx, learning_rate = optimizers.create_optimizer(**config.optimizer, schedule=schedule)
-    weights = "ema" if config.step.ema_decay else "raw"
-    init, abstract_state = state.make_init(model, tx, train_data.image_shape, mesh, ema=weights == "ema")
-    train_step = steps.make_train_step(
-        model, tx, loss, compute_metrics, normalize, abstract_state, mesh, seed=config.seed, **config.step
-    )
-    eval_step = steps.make_eval_step(model, loss, compute_metrics, normalize, mesh)
+    program = create_program(config, mesh, train_data.image_shape, train_data.num_images)
+    init, abstract_state, weights = program.init, program.abstract_state, program.weights
+    train_step, eval_step, learning_rate = program.train_step, program.eval_step, program.learning_rate
+    total_steps = program.total_steps
+    profiled = recipe.profiled_steps(config.profile)
+    if profiled and profiled[-1] > total_steps:
+        raise ValueError(f"profile={config.profile} is not within the {total_steps} steps of this run.")
     # Traced from shapes, before anything is compiled or written: what does not fit together shows here.
     jax.eval_shape(train_step, abstract_state, sharding.abstract_batch(mesh, train_data.batch_shapes))
     jax.eval_shape(eval_step, abstract_state.variables(weights), sharding.abstract_batch(mesh, eval_data.batch_shapes))
@@ -166,7 +142,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 num_images=train_data.num_images,
                 enabled=first_host,
                 peak_images_per_second=costs.peak_images_per_second(
-                    model, train_data.image_shape, device_kind, mesh.size
+                    program.model, train_data.image_shape, device_kind, mesh.size
                 ),
             )
         )

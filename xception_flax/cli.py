@@ -32,6 +32,17 @@ def directory(text: str) -> Path:
     return Path(text)
 
 
+def positive(text: str) -> int:
+    """The type of an argument that counts something."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return number
+
+
 def parser(description: str | None, examples: str, *, hosts: bool = True) -> argparse.ArgumentParser:
     """Returns a parser with the arguments about several hosts, which every command takes that opens devices."""
     arguments = _Parser(

@@ -16,6 +16,7 @@ class Layer(NamedTuple):
 
     Attributes:
       path: its name in the variables, such as `('block2_sepconv1', 'depthwise')`.
+      module: its class, such as 'DepthwiseConv'.
       shape: of its output, without the batch.
       parameters: trainable.
       statistics: moving means and variances.
@@ -25,6 +26,7 @@ class Layer(NamedTuple):
     """
 
     path: tuple[str, ...]
+    module: str
     shape: tuple[int, ...]
     parameters: int
     statistics: int
@@ -54,6 +56,7 @@ def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
             layers.append(
                 Layer(
                     path=module.path,
+                    module=type(module).__name__,
                     shape=result.shape[1:],
                     parameters=_size(parameters),
                     statistics=_size(own.get("batch_stats", {})),

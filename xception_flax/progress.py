@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 from tensorboardX import SummaryWriter
@@ -35,6 +43,19 @@ def show_columns(title: str, columns: Mapping[str, Sequence[str]]) -> None:
     print(f"\n{title}")
     # As wide as what is in it: a narrow terminal may break a line, but no number is cut.
     Console(width=10_000).print(table)
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Shows that `what` goes on and for how long, and leaves a line of it; on standard error."""
+    console, begun = Console(stderr=True, highlight=False), time.monotonic()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    if not console.is_terminal:
+        console.print(f"{what} ...", markup=False, soft_wrap=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        bar.add_task(what, total=None)
+        yield
+    console.print(f"{what}: {time.monotonic() - begun:.0f} s", markup=False, soft_wrap=True)
 
 
 def percent(share: float) -> str:

@@ -110,7 +110,7 @@ GROUPS = {
     "data": _group(
         data.load, "train batch_size seed process_index process_count split", selector="source", table=data.SOURCES
     ),
-    "mesh": _group(sharding.create_mesh),
+    "mesh": _group(sharding.create_mesh, "devices"),
     "checkpoint": _group(checkpoint.open_manager, "workdir best_metric read_only"),
 }
 LOOP = _group(Loop)

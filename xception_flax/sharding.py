@@ -7,6 +7,7 @@ the global batch.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,31 +22,33 @@ BATCH_AXES = ("data", "fsdp")
 MIN_SHARDED_ELEMENTS = 2**16
 
 
-def create_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+def create_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh over all devices of all hosts, with axes ('data', 'fsdp').
 
     Args:
       data: devices that only split the batch; -1 for all that `fsdp` leaves.
       fsdp: devices that also split the state; -1 for all that `data` leaves.
+      devices: those to take in place of all, such as those of a machine that is only described.
 
     Raises:
       ValueError: `data * fsdp` is not the number of devices.
     """
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     sizes = {"data": data, "fsdp": fsdp}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) == 1 and fixed > 0 and devices % fixed == 0:
-        sizes[free[0]] = devices // fixed
-    if min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
+    if len(free) == 1 and fixed > 0 and count % fixed == 0:
+        sizes[free[0]] = count // fixed
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
         if len(free) == 1:
             other = "fsdp" if free == ["data"] else "data"
-            divisors = [str(d) for d in range(1, devices + 1) if devices % d == 0]
+            divisors = [str(d) for d in range(1, count + 1) if count % d == 0]
             advice = f"mesh.{other} must divide their number: take {' or '.join(divisors)}"
         else:
             advice = "leave one of them, and only one, at -1 to fill up"
-        raise ValueError(f"mesh: data={data} x fsdp={fsdp} must cover the {_devices(devices)} exactly; {advice}.")
-    return jax.make_mesh(tuple(sizes.values()), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+        raise ValueError(f"mesh: data={data} x fsdp={fsdp} must cover the {_devices(count)} exactly; {advice}.")
+    return jax.make_mesh(tuple(sizes.values()), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:

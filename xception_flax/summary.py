@@ -15,7 +15,6 @@ from xception_flax import signals
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
 
-import argparse
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -253,16 +252,6 @@ def _compare(configs: Sequence[recipe.ConfigDict], image_shapes: Sequence[tuple[
 # Command -------------------------------------------------------------------------------------------
 
 
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return number
-
-
 def main(argv: list[str]) -> int:
     parser = cli.parser(__doc__, EXAMPLES, hosts=False)
     which = parser.add_mutually_exclusive_group(required=True)
@@ -272,11 +261,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--layers", action="store_true", help="a row a layer instead of a row a stage")
     parser.add_argument(
         "--image-size",
-        type=_positive,
+        type=cli.positive,
         metavar="N",
         help="pixels a side, default: 299 (lenet: 32), or the recipe's",
     )
-    parser.add_argument("--channels", type=_positive, metavar="N", help="of the images, default: 3, or the recipe's")
+    parser.add_argument("--channels", type=cli.positive, metavar="N", help="of the images, default: 3, or the recipe's")
     parser.add_argument("--num-classes", type=int, metavar="N", help="0: no classifier; default: 1000, or the recipe's")
     parser.add_argument(
         "--config.model.KEY=VALUE", dest="ignored", metavar="", help="set a field of the network, as in a recipe"

@@ -1,0 +1,133 @@
+"""Steps compiled by the TPU's own compiler (libtpu): `make test-tpu`.
+
+Narrow networks on small images, since a whole one takes minutes. What is asserted of them holds for
+the whole: which collectives there are and what they add up, how the depthwise convolution is
+lowered, and that the report adds up to what the compiler says.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from xception_flax import costs, create_model, precompile, recipe, tpu
+from xception_flax.hlo import Hlo
+
+ROOT = Path(__file__).parent.parent
+IMAGENET = str(ROOT / "configs" / "imagenet.py")
+SMALL = ("model.width=0.25", "model.middle_repeats=1", "data.image_size=96", "batch_size=128")
+WHERE = tpu.parse_slice("v5e:2x4")
+
+
+def load(*overrides: str) -> ConfigDict:
+    return recipe.load(IMAGENET, [f"--config.{text}" for text in overrides])
+
+
+def compile_for(config: ConfigDict) -> jax.stages.Compiled:
+    return precompile.compile_step(config, tpu.devices(WHERE), 1_281_167)
+
+
+@pytest.fixture(scope="module")
+def config() -> ConfigDict:
+    return load(*SMALL)
+
+
+@pytest.fixture(scope="module")
+def compiled(config: ConfigDict) -> jax.stages.Compiled:
+    return compile_for(config)
+
+
+@pytest.fixture(scope="module")
+def layers(config: ConfigDict) -> list[costs.Layer]:
+    return costs.measure(create_model(**config.model), (96, 96, 3))
+
+
+@pytest.fixture(scope="module")
+def parameters(layers: list[costs.Layer]) -> int:
+    return sum(layer.parameters for layer in layers)
+
+
+def test_report_adds_up(compiled: jax.stages.Compiled, config: ConfigDict, parameters: int) -> None:
+    report = precompile.measure(compiled, config, 8)
+    # Parameters, momentum and averages, float32, and twice the moving statistics; tiles pad little rows.
+    assert 3 * 4 * parameters < report.state < 1.2 * 3 * 4 * parameters
+    assert report.state < report.memory < 1 * tpu.GIB
+    # The compiler counts the network's arithmetic but for the borders of images, and all else.
+    network = sum(cost.flops for cost in report.kinds.values())
+    assert network == pytest.approx(report.flops, rel=0.15)
+    # All bytes as the compiler counts them; those of HBM are fewer.
+    assert sum(cost.size for cost in Hlo(compiled.as_text()).costs()) == pytest.approx(report.xla_size, rel=0.2)
+    assert sum(cost.size for cost in report.kinds.values()) < report.xla_size
+    assert all(report.kinds[kind].size > 0 for kind in (*precompile.KINDS.values(), precompile.UPDATE))
+
+
+def test_chips_add_up_gradients_and_statistics_and_nothing_else(
+    compiled: jax.stages.Compiled, layers: list[costs.Layer], parameters: int
+) -> None:
+    collectives = Hlo(compiled.as_text()).collectives()
+    assert {c.kind for c in collectives} == {"all-reduce"}
+    # Gradients of kernels are added up in bfloat16, as they are computed; all else is float32, and little.
+    assert 2 * parameters < sum(c.times * c.size for c in collectives) < 4.2 * parameters
+    # Nearly every one is of a batch norm: mean and variance forward, two sums backward.
+    norms = sum(layer.module == "BatchNorm" for layer in layers)
+    assert 1.5 * norms < sum(c.times for c in collectives) < 2.5 * norms
+
+
+def test_depthwise_convolution_is_a_grouped_one(compiled: jax.stages.Compiled) -> None:
+    text = compiled.as_text()
+    depthwise = [line for line in text.splitlines() if " convolution(" in line and "/depthwise/" in line]
+    assert depthwise
+    # Forward and the gradient of the input by groups of channels, that of the kernel by groups of the batch.
+    assert all("feature_group_count=" in line or "batch_group_count=" in line for line in depthwise)
+
+
+def test_fsdp_gathers_and_scatters(parameters: int) -> None:
+    changed = load(*SMALL, "mesh.data=1", "mesh.fsdp=8")
+    compiled = compile_for(changed)
+    kinds = {c.kind for c in Hlo(compiled.as_text()).collectives()}
+    assert "all-gather" in kinds
+    report = precompile.measure(compiled, changed, 8)
+    assert report.state < 0.5 * 3 * 4 * parameters  # the large arrays are split by eight
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:16x16"])
+def test_command(topology: str) -> None:
+    command = [sys.executable, "-m", "xception_flax.precompile", "--config", "configs/digits.py:lenet"]
+    command += ["--topology", topology, "--config.batch_size=256", "--num-images=1257"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["chips"], result["steps"]) == (tpu.parse_slice(topology).num_chips, round(36 * 1257 / 256))
+    assert bool(result["collectives"]) == (result["chips"] > 1)
+    # libtpu says nothing of hardware that it misses.
+    assert [line for line in done.stderr.splitlines() if not line.startswith("compiling")] == []
+
+
+@pytest.mark.parametrize("name", list(tpu.CHIPS))
+def test_memory_is_as_libtpu_has_it(name: str) -> None:
+    where = tpu.parse_slice(f"{name}:{tpu.CHIPS[name].shapes[-1]}")
+    device = tpu.devices(where)[0]
+    huge = jax.ShapeDtypeStruct((2**38,), jax.numpy.uint8, sharding=jax.sharding.SingleDeviceSharding(device))
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=f"available HBM \\({where.chip.usable_bytes / tpu.GIB:.2f}G\\)"
+    ):
+        jax.jit(lambda x: x + 1).lower(huge).compile()
+
+
+def test_what_does_not_fit() -> None:
+    command = [sys.executable, "-m", "xception_flax.precompile", "--config", "configs/digits.py:lenet"]
+    command += [
+        "--topology=v5e:2x2",
+        "--config.data.image_size=256",
+        "--config.batch_size=32768",
+        "--find-largest-batch",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["memory_bytes"] > result["usable_bytes"]
+    assert 0 < result["largest_batch"] < result["too_large_batch"] < 32768
