@@ -33,8 +33,8 @@ def network(job: Job, **fields: Any) -> nn.Module:
 def write(job: Job, readings: list[str]) -> dict[str, Any]:
     """Writes the files of `job.folder`, and what each of `readings` makes of them into `expected_{reading}.npy`.
 
-    Weights are random. Where readings are asked for, the moving statistics are those of the images: with others
-    the signal dies on its way, and logits of different networks agree.
+    Weights are random. For logits to be compared the moving statistics are made those of the images: with others
+    the signal dies on its way, and any two networks agree.
 
     Returns:
       `macs` of one image, forward, and `parameters`.
@@ -50,7 +50,7 @@ def write(job: Job, readings: list[str]) -> dict[str, Any]:
         lambda key: network(job).init(key, jnp.zeros((1, 64, 64, 3)), train=False), compiler_options=_COMPILED_FAST
     )
     variables = init(jax.random.key(0))
-    if readings:
+    if readings and job.mode == "forward":
         # With a decay of 0 one step leaves the statistics of the batch itself.
         _, updates = _apply(network(job, bn_decay=0.0), variables, normalised, train=True)
         variables = {"params": variables["params"], **updates}
