@@ -40,7 +40,7 @@ def test_command(cpus_for_chips: None, capsys: pytest.CaptureFixture[str]) -> No
     assert set(result["collectives"]) == {"all-reduce"}
     assert 74_010 * 4 <= result["collectives"]["all-reduce"]["bytes"] < 1.01 * 74_010 * 4
     kinds = result["kinds"]
-    assert list(kinds) == ["regular conv.", "classifier", "between layers", "loss", "optimizer"]
+    assert list(kinds) == ["regular conv.", "classifier", "between layers", "input, loss", "optimizer"]
     assert result["hbm_bytes"] == sum(kind["bytes"] for kind in kinds.values())
     assert result["step_seconds"] == pytest.approx(
         sum(kind["seconds"] for kind in kinds.values()) + result["collective_seconds"]
@@ -162,7 +162,7 @@ def test_every_layer_has_a_kind() -> None:
         ("jvp(Xception)/Xception.endpoints/block2_sepconv1_bn/reduce_sum", "batch norm."),
         ("jvp(Xception)/Xception.endpoints/predictions/dot_general", "classifier"),
         ("transpose(jvp(Xception))/Xception.endpoints/select_and_scatter", "between layers"),
-        ("jvp(jit(log_softmax))/reduce_sum", "loss"),
+        ("jvp(jit(log_softmax))/reduce_sum", "input, loss"),
         ("add", "optimizer"),
     ],
 )

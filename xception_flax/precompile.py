@@ -54,7 +54,7 @@ KINDS = {
     "BatchNorm": "batch norm.",
     "Dense": "classifier",
 }
-BETWEEN, LOSS, UPDATE = "between layers", "loss", "optimizer"
+BETWEEN, LOSS, UPDATE = "between layers", "input, loss", "optimizer"
 ORDER = (*KINDS.values(), BETWEEN, LOSS, UPDATE)
 
 BATCH_GRAIN = 8  # images a chip; batches between two multiples are padded to the next on a TPU
