@@ -99,13 +99,19 @@ def test_recipe_takes_a_step(name, tmp_path, capsys):
     assert train.train(config, tmp_path / "w") == 0
 
     records = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["step"] == 1
+    assert [next(iter(record.keys() - {"step"})).partition("/")[0] for record in records] == [
+        "train",
+        "eval",
+        "checkpoint",
+    ]
+    evaluation = records[1]
+    assert evaluation["step"] == 1
     metric = "map" if file == "jft" else "top1"
-    assert records[-1]["eval/count"] == 9
-    assert 0 <= records[-1][f"eval/{metric}"] <= 1
+    assert evaluation["eval/count"] == 9
+    assert 0 <= evaluation[f"eval/{metric}"] <= 1
     chance = 10 * np.log(2) if file == "jft" else np.log(10)
     assert records[0]["train/loss"] == pytest.approx(chance, rel=0.7)
-    assert records[-1]["eval/weights"] == "ema"
+    assert evaluation["eval/weights"] == "ema"
     for item in ("config.json", "curves.png", "checkpoints/1/raw", "checkpoints/1/ema"):
         assert (tmp_path / "w" / item).exists(), item
 
@@ -113,8 +119,8 @@ def test_recipe_takes_a_step(name, tmp_path, capsys):
         capsys.readouterr()
         assert evaluate.main(["--workdir", str(tmp_path / "w")]) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert result["loss"] == pytest.approx(records[-1]["eval/loss"], rel=1e-5)
-        assert (result["top1"], result["count"]) == (records[-1]["eval/top1"], 9)
+        assert result["loss"] == pytest.approx(evaluation["eval/loss"], rel=1e-5)
+        assert (result["top1"], result["count"]) == (evaluation["eval/top1"], 9)
 
 
 def test_imagenet_is_the_papers():
