@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from xception_flax import fused
 from xception_flax.lookup import suggest
@@ -77,6 +77,30 @@ def _lowered(*operands, cpu, stock, options, lowering):
     if lowering == "stock":
         return stock(*operands)
     return lax.platform_dependent(*operands, cpu=cpu, default=stock)
+
+
+# A batch over devices ------------------------------------------------------------------------------
+
+
+def _splits(mesh: AbstractMesh, images: int) -> bool:
+    """Whether a batch of `images` can be split over all axes of the mesh in context, as `sharding` splits it."""
+    return not mesh.empty and set(mesh.axis_types) == {AxisType.Auto} and images % mesh.size == 0
+
+
+def _sum_over_devices(function: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+    """Adds up `function` of each device's share of the images.
+
+    For a loop over images, which the partitioner would have every device run over all of them, gathered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1 or not _splits(mesh, operands[0].shape[0]):
+        return function(*operands)
+    return jax.shard_map(
+        lambda *shares: lax.psum(function(*shares), mesh.axis_names),
+        in_specs=PartitionSpec(mesh.axis_names),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )(*operands)
 
 
 # Windows -------------------------------------------------------------------------------------------
@@ -240,9 +264,11 @@ def _convolution_by_patches_backward(strides, padding, dilation, saved, dy):
         product = lax.dot_general(patches, gradient, (((0,), (0,)), ((), ())), preferred_element_type=total.dtype)
         return total + product, None
 
-    images = _padded(x, window, strides, padding, dilation)
-    total = jnp.zeros((kernel.size // kernel.shape[-1], kernel.shape[-1]), wide)
-    total, _ = lax.scan(add_image, total, (images, dy))
+    def add_images(images, gradients):
+        total = jnp.zeros((kernel.size // kernel.shape[-1], kernel.shape[-1]), wide)
+        return lax.scan(add_image, total, (images, gradients))[0]
+
+    total = _sum_over_devices(add_images, _padded(x, window, strides, padding, dilation), dy)
     return dx, total.reshape(kernel.shape).astype(kernel.dtype)
 
 
@@ -315,10 +341,11 @@ def _sum_of_taps_backward(strides, dilation, saved, dy):
     spread = lax.pad(dy, np.zeros((), dy.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     taps = _taps(spread, kernel.shape[:2], dilation=dilation)
     dx = reduce(jnp.add, (tap * kernel[-1 - i, -1 - j] for i, j, tap in taps))
-    return dx, _kernel_gradient_by_rows(x, kernel.shape, dy, strides, dilation)
+    by_rows = partial(_kernel_gradient_by_rows, shape=kernel.shape, strides=strides, dilation=dilation)
+    return dx, _sum_over_devices(by_rows, x, dy)
 
 
-def _kernel_gradient_by_rows(x, shape, dy, strides, dilation):
+def _kernel_gradient_by_rows(x, dy, *, shape, strides, dilation):
     # Row by row, into a sum for each tap and column: XLA on the CPU is many times slower with
     # reductions over whole shifted images.
     batch, rows, columns, channels = dy.shape
@@ -428,9 +455,9 @@ def normalized_separable_convolution(
         and _on_tpus(mesh)
         and depthwise_kernel.shape[:2] == (3, 3)
         and dilation == (1, 1)
-        and x.shape[0] % mesh.size == 0
+        and _splits(mesh, x.shape[0])
     ):
-        share = (x.shape[0] // mesh.size, *x.shape[1:])  # the batch is split over every axis of the mesh
+        share = (x.shape[0] // mesh.size, *x.shape[1:])
         if fused.fits(share, features, x.dtype.itemsize):
             batch, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
             y, sums = jax.shard_map(
@@ -454,7 +481,7 @@ def moments(x: jax.Array) -> jax.Array:
 
 
 def _on_tpus(mesh: AbstractMesh) -> bool:
-    return not mesh.empty and mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
+    return mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
 
 
 # Pooling -------------------------------------------------------------------------------------------
