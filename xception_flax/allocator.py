@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Has the process keep the memory that it frees, instead of giving it back to the system each time.
 
     By default glibc maps each large array anew and unmaps it when it is freed, and the kernel clears every
-    page again at its first touch: a fifth to a third of a step on a CPU (benchmarks/README.md). All threads
+    page again at its first touch: two fifths of a training step on a CPU (benchmarks/README.md). All threads
     allocate from one heap, where free memory of one is of use to the next. The process keeps its peak.
 
     As the environment variables MALLOC_MMAP_MAX_=0, MALLOC_TRIM_THRESHOLD_=1000000000000 and MALLOC_ARENA_MAX=1 before

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xception_flax import ops, sharding
+from xception_flax.fused import DEVICE_KINDS
 from xception_flax.lookup import lookup, suggest
 from xception_flax.metrics import MetricFunction, Sum, masked_sum
 from xception_flax.optimizers import decay_mask
@@ -163,8 +164,10 @@ def make_train_step(
         raise ValueError(f"step.accumulation_steps must be at least 1, got {accumulation_steps}.")
     if lowering not in ops.LOWERINGS:
         raise ValueError(f"unknown step.lowering {lowering!r}; {suggest(lowering, ops.LOWERINGS)}")
-    if lowering == "fused" and (platform := mesh.devices.flat[0].platform) != "tpu":
-        raise ValueError(f"step.lowering='fused' has kernels for TPUs only, and this is a {platform}; leave it out.")
+    if lowering == "fused" and (kind := mesh.devices.flat[0].device_kind) not in DEVICE_KINDS:
+        raise ValueError(
+            f"step.lowering='fused' has kernels for {', '.join(DEVICE_KINDS)} only, and this is a {kind}; leave it out."
+        )
 
     def objective(params: PyTree, batch_stats: PyTree, part: Batch, key: jax.Array):
         logits, updates = model.apply(
