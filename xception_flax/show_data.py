@@ -40,14 +40,16 @@ def main(argv: list[str]) -> int:
     arguments, overrides = parser.parse_known_args(argv)
     config = recipe.load(arguments.config, overrides)
     pictures.check_path(arguments.output)
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, with this recipe perhaps
     train = arguments.split == "train"
     split = data.load(**config.data, batch_size=config.batch_size, seed=config.seed, train=train)
-    shown = [first_images(b, arguments.images) for b in itertools.islice(batches(config, split), arguments.batches)]
+    with contextlib.closing(batches(config, split)) as loaded:
+        shown = [first_images(batch, arguments.images) for batch in itertools.islice(loaded, arguments.batches)]
     pictures.draw_images(
         np.concatenate([b["images"] for b in shown]),
         [caption for b in shown for caption in captions(b, split.class_names)],
-        f"{arguments.config}, {len(shown)} of {split.num_batches} batches of {config.batch_size} "
-        f"({'train' if train else 'evaluation'})\n"
+        f"{arguments.config}, {'training' if train else 'evaluation'}: {len(shown[0]['images'])} images of each of "
+        f"the first {len(shown)} batches of {config.batch_size}\n"
         + (config.data.train_transforms if train else config.data.eval_transforms),
         arguments.output,
     )
