@@ -114,6 +114,13 @@ def test_resize_center_crop_is_torchvisions():
     np.testing.assert_array_equal(apply("resize_center_crop(resize_size=60, antialias=True)", photo), expected)
 
 
+def test_resize_center_crop_of_a_strip_is_its_middle():
+    """One pixel by 200,000: scaled whole it would be 60 x 12,000,000."""
+    strip = np.zeros((1, 200_000, 3), np.uint8)
+    strip[:, 99_000:101_000] = 255
+    assert (apply("resize_center_crop(resize_size=60)", strip) == 255).all()
+
+
 def test_random_crop_with_padding_shifts_by_at_most_the_padding(rng):
     image = rng.integers(1, 256, (32, 32, 3), dtype=np.uint8)
     shifts = set()

@@ -109,6 +109,9 @@ def resize_center_crop(
     _check("image_size", image_size, 1)
     _check("resize_size", resize_size, image_size)
     short = min(image.shape[:2])
+    # Of a strip no more than its middle is scaled: all of it could fill the memory, to be cut off then.
+    spare_height, spare_width = (max(0, side - 4 * short) // 2 for side in image.shape[:2])
+    image = image[spare_height : image.shape[0] - spare_height, spare_width : image.shape[1] - spare_width]
     # The longer side is cut off to an integer and the place rounded half to even, as there.
     height, width = (resize_size * side // short for side in image.shape[:2])
     image = resample(image, height, width, kernel, antialias)
