@@ -176,6 +176,7 @@ def _evaluate_checkpoint(
     rows = {
         "checkpoint": f"step {step}, {weights} weights",
         "data": f"{config.data.source}, split {config.data.eval_split!r}, {results['count']:,} images",
+        "transforms": config.data.eval_transforms,
         **{k: progress.percent(v) for k, v in results.items() if k not in ("loss", "count")},
         "loss": f"{results['loss']:.5f}",
     }

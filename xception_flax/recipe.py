@@ -28,7 +28,7 @@ import typeguard
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from xception_flax import checkpoint, data, metrics, models, optimizers, sharding, steps
+from xception_flax import checkpoint, data, metrics, mixing, models, optimizers, sharding, steps
 from xception_flax.lookup import suggest
 
 
@@ -39,7 +39,7 @@ class Loop:
     Attributes:
       batch_size: images a step, over all devices of all hosts.
       epochs: length of the run, in passes over the training split; may be a fraction.
-      seed: of initial weights, data order, augmentation and dropout.
+      seed: of initial weights, data order, augmentation, mixing and dropout.
       log_every_steps: steps between two lines of training metrics.
       eval_every_epochs: epochs between two evaluations; the end is always evaluated.
       checkpoint_every_epochs: epochs between two checkpoints; the end is always saved.
@@ -106,7 +106,8 @@ GROUPS = {
     "metrics": _group(metrics.create_metrics, selector="name", table=metrics.METRICS),
     "optimizer": _group(optimizers.create_optimizer, "schedule", selector="name", table=optimizers.OPTIMIZERS),
     "schedule": _group(optimizers.create_schedule, "run", selector="name", table=optimizers.SCHEDULES),
-    "step": _group(steps.make_train_step, "model tx loss metrics normalize abstract_state mesh seed"),
+    "mix": _group(mixing.make_mixing),
+    "step": _group(steps.make_train_step, "model tx loss metrics normalize abstract_state mesh seed mix"),
     "data": _group(
         data.load, "train batch_size seed process_index process_count split", selector="source", table=data.SOURCES
     ),
