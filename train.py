@@ -22,7 +22,19 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from xception_flax import checkpoint, cli, costs, data, metrics, pictures, profiling, progress, recipe, sharding
+from xception_flax import (
+    allocator,
+    checkpoint,
+    cli,
+    costs,
+    data,
+    metrics,
+    pictures,
+    profiling,
+    progress,
+    recipe,
+    sharding,
+)
 from xception_flax.evaluate import evaluate
 from xception_flax.program import create_program
 
@@ -174,6 +186,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             if step == start_step + 1:
                 jax.block_until_ready((sums, learning_rate(step)))  # which compiles at its first call too
                 report.compiled(step)
+                allocator.release_free_memory()
 
             stopping = stop.signal is not None if stop else manager.reached_preemption(step)
             last = step == total_steps

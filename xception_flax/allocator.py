@@ -27,3 +27,19 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1), mallopt(_M_ARENA_MAX, 1)])
+
+
+def release_free_memory() -> bool:
+    """Gives the system back what is free now, once: to be called when a large program has run for the first time.
+
+    Its compilation leaves garbage, and what lives on from the first run (threads, caches) lies above its
+    temporary memory, which the second run then cannot take again: without this a training step of 2.6 GB
+    temporary memory keeps 2.6 GB more than it uses, for good.
+
+    Returns:
+      Whether there was something to release.
+    """
+    try:
+        return bool(ctypes.CDLL("libc.so.6").malloc_trim(0)) if sys.platform.startswith("linux") else False
+    except (OSError, AttributeError):
+        return False
