@@ -144,9 +144,11 @@ class _Requests:
           `first_seconds` of the first call, compilation included; resident memory `imported_mb` after the
           imports and `build_peak_mb` up to here, of the whole process; `difference` from what must come out.
         """
-        from benchmarks import contenders
+        from benchmarks import contenders, readers
 
-        entry, job = (contenders.CONTENDERS | contenders.CEILINGS)[contender], contenders.Job(**job)
+        job = contenders.Job(**job)
+        known = readers.READERS if job.mode in readers.MODES else contenders.CONTENDERS | contenders.CEILINGS
+        entry = known[contender]
         modules = [importlib.import_module(name) for name in entry.imports]
         reply: dict[str, Any] = {"versions": {m.__name__: m.__version__ for m in modules}}
         reply["imported_mb"] = _memory_mb("VmRSS")
