@@ -145,9 +145,11 @@ class _Requests:
         """
         import numpy as np
 
-        from benchmarks import contenders
+        from benchmarks import contenders, readers
 
-        entry, job = (contenders.CONTENDERS | contenders.CEILINGS)[contender], contenders.Job(**job)
+        job = contenders.Job(**job)
+        known = readers.READERS if job.mode in readers.MODES else contenders.CONTENDERS | contenders.CEILINGS
+        entry = known[contender]
         modules = [importlib.import_module(name) for name in entry.imports]
         reply: dict[str, Any] = {"versions": {m.__name__: m.__version__ for m in modules}}
         reply["imported_mb"] = _memory_mb("VmRSS")

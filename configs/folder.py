@@ -40,6 +40,5 @@ def get_config(folder: str) -> ConfigDict:
         image_size=299,
         train_transforms="random_resized_crop(min_area=0.25) | flip_left_right",
         eval_transforms="center_crop(fraction=0.875)",
-        num_threads=8,
     )
     return config

@@ -100,7 +100,8 @@ def batch_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtyp
     """Shape and type of each array of a training batch, as `data.Split.batch_shapes` has them, without the data."""
     size = config.batch_size
     several = config.metrics.name == "multi_label"
-    return {
+    mask = {"mask": ((size,), np.dtype(np.float32))} if config.data.on_bad_image == "replace" else {}
+    return mask | {
         "images": ((size, *_image_shape(config)), np.dtype(np.uint8)),
         "labels": ((size, config.model.num_classes), np.dtype(np.uint8)) if several else ((size,), np.dtype(np.int32)),
     }

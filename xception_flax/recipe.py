@@ -109,7 +109,10 @@ GROUPS = {
     "mix": _group(mixing.make_mixing),
     "step": _group(steps.make_train_step, "model tx loss metrics normalize abstract_state mesh seed mix"),
     "data": _group(
-        data.load, "train batch_size seed process_index process_count split", selector="source", table=data.SOURCES
+        data.load,
+        "train batch_size seed process_index process_count processes_per_host split",
+        selector="source",
+        table=data.SOURCES,
     ),
     "mesh": _group(sharding.create_mesh, "devices"),
     "checkpoint": _group(checkpoint.open_manager, "workdir best_metric read_only"),
@@ -117,7 +120,15 @@ GROUPS = {
 LOOP = _group(Loop)
 
 # Keys that change how a result is computed or shown and not the result: free to differ on resuming.
-OPERATIONAL = ("data.data_dir", "data.num_threads", "data.num_workers", "log_every_steps", "profile")
+# On bad images: what a run that did not stop has read is the same.
+OPERATIONAL = (
+    "data.data_dir",
+    "data.num_threads",
+    "data.num_workers",
+    "data.on_bad_image",
+    "log_every_steps",
+    "profile",
+)
 OPERATIONAL_GROUPS = ("mesh", "checkpoint")
 
 

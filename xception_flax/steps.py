@@ -145,7 +145,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Sum]]]:
     """Returns the compiled `train_step(state, batch) -> (state, metrics)`; the old state is donated.
 
-    A batch is `images` `[N, H, W, C]` uint8 and `labels`. The step is a pure function of state,
+    A batch is `images` `[N, H, W, C]` uint8 and `labels`; it may have a `mask` `[N]`, 0 for images that loss,
+    gradient and metrics leave out (batch statistics see them: they are black). The step is a pure function of state,
     batch and seed; dropout's and mixing's randomness comes from the seed and the step number,
     whatever the number of devices.
 
@@ -184,13 +185,15 @@ def make_train_step(
         )
         targets = part["labels"] if mix is None else soft_labels(part, logits.shape[-1])
         losses, penalty = loss.example(logits, targets), loss.penalty(params)
-        ones = jnp.ones(logits.shape[0])
+        mask = part.get("mask", jnp.ones(logits.shape[0]))
         sums = {
-            "loss": masked_sum(losses, ones),
+            "loss": masked_sum(losses, mask),
             "penalty": Sum(penalty, jnp.ones(())),
-            **metrics(logits, part["labels"], ones),
+            **metrics(logits, part["labels"], mask),
         }
-        return jnp.mean(losses) + penalty, (updates.get("batch_stats", {}), sums)
+        # `part["weight"]` makes the mean over parts of this mean that of all images that count.
+        mean = jnp.mean(jnp.where(mask > 0, losses, 0) * part["weight"]) if "mask" in part else jnp.mean(losses)
+        return mean + penalty, (updates.get("batch_stats", {}), sums)
 
     def gradient(*arguments):
         # A kernel that each chip runs on its share asks for the mesh in context; see `ops`.
@@ -226,6 +229,10 @@ def make_train_step(
         # What 'fsdp' splits is stored in shares and computed with whole; only the batch is split in
         # the network. Left to itself the compiler would split channels too, and copy back and forth.
         params = jax.lax.with_sharding_constraint(state.params, sharding.replicated(mesh))
+        if "mask" in batch:
+            mask = batch["mask"]
+            weight = mask.size / jnp.maximum(jnp.sum(mask), 1)
+            batch = {**batch, "weight": jnp.broadcast_to(weight, mask.shape)}
         if accumulation_steps == 1:
             grads, (batch_stats, sums) = gradient(params, state.batch_stats, batch, key)
         else:

@@ -2,7 +2,8 @@
 
 A source has a length, `num_classes`, `class_names`, and `source[i]` is a dict of `image` (the
 bytes of a file, or uint8 `[H, W]` / `[H, W, C]`) and `label` (an integer, or `[num_classes]` of 0
-and 1 where images have several labels). Sources are sent to worker processes: they must pickle.
+and 1 where images have several labels); where it has a `name`, errors call it by that. Sources are
+sent to worker processes: they must pickle.
 """
 
 import dataclasses
@@ -141,7 +142,9 @@ class TfdsSource:
             row = np.zeros(len(self.class_names), np.uint8)
             row[np.asarray(label, np.int64)] = 1
             label = row
-        return {"image": record[self.image_key], "label": label}
+        file_name = record.get("file_name", b"")
+        file_name = file_name.decode(errors="replace") if isinstance(file_name, bytes) else file_name
+        return {"image": record[self.image_key], "label": label, "name": f"record {index} {file_name}".rstrip()}
 
 
 def tfds(
