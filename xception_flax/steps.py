@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from xception_flax import ops, sharding
 from xception_flax.lookup import lookup, suggest
 from xception_flax.metrics import MetricFunction, Sum, masked_sum
-from xception_flax.optimizers import decay_mask
+from xception_flax.optimizers import backbone_mask, decay_mask
 from xception_flax.state import TrainState
 
 PyTree = Any
@@ -135,6 +135,7 @@ def make_train_step(
     mesh: Mesh,
     *,
     seed: int,
+    backbone_frozen: bool = False,
     ema_decay: float = 0.0,
     accumulation_steps: int = 1,
     lowering: str = "platform",
@@ -148,6 +149,8 @@ def make_train_step(
     Args:
       abstract_state: shapes and shardings, from `state.make_init`.
       seed: of dropout.
+      backbone_frozen: whether `tx` leaves the backbone as it is: no gradient of it is computed, and
+        `gradient_norm` is the classifier's.
       ema_decay: share of the old average that a step keeps (Polyak averaging, section 4.2). In
         the first steps less: min(ema_decay, (1 + step) / (10 + step)), as
         `tf.train.ExponentialMovingAverage(num_updates=step)`. 0 keeps no average.
@@ -167,6 +170,9 @@ def make_train_step(
         raise ValueError(f"step.lowering='fused' has kernels for TPUs only, and this is a {platform}; leave it out.")
 
     def objective(params: PyTree, batch_stats: PyTree, part: Batch, key: jax.Array):
+        if backbone_frozen:
+            stop = jax.lax.stop_gradient
+            params = jax.tree.map(lambda p, frozen: stop(p) if frozen else p, params, backbone_mask(params))
         logits, updates = model.apply(
             {"params": params, "batch_stats": batch_stats},
             normalize(part["images"]),
