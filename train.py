@@ -31,6 +31,7 @@ from xception_flax import (
     data,
     metrics,
     pictures,
+    pretrained,
     profiling,
     progress,
     recipe,
@@ -119,6 +120,19 @@ def train(config: ConfigDict, workdir: Path) -> int:
     jax.eval_shape(train_step, abstract_state, sharding.abstract_batch(mesh, train_data.batch_shapes))
     jax.eval_shape(eval_step, abstract_state.variables(weights), sharding.abstract_batch(mesh, eval_data.batch_shapes))
 
+    def load_initial() -> pretrained.Pretrained:
+        return pretrained.load(
+            **config.init,
+            **config.normalize,
+            model=program.model,
+            image_shape=train_data.image_shape,
+            mesh=mesh,
+            class_names=train_data.class_names,
+        )
+
+    # A run that goes on has its own; one that begins finds out before anything is written.
+    initial = None if checkpoint.has_steps(workdir) else load_initial()
+
     # Workdir, checkpoint.
     with contextlib.ExitStack() as stack:
         if first_host:
@@ -133,7 +147,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
         }
         start_step = manager.latest_step() or 0
         if start_step:
-            check_same_data(checkpoint.read_meta(manager, start_step), meta, workdir)
+            saved = checkpoint.read_meta(manager, start_step)
+            check_same_data(saved, meta, workdir)
+            meta["init"] = saved.get("init")
         if first_host:
             recipe.remember(workdir, config)  # the mesh or the place of the data may be new
         if start_step >= total_steps:
@@ -144,7 +160,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
         if start_step:
             train_state = checkpoint.restore_state(manager, abstract_state, start_step)
         else:
-            train_state = init(jax.random.key(config.seed))
+            initial = initial or load_initial()
+            train_state = init(jax.random.key(config.seed), initial.arrays)
+            meta["init"], said = initial.meta(), str(initial)
+            del initial  # its arrays have been copied
 
         device_kind = mesh.devices.flat[0].device_kind
         report = stack.enter_context(
@@ -169,6 +188,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
         )
         if start_step:
             report.say(f"going on from the checkpoint of step {start_step}")
+        elif config.init.weights != "random":
+            report.say(said)
 
         # Loop.
         in_flight: collections.deque = collections.deque()

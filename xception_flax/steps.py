@@ -15,7 +15,7 @@ from xception_flax.fused import DEVICE_KINDS
 from xception_flax.lookup import lookup, suggest
 from xception_flax.metrics import MetricFunction, Sum, masked_sum
 from xception_flax.mixing import Mix, mixing_key, soft_labels
-from xception_flax.optimizers import decay_mask
+from xception_flax.optimizers import backbone_mask, decay_mask
 from xception_flax.state import TrainState
 
 PyTree = Any
@@ -139,6 +139,7 @@ def make_train_step(
     *,
     seed: int,
     mix: Mix | None = None,
+    backbone_frozen: bool = False,
     ema_decay: float = 0.0,
     accumulation_steps: int = 1,
     lowering: str = "platform",
@@ -155,6 +156,8 @@ def make_train_step(
       seed: of dropout and mixing.
       mix: from `mixing.make_mixing`; it mixes the whole batch, before it is split into parts. The
         loss takes the soft labels, and the metrics the label with the larger share.
+      backbone_frozen: whether `tx` leaves the backbone as it is: no gradient of it is computed, and
+        `gradient_norm` is the classifier's.
       ema_decay: share of the old average that a step keeps (Polyak averaging, section 4.2). In
         the first steps less: min(ema_decay, (1 + step) / (10 + step)), as
         `tf.train.ExponentialMovingAverage(num_updates=step)`. 0 keeps no average.
@@ -176,6 +179,9 @@ def make_train_step(
         )
 
     def objective(params: PyTree, batch_stats: PyTree, part: Batch, key: jax.Array):
+        if backbone_frozen:
+            stop = jax.lax.stop_gradient
+            params = jax.tree.map(lambda p, frozen: stop(p) if frozen else p, params, backbone_mask(params))
         logits, updates = model.apply(
             {"params": params, "batch_stats": batch_stats},
             normalize(part["images"]),
