@@ -16,6 +16,7 @@ RECIPES = [
         "digits",
         "digits:lenet",
         "fashion_mnist",
+        "finetune_folder",
         "folder",
         "imagenet",
         "jft",
@@ -77,7 +78,7 @@ def test_the_list_is_complete():
 
 def test_every_network_is_in_a_recipe():
     """So that each trains through the real loop below."""
-    networks = {recipe.load(path_of(name)).model.name for name in RECIPES if name != "folder"}
+    networks = {recipe.load(path_of(name)).model.name for name in RECIPES if "folder" not in name}
     assert networks == set(MODELS)
 
 
@@ -89,11 +90,13 @@ def path_of(name: str) -> str:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_takes_a_step(name, tmp_path, capsys):
     file, path = name.partition(":")[0], path_of(name)
-    if name == "folder":
-        (tmp_path / "train" / "cat").mkdir(parents=True)
-        path += f":{tmp_path}"
+    if "folder" in name:
+        (tmp_path / "photos" / "train" / "cat").mkdir(parents=True)
+        (tmp_path / "photos" / "train" / "cat" / "1.jpg").touch()
+        path += f":{tmp_path / 'photos'}"
     recipe.load(path)  # as it is: every key known, every type right
     narrowest = NARROWEST.get(name, ["model.middle_repeats=0"])
+    narrowest += ["init.weights=random"] if name == "finetune_folder" else []  # others: test_pretrained.py
     overrides = ["--config." + text for text in TINY + narrowest + make_data(name, tmp_path)]
     config = recipe.load(path, overrides)
     assert train.train(config, tmp_path / "w") == 0
@@ -194,7 +197,7 @@ def test_unknown_arguments_of_recipes_are_refused(name):
         recipe.load(str(CONFIGS / name))
 
 
-@pytest.mark.parametrize("name", ["imagenet", "jft"])
+@pytest.mark.parametrize("name", ["imagenet", "jft", "finetune_folder"])
 def test_every_value_is_tagged(name):
     """Each line of the paper's recipes that sets a value says where it is from."""
     lines = (CONFIGS / f"{name}.py").read_text().splitlines()
@@ -203,14 +206,17 @@ def test_every_value_is_tagged(name):
         line.strip()
         for line in body
         if ("=" in line or "config." in line)
-        and not any(tag in line for tag in ("[paper]", "[Inception V3]", "[ours]"))
+        and not any(tag in line for tag in ("[paper]", "[Inception V3]", "[Keras]", "[ours]"))
     ]
     structural = (
         "config = ConfigDict()",
         "= dict(",
         'source="tfds"',
+        'source="folder"',
         'name="',
+        "classes = ",
         "num_classes=",
+        "data_dir=folder",
         "channels=3",
         "_split=",
     )
