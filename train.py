@@ -166,6 +166,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
             del initial  # its arrays have been copied
 
         device_kind = mesh.devices.flat[0].device_kind
+        # Of the whole step; nothing is said where the backbone has no backward pass.
+        peak = costs.peak_images_per_second(program.model, train_data.image_shape, device_kind, mesh.size)
         report = stack.enter_context(
             progress.RunProgress(
                 workdir,
@@ -174,9 +176,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 batch_size=config.batch_size,
                 num_images=train_data.num_images,
                 enabled=first_host,
-                peak_images_per_second=costs.peak_images_per_second(
-                    program.model, train_data.image_shape, device_kind, mesh.size
-                ),
+                peak_images_per_second=peak if config.optimizer.backbone_factor else None,
             )
         )
         profiled = range(max(profiled.start, start_step + 1), profiled.stop)

@@ -4,14 +4,18 @@
     python -m xception_flax.predict --workdir WORKDIR IMAGE...
 
     ... --config.init.weights=FILE              other weights: Keras' .h5, timm's .safetensors, a workdir
-    ... --config.optimizer.backbone_factor=0    the classifier alone is trained: a third of the time
+    ... --config.optimizer.backbone_factor=0    the classifier alone is trained: half of the time
 
 Data: FOLDER/CLASS/*.jpg; a tenth of it, by a hash of the files' names, is held out as 'val'. Or
 FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, the same classes in both.
 Weights: the published file must be in ~/.keras/models (the error says how to get it). Those of timm's
 legacy_xception take --config.model.padding=SYMMETRIC --config.model.bn_epsilon=1e-5 too.
 Hardware: one GPU; a CPU for some hundred images.
-Measured by us: from the published weights not yet run. MEASURED
+Measured by us: from the published weights not yet run. From a run of configs/folder.py on four photographs
+(width 0.25, two middle blocks, 64 px) to tell crops of four others apart, 12 a class from their left halves,
+60 a class from the right ones, 40 epochs of 16 images, one seed: 77.5 %; frozen 73.8 %; backbone_factor=0.1
+84.6 %; 1 95.4 %, and with bn_frozen=False, bn_decay=0.9 97.1 %; the last from random weights 95.4 %. Weights of
+four photographs are worth little as they are: for weights from little data take backbone_factor=1.
 
 Tags: [Keras] for the guide 'Transfer learning & fine-tuning' (keras.io/guides/transfer_learning), which
 fine-tunes this network on cats and dogs, in two runs where this is one; [ours] where it says nothing else.

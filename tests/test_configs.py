@@ -17,6 +17,7 @@ RECIPES = [
         "digits",
         "digits:lenet",
         "fashion_mnist",
+        "finetune_folder",
         "folder",
         "imagenet",
         "imagenet_modern",
@@ -81,7 +82,7 @@ def test_the_list_is_complete():
 
 def test_every_network_is_in_a_recipe():
     """So that each trains through the real loop below."""
-    networks = {recipe.load(path_of(name)).model.name for name in RECIPES if name != "folder"}
+    networks = {recipe.load(path_of(name)).model.name for name in RECIPES if "folder" not in name}
     assert networks == set(MODELS)
 
 
@@ -93,11 +94,13 @@ def path_of(name: str) -> str:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_takes_a_step(name, tmp_path, capsys):
     file, path = name.partition(":")[0], path_of(name)
-    if name == "folder":
-        (tmp_path / "train" / "cat").mkdir(parents=True)
-        path += f":{tmp_path}"
+    if "folder" in name:
+        (tmp_path / "photos" / "train" / "cat").mkdir(parents=True)
+        (tmp_path / "photos" / "train" / "cat" / "1.jpg").touch()
+        path += f":{tmp_path / 'photos'}"
     recipe.load(path)  # as it is: every key known, every type right
     narrowest = NARROWEST.get(name, ["model.middle_repeats=0"])
+    narrowest += ["init.weights=random"] if name == "finetune_folder" else []  # others: test_pretrained.py
     overrides = ["--config." + text for text in TINY + narrowest + make_data(name, tmp_path)]
     if name == "digits":  # what it is evaluated by is the recipe's, and `evaluate` below takes it from there
         overrides.append("--config.data.eval_transforms=center_crop(fraction=0.4, kernel='bicubic', antialias=True)")
@@ -200,10 +203,10 @@ def test_unknown_arguments_of_recipes_are_refused(name):
         recipe.load(str(CONFIGS / name))
 
 
-TAGS = ("[paper]", "[Inception V3]", "[torchvision]", "[WRN]", "[CutMix]", "[ours]")
+TAGS = ("[paper]", "[Inception V3]", "[Keras]", "[torchvision]", "[WRN]", "[CutMix]", "[ours]")
 
 
-@pytest.mark.parametrize("name", ["cifar10", "imagenet", "imagenet_modern", "jft"])
+@pytest.mark.parametrize("name", ["cifar10", "finetune_folder", "imagenet", "imagenet_modern", "jft"])
 def test_every_value_is_tagged(name):
     """Each line of a recipe that follows others' says where its value is from."""
     lines = (CONFIGS / f"{name}.py").read_text().splitlines()
@@ -215,8 +218,11 @@ def test_every_value_is_tagged(name):
         "config = ConfigDict()",
         "= dict(",
         'source="tfds"',
+        'source="folder"',
         'name="',
+        "classes = ",
         "num_classes=",
+        "data_dir=folder",
         "channels=3",
         "_split=",
     )

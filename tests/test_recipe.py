@@ -261,7 +261,7 @@ def test_an_argument_reaches_the_recipe(tmp_path):
     # What a recipe says of its argument is for the user, who has no use for the line.
     with pytest.raises(ValueError, match=r"jft\.py: the argument must be 'fc' or nothing, got 'x'"):
         recipe.load(str(ROOT / "configs" / "jft.py") + ":x")
-    with pytest.raises(ValueError, match=r"folder\.py: \S*no/train is no directory; expected"):
+    with pytest.raises(ValueError, match=r"folder\.py: data\.data_dir: \S*/no is no directory; expected"):
         recipe.load(str(ROOT / "configs" / "folder.py") + f":{tmp_path / 'no'}")
 
 
