@@ -376,3 +376,44 @@ def test_a_frozen_backbone_has_no_gradient(one_device):
         jax.tree.map(np.testing.assert_array_equal, arrays, expected[layer])
     assert (after["predictions"]["kernel"] != before["predictions"]["kernel"]).all()
     assert half < 0.6 * whole
+
+
+class Linear(nn.Module):
+    """Without batch statistics, in which an image that is left out would still show."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return nn.Dense(CLASSES)(ops.global_average_pool(images))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_is_masked_is_as_if_it_were_not_there(one_device, parts):
+    """Of 16 images 6 are masked, unequally over the two parts: the step of the 10 others alone, and its metrics."""
+    batch = batches(1)[0]
+    mask = np.float32([1, 0] * 5 + [1, 1, 1, 1, 0, 1])
+    bad = batch | {"images": np.where(mask[:, None, None, None] > 0, batch["images"], 0).astype(np.uint8)}
+    expected, train_step, _ = build(one_device, model=Linear())
+    expected, expected_sums = train_step(expected, {k: v[mask > 0] for k, v in batch.items()})
+    state, train_step, _ = build(one_device, model=Linear(), accumulation_steps=parts)
+    state, sums = train_step(state, bad | {"mask": mask})
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
+    assert float(sums["loss"].count) == float(sums["top1"].count) == mask.sum() == 10
+    for name in ("loss", "top1", "top5", "gradient_norm"):
+        assert float(sums[name].total) == pytest.approx(float(expected_sums[name].total), rel=1e-5)
+
+
+def test_a_mask_of_ones_changes_nothing_and_one_of_zeros_leaves_the_penalty(one_device):
+    batch = batches(1)[0]
+    plain, train_step, _ = build(one_device)
+    plain, _ = train_step(plain, batch)
+    state, train_step, _ = build(one_device)
+    state, _ = train_step(state, batch | {"mask": np.ones(BATCH, np.float32)})
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    state, train_step, _ = build(one_device, loss=steps.create_loss("softmax"))
+    before = jax.device_get(state.params)
+    state, sums = train_step(state, batch | {"mask": np.zeros(BATCH, np.float32)})
+    assert float(sums["loss"].count) == 0
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,5 +1,6 @@
 """The whole path from the shell: real processes, real signals, exact resumption, several hosts, mistakes."""
 
+import itertools
 import json
 import os
 import re
@@ -12,13 +13,14 @@ import time
 from pathlib import Path
 
 import cv2
+import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 import train
-from xception_flax import cli, evaluate, ops, progress
+from xception_flax import cli, data, evaluate, ops, progress
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -496,6 +498,124 @@ def test_mistakes_with_evaluate(whole, monkeypatch, capsys, arguments, message):
     assert (code, out) == (2, "")
     assert re.match(f"error: .*{message}", err), err
     assert err.count("\n") <= 2
+
+
+# What goes wrong with the input -------------------------------------------------------------------
+
+
+def children(pid: int) -> set[int]:
+    """Processes that read for `pid`: all that Python has started for it, but for its tracker of shared memory."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            command = path.with_name("cmdline").read_bytes()
+        except OSError:
+            continue
+        if parent == pid and b"spawn_main" in command:
+            found.add(int(path.parent.name))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def assert_gone(pids: set[int], segments: set[str]) -> None:
+    """Within seconds no worker is left, nor a segment of shared memory that was not there before."""
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, pids)) or set(os.listdir("/dev/shm")) - segments:
+        assert time.monotonic() < deadline, (pids, set(os.listdir("/dev/shm")) - segments)
+        time.sleep(0.1)
+
+
+def test_workers_and_signals(whole, tmp_path):
+    """A killed worker, SIGTERM to the whole group, a killed trainer: nothing is lost and nobody is left behind.
+
+    It ends bit for bit as the run that was not disturbed, and read with threads.
+    """
+    segments = set(os.listdir("/dev/shm"))
+    workers = ["--config.data.num_workers=2", "--config.data.num_threads=1"]
+
+    process = start(tmp_path, *workers)
+    wait_until(lambda: len(records(tmp_path)) >= 1, process)
+    readers = children(process.pid)
+    assert len(readers) == 2
+    os.kill(min(readers), signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 2, err
+    message = (
+        r"error: a worker process that reads the data was ended by SIGKILL, as the system does to whom memory runs out\. "
+        r"Take fewer by --config\.data\.num_workers=N.*\nStopped after step (\d+); the checkpoint of step (\d+) is written"
+    )
+    stopped, saved = map(int, re.search(message, err).groups())
+    assert stopped == saved >= 5
+    assert "Traceback" not in err
+    assert (tmp_path / "checkpoints" / str(saved)).is_dir()
+    assert_gone(readers, segments)
+
+    process = start(tmp_path, *workers)
+    wait_until(lambda: records(tmp_path)[-1]["step"] > saved, process)
+    readers = children(process.pid)
+    os.killpg(process.pid, signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 128 + signal.SIGTERM, err
+    assert f"going on from the checkpoint of step {saved}" in err
+    stopped = int(re.search(r"stopped at step (\d+), checkpoint written", err)[1])
+    assert_gone(readers, segments)
+
+    process = start(tmp_path, *workers)
+    wait_until(lambda: records(tmp_path)[-1]["step"] > stopped, process)
+    readers = children(process.pid)
+    process.kill()
+    finish(process)
+    assert len(readers) == 2
+    assert_gone(readers, segments)
+
+    code, _, err = finish(start(tmp_path, *workers))
+    assert code == 0, err
+    expected = arrays(whole, 157)
+    for path, value in arrays(tmp_path, 157).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
+    """One of 24 files is cut: the steps before it are saved; a recipe that replaces it goes on from there."""
+    photo = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))[1].tobytes()
+    for split, i in itertools.product(("train", "val"), range(24)):
+        path = tmp_path / "photos" / split / "ab"[i % 2] / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photo)
+    split = data.load("folder", data_dir=str(tmp_path / "photos"), train=True, batch_size=8, image_size=32)
+    order = grain.MapDataset.source(split.source).seed(0).shuffle()
+    bad = Path(order[17]["name"])  # of the third batch
+    bad.write_bytes(photo[:-30])
+    (tmp_path / "photos" / "val" / "a" / "00.jpg").write_bytes(b"")
+
+    overrides = ["--config.model.width=0.02", "--config.model.middle_repeats=0", "--config.data.image_size=32"]
+    overrides += ["--config.batch_size=8", "--config.epochs=2", "--config.schedule.name=constant"]
+    overrides += ["--config.log_every_steps=1", "--config.step.ema_decay=0"]
+    recipe = f"{ROOT / 'configs' / 'folder.py'}:{tmp_path / 'photos'}"
+    arguments = ["--config", recipe, "--workdir", tmp_path / "w", *overrides]
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments)
+    assert code == 2
+    assert re.search(rf"error: {bad}: the image cannot be decoded .*Premature end of JPEG file", err), err
+    assert "Stopped after step 2; the checkpoint of step 2 is written; the same command goes on from there." in err
+    assert err.count("Traceback") == 0
+
+    code, out, err = run(monkeypatch, capsys, train.main, *arguments, "--config.data.on_bad_image=replace")
+    assert code == 0, err
+    assert "going on from the checkpoint of step 2" in err
+    assert re.search(r"bad images +left out: 2 times in training, 1 in evaluation", out), out
+    recorded = records(tmp_path / "w")
+    assert [r["train/bad_images"] for r in recorded if r.get("train/bad_images")] == [1, 1]
+    assert {(r["eval/count"], r["eval/bad_images"]) for r in recorded if "eval/count" in r} == {(23, 1)}
+    code, out, _ = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path / "w")
+    assert code == 0
+    assert (json.loads(out.splitlines()[-1])["count"], json.loads(out.splitlines()[-1])["bad_images"]) == (23, 1)
 
 
 # Mistakes ------------------------------------------------------------------------------------------
