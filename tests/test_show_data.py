@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import DTypeLike
 
 from xception_flax import data, mixing, recipe, sharding, show_data, steps
 from xception_flax.metrics import create_metrics
@@ -21,6 +22,8 @@ MIXED = ["--config.mix.mixup_alpha=0.4", "--config.mix.cutmix_alpha=1.0", "--con
 
 class Linear(nn.Module):
     """The smallest network whose loss depends on every pixel."""
+
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images, *, train):
