@@ -1,6 +1,7 @@
 """Sources, transforms and the order of examples."""
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import itertools
@@ -10,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -18,7 +20,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from xception_flax import data
-from xception_flax.data import sources, transforms
+from xception_flax.data import pipeline, sources, transforms
 
 
 def png(image: np.ndarray) -> bytes:
@@ -207,9 +209,79 @@ def test_any_number_of_processes_makes_the_same_global_batch(processes):
             np.testing.assert_array_equal(merged, whole[step][key])
 
 
-@pytest.mark.parametrize("options", [{"num_threads": 1}, {"num_workers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"num_threads": 1}, {"num_threads": 7}, {"num_threads": 2, "num_workers": 2}], ids=str
+)
 def test_threads_and_workers_do_not_change_a_batch(options):
-    assert_same(take(5, 76, **options), take(5, 76))
+    assert_same(take(5, 76, **options), take(5, 76, num_threads=4, num_workers=0))
+
+
+@pytest.mark.parametrize(
+    ("given", "cpus", "chosen"),
+    [  # (threads in each process, worker processes)
+        ((-1, -1), 1, (1, 0)),
+        ((-1, -1), 2, (2, 0)),
+        ((-1, -1), 15, (15, 0)),
+        ((-1, -1), 16, (8, 2)),
+        ((-1, -1), 112, (8, 14)),
+        ((-1, 4), 112, (8, 4)),
+        ((-1, 4), 6, (1, 4)),
+        ((3, -1), 112, (3, 14)),
+        ((5, 0), 112, (5, 0)),
+    ],
+)
+def test_threads_and_workers_suit_the_cpus(given, cpus, chosen):
+    assert pipeline.choose_threads(*given, cpus) == chosen
+
+
+def test_the_cpus_are_those_of_this_process():
+    """Of an affinity of one CPU, as a batch system sets it; processes that share a host share its CPUs."""
+    program = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from xception_flax import data\n"
+        "split = data.load('digits', train=True, batch_size=8, image_size=8, channels=1)\n"
+        "print(split.num_threads, split.num_workers)"
+    )
+    command = [sys.executable, "-c", program]
+    root = Path(__file__).parent.parent
+    assert subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout == "1 0\n"
+    assert pipeline.usable_cpus(1) == len(os.sched_getaffinity(0))
+    assert pipeline.usable_cpus(10**6) == 1
+
+
+class Counted:
+    """A source that writes down which of its examples were read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.class_names = ("one",)
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def __getitem__(self, index: int) -> dict:
+        (self.folder / str(index)).touch()
+        return {"image": np.zeros((8, 8), np.uint8), "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "num_workers", "batches"),
+    [(1, 0, 2), (4, 0, 2), (2, 2, 2 * 6)],
+)
+def test_a_bounded_number_of_batches_is_made_ahead(tmp_path, num_threads, num_workers, batches):
+    """However long nobody asks for one: so memory is bounded."""
+    split = dataclasses.replace(
+        data.load("digits", train=False, batch_size=10, image_size=8, channels=1, num_threads=num_threads),
+        source=Counted(tmp_path),
+        num_workers=num_workers,
+    )
+    with contextlib.closing(split.batches()) as iterator:
+        next(iterator)
+        (tmp_path / "0").touch()
+        seen = -1
+        while seen != (seen := len(list(tmp_path.iterdir()))):
+            time.sleep(1.0)
+        assert 10 * batches <= seen <= 10 * (batches + 1)  # and the one that was taken
 
 
 @pytest.mark.parametrize("batch_size", [16, 100, 360, 400])
@@ -237,36 +309,6 @@ def test_evaluation_sees_every_image_once(batch_size, processes):
 @pytest.fixture
 def photo(rng) -> np.ndarray:
     return rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
-
-
-def test_decode_keeps_a_png_and_its_channel_order(photo):
-    encoded = png(cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))
-    np.testing.assert_array_equal(transforms.decode(encoded, 3), photo)
-    np.testing.assert_array_equal(transforms.decode(photo, 3), photo)
-
-
-def test_decode_between_gray_and_color(photo):
-    gray = photo[..., 0]
-    assert transforms.decode(gray, 1).shape == (40, 60, 1)
-    np.testing.assert_array_equal(transforms.decode(gray, 3), np.repeat(gray[..., None], 3, -1))
-    np.testing.assert_array_equal(transforms.decode(png(gray), 3), np.repeat(gray[..., None], 3, -1))
-    luma = photo @ np.array([0.299, 0.587, 0.114])
-    assert np.abs(transforms.decode(photo, 1)[..., 0] - luma).max() <= 1
-
-
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        (b"", "cannot be decoded"),
-        (b"garbage", r"cannot be decoded \(7 bytes"),
-        (png(np.zeros((9, 9, 3), np.uint8))[:40], "cannot be decoded"),
-        (np.zeros((4, 4), np.float32), r"must be uint8 \[H, W\] or \[H, W, C\], got float32 \(4, 4\)"),
-        (np.zeros((4, 4, 4), np.uint8), r"has 4 channels, but data.channels is 3"),
-    ],
-)
-def test_bad_images_are_refused(image, message):
-    with pytest.raises(ValueError, match=message):
-        transforms.decode(image, 3)
 
 
 def test_resize_is_half_pixel_bilinear():
@@ -359,6 +401,9 @@ def test_a_chain_that_ends_in_another_size_is_refused():
         ({"channels": 2}, "data.channels must be 1 or 3, got 2"),
         ({"image_size": 0}, "data.image_size must be positive"),
         ({"num_threads": 0}, "data.num_threads must be at least 1"),
+        ({"num_workers": -2}, "data.num_workers at least 0, or -1 .* got -1, -2"),
+        ({"min_decoded_side": -1}, "data.min_decoded_side must be 0"),
+        ({"on_bad_image": "skip"}, "unknown data.on_bad_image 'skip'; there are: replace, stop"),
         ({"train_split": "tran"}, "unknown split of digits 'tran'; did you mean 'train'"),
         ({"source": "folder", "data_dir": "/nowhere"}, "/nowhere is no directory; expected the folders"),
         ({"source": "fashion_mnist", "data_dir": "/nowhere"}, "/nowhere is no directory"),
@@ -382,18 +427,6 @@ def test_mistakes_in_a_folder_are_refused(prepared, tmp_path):
     (tmp_path / "train" / "cat").mkdir()
     with pytest.raises(ValueError, match="cat has no image"):
         sources.folder("train", data_dir=str(tmp_path))
-
-
-def test_a_bad_file_in_a_folder_is_named(tmp_path):
-    bad = tmp_path / "train" / "cat" / "bad.jpg"
-    bad.parent.mkdir(parents=True)
-    bad.write_bytes(b"no image")
-    split = data.load(source="folder", data_dir=str(tmp_path), train=True, batch_size=1, image_size=8)
-    with (
-        contextlib.closing(split.batches()) as batches,
-        pytest.raises(ValueError, match=r"train/cat/bad.jpg: the image cannot be decoded \(8 bytes"),
-    ):
-        next(batches)
 
 
 def test_splits_of_other_classes_are_refused(prepared):

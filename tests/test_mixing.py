@@ -148,3 +148,9 @@ def test_an_odd_batch_is_refused():
     with pytest.raises(ValueError, match="mix needs an even number of images, got a batch of 3"):
         mix(jax.random.key(0), jax.tree.map(jnp.asarray, batch(3)))
     assert mixing.make_mixing() is None
+
+
+def test_who_is_mixed_with_a_bad_image_does_not_count():
+    masked = batch() | {"mask": np.where(np.arange(16) == 5, 0, 1).astype(np.float32)}
+    mixed = mixing.make_mixing(mixup_alpha=1.0)(mixing.mixing_key(0, 0), masked)
+    assert np.flatnonzero(np.asarray(mixed["mask"]) == 0).tolist() == [4, 5]

@@ -239,7 +239,7 @@ def test_mistakes_with_recipe_files(tmp_path):
 def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
     """What was meant is found by its name alone; from elsewhere the message says where one is."""
     monkeypatch.chdir(ROOT)
-    every = r"configs/ablations\.py, configs/digits\.py, .*configs/jft\.py\.$"  # and neither train.py nor a test
+    every = r"configs/ablations\.py, .*configs/digits\.py, .*configs/jft\.py\.$"  # and neither train.py nor a test
     for path, message in [
         ("configs/zzzzz.py", rf"^no recipe file 'configs/zzzzz\.py'; there are: {every}"),
         ("configs/", rf"^'configs/' is a folder, not a recipe file; there are: {every}"),

@@ -30,8 +30,9 @@ def make_mixing(
 
     `mix` takes `images` `[N, H, W, C]` uint8, N even, and `labels` `[N]` or `[N, num_classes]`. The
     images it returns are uint8 again, rounded, as timm's `FastCollateMixup` does: within half of a
-    level, for a quarter of the memory. With them come `labels`, of the image with the larger share,
-    `minor_labels`, of the other, and `share` `[N]` float32, 1/2 to 1, of the former.
+    level, for a quarter of the memory. Where `mask` is 0 for one of a pair, it is for both. With them
+    come `labels`, of the image with the larger share, `minor_labels`, of the other, and `share` `[N]`
+    float32, 1/2 to 1, of the former.
 
     Args:
       mixup_alpha: the share of an image is drawn from Beta(alpha, alpha) (Zhang et al. 2017, arXiv
@@ -75,7 +76,10 @@ def make_mixing(
         others = _swap(labels)
         major, minor = jnp.where(share < 0.5, others, labels), jnp.where(share < 0.5, labels, others)
         shares = jnp.full(images.shape[0], jnp.maximum(share, 1 - share), jnp.float32)
-        return batch | {"images": mixed, "labels": major, "minor_labels": minor, "share": shares}
+        mixed_batch = batch | {"images": mixed, "labels": major, "minor_labels": minor, "share": shares}
+        if "mask" in batch:  # who is mixed with an image that does not count does not count either
+            mixed_batch["mask"] = batch["mask"] * _swap(batch["mask"])
+        return mixed_batch
 
     return mix
 

@@ -69,6 +69,7 @@ def create_program(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, int, 
         mesh,
         seed=config.seed,
         mix=mixing.make_mixing(**config.mix),
+        backbone_frozen=config.optimizer.backbone_factor == 0,
         **config.step,
     )
     eval_step = steps.make_eval_step(model, loss, compute_metrics, normalize, mesh)

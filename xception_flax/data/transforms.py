@@ -1,4 +1,4 @@
-"""Decoding and augmentation on the host: each a function of (image, rng) -> image.
+"""Augmentation on the host: each a function of (image, rng) -> image.
 
 Images are uint8 `[H, W, C]`, C 1 or 3; `rng` is a `numpy.random.Generator` that belongs to this one
 example of this one epoch. A recipe writes a chain of them as `'random_resized_crop(min_area=0.08,
@@ -27,36 +27,6 @@ Image = np.ndarray
 Transform = Callable[[Image, np.random.Generator], Image]
 
 cv2.setNumThreads(0)  # grain's threads and processes are the parallelism; two layers of it fight
-
-
-def decode(image: bytes | np.ndarray, channels: int) -> Image:
-    """Returns uint8 `[H, W, channels]` from an encoded file or from `[H, W]` / `[H, W, C]` uint8.
-
-    Orientation tags of a file are ignored, as ImageNet's readers do. One channel becomes three by
-    repetition, three become one by OpenCV's luma.
-
-    Raises:
-      ValueError: the file cannot be decoded, or the array is no uint8 image.
-    """
-    if isinstance(image, bytes):
-        color = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-        decoded = None
-        if image:
-            buffer = np.frombuffer(image, np.uint8)
-            decoded = cv2.imdecode(buffer, color | cv2.IMREAD_IGNORE_ORIENTATION)
-        if decoded is None:
-            raise ValueError(f"the image cannot be decoded ({len(image)} bytes: truncated, or not an image).")
-        image = decoded
-    if image.dtype != np.uint8 or image.ndim not in (2, 3):
-        raise ValueError(f"an image must be uint8 [H, W] or [H, W, C], got {image.dtype} {image.shape}.")
-    image = np.atleast_3d(image)
-    if image.shape[-1] == 1 and channels == 3:
-        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
-    if image.shape[-1] == 3 and channels == 1:
-        return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
-    if image.shape[-1] != channels:
-        raise ValueError(f"an image has {image.shape[-1]} channels, but data.channels is {channels}.")
-    return image
 
 
 # Size and place ------------------------------------------------------------------------------------
