@@ -63,8 +63,8 @@ def get_config() -> ConfigDict:
         final_factor=0.0,  # [torchvision]
     )
     config.step = dict(
-        # [torchvision] 0.99998, which its script makes 1 - 0.00002 * 1024 * 32 / 600 every 32 steps: this a step
-        ema_decay=0.99997,
+        # Its 0.99998 is made 1 - 0.00002 * 1024 * 32 / 600 by its script, every 32 steps: 0.99997 a step.
+        ema_decay=0.99997,  # [torchvision]
         accumulation_steps=1,  # [ours] raise it where a batch does not fit into memory
     )
 
@@ -75,12 +75,12 @@ def get_config() -> ConfigDict:
         eval_split="validation",
         image_size=299,  # [paper] figure 5; torchvision trains at 176 and evaluates at 224
         channels=3,
-        train_transforms=" | ".join(
+        train_transforms=" | ".join(  # [torchvision] in this order
             (
                 "random_resized_crop(min_area=0.08, kernel='bilinear', antialias=True)",  # [torchvision]
                 "flip_left_right",  # [torchvision]
-                # [ours] torchvision's defaults; the paper's M = 9, for a ResNet-50, is of 10 and would be 27 here
-                "rand_augment(num_ops=2, magnitude=9, kernel='bilinear')",
+                # torchvision's defaults; the paper's M of 9, for a ResNet-50, is out of 10 and would be 27 here
+                "rand_augment(num_ops=2, magnitude=9, kernel='bilinear')",  # [ours]
                 "random_erasing(probability=0.1, fill='gray')",  # [torchvision]
             )
         ),
