@@ -69,7 +69,7 @@ def test_a_bad_file_is_named_and_the_others_are_predicted(workdir, digits, tmp_p
     assert err.startswith(f"error: {bad}: the image cannot be decoded (8 bytes")
     for arguments, message in [
         ([tmp_path / "no.jpg"], r"no.jpg is not there; expected an image or a folder"),
-        ([workdir], r"has no image \(of .jpg"),
+        ([workdir / "checkpoints"], r"has no image \(of .jpg"),
         ([good, "--weights", "raw", "--checkpoint", "3"], "no checkpoint '3' in"),
         ([good, "--top", "0"], "must be a positive integer"),
     ]:

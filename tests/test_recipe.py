@@ -48,6 +48,7 @@ def test_every_default_is_filled_in():
         "momentum": 0.9,
         "nesterov": False,
         "decoupled_weight_decay": 0.0,
+        "backbone_factor": 1.0,
         "clip_norm": None,
     }
     assert config.schedule.name == "constant"
@@ -166,6 +167,7 @@ def test_another_choice_drops_the_keys_of_the_old_one():
         "momentum": 0.8,
         "nesterov": False,
         "decoupled_weight_decay": 0.05,
+        "backbone_factor": 1.0,
         "clip_norm": None,
     }
     cosine_gone = recipe.load(DIGITS, ["--config.schedule.name=constant"])

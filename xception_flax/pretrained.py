@@ -129,22 +129,22 @@ def load(
     if weights == "random":
         return Pretrained({}, tuple(shapes), {"weights": "random"})
     path = _published(model) if weights == "keras" else Path(weights).expanduser()
+    normalize = {"mean": mean, "std": std}
     if path.is_dir():
         run = restore_run(path, mesh, checkpoint)
         origin = {"workdir": str(path.absolute()), "step": run.step, "weights": run.weights}
-        fields, wanted = _fields(run.model, model, path), run.recipe["normalize"]
+        _check_settings(path, model, _fields(run.model, model, path), normalize, run.recipe["normalize"])
         values = _from_run(run, shapes, tuple(class_names), path)
     elif path.is_file():
         origin = {"file": str(path.absolute()), "sha256": _digest(path, "sha256")}
         library, values = _from_file(path, shapes)
         fields = XCEPTION_FIELDS[library] if type(model) is models.MODELS["xception"] else {}
-        wanted = PUBLISHED_NORMALIZE
+        _check_settings(path, model, fields, normalize, PUBLISHED_NORMALIZE)
     else:
         raise ValueError(
             f"init.weights: {path} is neither a file nor a folder; expected a file of weights, the workdir of a run or "
             f"a word; {suggest(weights, ('keras', 'random'))}"
         )
-    _check_settings(path, model, fields, {"mean": mean, "std": std}, wanted, channels=image_shape[-1])
     arrays = {place: _placed(value, shapes[place].sharding) for place, value in values.items()}
     return Pretrained(arrays, tuple(place for place in shapes if place not in arrays), origin)
 
@@ -290,8 +290,6 @@ def _check_settings(
     fields: Mapping[str, Any],
     normalize: Mapping[str, Sequence[float]],
     wanted: Mapping[str, Sequence[float]],
-    *,
-    channels: int,
 ) -> None:
     """Raises ValueError where the recipe has other fields, or another normalization, than the weights are for."""
 
@@ -300,7 +298,7 @@ def _check_settings(
 
     wrong = {f"model.{name}": value for name, value in fields.items() if plain(getattr(model, name)) != plain(value)}
     for name, values in wanted.items():
-        if not np.array_equal(*(np.broadcast_to(v, channels) for v in (values, normalize[name]))):
+        if not np.all(np.equal(values, normalize[name])):  # a value a channel, or one for all
             wrong[f"normalize.{name}"] = tuple(values)
     if wrong:
         settings = " ".join(f"--config.{key}={value}" for key, value in wrong.items())
