@@ -548,7 +548,8 @@ def test_workers_and_signals(whole, tmp_path):
     code, _, err = finish(process)
     assert code == 2, err
     message = (
-        r"error: a worker process that reads the data was ended by SIGKILL, as the system does to whom memory runs out\. "
+        r"error: a worker process that reads the data was ended by SIGKILL, as the system does to whom memory runs out\."
+        r" "
         r"Take fewer by --config\.data\.num_workers=N.*\nStopped after step (\d+); the checkpoint of step (\d+) is written"
     )
     stopped, saved = map(int, re.search(message, err).groups())
