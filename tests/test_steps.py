@@ -325,6 +325,8 @@ def test_evaluation_counts_real_images_only(one_device):
 class Linear(nn.Module):
     """Without batch statistics, in which an image that is left out would still show."""
 
+    dtype: DTypeLike = jnp.float32
+
     @nn.compact
     def __call__(self, images, *, train):
         return nn.Dense(CLASSES)(ops.global_average_pool(images))

@@ -548,9 +548,9 @@ def test_workers_and_signals(whole, tmp_path):
     code, _, err = finish(process)
     assert code == 2, err
     message = (
-        r"error: a worker process that reads the data was ended by SIGKILL, as the system does to whom memory runs out\."
-        r" "
-        r"Take fewer by --config\.data\.num_workers=N.*\nStopped after step (\d+); the checkpoint of step (\d+) is written"
+        r"error: a worker process that reads the data was ended by SIGKILL, as the system does to whom memory runs "
+        r"out\. Take fewer by --config\.data\.num_workers=N.*\n"
+        r"Stopped after step (\d+); the checkpoint of step (\d+) is written"
     )
     stopped, saved = map(int, re.search(message, err).groups())
     assert stopped == saved >= 5
@@ -596,7 +596,7 @@ def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
     bad.write_bytes(photo[:-30])
     (tmp_path / "photos" / "val" / "a" / "00.jpg").write_bytes(b"")
 
-    overrides = ["--config.model.width=0.02", "--config.model.middle_repeats=0", "--config.data.image_size=32"]
+    overrides = ["--config.model.name=lenet", "--config.data.image_size=32"]
     overrides += ["--config.batch_size=8", "--config.epochs=2", "--config.schedule.name=constant"]
     overrides += ["--config.log_every_steps=1", "--config.step.ema_decay=0"]
     recipe = f"{ROOT / 'configs' / 'folder.py'}:{tmp_path / 'photos'}"
