@@ -306,7 +306,7 @@ def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
     held = segments() - before
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
-    assert len(readers) == 4
+    assert len(readers) >= 4  # and those of an evaluation, if one was under way
     assert_gone(readers, held)
 
     code, _, err = finish(start(tmp_path, "--config.data.num_workers=0"))
