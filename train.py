@@ -23,7 +23,20 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from xception_flax import checkpoint, cli, costs, data, metrics, pictures, profiling, progress, recipe, sharding
+from xception_flax import (
+    allocator,
+    checkpoint,
+    cli,
+    costs,
+    data,
+    metrics,
+    pictures,
+    pretrained,
+    profiling,
+    progress,
+    recipe,
+    sharding,
+)
 from xception_flax.evaluate import evaluate
 from xception_flax.program import create_program
 
@@ -107,6 +120,19 @@ def train(config: ConfigDict, workdir: Path) -> int:
     jax.eval_shape(train_step, abstract_state, sharding.abstract_batch(mesh, train_data.batch_shapes))
     jax.eval_shape(eval_step, abstract_state.variables(weights), sharding.abstract_batch(mesh, eval_data.batch_shapes))
 
+    def load_initial() -> pretrained.Pretrained:
+        return pretrained.load(
+            **config.init,
+            **config.normalize,
+            model=program.model,
+            image_shape=train_data.image_shape,
+            mesh=mesh,
+            class_names=train_data.class_names,
+        )
+
+    # A run that goes on has its own; one that begins finds out before anything is written.
+    initial = None if checkpoint.has_steps(workdir) else load_initial()
+
     # Workdir, checkpoint.
     with contextlib.ExitStack() as stack:
         if first_host:
@@ -121,7 +147,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
         }
         start_step = manager.latest_step() or 0
         if start_step:
-            check_same_data(checkpoint.read_meta(manager, start_step), meta, workdir)
+            saved = checkpoint.read_meta(manager, start_step)
+            check_same_data(saved, meta, workdir)
+            meta["init"] = saved.get("init")
         if first_host:
             recipe.remember(workdir, config)  # the mesh or the place of the data may be new
         if start_step >= total_steps:
@@ -132,9 +160,14 @@ def train(config: ConfigDict, workdir: Path) -> int:
         if start_step:
             train_state = checkpoint.restore_state(manager, abstract_state, start_step)
         else:
-            train_state = init(jax.random.key(config.seed))
+            initial = initial or load_initial()
+            train_state = init(jax.random.key(config.seed), initial.arrays)
+            meta["init"], said = initial.meta(), str(initial)
+            del initial  # its arrays have been copied
 
         device_kind = mesh.devices.flat[0].device_kind
+        # Of the whole step; nothing is said where the backbone has no backward pass.
+        peak = costs.peak_images_per_second(program.model, train_data.image_shape, device_kind, mesh.size)
         report = stack.enter_context(
             progress.RunProgress(
                 workdir,
@@ -143,9 +176,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 batch_size=config.batch_size,
                 num_images=train_data.num_images,
                 enabled=first_host,
-                peak_images_per_second=costs.peak_images_per_second(
-                    program.model, train_data.image_shape, device_kind, mesh.size
-                ),
+                peak_images_per_second=peak if config.optimizer.backbone_factor else None,
             )
         )
         profiled = range(max(profiled.start, start_step + 1), profiled.stop)
@@ -157,6 +188,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
         )
         if start_step:
             report.say(f"going on from the checkpoint of step {start_step}")
+        elif config.init.weights != "random":
+            report.say(said)
 
         # Loop.
         in_flight: collections.deque = collections.deque()
@@ -177,6 +210,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             if step == start_step + 1:
                 jax.block_until_ready((sums, learning_rate(step)))  # which compiles at its first call too
                 report.compiled(step)
+                allocator.release_free_memory()
 
             stopping = stop.signal is not None if stop else manager.reached_preemption(step)
             last = step == total_steps

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gzip
+import hashlib
 import io
 import itertools
 import os
@@ -340,14 +341,6 @@ def test_random_resized_crop_has_the_promised_areas_and_aspects():
     assert 1.25 < max(aspects) < 1.4
 
 
-def test_random_resized_crop_of_a_strip_is_its_centre():
-    strip = np.zeros((2, 400, 3), np.uint8)
-    strip[:, 199:201] = 255
-    crop = transforms.random_resized_crop(strip, np.random.default_rng(0), image_size=2, min_area=0.9)
-    assert crop.shape == (2, 2, 3)
-    assert (crop == 255).all()
-
-
 def test_flip_mirrors_half_of_the_images(photo):
     results = [transforms.flip_left_right(photo, np.random.default_rng(seed)) for seed in range(200)]
     flipped = [np.array_equal(r, photo[:, ::-1]) for r in results]
@@ -384,7 +377,6 @@ def test_chains_are_parsed():
         ("resize(", "must be written as name or name"),
         ("resize(3)", "must be written as name or name"),
         ("resize | ", "must be written as name or name"),
-        ("center_crop(fraction='big')", "must be written as name or name"),
         ("__import__('os').system('true')", "must be written as name or name"),
     ],
 )
@@ -436,6 +428,65 @@ def test_mistakes_in_a_folder_are_refused(prepared, tmp_path):
     (tmp_path / "train" / "cat").mkdir()
     with pytest.raises(ValueError, match="cat has no image"):
         sources.folder("train", data_dir=str(tmp_path))
+
+
+def test_a_folder_of_classes_alone_is_split_by_names(tmp_path):
+    """By SHA-256 of the name, which nothing else changes: not other files, not the class, not the place."""
+
+    def split(root, name, **options):
+        files = sources.folder(name, data_dir=str(root), **options)
+        assert files.class_names == ("cat", "dog")
+        return [(Path(path).name, label) for path, label in zip(files.paths, files.labels, strict=True)]
+
+    for i in range(40):
+        path = tmp_path / "a" / ("cat", "dog")[i % 2] / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "a" / ".hidden").mkdir()
+    (tmp_path / "a" / "cat" / ".hidden.jpg").touch()
+    train, val = split(tmp_path / "a", "train"), split(tmp_path / "a", "val")
+    below = [f"{i:02}.jpg" for i in range(40) if hashlib.sha256(f"{i:02}.jpg".encode()).hexdigest() < "19" + 62 * "9"]
+    assert sorted(val) == sorted((name, int(name[:2]) % 2) for name in below)  # 0x19.99... of 0x100 is a tenth
+    assert 0 < len(val) < 10
+    assert sorted(train + val) == [(f"{i:02}.jpg", i % 2) for i in range(40)]
+    half = split(tmp_path / "a", "val", val_fraction=0.5)
+    assert set(val) < set(half)
+    assert 12 <= len(half) <= 28
+
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "cat" / "00.jpg").rename(tmp_path / "b" / "dog" / "00.jpg")
+    (tmp_path / "b" / "cat" / "new.jpg").touch()
+    old = {name for name, _ in split(tmp_path / "b", "val")} - {"new.jpg"}
+    assert old == {name for name, _ in val}
+
+
+def test_mistakes_in_a_folder_of_classes_are_refused(tmp_path):
+    for path in ("cat/a.jpg", "dog/b.jpg"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).touch()
+
+    def load(split, **options):
+        sources.folder(split, data_dir=str(tmp_path), **options)
+
+    with pytest.raises(ValueError, match=r"unknown split of a folder of classes 'test'; there are: train, val"):
+        load("test")
+    with pytest.raises(ValueError, match=r"val_fraction must be between 0 and 1, got 1"):
+        load("train", val_fraction=1.0)
+    with pytest.raises(
+        ValueError, match=r"cat: by their names all 1 images are of split 'val' \(data\.val_fraction=0\.999"
+    ):
+        load("train", val_fraction=0.999)
+    with pytest.raises(
+        ValueError, match=r"no image is of split 'val' by the hash of its name.*folders train/CLASS and"
+    ):
+        load("val", val_fraction=0.001)
+    (tmp_path / "bird").mkdir()
+    with pytest.raises(ValueError, match=r"bird has no image"):
+        load("train")
+    (tmp_path / "bird" / "more").mkdir()  # neither one layout nor the other
+    for split in ("cat", "dog"):
+        with pytest.raises(ValueError, match=rf"{split} has images of its own, and bird has folders; expected either"):
+            load(split)
 
 
 def test_splits_of_other_classes_are_refused(prepared):

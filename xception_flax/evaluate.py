@@ -184,6 +184,7 @@ def _evaluate_checkpoint(
         "checkpoint": f"step {step}, {weights} weights",
         "data": f"{config.data.source}, split {config.data.eval_split!r}, {results['count']:,} images",
         **({"bad images": f"{results['bad_images']:,}, left out"} if "bad_images" in results else {}),
+        "transforms": config.data.eval_transforms,
         **{k: progress.percent(v) for k, v in results.items() if k not in progress.NO_SHARES},
         "loss": f"{results['loss']:.5f}",
     }
