@@ -1,5 +1,6 @@
 """The benchmarks run and compare what they say; times are never asserted."""
 
+import io
 import json
 import os
 import re
@@ -13,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import cold_start, command, contenders, growth, inputs, plain_linen, step, worker
+from benchmarks import cold_start, command, contenders, growth, inputs, photos, plain_linen, readers, step, worker
+from benchmarks import input as input_benchmark
 
 ROOT = Path(__file__).parent.parent
 MAX_DIFFERENCE = 1e-4  # of what the logits spread over images, as in test_keras_weights.py; measured: 8e-6
@@ -148,9 +151,44 @@ def test_a_table_in_markdown():
     ]
 
 
+def test_input_is_measured_and_its_values_are_compared(tmp_path):
+    """Photos read whole by the two that are here are the same; the one that is not keeps a row."""
+    file = tmp_path / "input.json"
+    result = shell(
+        "input --images 8 --batch 8 --size 64 --threads 1 --rounds 1 --seconds-per-turn 0.1 "
+        f"--only xception_flax,alone,tf_data --contenders-python {sys.executable} --json {file}"
+    )
+    assert result.returncode == 1, result.stderr
+    record = json.loads(file.read_text())
+    rows = {row["contender"]: row for row in record["rows"]}
+    assert set(rows) == {"xception_flax", "alone", "tf_data"}
+    assert record["images"] == 8 * 8
+    assert rows["xception_flax"]["difference"] == 0.0
+    for name in ("xception_flax", "alone"):
+        assert rows[name]["images_per_second"] == pytest.approx(64 / rows[name]["seconds"])
+        assert 0 < rows[name]["imported_mb"] < rows[name]["run_peak_mb"] < rows[name]["imported_mb"] + 400
+    assert "No module named 'tensorflow'" in rows["tf_data"]["error"]
+    assert "| tf.data, decode_and_crop_jpeg, 1 CPU | failed: ModuleNotFoundError" in result.stdout
+    assert "of one CPU's time is outside of decode, crop, resize and flip" in result.stdout
+
+
+def test_a_reader_reads_whole_photos_as_pillow_does(tmp_path):
+    """Scaled bilinearly without antialiasing, against the same by NumPy's own arithmetic of Pillow's pixels."""
+    contents = photos.jpegs(4, width=64, height=64)
+    input_benchmark._write(tmp_path, contents)
+    job = contenders.Job(str(tmp_path), "whole", batch=4, size=32, threads=1)
+    readers.build_xception_flax(job)()
+    images = np.load(tmp_path / "whole_xception_flax.npy")
+    whole = np.stack([np.asarray(Image.open(io.BytesIO(content))) for content in contents]).astype(float)
+    expected = whole.reshape(4, 32, 2, 32, 2, 3).mean((2, 4))  # half the size: between four pixels
+    assert np.abs(images - expected).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("input --only tfdata", "unknown contender 'tfdata'; did you mean 'tf_data'?"),
+        ("input --images 8", "--images must be at least the batch of 32, got 8"),
         ("step --only xception_flx", "unknown contender 'xception_flx'; did you mean 'xception_flax'?"),
         ("step --only timm --contenders-python /nowhere", "timm: there is no /nowhere; .* `make contenders`"),
         ("step --only openvino --mode train", "openvino has no mode 'train', only forward"),
@@ -166,7 +204,7 @@ def test_a_table_in_markdown():
 def test_mistakes(capsys, arguments, message):
     name, *rest = arguments.split()
     with pytest.raises(SystemExit) as stopped:
-        {"step": step, "growth": growth, "cold_start": cold_start}[name].main(rest)
+        {"input": input_benchmark, "step": step, "growth": growth, "cold_start": cold_start}[name].main(rest)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error

@@ -61,15 +61,16 @@ def test_a_bad_file_is_named_and_the_others_are_predicted(workdir, digits, tmp_p
     folder, _ = digits
     good, bad = folder / "000.png", tmp_path / "bad.jpg"
     bad.write_text("no image")
+    (empty := tmp_path / "empty").mkdir()
     code, out, err = run(monkeypatch, capsys, "--workdir", workdir, bad, good, "--top", 2)
     assert code == 2
     assert f"{workdir}, step 29, ema weights" in out
     (row,) = (line for line in out.splitlines() if str(good) in line)
     assert row.count(" %") == 2
-    assert err.startswith(f"error: {bad}: the image cannot be decoded (8 bytes")
+    assert err.startswith(f"error: {bad}: the image cannot be decoded: 8 bytes that are no JPEG")
     for arguments, message in [
         ([tmp_path / "no.jpg"], r"no.jpg is not there; expected an image or a folder"),
-        ([workdir / "checkpoints"], r"has no image \(of .jpg"),
+        ([empty], r"has no image \(of .jpg"),
         ([good, "--weights", "raw", "--checkpoint", "3"], "no checkpoint '3' in"),
         ([good, "--top", "0"], "must be a positive integer"),
     ]:

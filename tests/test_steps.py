@@ -361,25 +361,10 @@ def test_evaluation_counts_real_images_only(one_device):
     assert float(sums["loss"].total) == pytest.approx(float(expected.sum()), rel=1e-5)
 
 
-def test_a_frozen_backbone_has_no_gradient(one_device):
-    """The classifier's update is that of the whole step, the rest stays, and the backward pass is not computed."""
-    (batch,), results = batches(1), []
-    for frozen in (False, True):
-        state, train_step, _ = build(one_device, loss=steps.create_loss("softmax"), backbone_frozen=frozen)
-        given = sharding.global_batch(one_device, batch)
-        flops = train_step.lower(state, given).compile().cost_analysis()["flops"]
-        before = jax.device_get(state.params)
-        results.append((flops, before, jax.device_get(train_step(state, given)[0].params)))
-    (whole, _, moved), (half, before, after) = results
-    for layer, arrays in after.items():
-        expected = moved if layer == "predictions" else before
-        jax.tree.map(np.testing.assert_array_equal, arrays, expected[layer])
-    assert (after["predictions"]["kernel"] != before["predictions"]["kernel"]).all()
-    assert half < 0.6 * whole
-
-
 class Linear(nn.Module):
     """Without batch statistics, in which an image that is left out would still show."""
+
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -417,3 +402,20 @@ def test_a_mask_of_ones_changes_nothing_and_one_of_zeros_leaves_the_penalty(one_
     assert float(sums["loss"].count) == 0
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_frozen_backbone_has_no_gradient(one_device):
+    """The classifier's update is that of the whole step, the rest stays, and the backward pass is not computed."""
+    (batch,), results = batches(1), []
+    for frozen in (False, True):
+        state, train_step, _ = build(one_device, loss=steps.create_loss("softmax"), backbone_frozen=frozen)
+        given = sharding.global_batch(one_device, batch)
+        flops = train_step.lower(state, given).compile().cost_analysis()["flops"]
+        before = jax.device_get(state.params)
+        results.append((flops, before, jax.device_get(train_step(state, given)[0].params)))
+    (whole, _, moved), (half, before, after) = results
+    for layer, arrays in after.items():
+        expected = moved if layer == "predictions" else before
+        jax.tree.map(np.testing.assert_array_equal, arrays, expected[layer])
+    assert (after["predictions"]["kernel"] != before["predictions"]["kernel"]).all()
+    assert half < 0.6 * whole

@@ -244,23 +244,72 @@ def test_a_profile_has_the_chosen_steps_and_no_other(tmp_path, monkeypatch, caps
     assert sum("fusion" in e.name and not e.name.startswith("$") for e in traced) > 2 * 8 * 10
 
 
+WORKERS = ["--config.data.num_workers=2", "--config.data.num_threads=1"]
+
+
+def children(pid: int) -> set[int]:
+    """Processes that read for `pid`: all that Python has started for it, but for its tracker of shared memory."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            command = path.with_name("cmdline").read_bytes()
+        except OSError:
+            continue
+        if parent == pid and b"spawn_main" in command:
+            found.add(int(path.parent.name))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def segments() -> set[str]:
+    """Names of the shared memory that there is, in which workers hand over their batches."""
+    return set(os.listdir("/dev/shm"))
+
+
+def assert_gone(pids: set[int], held: set[str]) -> None:
+    """Soon no worker is left, nor a segment that was held; those of other tests are gone as fast."""
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, pids)) or held & segments():
+        assert time.monotonic() < deadline, (pids, held & segments())
+        time.sleep(0.1)
+
+
 def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
-    """SIGTERM, then SIGKILL, then to the end: every array and every record as without a stop."""
-    process = start(tmp_path)
+    """SIGTERM, then SIGKILL, then to the end: every array and every record as without a stop.
+
+    Worker processes read, in the last run and in that without a stop threads. The first signal is to the whole
+    group, as a terminal or a batch system sends it; the second is to the trainer alone, and ends them too.
+    """
+    before = segments()
+    process = start(tmp_path, *WORKERS)
     wait_until(lambda: len(records(tmp_path)) >= 3, process)
-    process.send_signal(signal.SIGTERM)
+    readers = children(process.pid)
+    held = segments() - before
+    os.killpg(process.pid, signal.SIGTERM)
     code, _, err = finish(process)
     assert code == 128 + signal.SIGTERM, err
     stopped = int(re.search(r"stopped at step (\d+), checkpoint written; the same command goes on", err)[1])
     assert (tmp_path / "checkpoints" / str(stopped)).is_dir()
+    assert_gone(readers, held)
 
-    process = start(tmp_path)
+    process = start(tmp_path, *WORKERS)
     saved = tmp_path / "checkpoints"
     wait_until(lambda: any(int(p.name) > stopped for p in saved.iterdir() if p.name.isdecimal()), process)
+    readers |= children(process.pid)
+    held = segments() - before
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
+    assert len(readers) >= 4  # and those of an evaluation, if one was under way
+    assert_gone(readers, held)
 
-    code, _, err = finish(start(tmp_path))
+    code, _, err = finish(start(tmp_path, "--config.data.num_workers=0"))
     assert code == 0, err
     resumed = int(re.search(r"going on from the checkpoint of step (\d+)", err)[1])
     assert stopped < resumed < 157
@@ -500,86 +549,30 @@ def test_mistakes_with_evaluate(whole, monkeypatch, capsys, arguments, message):
     assert err.count("\n") <= 2
 
 
-# What goes wrong with the input -------------------------------------------------------------------
+# What goes wrong with the input --------------------------------------------------------------------
 
 
-def children(pid: int) -> set[int]:
-    """Processes that read for `pid`: all that Python has started for it, but for its tracker of shared memory."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            command = path.with_name("cmdline").read_bytes()
-        except OSError:
-            continue
-        if parent == pid and b"spawn_main" in command:
-            found.add(int(path.parent.name))
-    return found
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def assert_gone(pids: set[int], segments: set[str]) -> None:
-    """Within seconds no worker is left, nor a segment of shared memory that was not there before."""
-    deadline = time.monotonic() + 20
-    while any(map(is_alive, pids)) or set(os.listdir("/dev/shm")) - segments:
-        assert time.monotonic() < deadline, (pids, set(os.listdir("/dev/shm")) - segments)
-        time.sleep(0.1)
-
-
-def test_workers_and_signals(whole, tmp_path):
-    """A killed worker, SIGTERM to the whole group, a killed trainer: nothing is lost and nobody is left behind.
-
-    It ends bit for bit as the run that was not disturbed, and read with threads.
-    """
-    segments = set(os.listdir("/dev/shm"))
-    workers = ["--config.data.num_workers=2", "--config.data.num_threads=1"]
-
-    process = start(tmp_path, *workers)
+def test_a_killed_worker_loses_nothing(tmp_path):
+    """As the system does where memory runs out: what was trained is saved, and the message says so."""
+    before = segments()
+    process = start(tmp_path, *WORKERS)
     wait_until(lambda: len(records(tmp_path)) >= 1, process)
     readers = children(process.pid)
     assert len(readers) == 2
+    held = segments() - before
     os.kill(min(readers), signal.SIGKILL)
     code, _, err = finish(process)
     assert code == 2, err
     message = (
-        r"error: a worker process that reads the data was ended by SIGKILL, as the system does to whom memory runs out\. "
-        r"Take fewer by --config\.data\.num_workers=N.*\nStopped after step (\d+); the checkpoint of step (\d+) is written"
+        r"error: a worker process that reads the data was ended by SIGKILL, as the system does to whom memory runs "
+        r"out\. Take fewer by --config\.data\.num_workers=N.*\n"
+        r"Stopped after step (\d+); the checkpoint of step (\d+) is written"
     )
     stopped, saved = map(int, re.search(message, err).groups())
     assert stopped == saved >= 5
     assert "Traceback" not in err
     assert (tmp_path / "checkpoints" / str(saved)).is_dir()
-    assert_gone(readers, segments)
-
-    process = start(tmp_path, *workers)
-    wait_until(lambda: records(tmp_path)[-1]["step"] > saved, process)
-    readers = children(process.pid)
-    os.killpg(process.pid, signal.SIGTERM)
-    code, _, err = finish(process)
-    assert code == 128 + signal.SIGTERM, err
-    assert f"going on from the checkpoint of step {saved}" in err
-    stopped = int(re.search(r"stopped at step (\d+), checkpoint written", err)[1])
-    assert_gone(readers, segments)
-
-    process = start(tmp_path, *workers)
-    wait_until(lambda: records(tmp_path)[-1]["step"] > stopped, process)
-    readers = children(process.pid)
-    process.kill()
-    finish(process)
-    assert len(readers) == 2
-    assert_gone(readers, segments)
-
-    code, _, err = finish(start(tmp_path, *workers))
-    assert code == 0, err
-    expected = arrays(whole, 157)
-    for path, value in arrays(tmp_path, 157).items():
-        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+    assert_gone(readers, held)
 
 
 def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
@@ -595,7 +588,7 @@ def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
     bad.write_bytes(photo[:-30])
     (tmp_path / "photos" / "val" / "a" / "00.jpg").write_bytes(b"")
 
-    overrides = ["--config.model.width=0.02", "--config.model.middle_repeats=0", "--config.data.image_size=32"]
+    overrides = ["--config.model.name=lenet", "--config.data.image_size=32"]
     overrides += ["--config.batch_size=8", "--config.epochs=2", "--config.schedule.name=constant"]
     overrides += ["--config.log_every_steps=1", "--config.step.ema_decay=0"]
     recipe = f"{ROOT / 'configs' / 'folder.py'}:{tmp_path / 'photos'}"

@@ -20,6 +20,7 @@ from rich.progress import track
 
 from xception_flax import cli, pretrained, progress, recipe, sharding, steps
 from xception_flax.data import sources, transforms
+from xception_flax.data.decoding import decode
 
 EXAMPLES = """\
   python -m xception_flax.predict --workdir runs/photos cat.jpg dog.png
@@ -86,7 +87,7 @@ def predict(
 
     def prepare(path: Path) -> np.ndarray | ValueError:
         try:
-            image = transforms.decode(path.read_bytes(), channels)
+            image = decode(path.read_bytes(), channels, config.data.min_decoded_side)
         except OSError as error:
             return ValueError(f"{error.strerror}.")
         except ValueError as error:
