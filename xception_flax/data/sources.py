@@ -7,6 +7,7 @@ and 1 where images have several labels). Sources are sent to worker processes: t
 
 import dataclasses
 import gzip
+import importlib.util
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,7 +142,8 @@ class TfdsSource:
             row = np.zeros(len(self.class_names), np.uint8)
             row[np.asarray(label, np.int64)] = 1
             label = row
-        return {"image": record[self.image_key], "label": label}
+        example = {"image": record[self.image_key], "label": label}
+        return example | ({"name": record["file_name"].decode()} if "file_name" in record else {})
 
 
 def tfds(
@@ -212,15 +214,15 @@ def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
                 "source 'tfds' needs data.name, data.data_dir or both: "
                 "--config.data.name=imagenet2012 --config.data.data_dir=DATA, say."
             )
-        directory = _directory(data_dir, "a TFDS data set")
+        directory = _bucket(library, data_dir) if "://" in data_dir else _directory(data_dir, "a TFDS data set")
         if not (directory / "dataset_info.json").exists():
             raise ValueError(
                 f"{directory} has no dataset_info.json; point data.data_dir at NAME/VERSION of a prepared "
                 "data set, or give data.name too."
             )
         return library.builder_from_directory(directory)
-    if data_dir is not None and "://" not in data_dir:
-        data_dir = str(_directory(data_dir, "TFDS data sets"))
+    if data_dir is not None:
+        data_dir = str(_bucket(library, data_dir) if "://" in data_dir else _directory(data_dir, "TFDS data sets"))
     try:
         return library.builder(name, data_dir=data_dir)
     except library.core.DatasetNotFoundError:
@@ -232,6 +234,16 @@ def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
     except (ValueError, AssertionError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"TFDS data set {name!r}: {first}") from None
+
+
+def _bucket(library: Any, url: str) -> Any:
+    """A directory in a bucket, which TFDS reads by fsspec, and array_record by itself."""
+    scheme = url.partition("://")[0]
+    if scheme != "gs":
+        raise ValueError(f"data.data_dir: {url}: of buckets only gs:// is read; mount others, and give the path.")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(f"data.data_dir: to read {url}, pip install gcsfs; or mount the bucket and give the path.")
+    return library.core.Path(url)
 
 
 # Image folder --------------------------------------------------------------------------------------
@@ -268,15 +280,24 @@ def folder(split: str, *, data_dir: str) -> Files:
     if not (directory / split).is_dir():
         there = [p.name for p in directory.iterdir() if p.is_dir()]
         raise ValueError(f"{directory} has no folder for split {split!r}; {suggest(split, there)}")
-    names = tuple(sorted(p.name for p in (directory / split).iterdir() if p.is_dir()))
+    return class_folders(directory / split)
+
+
+def class_folders(directory: Path) -> Files:
+    """The images of `directory/class/image.jpg`, as `folder` has them.
+
+    Raises:
+      ValueError: no class in it, a class without images.
+    """
+    names = tuple(sorted(p.name for p in directory.iterdir() if p.is_dir()))
     if not names:
-        raise ValueError(f"{directory / split} has no folder a class; expected {split}/CLASS/*.jpg.")
+        raise ValueError(f"{directory} has no folder a class; expected {directory.name}/CLASS/*.jpg.")
     paths, labels = [], []
     for label, name in enumerate(names):
-        files = sorted(p for p in (directory / split / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(p for p in (directory / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
             raise ValueError(
-                f"{directory / split / name} has no image (of {', '.join(IMAGE_SUFFIXES)}); "
+                f"{directory / name} has no image (of {', '.join(IMAGE_SUFFIXES)}); "
                 "a class must have some, or its folder must go."
             )
         paths.extend(map(str, files))
