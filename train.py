@@ -16,13 +16,27 @@ import collections
 import contextlib
 import json
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from xception_flax import checkpoint, cli, costs, data, metrics, pictures, profiling, progress, recipe, sharding
+from xception_flax import (
+    allocator,
+    checkpoint,
+    cli,
+    costs,
+    data,
+    metrics,
+    pictures,
+    pretrained,
+    profiling,
+    progress,
+    recipe,
+    sharding,
+)
 from xception_flax.evaluate import evaluate
 from xception_flax.program import create_program
 
@@ -77,6 +91,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        processes_per_host=sharding.processes_per_host(),
     )
     train_data, eval_data = data.load(**load, train=True), data.load(**load, train=False)
     data.check_class_names(train_data.class_names, eval_data)
@@ -105,6 +120,19 @@ def train(config: ConfigDict, workdir: Path) -> int:
     jax.eval_shape(train_step, abstract_state, sharding.abstract_batch(mesh, train_data.batch_shapes))
     jax.eval_shape(eval_step, abstract_state.variables(weights), sharding.abstract_batch(mesh, eval_data.batch_shapes))
 
+    def load_initial() -> pretrained.Pretrained:
+        return pretrained.load(
+            **config.init,
+            **config.normalize,
+            model=program.model,
+            image_shape=train_data.image_shape,
+            mesh=mesh,
+            class_names=train_data.class_names,
+        )
+
+    # A run that goes on has its own; one that begins finds out before anything is written.
+    initial = None if checkpoint.has_steps(workdir) else load_initial()
+
     # Workdir, checkpoint.
     with contextlib.ExitStack() as stack:
         if first_host:
@@ -119,7 +147,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
         }
         start_step = manager.latest_step() or 0
         if start_step:
-            check_same_data(checkpoint.read_meta(manager, start_step), meta, workdir)
+            saved = checkpoint.read_meta(manager, start_step)
+            check_same_data(saved, meta, workdir)
+            meta["init"] = saved.get("init")
         if first_host:
             recipe.remember(workdir, config)  # the mesh or the place of the data may be new
         if start_step >= total_steps:
@@ -130,9 +160,14 @@ def train(config: ConfigDict, workdir: Path) -> int:
         if start_step:
             train_state = checkpoint.restore_state(manager, abstract_state, start_step)
         else:
-            train_state = init(jax.random.key(config.seed))
+            initial = initial or load_initial()
+            train_state = init(jax.random.key(config.seed), initial.arrays)
+            meta["init"], said = initial.meta(), str(initial)
+            del initial  # its arrays have been copied
 
         device_kind = mesh.devices.flat[0].device_kind
+        # Of the whole step; nothing is said where the backbone has no backward pass.
+        peak = costs.peak_images_per_second(program.model, train_data.image_shape, device_kind, mesh.size)
         report = stack.enter_context(
             progress.RunProgress(
                 workdir,
@@ -141,9 +176,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 batch_size=config.batch_size,
                 num_images=train_data.num_images,
                 enabled=first_host,
-                peak_images_per_second=costs.peak_images_per_second(
-                    program.model, train_data.image_shape, device_kind, mesh.size
-                ),
+                peak_images_per_second=peak if config.optimizer.backbone_factor else None,
             )
         )
         profiled = range(max(profiled.start, start_step + 1), profiled.stop)
@@ -155,11 +188,14 @@ def train(config: ConfigDict, workdir: Path) -> int:
         )
         if start_step:
             report.say(f"going on from the checkpoint of step {start_step}")
+        elif config.init.weights != "random":
+            report.say(said)
 
         # Loop.
+        in_flight: collections.deque = collections.deque()
+        stack.enter_context(save_where_input_ends(manager, lambda: train_state, in_flight, meta))
         batches = stack.enter_context(contextlib.closing(train_data.batches(start_step)))
         stop = stack.enter_context(signals.StopRequest()) if jax.process_count() == 1 else None
-        in_flight: collections.deque = collections.deque()
         totals = metrics.Accumulator()
         for step in range(start_step + 1, total_steps + 1):
             with profile.step(step, in_flight):
@@ -174,6 +210,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             if step == start_step + 1:
                 jax.block_until_ready((sums, learning_rate(step)))  # which compiles at its first call too
                 report.compiled(step)
+                allocator.release_free_memory()
 
             stopping = stop.signal is not None if stop else manager.reached_preemption(step)
             last = step == total_steps
@@ -186,7 +223,11 @@ def train(config: ConfigDict, workdir: Path) -> int:
             if recording:
                 while in_flight:
                     totals.add(in_flight.popleft())
-                report.train(step, totals.means() | {"learning_rate": float(learning_rate(step - 1))})
+                means = totals.means() | {"learning_rate": float(learning_rate(step - 1))}
+                if train_data.masked:
+                    seen = totals.count("gradient_norm") * config.batch_size  # once a step
+                    means["bad_images"] = round(seen - totals.count("loss"))
+                report.train(step, means)
                 totals = metrics.Accumulator()
 
             results = None
@@ -210,16 +251,54 @@ def train(config: ConfigDict, workdir: Path) -> int:
         progress.show_table(
             "finished",
             {
-                **{k: progress.percent(v) for k, v in results.items() if k not in ("loss", "count")},
+                **{k: progress.percent(v) for k, v in results.items() if k not in progress.NO_SHARES},
                 "evaluated": f"split {config.data.eval_split!r}, {results['count']:,} images, {weights} weights",
+                **bad_images(workdir, results),
                 "curves": str(workdir / "curves.png"),
             },
         )
     return 0
 
 
+@contextlib.contextmanager
+def save_where_input_ends(
+    manager: Any, state: Callable[[], Any], in_flight: collections.deque, meta: dict[str, Any]
+) -> Iterator[None]:
+    """Saves what was trained where a bad image, a file or a worker process ends the input, and says so.
+
+    With several processes none can save alone: there the last checkpoint is what is left.
+    """
+    try:
+        yield
+    except data.InputError as error:
+        step = int(state().step)
+        if jax.process_count() == 1 and step > (manager.latest_step() or 0):
+            for sums in in_flight:
+                check_finite(sums, step)
+            checkpoint.save(manager, state(), meta, None)
+        checkpoint.check_saves(manager, wait=jax.process_count() == 1)
+        last = manager.latest_step()
+        left = (
+            f"the checkpoint of step {last} is written; the same command goes on from there"
+            if last
+            else "no step was done"
+        )
+        raise ValueError(f"{error}\nStopped after step {step}; {left}.") from error
+
+
+def bad_images(workdir: Path, results: dict[str, float]) -> dict[str, str]:
+    """Returns the row of the table about what was left out; none where the recipe replaces no bad images."""
+    if "bad_images" not in results:
+        return {}
+    records = progress.read_metrics(workdir / "metrics.jsonl")
+    trained = sum(record.get("train/bad_images", 0) for record in records)
+    return {"bad images": f"left out: {trained:,} times in training, {results['bad_images']:,} in evaluation"}
+
+
 def check_finite(sums: dict[str, metrics.Sum], step: int) -> None:
     """Stops a run whose loss or gradient is no longer a number, before that state is saved."""
+    if not float(sums["loss"].count):
+        raise ValueError(f"none of the images of step {step} can be decoded; look at the data.")
     for name in ("loss", "gradient_norm"):
         value = float(sums[name].total / sums[name].count)
         if not math.isfinite(value):

@@ -4,6 +4,7 @@
 programs, and again with what that left. Beside it Keras Applications on TensorFlow, on the same file.
 """
 
+import contextlib
 import os
 import signal
 import statistics
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
         data = Path(folder) / "data.npz"
         write_arrays(data, options.batch, options.size)
         for number in range(1, options.rounds + 1):
-            cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache{number}"}
+            cache = {"XDG_CACHE_HOME": f"{folder}/cache{number}"}
             for i, (name, each) in enumerate(seconds.items()):
                 progress.show(f"round {number} of {options.rounds}, {name}")
                 own = Path(folder) / f"run{number}_{i}"
@@ -130,7 +131,8 @@ def seconds_until(
                 time.sleep(POLL_SECONDS)
             return time.perf_counter() - began
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

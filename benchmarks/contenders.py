@@ -92,7 +92,17 @@ def build_xception_flax(job: Job) -> Run:
     from xception_flax import allocator
 
     allocator.keep_freed_memory()
-    return build_xception_flax_glibc(job)
+    run, is_first = build_xception_flax_glibc(job), True
+
+    def run_as_train_py() -> np.ndarray:
+        nonlocal is_first
+        result = run()
+        if is_first:
+            is_first = False
+            allocator.release_free_memory()
+        return result
+
+    return run_as_train_py
 
 
 def build_xception_flax_glibc(job: Job) -> Run:
@@ -347,6 +357,7 @@ _KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000", "MA
 _TENSORFLOW_KEPT = _TENSORFLOW | dict(environment=_TENSORFLOW["environment"] | _KEPT)
 _TORCH = dict(imports=("torch", "timm"), reading="timm")
 _ENGINE = dict(reading="timm", modes=("forward",))
+_ENGINE_KEPT = _ENGINE | dict(environment=_KEPT)
 
 CONTENDERS = {
     "xception_flax": Contender("xception_flax", build_xception_flax, **_FLAX),
@@ -358,12 +369,19 @@ CONTENDERS = {
     "keras_jax": Contender("Keras on JAX", build_keras_jax, ("jax", "keras"), {"KERAS_BACKEND": "jax"}),
     "timm": Contender("timm, torch eager", build_timm, **_TORCH),
     "timm_compile": Contender("timm, torch.compile", build_timm_compiled, **_TORCH),
+    "timm_compile_kept": Contender(
+        "timm, torch.compile, freed memory kept", build_timm_compiled, **_TORCH, environment=_KEPT
+    ),
     "keras_tensorflow_kept": Contender(
         "Keras on TensorFlow, freed memory kept", build_keras_tensorflow, **_TENSORFLOW_KEPT
     ),
     "timm_kept": Contender("timm, torch eager, freed memory kept", build_timm, **_TORCH, environment=_KEPT),
     "onnxruntime": Contender("ONNX Runtime", build_onnxruntime, ("onnxruntime",), **_ENGINE),
     "openvino": Contender("OpenVINO", build_openvino, ("openvino",), **_ENGINE),
+    "onnxruntime_kept": Contender(
+        "ONNX Runtime, freed memory kept", build_onnxruntime, ("onnxruntime",), **_ENGINE_KEPT
+    ),
+    "openvino_kept": Contender("OpenVINO, freed memory kept", build_openvino, ("openvino",), **_ENGINE_KEPT),
 }
 
 # A large matrix product by three libraries, for both modes: what the machine can do. The best of them counts.

@@ -63,7 +63,10 @@ def _axis(text: str) -> tuple[str, tuple[float, ...]]:
     if name not in AXES:
         raise argparse.ArgumentTypeError(f"unknown axis {name!r}; {suggest(name, AXES)}")
     kind = type(AXES[name][0])
-    return name, tuple(command.positive(kind)(value) for value in values.split(",")) if values else AXES[name]
+    try:
+        return name, tuple(command.positive(kind)(value) for value in values.split(",")) if values else AXES[name]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{name} takes {kind.__name__} values, got {values!r}") from None
 
 
 def measure(axis: str, values: Sequence[float], options: argparse.Namespace) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def row(topology: str, batch_size: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tpu", default="v5e", help="v5e (default) or v6e")
+    parser.add_argument("--tpu", default="v5e", choices=("v5e", "v6e"), help="generation (v5e)")
     tpu = parser.parse_args().tpu
     for title, batch in (
         (f"Weak scaling, {IMAGES_A_CHIP} images a chip", lambda chips: IMAGES_A_CHIP * chips),

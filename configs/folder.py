@@ -2,30 +2,27 @@
 
     python train.py --config configs/folder.py:FOLDER --workdir WORKDIR
 
-Data: FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, the same classes in both.
+Data: FOLDER/CLASS/*.jpg; a tenth of it, by a hash of the files' names, is held out as 'val'. Or
+FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, the same classes in both.
 Hardware: one GPU for tens of thousands of images; a CPU for a try.
 Expected, measured by us: depends on your images; not yet run at full size.
 Every value is ours.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from xception_flax import data
 
 
 def get_config(folder: str) -> ConfigDict:
-    train = Path(folder).expanduser() / "train"
-    if not train.is_dir():
-        raise ValueError(f"{train} is no directory; expected {train}/CLASS/*.jpg.")
+    classes = data.SOURCES["folder"]("train", data_dir=folder).class_names
 
     config = ConfigDict()
     config.seed = 0
     config.batch_size = 64
     config.epochs = 100.0
     config.log_every_steps = 20
-    config.model = dict(
-        name="xception", num_classes=sum(p.is_dir() for p in train.iterdir()), dropout_rate=0.5, bn_decay=0.95
-    )
+    config.model = dict(name="xception", num_classes=len(classes), dropout_rate=0.5, bn_decay=0.95)
     config.normalize = dict(mean=(127.5,), std=(127.5,))
     config.loss = dict(name="softmax", label_smoothing=0.1, weight_decay=1e-5)
     config.metrics = dict(name="single_label")
@@ -40,6 +37,5 @@ def get_config(folder: str) -> ConfigDict:
         image_size=299,
         train_transforms="random_resized_crop(min_area=0.25) | flip_left_right",
         eval_transforms="center_crop(fraction=0.875)",
-        num_threads=8,
     )
     return config

@@ -70,7 +70,6 @@ def get_config(variant: str = "") -> ConfigDict:
         image_size=299,  # [paper] figure 5
         train_transforms="random_resized_crop(min_area=0.08) | flip_left_right",  # [ours]
         eval_transforms="center_crop(fraction=0.875)",  # [ours]
-        num_threads=16,  # [ours]
     )
     config.mesh = dict(data=-1, fsdp=1)  # [ours] synchronous; the paper's was asynchronous on JFT (4.4)
     config.checkpoint = dict(keep_latest=2, keep_best=1)  # [ours]

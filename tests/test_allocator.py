@@ -21,6 +21,29 @@ print(faults(4))
 """
 
 
+HOLE = """
+from pathlib import Path
+from xception_flax import allocator
+
+def resident_pages():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+allocator.keep_freed_memory()
+hole, above = bytearray(64 << 20), bytearray(1 << 20)
+del hole
+before = resident_pages()
+print(allocator.release_free_memory(), before - resident_pages())
+"""
+
+
+def test_free_memory_below_what_lives_on_is_released():
+    """A freed array of 16,384 pages with another above it."""
+    result = subprocess.run([sys.executable, "-c", HOLE], check=True, capture_output=True, text=True)
+    took_effect, released = result.stdout.split()
+    assert took_effect == "True"
+    assert int(released) > 16_000
+
+
 def test_freed_memory_is_kept():
     """Four arrays of 16,384 pages, one after the other: each page is mapped four times more, or not once."""
 

@@ -13,11 +13,14 @@ from xception_flax.data import sources
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = [
     *(
+        "cifar10",
         "digits",
         "digits:lenet",
         "fashion_mnist",
+        "finetune_folder",
         "folder",
         "imagenet",
+        "imagenet_modern",
         "jft",
         "jft:fc",
         "inception_v3",
@@ -47,6 +50,8 @@ def make_data(recipe_name: str, directory: Path) -> list[str]:
     gray = recipe_name in ("digits", "digits:lenet", "fashion_mnist")
     images = digits.images if gray else np.repeat(digits.images[..., None], 3, -1)
     labels = digits.labels
+    if recipe_name == "cifar10":
+        images = images.repeat(4, 1).repeat(4, 2)  # 32 pixels, as its crop takes them
     if recipe_name.startswith("jft"):
         # Synthetic labels: the true digit, and a second one that follows from it. JFT's are private.
         labels = np.zeros((len(images), 10), np.int64)
@@ -77,7 +82,7 @@ def test_the_list_is_complete():
 
 def test_every_network_is_in_a_recipe():
     """So that each trains through the real loop below."""
-    networks = {recipe.load(path_of(name)).model.name for name in RECIPES if name != "folder"}
+    networks = {recipe.load(path_of(name)).model.name for name in RECIPES if "folder" not in name}
     assert networks == set(MODELS)
 
 
@@ -89,12 +94,16 @@ def path_of(name: str) -> str:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_takes_a_step(name, tmp_path, capsys):
     file, path = name.partition(":")[0], path_of(name)
-    if name == "folder":
-        (tmp_path / "train" / "cat").mkdir(parents=True)
-        path += f":{tmp_path}"
+    if "folder" in name:
+        (tmp_path / "photos" / "train" / "cat").mkdir(parents=True)
+        (tmp_path / "photos" / "train" / "cat" / "1.jpg").touch()
+        path += f":{tmp_path / 'photos'}"
     recipe.load(path)  # as it is: every key known, every type right
     narrowest = NARROWEST.get(name, ["model.middle_repeats=0"])
+    narrowest += ["init.weights=random"] if name == "finetune_folder" else []  # others: test_pretrained.py
     overrides = ["--config." + text for text in TINY + narrowest + make_data(name, tmp_path)]
+    if name == "digits":  # what it is evaluated by is the recipe's, and `evaluate` below takes it from there
+        overrides.append("--config.data.eval_transforms=center_crop(fraction=0.4, kernel='bicubic', antialias=True)")
     config = recipe.load(path, overrides)
     assert train.train(config, tmp_path / "w") == 0
 
@@ -194,23 +203,26 @@ def test_unknown_arguments_of_recipes_are_refused(name):
         recipe.load(str(CONFIGS / name))
 
 
-@pytest.mark.parametrize("name", ["imagenet", "jft"])
+TAGS = ("[paper]", "[Inception V3]", "[Keras]", "[torchvision]", "[WRN]", "[CutMix]", "[ours]")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "finetune_folder", "imagenet", "imagenet_modern", "jft"])
 def test_every_value_is_tagged(name):
-    """Each line of the paper's recipes that sets a value says where it is from."""
+    """Each line of a recipe that follows others' says where its value is from."""
     lines = (CONFIGS / f"{name}.py").read_text().splitlines()
     body = lines[next(i for i, line in enumerate(lines) if line.startswith("def get_config")) + 1 :]
     untagged = [
-        line.strip()
-        for line in body
-        if ("=" in line or "config." in line)
-        and not any(tag in line for tag in ("[paper]", "[Inception V3]", "[ours]"))
+        line.strip() for line in body if ("=" in line or "config." in line) and not any(tag in line for tag in TAGS)
     ]
     structural = (
         "config = ConfigDict()",
         "= dict(",
         'source="tfds"',
+        'source="folder"',
         'name="',
+        "classes = ",
         "num_classes=",
+        "data_dir=folder",
         "channels=3",
         "_split=",
     )

@@ -1,7 +1,9 @@
 """Sources, transforms and the order of examples."""
 
 import contextlib
+import dataclasses
 import gzip
+import hashlib
 import io
 import itertools
 import os
@@ -10,6 +12,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -18,7 +21,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from xception_flax import data
-from xception_flax.data import sources, transforms
+from xception_flax.data import pipeline, sources, transforms
 
 
 def png(image: np.ndarray) -> bytes:
@@ -207,9 +210,79 @@ def test_any_number_of_processes_makes_the_same_global_batch(processes):
             np.testing.assert_array_equal(merged, whole[step][key])
 
 
-@pytest.mark.parametrize("options", [{"num_threads": 1}, {"num_workers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"num_threads": 1}, {"num_threads": 7}, {"num_threads": 2, "num_workers": 2}], ids=str
+)
 def test_threads_and_workers_do_not_change_a_batch(options):
-    assert_same(take(5, 76, **options), take(5, 76))
+    assert_same(take(5, 76, **options), take(5, 76, num_threads=4, num_workers=0))
+
+
+@pytest.mark.parametrize(
+    ("given", "cpus", "chosen"),
+    [  # (threads in each process, worker processes)
+        ((-1, -1), 1, (1, 0)),
+        ((-1, -1), 2, (2, 0)),
+        ((-1, -1), 15, (15, 0)),
+        ((-1, -1), 16, (8, 2)),
+        ((-1, -1), 112, (8, 14)),
+        ((-1, 4), 112, (8, 4)),
+        ((-1, 4), 6, (1, 4)),
+        ((3, -1), 112, (3, 14)),
+        ((5, 0), 112, (5, 0)),
+    ],
+)
+def test_threads_and_workers_suit_the_cpus(given, cpus, chosen):
+    assert pipeline.choose_threads(*given, cpus) == chosen
+
+
+def test_the_cpus_are_those_of_this_process():
+    """Of an affinity of one CPU, as a batch system sets it; processes that share a host share its CPUs."""
+    program = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from xception_flax import data\n"
+        "split = data.load('digits', train=True, batch_size=8, image_size=8, channels=1)\n"
+        "print(split.num_threads, split.num_workers)"
+    )
+    command = [sys.executable, "-c", program]
+    root = Path(__file__).parent.parent
+    assert subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout == "1 0\n"
+    assert pipeline.usable_cpus(1) == len(os.sched_getaffinity(0))
+    assert pipeline.usable_cpus(10**6) == 1
+
+
+class Counted:
+    """A source that writes down which of its examples were read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.class_names = ("one",)
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def __getitem__(self, index: int) -> dict:
+        (self.folder / str(index)).touch()
+        return {"image": np.zeros((8, 8), np.uint8), "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "num_workers", "batches"),
+    [(1, 0, 2), (4, 0, 2), (2, 2, 2 * 6)],
+)
+def test_a_bounded_number_of_batches_is_made_ahead(tmp_path, num_threads, num_workers, batches):
+    """However long nobody asks for one: so memory is bounded."""
+    split = dataclasses.replace(
+        data.load("digits", train=False, batch_size=10, image_size=8, channels=1, num_threads=num_threads),
+        source=Counted(tmp_path),
+        num_workers=num_workers,
+    )
+    with contextlib.closing(split.batches()) as iterator:
+        next(iterator)
+        (tmp_path / "0").touch()
+        seen = -1
+        while seen != (seen := len(list(tmp_path.iterdir()))):
+            time.sleep(1.0)
+        assert 10 * batches <= seen <= 10 * (batches + 1)  # and the one that was taken
 
 
 @pytest.mark.parametrize("batch_size", [16, 100, 360, 400])
@@ -239,36 +312,6 @@ def photo(rng) -> np.ndarray:
     return rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
 
-def test_decode_keeps_a_png_and_its_channel_order(photo):
-    encoded = png(cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))
-    np.testing.assert_array_equal(transforms.decode(encoded, 3), photo)
-    np.testing.assert_array_equal(transforms.decode(photo, 3), photo)
-
-
-def test_decode_between_gray_and_color(photo):
-    gray = photo[..., 0]
-    assert transforms.decode(gray, 1).shape == (40, 60, 1)
-    np.testing.assert_array_equal(transforms.decode(gray, 3), np.repeat(gray[..., None], 3, -1))
-    np.testing.assert_array_equal(transforms.decode(png(gray), 3), np.repeat(gray[..., None], 3, -1))
-    luma = photo @ np.array([0.299, 0.587, 0.114])
-    assert np.abs(transforms.decode(photo, 1)[..., 0] - luma).max() <= 1
-
-
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        (b"", "cannot be decoded"),
-        (b"garbage", r"cannot be decoded \(7 bytes"),
-        (png(np.zeros((9, 9, 3), np.uint8))[:40], "cannot be decoded"),
-        (np.zeros((4, 4), np.float32), r"must be uint8 \[H, W\] or \[H, W, C\], got float32 \(4, 4\)"),
-        (np.zeros((4, 4, 4), np.uint8), r"has 4 channels, but data.channels is 3"),
-    ],
-)
-def test_bad_images_are_refused(image, message):
-    with pytest.raises(ValueError, match=message):
-        transforms.decode(image, 3)
-
-
 def test_resize_is_half_pixel_bilinear():
     """2 -> 4 pixels of a ramp: samples at -0.25, 0.25, 0.75, 1.25, clamped to the edge."""
     image = np.array([[[0], [100]]], np.uint8).repeat(2, 0)
@@ -296,14 +339,6 @@ def test_random_resized_crop_has_the_promised_areas_and_aspects():
     assert np.mean(areas) == pytest.approx(0.55, abs=0.06)  # a little less than 0.6: large ones fit less often
     assert 0.7 < min(aspects) < 0.8
     assert 1.25 < max(aspects) < 1.4
-
-
-def test_random_resized_crop_of_a_strip_is_its_centre():
-    strip = np.zeros((2, 400, 3), np.uint8)
-    strip[:, 199:201] = 255
-    crop = transforms.random_resized_crop(strip, np.random.default_rng(0), image_size=2, min_area=0.9)
-    assert crop.shape == (2, 2, 3)
-    assert (crop == 255).all()
 
 
 def test_flip_mirrors_half_of_the_images(photo):
@@ -342,7 +377,6 @@ def test_chains_are_parsed():
         ("resize(", "must be written as name or name"),
         ("resize(3)", "must be written as name or name"),
         ("resize | ", "must be written as name or name"),
-        ("center_crop(fraction='big')", "must be written as name or name"),
         ("__import__('os').system('true')", "must be written as name or name"),
     ],
 )
@@ -368,6 +402,9 @@ def test_a_chain_that_ends_in_another_size_is_refused():
         ({"channels": 2}, "data.channels must be 1 or 3, got 2"),
         ({"image_size": 0}, "data.image_size must be positive"),
         ({"num_threads": 0}, "data.num_threads must be at least 1"),
+        ({"num_workers": -2}, "data.num_workers at least 0, or -1 .* got -1, -2"),
+        ({"min_decoded_side": -1}, "data.min_decoded_side must be 0"),
+        ({"on_bad_image": "skip"}, "unknown data.on_bad_image 'skip'; there are: replace, stop"),
         ({"train_split": "tran"}, "unknown split of digits 'tran'; did you mean 'train'"),
         ({"source": "folder", "data_dir": "/nowhere"}, "/nowhere is no directory; expected the folders"),
         ({"source": "fashion_mnist", "data_dir": "/nowhere"}, "/nowhere is no directory"),
@@ -393,16 +430,63 @@ def test_mistakes_in_a_folder_are_refused(prepared, tmp_path):
         sources.folder("train", data_dir=str(tmp_path))
 
 
-def test_a_bad_file_in_a_folder_is_named(tmp_path):
-    bad = tmp_path / "train" / "cat" / "bad.jpg"
-    bad.parent.mkdir(parents=True)
-    bad.write_bytes(b"no image")
-    split = data.load(source="folder", data_dir=str(tmp_path), train=True, batch_size=1, image_size=8)
-    with (
-        contextlib.closing(split.batches()) as batches,
-        pytest.raises(ValueError, match=r"train/cat/bad.jpg: the image cannot be decoded \(8 bytes"),
+def test_a_folder_of_classes_alone_is_split_by_names(tmp_path):
+    """By SHA-256 of the name, which nothing else changes: not other files, not the class, not the place."""
+
+    def split(root, name, **options):
+        files = sources.folder(name, data_dir=str(root), **options)
+        assert files.class_names == ("cat", "dog")
+        return [(Path(path).name, label) for path, label in zip(files.paths, files.labels, strict=True)]
+
+    for i in range(40):
+        path = tmp_path / "a" / ("cat", "dog")[i % 2] / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "a" / ".hidden").mkdir()
+    (tmp_path / "a" / "cat" / ".hidden.jpg").touch()
+    train, val = split(tmp_path / "a", "train"), split(tmp_path / "a", "val")
+    below = [f"{i:02}.jpg" for i in range(40) if hashlib.sha256(f"{i:02}.jpg".encode()).hexdigest() < "19" + 62 * "9"]
+    assert sorted(val) == sorted((name, int(name[:2]) % 2) for name in below)  # 0x19.99... of 0x100 is a tenth
+    assert 0 < len(val) < 10
+    assert sorted(train + val) == [(f"{i:02}.jpg", i % 2) for i in range(40)]
+    half = split(tmp_path / "a", "val", val_fraction=0.5)
+    assert set(val) < set(half)
+    assert 12 <= len(half) <= 28
+
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "cat" / "00.jpg").rename(tmp_path / "b" / "dog" / "00.jpg")
+    (tmp_path / "b" / "cat" / "new.jpg").touch()
+    old = {name for name, _ in split(tmp_path / "b", "val")} - {"new.jpg"}
+    assert old == {name for name, _ in val}
+
+
+def test_mistakes_in_a_folder_of_classes_are_refused(tmp_path):
+    for path in ("cat/a.jpg", "dog/b.jpg"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).touch()
+
+    def load(split, **options):
+        sources.folder(split, data_dir=str(tmp_path), **options)
+
+    with pytest.raises(ValueError, match=r"unknown split of a folder of classes 'test'; there are: train, val"):
+        load("test")
+    with pytest.raises(ValueError, match=r"val_fraction must be between 0 and 1, got 1"):
+        load("train", val_fraction=1.0)
+    with pytest.raises(
+        ValueError, match=r"cat: by their names all 1 images are of split 'val' \(data\.val_fraction=0\.999"
     ):
-        next(batches)
+        load("train", val_fraction=0.999)
+    with pytest.raises(
+        ValueError, match=r"no image is of split 'val' by the hash of its name.*folders train/CLASS and"
+    ):
+        load("val", val_fraction=0.001)
+    (tmp_path / "bird").mkdir()
+    with pytest.raises(ValueError, match=r"bird has no image"):
+        load("train")
+    (tmp_path / "bird" / "more").mkdir()  # neither one layout nor the other
+    for split in ("cat", "dog"):
+        with pytest.raises(ValueError, match=rf"{split} has images of its own, and bird has folders; expected either"):
+            load(split)
 
 
 def test_splits_of_other_classes_are_refused(prepared):

@@ -77,7 +77,7 @@ def interpreted(monkeypatch):
         return fused.separable(*arguments, relu, True)
 
     monkeypatch.setattr(ops, "_on_tpus", lambda mesh: not mesh.empty)
-    monkeypatch.setattr(ops, "fused", SimpleNamespace(fits=lambda *_: True, separable=separable))
+    monkeypatch.setattr(ops, "fused", SimpleNamespace(fits=lambda *_: True, separable=separable, IMAGES=16))
     return shapes
 
 

@@ -448,3 +448,15 @@ def test_bad_images_are_refused(name, shape, message):
     model = create_model(name, **NARROW[name])
     with pytest.raises(ValueError, match=message):
         model.init(jax.random.key(0), jnp.zeros(shape), train=False)
+
+
+@pytest.mark.parametrize("name", [name for name in NARROW if name != "lenet"])
+def test_frozen_normalization_trains_as_it_infers(name):
+    """Without dropout the two are one program, and no statistic is computed: what goes in comes out."""
+    model = create_model(name, num_classes=5, dropout_rate=0.0, bn_frozen=True, **NARROW[name])
+    variables, images = abstract_variables(model), jax.ShapeDtypeStruct((2, 75, 75, 3), jnp.float32)
+    train = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=True, mutable="batch_stats"))(variables, images)
+    infer = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
+    assert list(map(str, train.eqns)) == list(map(str, infer.eqns))
+    assert set(train.jaxpr.outvars[1:]) <= set(train.jaxpr.invars)
+    assert len(train.jaxpr.outvars) - 1 == len(jax.tree.leaves(variables["batch_stats"]))

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from xception_flax import ops, sharding
@@ -130,6 +132,48 @@ def test_each_device_computes_the_kernel_gradient_of_its_images(rng, function, k
         compiled = jax.jit(gradient, in_shardings=shardings).lower(kernel, x).compile()
     assert Hlo(compiled.as_text()).collectives() == [Collective("all-reduce", kernel.nbytes, 1)]
     np.testing.assert_allclose(compiled(kernel, x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "kernel_shape"),
+    [
+        (ops.depthwise_convolution, (3, 3, 1, 4)),
+        (ops.convolution, (3, 3, 4, 5)),
+        (ops.pointwise_convolution, (1, 1, 4, 5)),
+    ],
+)
+@pytest.mark.parametrize("manual", [True, False], ids=["shard_map", "explicit"])
+def test_gradients_within_shard_map_and_over_explicit_meshes(rng, manual, function, kernel_shape):
+    """Where types say how arrays are split: the gradients of one device. (JAX has none for the kernel of a
+    convolution over an Explicit mesh: there it is that of the images.)
+    """
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto if manual else AxisType.Explicit,))
+    x, kernel = rng.normal(size=(16, 6, 6, 4)).astype(np.float32), rng.normal(size=kernel_shape).astype(np.float32)
+
+    def loss(kernel, x):
+        return jnp.sum(jnp.sin(function(x, kernel)))
+
+    gradient = jax.grad(loss, argnums=0 if manual else 1)
+    expected = gradient(kernel, x)
+    if manual:
+        share = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+        result = jax.jit(share)(kernel, x)  # the gradient of what is not split is the sum over devices
+    else:
+        with jax.set_mesh(mesh):
+            result = jax.jit(gradient)(kernel, jax.device_put(x, NamedSharding(mesh, P("data"))))
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 7, 4), (2, 7, 11, 4)], ids=["no image", "window too wide"])
+@pytest.mark.parametrize(("function", "channels"), [(ops.depthwise_convolution, (1, 4)), (ops.convolution, (4, 5))])
+def test_nothing_has_a_gradient_of_zero(shape, function, channels):
+    x, kernel = jnp.ones(shape), jnp.ones((1, 7, *channels))
+    function = partial(function, strides=(2, 2), padding="VALID", dilation=(1, 2))
+    y, vjp = jax.vjp(function, x, kernel)
+    assert y.shape == (shape[0], 4, 0, channels[1])
+    dx, dkernel = vjp(y)
+    assert dx.shape == shape
+    np.testing.assert_array_equal(dkernel, np.zeros(kernel.shape))
 
 
 def test_lowering_is_chosen_by_platform():

@@ -142,6 +142,30 @@ def test_clipping_shortens_the_whole_gradient():
         create_optimizer("sgd", 1.0, schedule=constant, clip_norm=0.0)
 
 
+@pytest.mark.parametrize("name", ["sgd", "rmsprop", "adamw"])
+def test_a_backbone_factor_is_one_of_the_learning_rate(name):
+    """Ten steps: the classifier as without it, the backbone as with that learning rate; 0 leaves it, bit for bit."""
+    decay = {} if name == "rmsprop" else {"decoupled_weight_decay": 0.1}
+    gradients = np.random.default_rng(0).normal(size=(10, 2, 3)).astype(np.float32)
+
+    def run(rate, **options):
+        tx, _ = create_optimizer(name, rate, schedule=constant, **decay, **options)
+        params = {layer: {"kernel": jnp.arange(1.0, 4.0)} for layer in ("block1_conv1", "predictions")}
+        state = tx.init(params)
+        for g in gradients:
+            grads = {"block1_conv1": {"kernel": g[0]}, "predictions": {"kernel": g[1]}}
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params["block1_conv1"]["kernel"], params["predictions"]["kernel"]
+
+    (_, fast), (slow, _), (backbone, classifier) = run(0.01), run(0.002), run(0.01, backbone_factor=0.2)
+    np.testing.assert_allclose(backbone, slow, rtol=1e-6)
+    np.testing.assert_array_equal(classifier, fast)
+    np.testing.assert_array_equal(run(0.01, backbone_factor=0.0)[0], [1, 2, 3])
+    with pytest.raises(ValueError, match=r"backbone_factor must be finite and not negative, got -1"):
+        run(0.01, backbone_factor=-1)
+
+
 RATES = {"sgd": 0.02, "rmsprop": 0.05, "adamw": 0.1}
 
 

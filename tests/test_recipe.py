@@ -239,7 +239,7 @@ def test_mistakes_with_recipe_files(tmp_path):
 def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
     """What was meant is found by its name alone; from elsewhere the message says where one is."""
     monkeypatch.chdir(ROOT)
-    every = r"configs/ablations\.py, configs/digits\.py, .*configs/jft\.py\.$"  # and neither train.py nor a test
+    every = r"configs/ablations\.py, .*configs/digits\.py, .*configs/jft\.py\.$"  # and neither train.py nor a test
     for path, message in [
         ("configs/zzzzz.py", rf"^no recipe file 'configs/zzzzz\.py'; there are: {every}"),
         ("configs/", rf"^'configs/' is a folder, not a recipe file; there are: {every}"),
@@ -261,7 +261,7 @@ def test_an_argument_reaches_the_recipe(tmp_path):
     # What a recipe says of its argument is for the user, who has no use for the line.
     with pytest.raises(ValueError, match=r"jft\.py: the argument must be 'fc' or nothing, got 'x'"):
         recipe.load(str(ROOT / "configs" / "jft.py") + ":x")
-    with pytest.raises(ValueError, match=r"folder\.py: \S*no/train is no directory; expected"):
+    with pytest.raises(ValueError, match=r"folder\.py: data\.data_dir: \S*/no is no directory; expected"):
         recipe.load(str(ROOT / "configs" / "folder.py") + f":{tmp_path / 'no'}")
 
 

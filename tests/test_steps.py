@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.typing import DTypeLike
 
-from xception_flax import create_model, layers, ops, sharding, steps
+from xception_flax import create_model, layers, mixing, ops, sharding, steps
 from xception_flax.metrics import create_metrics
 from xception_flax.optimizers import OPTIMIZERS, create_optimizer
 from xception_flax.state import make_init
@@ -226,6 +226,35 @@ def test_accumulation_on_eight_devices_equals_one(one_device):
     np.testing.assert_allclose(curve, expected, rtol=1e-4)
 
 
+MIX = mixing.make_mixing(mixup_alpha=0.8, cutmix_alpha=1.0)
+
+
+def test_a_mixed_step_is_the_loss_of_the_mixed_batch(one_device):
+    """Cross-entropy with both labels, by their shares, smoothed; the metrics are of the label with the larger share."""
+    state, train_step, _ = build(one_device, mix=MIX, accumulation_steps=4)
+    variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+    mixed = jax.device_get(jax.jit(MIX)(mixing.mixing_key(0, 0), batches(1)[0]))
+    forward = jax.jit(lambda images: SMALL.apply(variables, images, train=True, mutable=["batch_stats"])[0])
+    assert 0.5 <= mixed["share"][0] < 0.99
+    losses, hits = [], []
+    for i in range(4):
+        part = {key: value[i::4] for key, value in mixed.items()}
+        log_p = np.asarray(jax.nn.log_softmax(forward(NORMALIZE(part["images"]))), np.float64)
+        rows = np.arange(len(log_p))
+        both = [0.9 * log_p[rows, part[key]] + 0.1 * log_p.mean(-1) for key in ("labels", "minor_labels")]
+        losses += list(-part["share"] * both[0] - (1 - part["share"]) * both[1])
+        hits += list(log_p.argmax(-1) == part["labels"])
+    _, sums = train_step(state, batches(1)[0])
+    assert float(sums["loss"].total / sums["loss"].count) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert float(sums["top1"].total) == np.sum(hits)
+
+
+def test_mixing_on_eight_devices_equals_one(one_device):
+    data = batches(3)
+    curves = [train(mesh, data, mix=MIX)[1] for mesh in (one_device, sharding.create_mesh(data=4, fsdp=2))]
+    np.testing.assert_allclose(*curves, rtol=1e-4)
+
+
 def test_averages_follow_tensorflows_rule(one_device):
     """ema = d * ema + (1 - d) * new with d = min(decay, (1 + step) / (10 + step)), statistics too."""
     state, train_step, _ = build(one_device, ema=True, ema_decay=0.25)
@@ -275,6 +304,16 @@ def test_sigmoid_loss_is_binary_cross_entropy_summed_over_classes(rng):
     np.testing.assert_allclose(loss.example(jnp.asarray(logits), jnp.asarray(labels)), smoothed, rtol=1e-5)
 
 
+def test_soft_labels_are_for_floating_types(rng):
+    """Rows of 0 and 1 are several labels, and stay refused by the loss of one."""
+    logits, soft = rng.normal(size=(3, 4)), rng.dirichlet(np.ones(4), 3)
+    loss = steps.create_loss("softmax", label_smoothing=0.2)
+    expected = -np.sum((0.8 * soft + 0.05) * np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)), -1)
+    np.testing.assert_allclose(loss.example(jnp.asarray(logits), jnp.asarray(soft)), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="takes one label an image"):
+        loss.example(jnp.asarray(logits), jnp.ones((3, 4), jnp.uint8))
+
+
 def test_normalizer(rng):
     images = rng.integers(0, 256, (2, 3, 4, 3), dtype=np.uint8)
     to_one = steps.create_normalizer((127.5,), (127.5,))
@@ -320,3 +359,20 @@ def test_evaluation_counts_real_images_only(one_device):
     expected = -jax.nn.log_softmax(logits)[np.arange(10), batch["labels"][:10]]
     assert float(sums["loss"].count) == 10
     assert float(sums["loss"].total) == pytest.approx(float(expected.sum()), rel=1e-5)
+
+
+def test_a_frozen_backbone_has_no_gradient(one_device):
+    """The classifier's update is that of the whole step, the rest stays, and the backward pass is not computed."""
+    (batch,), results = batches(1), []
+    for frozen in (False, True):
+        state, train_step, _ = build(one_device, loss=steps.create_loss("softmax"), backbone_frozen=frozen)
+        given = sharding.global_batch(one_device, batch)
+        flops = train_step.lower(state, given).compile().cost_analysis()["flops"]
+        before = jax.device_get(state.params)
+        results.append((flops, before, jax.device_get(train_step(state, given)[0].params)))
+    (whole, _, moved), (half, before, after) = results
+    for layer, arrays in after.items():
+        expected = moved if layer == "predictions" else before
+        jax.tree.map(np.testing.assert_array_equal, arrays, expected[layer])
+    assert (after["predictions"]["kernel"] != before["predictions"]["kernel"]).all()
+    assert half < 0.6 * whole

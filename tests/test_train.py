@@ -455,7 +455,7 @@ def test_no_picture_loses_the_results(whole, tmp_path, monkeypatch, capsys):
     code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, "--picture", tmp_path / "full.png")
     assert code == 2
     assert json.loads(out.splitlines()[-1])["count"] == 180
-    assert re.match(r"error: .*full\.png cannot be written: No space left on device; name another by --picture", err)
+    assert re.match(r"error: .*full\.png cannot be written: No space left on device; name another file\.", err)
 
 
 def test_evaluate_by_choice(whole, monkeypatch, capsys):

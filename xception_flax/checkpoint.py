@@ -55,6 +55,12 @@ def open_manager(
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
 
+def has_steps(workdir: Path) -> bool:
+    """Whether there is any checkpoint in `workdir`, found without opening or making anything."""
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+
+
 def save(
     manager: ocp.CheckpointManager,
     state: TrainState,

@@ -52,6 +52,7 @@ def parser(description: str | None, examples: str, *, hosts: bool = True) -> arg
         allow_abbrev=False,
     )
     if not hosts:
+        arguments.set_defaults(distributed=False, coordinator=None, num_processes=None, process_id=None)
         return arguments
     group = arguments.add_argument_group("several hosts (run the same command on each)")
     group.add_argument(

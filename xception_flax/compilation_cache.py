@@ -24,6 +24,10 @@ def enable() -> Path | None:
     """
     if not jax.config.jax_enable_compilation_cache:
         return None
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # JAX's own second leaves out small programs, and there are many: the first checkpoint of eight devices
+        # alone has two hundred, which compile in eight seconds and are 2 MB.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if (chosen := jax.config.jax_compilation_cache_dir) is not None:
         if not chosen:  # JAX would make no cache of an empty name, but folders in the working directory
             jax.config.update("jax_compilation_cache_dir", None)
@@ -40,10 +44,6 @@ def enable() -> Path | None:
     except (OSError, RuntimeError):  # RuntimeError: no home folder
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # JAX's own second leaves out small programs, and there are many: the first checkpoint of eight devices
-        # alone has two hundred, which compile in eight seconds and are 2 MB.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
 
 

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
 
 import argparse
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -41,6 +42,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns the means over every image of the split, each counted once, and their `count`.
 
+    Where the split replaces bad images there is also `bad_images`: how many were left out.
+
     Args:
       eval_step: from `steps.make_eval_step`.
       variables: what it takes.
@@ -49,12 +52,15 @@ def evaluate(
       on_batch: called with each local batch and the global logits.
     """
     totals = metrics.Accumulator()
-    for batch in split.batches():
-        sums, logits = eval_step(variables, sharding.global_batch(mesh, batch))
-        totals.add(sums)
-        if on_batch is not None:
-            on_batch(batch, logits)
-    return totals.means() | {"count": round(totals.count("loss"))}
+    with contextlib.closing(split.batches()) as batches:
+        for batch in batches:
+            sums, logits = eval_step(variables, sharding.global_batch(mesh, batch))
+            totals.add(sums)
+            if on_batch is not None:
+                on_batch(batch, logits)
+    count = round(totals.count("loss"))
+    bad = {"bad_images": split.num_images - count} if split.on_bad_image == "replace" else {}
+    return totals.means() | {"count": count} | bad
 
 
 class Mistakes:
@@ -153,6 +159,7 @@ def _evaluate_checkpoint(
         batch_size=batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        processes_per_host=sharding.processes_per_host(),
     )
     eval_step = steps.make_eval_step(
         model,
@@ -176,7 +183,9 @@ def _evaluate_checkpoint(
     rows = {
         "checkpoint": f"step {step}, {weights} weights",
         "data": f"{config.data.source}, split {config.data.eval_split!r}, {results['count']:,} images",
-        **{k: progress.percent(v) for k, v in results.items() if k not in ("loss", "count")},
+        **({"bad images": f"{results['bad_images']:,}, left out"} if "bad_images" in results else {}),
+        "transforms": config.data.eval_transforms,
+        **{k: progress.percent(v) for k, v in results.items() if k not in progress.NO_SHARES},
         "loss": f"{results['loss']:.5f}",
     }
     draw = None

@@ -26,7 +26,8 @@ def fold_batch_norm(
     with pre-activation, stays as it is.
 
     Args:
-      model: one of `MODELS`.
+      model: one of `MODELS`, or a network in which nothing but its normalization and an endpoint takes the
+        result of a convolution: another use of it is not seen.
       variables: `{'params': ..., 'batch_stats': ...}`.
       image_shape: `(H, W, C)` of an image that the network takes.
 

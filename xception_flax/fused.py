@@ -24,7 +24,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 IMAGES = 16  # that go by together: the rows of a tile of 16-bit numbers
 LANES = 128  # fewer channels than these are padded to them, in memory too
-VMEM_BYTES = 96 * 2**20  # of the 128 MiB on a chip
+VMEM_BYTES = 96 * 2**20  # of the 128 MiB on a chip, which v4 and v5p have not
+
+# As JAX names the TPUs that have them: v5e and v6e.
+DEVICE_KINDS = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
 
 _HWNC, _NHWC = (1, 2, 0, 3), (2, 0, 1, 3)
 _TAPS = [(i, j) for i in range(3) for j in range(3)]

@@ -8,6 +8,7 @@ in which they are made; here they have names.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,6 +81,38 @@ def _our_names(keras_names: Sequence[str], variables: Mapping[str, PyTree]) -> d
             raise ValueError(f"{len(found)} Keras layers such as {found[-1][1]!r}, expected {len(numbered)}.")
         names |= {name: ours + suffix for (_, name), ours in zip(found, numbered, strict=False)}
     return names
+
+
+def read_layers(path: Path) -> list[tuple[str, list[np.ndarray]]]:
+    """Returns (name, arrays) of each layer in a file that Keras wrote, as `from_keras` takes them.
+
+    Any of `model.save('x.h5')`, `model.save_weights('x.weights.h5')` (Keras 3) and
+    `model.save_weights('x.h5')` (Keras 1 and 2, and the published weights).
+
+    Raises:
+      ValueError: it is no such file, or a damaged one.
+    """
+    import h5py  # here: other commands need not pay for it
+
+    try:
+        with h5py.File(path) as file:
+            top = file.get("model_weights", file)
+            if "layer_names" in top.attrs:  # Keras 1 and 2
+                groups = (
+                    (str(np.char.decode(name)) if isinstance(name, bytes) else name, top[name])
+                    for name in top.attrs["layer_names"]
+                )
+                layers = [(name, [group[w][()] for w in group.attrs["weight_names"]]) for name, group in groups]
+            else:  # Keras 3: a group 'vars' a layer, which knows the layer's name
+                found: list[h5py.Group] = []
+                file.visititems(lambda name, item: found.append(item) if name.rpartition("/")[2] == "vars" else None)
+                layers = [(group.attrs["name"], [group[str(i)][()] for i in range(len(group))]) for group in found]
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as weights of Keras: {str(error).strip(chr(34))}.") from None
+    layers = [(name, arrays) for name, arrays in layers if arrays]
+    if not layers:
+        raise ValueError(f"{path} has no layers with weights in it; expected a file of Keras' model.save_weights().")
+    return layers
 
 
 def from_keras(layers: Iterable[tuple[str, Sequence[np.ndarray]]], template: Mapping[str, PyTree]) -> dict[str, PyTree]:

@@ -1,5 +1,6 @@
 """Linen modules that the networks are made of: convolutions, the separable convolution, the classifier head."""
 
+import re
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -260,6 +261,11 @@ class TowerConv(nn.Module):
         if self.mid_activation is not None:
             x = lookup(ACTIVATIONS, self.mid_activation, "mid_activation")(x)
         return second(x)
+
+
+def is_classifier(layer: str) -> bool:
+    """Whether a top-level name of `params` is one of `classifier_head`'s; the other layers are the backbone."""
+    return re.fullmatch(r"fc\d+|predictions", layer) is not None
 
 
 def classifier_head(

@@ -3,7 +3,8 @@
 Each is defined in XLA's own operations, which GPUs and TPUs get. Where those are slow on CPUs there is
 a second lowering for them, chosen when a program is compiled for its platform; values and gradients
 are the same, and no caller knows of it. What CPUs get has its own rule for the gradient, which forward
-mode (`jax.jvp`) does not take: use `with lowering("stock")` for that.
+mode (`jax.jvp`) does not take: use `with lowering("stock")` for that. Within `jax.shard_map` and over a mesh
+with Explicit axes XLA's own is taken everywhere.
 """
 
 import contextlib
@@ -66,7 +67,10 @@ def is_fused() -> bool:
 
 def _lower(*operands: jax.Array, cpu: Callable[..., Any], stock: Callable[..., Any], **options: Any) -> Any:
     """Calls `cpu` or `stock`, whichever is right for the platform, with the operands and the (hashable) options."""
-    return _lowered(*operands, cpu=cpu, stock=stock, options=tuple(options.items()), lowering=_chosen.get())
+    # Within `shard_map` and over Explicit meshes a type says how an array is split; our own gradients do not.
+    mesh = jax.sharding.get_abstract_mesh()
+    name = _chosen.get() if mesh.empty or _is_auto(mesh) else "stock"
+    return _lowered(*operands, cpu=cpu, stock=stock, options=tuple(options.items()), lowering=name)
 
 
 # Under jit an operation is traced and differentiated once for each shape, not once for each of the equal
@@ -82,18 +86,18 @@ def _lowered(*operands, cpu, stock, options, lowering):
 # A batch over devices ------------------------------------------------------------------------------
 
 
-def _splits(mesh: AbstractMesh, images: int) -> bool:
-    """Whether a batch of `images` can be split over all axes of the mesh in context, as `sharding` splits it."""
-    return not mesh.empty and set(mesh.axis_types) == {AxisType.Auto} and images % mesh.size == 0
+def _is_auto(mesh: AbstractMesh) -> bool:
+    return set(mesh.axis_types) == {AxisType.Auto}
 
 
 def _sum_over_devices(function: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
-    """Adds up `function` of each device's share of the images.
+    """Adds up `function` of each device's share of the images, for a batch that all axes of the mesh in context split.
 
-    For a loop over images, which the partitioner would have every device run over all of them, gathered.
+    For a loop over images, which the partitioner would have every device run over all of them, gathered. Where
+    an axis splits something else than the batch, this moves arrays to and fro.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size == 1 or not _splits(mesh, operands[0].shape[0]):
+    if mesh.size <= 1 or not _is_auto(mesh) or operands[0].shape[0] % mesh.size:
         return function(*operands)
     return jax.shard_map(
         lambda *shares: lax.psum(function(*shares), mesh.axis_names),
@@ -108,11 +112,15 @@ def _sum_over_devices(function: Callable[..., jax.Array], *operands: jax.Array) 
 
 def _pads(sizes: Sequence[int], spans: Sequence[int], strides: Sequence[int], padding: str) -> list[tuple[int, int]]:
     """(before, after) of rows and columns for windows that reach over `spans` pixels."""
-    if padding not in PADDINGS:
-        raise ValueError(f"unknown padding {padding!r}; {suggest(padding, PADDINGS)}")
+    _check_padding(padding)
     if padding == "SYMMETRIC":
         return [((span - 1) // 2, (span - 1) // 2) for span in spans]
     return lax.padtype_to_pads(sizes, spans, strides, padding)
+
+
+def _check_padding(padding: str) -> None:
+    if padding not in PADDINGS:
+        raise ValueError(f"unknown padding {padding!r}; {suggest(padding, PADDINGS)}")
 
 
 def _spans(window: Sequence[int], dilation: Sequence[int]) -> list[int]:
@@ -134,7 +142,7 @@ def _padded(
 
 def _every(start: int, number: int, stride: int) -> slice:
     """The slice of `number` pixels from `start` on."""
-    return slice(start, start + (number - 1) * stride + 1, stride)
+    return slice(start, start + max(0, (number - 1) * stride + 1), stride)
 
 
 def _taps(
@@ -142,7 +150,7 @@ def _taps(
 ) -> Iterator[tuple[int, int, jax.Array]]:
     """Yields (row, column, `[N, H', W', C]`) for each place in a window: what all windows have there."""
     spans = _spans(window, dilation)
-    rows, columns = ((size - span) // s + 1 for size, span, s in zip(x.shape[1:3], spans, strides, strict=True))
+    rows, columns = (max(0, (size - span) // s + 1) for size, span, s in zip(x.shape[1:3], spans, strides, strict=True))
     for i in range(window[0]):
         for j in range(window[1]):
             yield i, j, x[:, _every(i * dilation[0], rows, strides[0]), _every(j * dilation[1], columns, strides[1])]
@@ -190,6 +198,7 @@ def convolution(
     Returns:
       `[N, H', W', features]`.
     """
+    _check_padding(padding)
     options = dict(strides=strides, padding=padding, dilation=dilation)
     if groups == x.shape[-1] > 1:
         return depthwise_convolution(x, kernel, **options)
@@ -241,6 +250,8 @@ def _convolution_by_patches_forward(x, kernel, strides, padding, dilation):
 
 def _convolution_by_patches_backward(strides, padding, dilation, saved, dy):
     x, kernel = saved
+    if not dy.size:
+        return jnp.zeros_like(x), jnp.zeros_like(kernel)
     window = kernel.shape[:2]
     pads = _pads(x.shape[1:3], _spans(window, dilation), strides, padding)
     # As XLA's own rule has it, but the kernel is turned round in memory: there is a fast convolution
@@ -335,6 +346,8 @@ def _sum_of_taps_forward(x, kernel, strides, dilation):
 
 def _sum_of_taps_backward(strides, dilation, saved, dy):
     x, kernel = saved
+    if not dy.size:
+        return jnp.zeros_like(x), jnp.zeros_like(kernel)
     # A pixel's gradient is the same sum, over the windows that reach it, with the kernel turned round.
     edges = _reach(x.shape, [(0, 0), (0, 0)], dy.shape, kernel.shape[:2], strides, dilation)
     edges = [(low, high, stride - 1) for (low, high), stride in zip(edges, strides, strict=True)]
@@ -434,7 +447,7 @@ def normalized_separable_convolution(
     """What stands between two batch normalizations: the first one's multiply-add, ReLU, a separable convolution.
 
     `y = pointwise(depthwise(relu(x * scale + shift)))` and the moments that the second one needs. With
-    the lowering 'fused', where the mesh in context is of TPUs and the shapes fit, in one pass over memory.
+    the lowering 'fused', where the mesh in context is of TPUs and `fused.fits` its channels, in one pass over memory.
 
     Args:
       x: `[N, H, W, C]`.
@@ -448,15 +461,17 @@ def normalized_separable_convolution(
     Returns:
       `y` `[N, H, W, features]`, and the means of `y` and of `y * y` over images, rows and columns,
       `[2, features]` in the type of `scale`.
+
+    Raises:
+      ValueError: 'fused' on TPUs, with images of which a chip has no multiple of `fused.IMAGES`.
     """
     mesh, features = jax.sharding.get_abstract_mesh(), pointwise_kernel.shape[-1]
-    if (
-        is_fused()
-        and _on_tpus(mesh)
-        and depthwise_kernel.shape[:2] == (3, 3)
-        and dilation == (1, 1)
-        and _splits(mesh, x.shape[0])
-    ):
+    if is_fused() and _on_tpus(mesh) and depthwise_kernel.shape[:2] == (3, 3) and dilation == (1, 1):
+        if x.shape[0] % (fused.IMAGES * mesh.size):
+            raise ValueError(
+                f"the lowering 'fused' takes a multiple of {fused.IMAGES} images a chip, not {x.shape[0]} images over "
+                f"{mesh.size} chips; change the batch, or leave step.lowering out."
+            )
         share = (x.shape[0] // mesh.size, *x.shape[1:])
         if fused.fits(share, features, x.dtype.itemsize):
             batch, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
@@ -496,7 +511,8 @@ def max_pool(
 ) -> jax.Array:
     """Maximum over windows: `[N, H, W, C]` -> `[N, H', W', C]`; `padding` is one of `PADDINGS`.
 
-    The gradient goes to the first of equal maxima, row by row.
+    The gradient goes to the first of equal maxima, row by row; where a window has NaN or nothing but -inf,
+    on CPUs to another pixel of it, or to none.
     """
     options = dict(window=window, strides=strides, padding=padding)
     return _lower(x, cpu=max_pool_by_taps, stock=max_pool_by_windows, **options)

@@ -5,6 +5,7 @@ Durations are in epochs or in images, never in steps: a recipe keeps its meaning
 size.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from xception_flax.layers import is_classifier
 from xception_flax.lookup import lookup
 
 PyTree = Any
@@ -110,6 +112,11 @@ def decay_mask(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
+def backbone_mask(params: PyTree) -> PyTree:
+    """True for the backbone, False for the classifier: what fine-tuning treats differently."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not is_classifier(path[0].key), params)
+
+
 def sgd(
     learning_rate: Schedule,
     *,
@@ -162,7 +169,13 @@ OPTIMIZERS = {"sgd": sgd, "rmsprop": rmsprop, "adamw": adamw}
 
 
 def create_optimizer(
-    name: str, learning_rate: float, *, schedule: Schedule, clip_norm: float | None = None, **options: Any
+    name: str,
+    learning_rate: float,
+    *,
+    schedule: Schedule,
+    backbone_factor: float = 1.0,
+    clip_norm: float | None = None,
+    **options: Any,
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """Returns the optimizer and its learning rate as a function of the step.
 
@@ -170,12 +183,16 @@ def create_optimizer(
       name: a key of `OPTIMIZERS`.
       learning_rate: at factor 1 of the schedule.
       schedule: factor of the learning rate; see `create_schedule`.
+      backbone_factor: factor of the learning rate for all layers but the classifier (`layers.is_classifier`),
+        for fine-tuning; 0 freezes them, and their gradients are not computed.
       clip_norm: gradients longer than this (global L2 norm, all parameters together) are shortened
         to it; None leaves them.
       **options: the optimizer's own keywords.
     """
     if learning_rate < 0:
         raise ValueError(f"optimizer.learning_rate must not be negative, got {learning_rate}.")
+    if not 0 <= backbone_factor < math.inf:
+        raise ValueError(f"optimizer.backbone_factor must be finite and not negative, got {backbone_factor}.")
     if clip_norm is not None and clip_norm <= 0:
         raise ValueError(f"optimizer.clip_norm must be positive, or None for no clipping, got {clip_norm}.")
 
@@ -183,6 +200,8 @@ def create_optimizer(
         return learning_rate * schedule(step)
 
     tx = lookup(OPTIMIZERS, name, "optimizer")(rate, **options)
+    if backbone_factor != 1:  # of the whole update, decoupled weight decay too: that is the learning rate's factor
+        tx = optax.chain(tx, optax.masked(optax.scale(backbone_factor), backbone_mask))
     if clip_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
     return tx, rate

@@ -1,4 +1,4 @@
-"""Pictures for people: the curves of a run, the images a network got wrong."""
+"""Pictures for people: the curves of a run, the images a network got wrong, the images it learns from."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def check_path(path: Path) -> None:
 
 
 def _not_writable(path: Path, error: OSError) -> ValueError:
-    return ValueError(f"{path} cannot be written: {error.strerror or error}; name another by --picture.")
+    return ValueError(f"{path} cannot be written: {error.strerror or error}; name another file.")
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
@@ -95,25 +95,44 @@ def draw_mistakes(
     Raises:
       ValueError: the file cannot be written.
     """
+    captions = [
+        f"is {short(truth)}\nsaid {short(prediction)} ({100 * confidence:.0f} %)"
+        for truth, prediction, confidence in zip(truths, predictions, confidences, strict=True)
+    ]
+    draw_images(images, captions, title, path)
+
+
+def draw_images(images: Sequence[np.ndarray], captions: Sequence[str], title: str, path: Path) -> None:
+    """Draws images, eight in a row, each with its caption above it.
+
+    Args:
+      images: uint8 `[H, W, C]` each; may be empty.
+      captions: of each; lines over 21 letters are cut.
+      title: of the whole picture; may have several lines.
+      path: of the PNG file.
+
+    Raises:
+      ValueError: the file cannot be written.
+    """
     columns = max(1, min(8, len(images)))
     rows = -(-len(images) // columns)
     # As wide as the images, and at least as wide as the title: 35 letters are less than 3.5 inches.
     width = max(1.75 * columns, 3.5)
     lines = [part for line in title.split("\n") for part in textwrap.wrap(line, int(width * 10))]
+    captions = ["\n".join(short(line, 21) for line in caption.split("\n")) for caption in captions]
+    height = 1.7 + 0.17 * max((caption.count("\n") + 1 for caption in captions), default=1)
     figure, grid = plt.subplots(
         max(1, rows),
         columns,
-        figsize=(width, 2.05 * rows + 0.25 * len(lines)),
-        layout="constrained" if images else None,  # without images there is nothing to lay out
+        figsize=(width, height * rows + 0.25 * len(lines)),
+        layout="constrained" if len(images) else None,  # without images there is nothing to lay out
         squeeze=False,
     )
     for axes in grid.flat:
         axes.axis("off")
-    for axes, image, truth, prediction, confidence in zip(
-        grid.flat, images, truths, predictions, confidences, strict=False
-    ):
+    for axes, image, caption in zip(grid.flat, images, captions, strict=False):
         axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(f"is {_short(truth)}\nsaid {_short(prediction)} ({100 * confidence:.0f} %)", fontsize=9)
+        axes.set_title(caption, fontsize=9)
     figure.suptitle("\n".join(lines), fontsize=10)
     try:
         figure.savefig(path, dpi=110)
@@ -123,5 +142,6 @@ def draw_mistakes(
         plt.close(figure)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 16 else name[:15] + "…"
+def short(name: str, letters: int = 16) -> str:
+    """The name, cut to so many letters."""
+    return name if len(name) <= letters else name[: letters - 1] + "…"

@@ -9,9 +9,9 @@ data and no memory are needed, a minute or two is. What is the compiler's word a
                 forward, gradient of the input, gradient of the weights); the compiler's own count of
                 all arithmetic stands beside it
   collectives   read from the compiled program: arrays that the chips add up or gather
-  time          estimate, and a bound: each kind of layer at the chip's full bandwidth or full
-                arithmetic, whichever takes longer, and collectives after that, hidden by nothing. No
-                chip reaches it; input, evaluation and checkpoints come on top
+  time          estimate: each kind of layer at the chip's full bandwidth or full arithmetic, whichever
+                takes longer, which no chip reaches, and collectives after that, which may be hidden
+                behind it; input, evaluation and checkpoints come on top
 """
 
 import signal
@@ -34,7 +34,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from xception_flax import cli, costs, models, progress, recipe, sharding
+from xception_flax import cli, costs, fused, models, progress, recipe, sharding
 from xception_flax.hlo import Collective, Hlo
 from xception_flax.program import create_program
 
@@ -54,8 +54,9 @@ KINDS = {
     "BatchNorm": "batch norm.",
     "Dense": "classifier",
 }
+KERNELS = "separable, fused"  # with step.lowering=fused: normalization and both convolutions in one
 BETWEEN, LOSS, UPDATE = "between layers", "input, loss", "optimizer"
-ORDER = (*KINDS.values(), BETWEEN, LOSS, UPDATE)
+ORDER = (*KINDS.values(), KERNELS, BETWEEN, LOSS, UPDATE)
 
 BATCH_GRAIN = 8  # images a chip; batches between two multiples are padded to the next on a TPU
 MAX_COMPILATIONS = 8  # in search of the largest batch
@@ -99,7 +100,8 @@ def batch_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtyp
     """Shape and type of each array of a training batch, as `data.Split.batch_shapes` has them, without the data."""
     size = config.batch_size
     several = config.metrics.name == "multi_label"
-    return {
+    mask = {"mask": ((size,), np.dtype(np.float32))} if config.data.on_bad_image == "replace" else {}
+    return mask | {
         "images": ((size, *_image_shape(config)), np.dtype(np.uint8)),
         "labels": ((size, config.model.num_classes), np.dtype(np.uint8)) if several else ((size,), np.dtype(np.int32)),
     }
@@ -124,8 +126,9 @@ def compile_step(config: ConfigDict, devices: Iterable[Any], num_images: int) ->
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         # '... the total memory required ... (17.31G) exceeds available HBM (15.75G)', 'Used 17.31G of 15.75G hbm'
-        amounts = re.findall(r"([\d.]+)([MGT])\b", str(error).partition("\n")[0])
-        if "RESOURCE_EXHAUSTED" not in str(error) or not amounts:
+        first_line = str(error).partition("\n")[0]
+        amounts = re.findall(r"([\d.]+)([MGT])\b", first_line)
+        if "RESOURCE_EXHAUSTED" not in first_line or "hbm" not in first_line.lower() or not amounts:
             raise
         raise DoesNotFit(max(int(float(n) * 2 ** {"M": 20, "G": 30, "T": 40}[unit]) for n, unit in amounts)) from None
 
@@ -136,10 +139,13 @@ def measure(compiled: jax.stages.Compiled, config: ConfigDict, num_chips: int) -
     network = models.create_model(**config.model)
     layers = costs.measure(network, _image_shape(config))
     kinds = collections.defaultdict(lambda: [0.0, 0])
-    for layer in layers:
-        kinds[KINDS[layer.module]][0] += 6 * layer.macs * config.batch_size / num_chips
     paths = {"/".join(layer.path): KINDS[layer.module] for layer in layers}
-    for part in hlo.costs():
+    parts = list(hlo.costs())
+    with_kernels = {name for part in parts if (name := fused_layer(part.op_name))}
+    for layer in layers:
+        kind = KERNELS if "/".join(layer.path[:-1]) in with_kernels else KINDS[layer.module]
+        kinds[kind][0] += 6 * layer.macs * config.batch_size / num_chips
+    for part in parts:
         kinds[kind_of(part.op_name, paths, type(network).__name__)][1] += part.hbm_size
     return Report(
         memory=sum(getattr(memory, f"{n}_size_in_bytes") for n in ("argument", "output", "temp", "generated_code"))
@@ -152,6 +158,12 @@ def measure(compiled: jax.stages.Compiled, config: ConfigDict, num_chips: int) -
     )
 
 
+def fused_layer(op_name: str) -> str | None:
+    """Returns the path of the separable convolution that a kernel of `fused` computes; None of another operation."""
+    match = re.search(r"\.endpoints/(.+)\.normalized/shard_map/", op_name)
+    return match[1] if match else None
+
+
 def kind_of(op_name: str, paths: dict[str, str], network: str) -> str:
     """Returns the kind of layer that an operation of the step belongs to.
 
@@ -160,6 +172,8 @@ def kind_of(op_name: str, paths: dict[str, str], network: str) -> str:
       paths: kinds of the layers by their paths: `{"block1_conv1": "regular conv.", ...}`.
       network: its class.
     """
+    if fused_layer(op_name):
+        return KERNELS
     parts = op_name.split("/")
     for start in range(len(parts)):
         for end in range(len(parts), start, -1):
@@ -169,7 +183,7 @@ def kind_of(op_name: str, paths: dict[str, str], network: str) -> str:
 
 
 def estimate(report: Report, where: tpu.Slice, images_a_chip: float) -> dict[str, Any]:
-    """Returns what the report implies for a slice, as it goes into the JSON: a bound, no measurement."""
+    """Returns what the report implies for a slice, as it goes into the JSON: an estimate, no measurement."""
     chip, kinds = where.chip, {}
     for kind, cost in report.kinds.items():
         computing, moving = cost.flops / chip.flops_per_second, cost.size / chip.hbm_bytes_per_second
@@ -198,8 +212,10 @@ def estimate(report: Report, where: tpu.Slice, images_a_chip: float) -> dict[str
     }
 
 
-def largest_batch(memory_at: Callable[[int], int], usable: int, first: int, state: int) -> tuple[int, int]:
-    """Returns the most images a chip that fit, and the fewest that do not: multiples of `BATCH_GRAIN`.
+def largest_batch(
+    memory_at: Callable[[int], int], usable: int, first: int, state: int, grain: int = BATCH_GRAIN
+) -> tuple[int, int]:
+    """Returns the most images a chip that fit, and the fewest that do not: multiples of `grain`.
 
     Memory is nearly affine in the batch, so each guess is where the line through the last two points
     meets the limit. After `MAX_COMPILATIONS` the two may be further apart than they could be.
@@ -209,8 +225,9 @@ def largest_batch(memory_at: Callable[[int], int], usable: int, first: int, stat
       usable: bytes of a chip.
       first: images a chip to begin with.
       state: bytes without any image.
+      grain: images between two batches that are tried.
     """
-    grain, fits, fails = BATCH_GRAIN, 0, sys.maxsize
+    fits, fails = 0, sys.maxsize
     guess, last = max(grain, first // grain * grain), (0, state)
     for _ in range(MAX_COMPILATIONS):
         point = (guess, memory_at(guess))
@@ -266,7 +283,7 @@ def _show_costs(config: ConfigDict, where: tpu.Slice, result: dict[str, Any]) ->
         ],
         "bound by": [*(k["bound"] for k in kinds.values()), "links", result["bound"]],
     }
-    progress.show_columns("least time by the chip's specification (estimate)", columns)
+    progress.show_columns("time by the chip's specification (estimate)", columns)
     rate = result["images_per_second_per_chip"]
     rows = {
         "arithmetic": f"{result['network_flops'] / 1e9:,.0f} GFLOP of the network; in all, by the compiler's count, "
@@ -277,13 +294,11 @@ def _show_costs(config: ConfigDict, where: tpu.Slice, result: dict[str, Any]) ->
             f"{c['count']} {kind} of {c['bytes'] / 1e6:,.2f} MB" for kind, c in result["collectives"].items()
         )
         or "none",
-        "speed": f"at most {rate:,.0f} images/s a chip, {rate * where.num_chips:,.0f} in all (estimate)",
+        "speed": f"{rate:,.0f} images/s a chip, {rate * where.num_chips:,.0f} in all (estimate)",
         "run": "its length needs --num-images",
     }
     if "steps" in result:
-        rows["run"] = (
-            f"{result['steps']:,} steps, {config.epochs:g} epochs: at least {result['hours']:,.2f} h (estimate)"
-        )
+        rows["run"] = f"{result['steps']:,} steps, {config.epochs:g} epochs: {result['hours']:,.2f} h (estimate)"
     progress.show_table("a step of a chip, and the run", rows)
 
 
@@ -341,7 +356,8 @@ def main(argv: list[str]) -> int:
             found = report if known else at(images * parts)
             return found.memory if isinstance(found, Report) else max(found.memory, usable + 1)
 
-        sizes = largest_batch(memory_at, usable, config.batch_size // parts, report.state if fits else 0)
+        grain = fused.IMAGES if config.step.lowering == "fused" else BATCH_GRAIN
+        sizes = largest_batch(memory_at, usable, config.batch_size // parts, report.state if fits else 0, grain)
         result["largest_batch"], result["too_large_batch"] = (images * parts for images in sizes)
     if fits:
         result |= {"state_bytes": report.state} | estimate(report, where, config.batch_size / where.num_chips)

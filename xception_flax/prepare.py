@@ -30,11 +30,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xception_flax import cli, progress
-from xception_flax.data import imagenet, records, sources, transforms
+from xception_flax.data import decoding, imagenet, records, sources
 
 EXAMPLES = """\
   python -m xception_flax.prepare imagenet --tars downloads --data-dir /data/tfds --hashes
-  python -m xception_flax.prepare folder photos --data-dir /data/tfds --validation-fraction 0.2
+  python -m xception_flax.prepare folder photos --data-dir /data/tfds --val-fraction 0.2
   python -m xception_flax.prepare check /data/tfds/imagenet2012/5.1.0 --json report.json"""
 
 
@@ -53,14 +53,14 @@ def main(argv: list[str]) -> int:
     command = commands.add_parser("folder", help="images in a folder a class", allow_abbrev=False)
     command.set_defaults(function=prepare_folder)
     command.add_argument(
-        "source", type=cli.directory, metavar="SRC", help="with SRC/CLASS/*.jpg, or with SRC/train and SRC/val"
+        "source", type=cli.directory, metavar="SRC", help="with CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg"
     )
     command.add_argument("--name", help="of the data set; default: the folder's, in small letters")
     command.add_argument(
-        "--validation-fraction",
+        "--val-fraction",
         type=_fraction,
         metavar="SHARE",
-        help="of SRC/CLASS/*.jpg, chosen by a hash of each file's name; default: 0.1",
+        help="of SRC/CLASS/*.jpg, which a hash of each file's name decides, as in training on a folder; default: 0.1",
     )
     _add_output(command)
 
@@ -119,57 +119,43 @@ def prepare_imagenet(arguments: argparse.Namespace) -> int:
 
 def prepare_folder(arguments: argparse.Namespace) -> int:
     source = arguments.source.expanduser().absolute()
-    if not source.is_dir():
-        raise ValueError(f"{source} is no directory; expected images in {source}/CLASS/*.jpg.")
     name = arguments.name or re.sub(r"\W+", "_", source.name.lower()).strip("_")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"--name must be of small letters, digits and _, and begin with a letter; got {name!r}.")
-    folders = {split: source / part for split, part in (("train", "train"), ("validation", "val"))}
-    if all(folder.is_dir() for folder in folders.values()):
-        if arguments.validation_fraction is not None:
-            raise ValueError(f"{source} has train and val already; leave out --validation-fraction.")
-        files = {split: sources.class_folders(folder) for split, folder in folders.items()}
-        train, validation = files["train"].class_names, files["validation"].class_names
-        if train != validation:
+    fraction = {} if arguments.val_fraction is None else {"val_fraction": arguments.val_fraction}
+    there = sources.folder_splits(str(source))
+    if there and fraction:
+        raise ValueError(f"{source} has folders of splits ({', '.join(there)}) already; leave out --val-fraction.")
+    files = {split: sources.folder(split, data_dir=str(source), **fraction) for split in there or ("train", "val")}
+    first, class_names = next((split, of_split.class_names) for split, of_split in files.items())
+    for split, of_split in files.items():
+        if of_split.class_names != class_names:
             raise ValueError(
-                f"{source}/train and {source}/val must have the same classes; "
-                f"only in one: {', '.join(sorted(set(train) ^ set(validation))[:5])}."
+                f"{source}: {first} and {split} must have the same classes; "
+                f"only in one: {', '.join(sorted(set(class_names) ^ set(of_split.class_names))[:5])}."
             )
-        splits = {split: _listed(files[split], folders[split]) for split in files}
-    else:
-        found = sources.class_folders(source)
-        train, splits = found.class_names, {"train": [], "validation": []}
-        fraction = 0.1 if arguments.validation_fraction is None else arguments.validation_fraction
-        for image in _listed(found, source):
-            splits["validation" if is_validation(image.name, fraction) else "train"].append(image)
+    splits = {
+        split: [
+            records.EncodedImage(Path(path).relative_to(source).as_posix(), label, path, 0, os.stat(path).st_size)
+            for path, label in zip(of_split.paths, of_split.labels, strict=True)
+        ]
+        for split, of_split in files.items()
+    }
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
             name=name, version=tfds.core.Version("1.0.0"), data_dir=str(arguments.data_dir), module_name=""
         ),
-        description=f"Images of {len(train)} classes.",
+        description=f"Images of {len(class_names)} classes.",
         features=tfds.features.FeaturesDict(
             {
                 "image": tfds.features.Image(),
-                "label": tfds.features.ClassLabel(names=train),
+                "label": tfds.features.ClassLabel(names=class_names),
                 "file_name": tfds.features.Text(),
             }
         ),
         supervised_keys=("image", "label"),
     )
     return _prepare(info, splits, arguments, str(source))
-
-
-def is_validation(name: str, fraction: float) -> bool:
-    """Whether the image 'CLASS/FILE' is held out: its name's hash decides, so that it stays where it is
-    when others come or go, and the larger fraction holds out all that the smaller does."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64
-
-
-def _listed(files: sources.Files, root: Path) -> list[records.EncodedImage]:
-    return [
-        records.EncodedImage(Path(path).relative_to(root).as_posix(), label, path, 0, os.stat(path).st_size)
-        for path, label in zip(files.paths, files.labels, strict=True)
-    ]
 
 
 def _prepare(
@@ -267,24 +253,22 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def _open(directory: Path) -> dict[str, sources.Source]:
-    """The splits of a prepared data set, or of a folder with or without folders of splits."""
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is no directory; expected a prepared data set, or a folder of images.")
+    """The splits of a prepared data set, or of a folder."""
     if (directory / "dataset_info.json").exists():
         names = tfds.builder_from_directory(directory).info.splits
         return {split: sources.tfds(split, data_dir=str(directory)) for split in names}
-    splits = [split for split in ("train", "val", "validation", "test") if (directory / split).is_dir()]
+    splits = sources.folder_splits(str(directory))
     if splits:
-        return {split: sources.class_folders(directory / split) for split in splits}
-    return {"all": sources.class_folders(directory)}
+        return {split: sources.folder(split, data_dir=str(directory)) for split in splits}
+    return {"all": sources.folder(directory.name, data_dir=str(directory.parent))}  # a split of the folder above
 
 
 def _read(source: sources.Source, index: int) -> Checked:
     example = source[index]
     content, name = example["image"], str(example.get("name", index))
     try:
-        height, width = transforms.decode(content, 3).shape[:2]
-    except ValueError:
+        height, width = decoding.decode(content, 3).shape[:2]
+    except decoding.BadImageError:
         height = width = 0
     return Checked(name, int(example["label"]), len(content), hashlib.sha256(content).digest(), height, width)
 

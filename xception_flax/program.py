@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from xception_flax import metrics, models, optimizers, state, steps
+from xception_flax import metrics, mixing, models, optimizers, state, steps
 
 
 class Program(NamedTuple):
@@ -60,7 +60,17 @@ def create_program(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, int, 
     weights = "ema" if config.step.ema_decay else "raw"
     init, abstract_state = state.make_init(model, tx, image_shape, mesh, ema=weights == "ema")
     train_step = steps.make_train_step(
-        model, tx, loss, compute_metrics, normalize, abstract_state, mesh, seed=config.seed, **config.step
+        model,
+        tx,
+        loss,
+        compute_metrics,
+        normalize,
+        abstract_state,
+        mesh,
+        seed=config.seed,
+        mix=mixing.make_mixing(**config.mix),
+        backbone_frozen=config.optimizer.backbone_factor == 0,
+        **config.step,
     )
     eval_step = steps.make_eval_step(model, loss, compute_metrics, normalize, mesh)
     return Program(model, init, abstract_state, train_step, eval_step, learning_rate, total_steps, weights)

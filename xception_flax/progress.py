@@ -101,6 +101,9 @@ def counting(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Cal
     console.print(f"{what}: {amount(now_done - done)} in {_duration(seconds)}", markup=False, soft_wrap=True)
 
 
+NO_SHARES = ("loss", "count", "bad_images")  # of what an evaluation returns; all else is a share of 1
+
+
 def percent(share: float) -> str:
     """0.99444 -> '99.44 %'."""
     return f"{100 * share:.2f} %"
@@ -249,7 +252,7 @@ class RunProgress:
         seconds = {"eval/seconds": self._pauses.pop("evaluation")} if "evaluation" in self._pauses else {}
         self._record(step, {f"eval/{k}": v for k, v in metrics.items()} | seconds | {"eval/weights": weights})
         epoch = step * self._batch_size / self._num_images
-        shares = "  ".join(f"{k} {percent(v)}" for k, v in metrics.items() if k not in ("loss", "count"))
+        shares = "  ".join(f"{k} {percent(v)}" for k, v in metrics.items() if k not in NO_SHARES)
         self.say(f"epoch {epoch:5.1f}  evaluation ({weights}): {shares}  loss {metrics['loss']:.4f}")
 
     def checkpoint(self, step: int) -> None:

@@ -28,7 +28,7 @@ import typeguard
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from xception_flax import checkpoint, data, metrics, models, optimizers, sharding, steps
+from xception_flax import checkpoint, data, metrics, mixing, models, optimizers, pretrained, sharding, steps
 from xception_flax.lookup import suggest
 
 
@@ -39,7 +39,7 @@ class Loop:
     Attributes:
       batch_size: images a step, over all devices of all hosts.
       epochs: length of the run, in passes over the training split; may be a fraction.
-      seed: of initial weights, data order, augmentation and dropout.
+      seed: of initial weights, data order, augmentation, mixing and dropout.
       log_every_steps: steps between two lines of training metrics.
       eval_every_epochs: epochs between two evaluations; the end is always evaluated.
       checkpoint_every_epochs: epochs between two checkpoints; the end is always saved.
@@ -101,14 +101,21 @@ def _group(function: Callable[..., Any], supplied: str = "", **choice: Any) -> G
 
 GROUPS = {
     "model": _group(models.create_model, "parent", selector="name", table=models.MODELS),
+    "init": _group(pretrained.load, "model image_shape mesh class_names mean std"),
     "normalize": _group(steps.create_normalizer),
     "loss": _group(steps.create_loss),
     "metrics": _group(metrics.create_metrics, selector="name", table=metrics.METRICS),
     "optimizer": _group(optimizers.create_optimizer, "schedule", selector="name", table=optimizers.OPTIMIZERS),
     "schedule": _group(optimizers.create_schedule, "run", selector="name", table=optimizers.SCHEDULES),
-    "step": _group(steps.make_train_step, "model tx loss metrics normalize abstract_state mesh seed"),
+    "mix": _group(mixing.make_mixing),
+    "step": _group(
+        steps.make_train_step, "model tx loss metrics normalize abstract_state mesh seed mix backbone_frozen"
+    ),
     "data": _group(
-        data.load, "train batch_size seed process_index process_count split", selector="source", table=data.SOURCES
+        data.load,
+        "train batch_size seed process_index process_count processes_per_host split",
+        selector="source",
+        table=data.SOURCES,
     ),
     "mesh": _group(sharding.create_mesh, "devices"),
     "checkpoint": _group(checkpoint.open_manager, "workdir best_metric read_only"),
@@ -116,7 +123,15 @@ GROUPS = {
 LOOP = _group(Loop)
 
 # Keys that change how a result is computed or shown and not the result: free to differ on resuming.
-OPERATIONAL = ("data.data_dir", "data.num_threads", "data.num_workers", "log_every_steps", "profile")
+# On bad images: what a run that did not stop has read is the same.
+OPERATIONAL = (
+    "data.data_dir",
+    "data.num_threads",
+    "data.num_workers",
+    "data.on_bad_image",
+    "log_every_steps",
+    "profile",
+)
 OPERATIONAL_GROUPS = ("mesh", "checkpoint")
 
 
@@ -227,8 +242,10 @@ def _no_recipe(path: str) -> ValueError:
 def _failed(path: str, error: Exception) -> ValueError:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame for frame in frames if Path(frame.filename).name == Path(path).name]
-    # What a recipe raises itself is about its argument; all else is a mistake in the recipe, and where it is helps.
-    if isinstance(error, ValueError) and lines[-1:] == frames[-1:] and (frames[-1].line or "").startswith("raise "):
+    # What a recipe raises itself, or a function of ours that it asks about its argument, is about that; all else is a
+    # mistake in the recipe, and where it is helps.
+    ours = lines[-1:] == frames[-1:] or Path(__file__).parent in Path(frames[-1].filename).parents
+    if isinstance(error, ValueError) and ours and (frames[-1].line or "").startswith("raise "):
         return ValueError(f"recipe {path}: {error}")
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     return ValueError(f"recipe {path}, line {lines[-1].lineno if lines else None}: {kind}{error}")

@@ -7,11 +7,14 @@ the global batch.
 """
 
 import math
+import socket
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 PyTree = Any
@@ -73,6 +76,14 @@ def _devices(number: int) -> str:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def processes_per_host() -> int:
+    """Processes of this run on this host, this one included; all processes must call it."""
+    if jax.process_count() == 1:
+        return 1
+    host = np.uint32(zlib.crc32(socket.gethostname().encode()))
+    return int(np.sum(multihost_utils.process_allgather(host) == host))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from xception_flax import sharding
@@ -59,17 +60,21 @@ def make_init(
 ) -> tuple[Any, TrainState]:
     """Returns (init, abstract_state).
 
-    `init(key)` makes the state, each array already where it belongs: no device ever holds more
-    than its share. `abstract_state` has the shape, type and sharding of each, without memory:
-    what restoring a checkpoint and compiling ahead of time need.
+    `init(key, pretrained={})` makes the state, each array already where it belongs: no device ever
+    holds more than its share. `pretrained` has variables by their path, `('params', 'predictions',
+    'kernel')` say, that take the place of random ones. `abstract_state` has the shape, type and sharding
+    of each, without memory: what restoring a checkpoint and compiling ahead of time need.
 
     Args:
       image_shape: `(H, W, C)` of one image.
       ema: whether to keep averages of parameters and batch statistics.
     """
 
-    def init(key: jax.Array) -> TrainState:
+    def init(key: jax.Array, pretrained: dict[tuple[str, ...], jax.Array] | None = None) -> TrainState:
         variables = _init_variables(model, key, jnp.zeros((1, *image_shape), jnp.float32))
+        flat = flatten_dict(variables)
+        given = {path: value.astype(flat[path].dtype) for path, value in (pretrained or {}).items()}
+        variables = {"batch_stats": {}} | unflatten_dict(flat | given)
         params, batch_stats = variables["params"], variables["batch_stats"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),

@@ -11,9 +11,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xception_flax import ops, sharding
+from xception_flax.fused import DEVICE_KINDS
 from xception_flax.lookup import lookup, suggest
 from xception_flax.metrics import MetricFunction, Sum, masked_sum
-from xception_flax.optimizers import decay_mask
+from xception_flax.mixing import Mix, mixing_key, soft_labels
+from xception_flax.optimizers import backbone_mask, decay_mask
 from xception_flax.state import TrainState
 
 PyTree = Any
@@ -24,20 +26,21 @@ Batch = dict[str, jax.Array]
 
 
 def softmax(logits: jax.Array, labels: jax.Array, label_smoothing: float) -> jax.Array:
-    """Cross-entropy of one label an image: `[N, C]`, `[N]` integers -> `[N]` (nats)."""
-    if labels.ndim != 1:
+    """Cross-entropy of one label an image: `[N, C]`, `[N]` integers or `[N, C]` floating shares -> `[N]` (nats)."""
+    soft = labels.ndim == 2 and jnp.issubdtype(labels.dtype, jnp.floating)  # rows of 0 and 1 are integers
+    if labels.ndim != 1 and not soft:
         raise ValueError(
             f"loss 'softmax' takes one label an image, got labels of shape {labels.shape}; for several labels "
             "set loss.name=sigmoid and metrics.name=multi_label."
         )
-    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    targets = labels.astype(logits.dtype) if soft else jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
 
 
 def sigmoid(logits: jax.Array, labels: jax.Array, label_smoothing: float) -> jax.Array:
     """Binary cross-entropy summed over the classes, any number of labels an image (JFT).
 
-    `[N, C]`, `[N, C]` of 0 and 1 -> `[N]` (nats). Smoothing draws each target towards 1/2.
+    `[N, C]`, `[N, C]` of 0 and 1, or of shares between them -> `[N]` (nats). Smoothing draws each target towards 1/2.
     """
     if labels.shape != logits.shape:
         raise ValueError(
@@ -54,7 +57,7 @@ LOSSES = {"softmax": softmax, "sigmoid": sigmoid}
 class Loss(NamedTuple):
     """What a run minimises: mean of `example` over the batch plus `penalty` of the parameters."""
 
-    example: Callable[[jax.Array, jax.Array], jax.Array]  # logits, labels -> [N]; smoothed
+    example: Callable[[jax.Array, jax.Array], jax.Array]  # logits, labels -> [N]; smoothed; labels may be soft
     plain: Callable[[jax.Array, jax.Array], jax.Array]  # the same without smoothing, for evaluation
     penalty: Callable[[PyTree], jax.Array]  # params -> scalar
 
@@ -135,19 +138,26 @@ def make_train_step(
     mesh: Mesh,
     *,
     seed: int,
+    mix: Mix | None = None,
+    backbone_frozen: bool = False,
     ema_decay: float = 0.0,
     accumulation_steps: int = 1,
     lowering: str = "platform",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Sum]]]:
     """Returns the compiled `train_step(state, batch) -> (state, metrics)`; the old state is donated.
 
-    A batch is `images` `[N, H, W, C]` uint8 and `labels`. The step is a pure function of state,
-    batch and seed; dropout's randomness comes from the seed and the step number, whatever the
-    number of devices.
+    A batch is `images` `[N, H, W, C]` uint8 and `labels`; it may have a `mask` `[N]`, 0 for images that loss,
+    gradient and metrics leave out (batch statistics see them: they are black). The step is a pure function of state,
+    batch and seed; dropout's and mixing's randomness comes from the seed and the step number,
+    whatever the number of devices.
 
     Args:
       abstract_state: shapes and shardings, from `state.make_init`.
-      seed: of dropout.
+      seed: of dropout and mixing.
+      mix: from `mixing.make_mixing`; it mixes the whole batch, before it is split into parts. The
+        loss takes the soft labels, and the metrics the label with the larger share.
+      backbone_frozen: whether `tx` leaves the backbone as it is: no gradient of it is computed, and
+        `gradient_norm` is the classifier's.
       ema_decay: share of the old average that a step keeps (Polyak averaging, section 4.2). In
         the first steps less: min(ema_decay, (1 + step) / (10 + step)), as
         `tf.train.ExponentialMovingAverage(num_updates=step)`. 0 keeps no average.
@@ -163,10 +173,15 @@ def make_train_step(
         raise ValueError(f"step.accumulation_steps must be at least 1, got {accumulation_steps}.")
     if lowering not in ops.LOWERINGS:
         raise ValueError(f"unknown step.lowering {lowering!r}; {suggest(lowering, ops.LOWERINGS)}")
-    if lowering == "fused" and (platform := mesh.devices.flat[0].platform) != "tpu":
-        raise ValueError(f"step.lowering='fused' has kernels for TPUs only, and this is a {platform}; leave it out.")
+    if lowering == "fused" and (kind := mesh.devices.flat[0].device_kind) not in DEVICE_KINDS:
+        raise ValueError(
+            f"step.lowering='fused' has kernels for {', '.join(DEVICE_KINDS)} only, and this is a {kind}; leave it out."
+        )
 
     def objective(params: PyTree, batch_stats: PyTree, part: Batch, key: jax.Array):
+        if backbone_frozen:
+            stop = jax.lax.stop_gradient
+            params = jax.tree.map(lambda p, frozen: stop(p) if frozen else p, params, backbone_mask(params))
         logits, updates = model.apply(
             {"params": params, "batch_stats": batch_stats},
             normalize(part["images"]),
@@ -174,14 +189,17 @@ def make_train_step(
             rngs={"dropout": key},
             mutable=["batch_stats"],
         )
-        losses, penalty = loss.example(logits, part["labels"]), loss.penalty(params)
-        ones = jnp.ones(logits.shape[0])
+        targets = part["labels"] if mix is None else soft_labels(part, logits.shape[-1])
+        losses, penalty = loss.example(logits, targets), loss.penalty(params)
+        mask = part.get("mask", jnp.ones(logits.shape[0]))
         sums = {
-            "loss": masked_sum(losses, ones),
+            "loss": masked_sum(losses, mask),
             "penalty": Sum(penalty, jnp.ones(())),
-            **metrics(logits, part["labels"], ones),
+            **metrics(logits, part["labels"], mask),
         }
-        return jnp.mean(losses) + penalty, (updates.get("batch_stats", {}), sums)
+        # `part["weight"]` makes the mean over parts of this mean that of all images that count.
+        mean = jnp.mean(jnp.where(mask > 0, losses, 0) * part["weight"]) if "mask" in part else jnp.mean(losses)
+        return mean + penalty, (updates.get("batch_stats", {}), sums)
 
     def gradient(*arguments):
         # A kernel that each chip runs on its share asks for the mesh in context; see `ops`.
@@ -212,9 +230,15 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Sum]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if mix is not None:
+            batch = mix(mixing_key(seed, state.step), batch)
         # What 'fsdp' splits is stored in shares and computed with whole; only the batch is split in
         # the network. Left to itself the compiler would split channels too, and copy back and forth.
         params = jax.lax.with_sharding_constraint(state.params, sharding.replicated(mesh))
+        if "mask" in batch:
+            mask = batch["mask"]
+            weight = mask.size / jnp.maximum(jnp.sum(mask), 1)
+            batch = {**batch, "weight": jnp.broadcast_to(weight, mask.shape)}
         if accumulation_steps == 1:
             grads, (batch_stats, sums) = gradient(params, state.batch_stats, batch, key)
         else:

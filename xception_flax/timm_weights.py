@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,23 @@ _LEGACY = {
     r"predictions": "fc",
 }
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+
+def read_state(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays by name of a .safetensors or .npz file, as `from_timm` takes them.
+
+    Raises:
+      ValueError: it is neither, or a damaged one.
+    """
+    import safetensors.numpy  # here: other commands need not pay for it
+
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.numpy.load_file(path)
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except Exception as error:  # zipfile, NumPy and safetensors have an exception each
+        raise ValueError(f"{path} cannot be read as weights of timm: {error}.") from None
 
 
 def timm_names(template: Mapping[str, PyTree]) -> dict[tuple[str, ...], str]:

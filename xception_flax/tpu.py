@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from xception_flax.devices import PEAK_FLOPS_PER_SECOND as _PEAKS
 from xception_flax.lookup import suggest
 
 GIB = 2**30
@@ -49,10 +50,10 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 CHIPS = {
-    "v4": Chip(int(30.75 * GIB), 1.2e12, 275e12, 4.5e10, _CUBES, wraps_at=4, config="megacore"),
-    "v5e": Chip(int(15.75 * GIB), 8.19e11, 197e12, 4.5e10, _FLAT, wraps_at=16),
-    "v5p": Chip(int(95.74 * GIB), 2.765e12, 459e12, 9e10, _CUBES, wraps_at=4, config="megacore"),
-    "v6e": Chip(int(31.25 * GIB), 1.64e12, 918e12, 9e10, _FLAT, wraps_at=16),
+    "v4": Chip(int(30.75 * GIB), 1.2e12, _PEAKS["TPU v4"]["bfloat16"], 4.5e10, _CUBES, wraps_at=4, config="megacore"),
+    "v5e": Chip(int(15.75 * GIB), 8.19e11, _PEAKS["TPU v5e"]["bfloat16"], 4.5e10, _FLAT, wraps_at=16),
+    "v5p": Chip(int(95.74 * GIB), 2.765e12, _PEAKS["TPU v5p"]["bfloat16"], 9e10, _CUBES, wraps_at=4, config="megacore"),
+    "v6e": Chip(int(31.25 * GIB), 1.64e12, _PEAKS["TPU v6e"]["bfloat16"], 9e10, _FLAT, wraps_at=16),
 }
 
 

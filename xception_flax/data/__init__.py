@@ -6,12 +6,12 @@ No module in here calls JAX: worker processes import them and must never open an
 from collections.abc import Sequence
 from typing import Any
 
-from xception_flax.data.pipeline import Split
+from xception_flax.data.pipeline import ON_BAD_IMAGE, InputError, Split, choose_threads, usable_cpus
 from xception_flax.data.sources import SOURCES
 from xception_flax.data.transforms import parse_transforms
-from xception_flax.lookup import lookup
+from xception_flax.lookup import lookup, suggest
 
-__all__ = ["SOURCES", "Split", "check_class_names", "load"]
+__all__ = ["SOURCES", "InputError", "Split", "check_class_names", "load"]
 
 
 def load(
@@ -28,8 +28,11 @@ def load(
     eval_transforms: str = "resize",
     process_index: int = 0,
     process_count: int = 1,
-    num_threads: int = 4,
-    num_workers: int = 0,
+    processes_per_host: int = 1,
+    num_threads: int = -1,
+    num_workers: int = -1,
+    min_decoded_side: int = 0,
+    on_bad_image: str = "stop",
     **options: Any,
 ) -> Split:
     """Returns the batches of a data set, for training or for evaluation.
@@ -47,8 +50,14 @@ def load(
       eval_transforms: chain of transforms in evaluation.
       process_index: of this host.
       process_count: number of hosts.
-      num_threads: that read and decode, in each process; as many batches are kept ready.
-      num_workers: worker processes; 0: threads of this process do the work.
+      processes_per_host: that share this host's CPUs.
+      num_threads: that read and decode, in each process; -1 for what `pipeline.choose_threads` says.
+      num_workers: worker processes; 0: threads of this process do the work; -1 as above. Neither number
+        changes a batch.
+      min_decoded_side: where positive, JPEGs whose sides are twice as long, 4 or 8 times are decoded at
+        1/2, 1/4 or 1/8 of their size: faster for large photos, and other values (see `decoding.decode`).
+      on_bad_image: what to do with one that cannot be decoded: 'stop' names it and stops; 'replace' puts a
+        black image with mask 0 in its place, which loss, gradient and metrics leave out and count.
       **options: the source's own keywords, such as `data_dir`.
 
     Raises:
@@ -61,10 +70,15 @@ def load(
         raise ValueError(f"data.channels must be 1 or 3, got {channels}.")
     if image_size < 1:
         raise ValueError(f"data.image_size must be positive, got {image_size}.")
-    if num_threads < 1 or num_workers < 0:
+    if (num_threads != -1 and num_threads < 1) or num_workers < -1:
         raise ValueError(
-            f"data.num_threads must be at least 1 and data.num_workers at least 0, got {num_threads}, {num_workers}."
+            "data.num_threads must be at least 1 and data.num_workers at least 0, or -1 for what suits the CPUs; "
+            f"got {num_threads}, {num_workers}."
         )
+    if min_decoded_side < 0:
+        raise ValueError(f"data.min_decoded_side must be 0 (off) or positive, got {min_decoded_side}.")
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"unknown data.on_bad_image {on_bad_image!r}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
     transforms = parse_transforms(train_transforms if train else eval_transforms, image_size)
     examples = function(train_split if train else eval_split, **options)
     if not len(examples):
@@ -74,6 +88,7 @@ def load(
             f"batch_size={batch_size} is more than the {len(examples)} images of split {train_split!r}; "
             f"take at most {len(examples)}."
         )
+    num_threads, num_workers = choose_threads(num_threads, num_workers, usable_cpus(processes_per_host))
     return Split(
         source=examples,
         transforms=transforms,
@@ -85,6 +100,8 @@ def load(
         process_count=process_count,
         num_threads=num_threads,
         num_workers=num_workers,
+        min_decoded_side=min_decoded_side,
+        on_bad_image=on_bad_image,
     )
 
 

@@ -8,18 +8,38 @@ and to resume at a step is arithmetic.
 import contextlib
 import ctypes
 import dataclasses
+import multiprocessing
+import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grain
 import numpy as np
 from absl import flags
 
+from xception_flax import allocator
+from xception_flax.data.decoding import BadImageError, decode
 from xception_flax.data.sources import Example, Source
-from xception_flax.data.transforms import Transform, decode
+from xception_flax.data.transforms import Transform
 
 Batch = dict[str, np.ndarray]
+
+ON_BAD_IMAGE = ("stop", "replace")
+
+# Batches that a process has ready or under way, besides the one that it has given away: two, so that
+# threads that find no more of one begin the next.
+BATCHES_AHEAD = 2
+
+# From here on a host has worker processes, one for so many threads: in one process more than that wait for
+# each other, for what Python does between two images.
+THREADS_PER_PROCESS = 8
+
+
+class InputError(ValueError):
+    """The batches have come to an end that is none: an image, a file or a worker process is at fault."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +54,10 @@ class Split:
       train: shuffled and endless, or in order, once, padded.
       seed: of order and augmentation.
       process_index, process_count: which host of how many this is.
-      num_threads: that read and decode, in each process; as many batches are kept ready.
+      num_threads: that read and decode, in each process.
       num_workers: processes beside this one; 0: threads of this one do it.
+      min_decoded_side: see `decoding.decode`; 0: images are decoded whole.
+      on_bad_image: 'stop' or 'replace'.
     """
 
     source: Source
@@ -48,6 +70,8 @@ class Split:
     process_count: int
     num_threads: int
     num_workers: int
+    min_decoded_side: int = 0
+    on_bad_image: str = "stop"
 
     @property
     def num_images(self) -> int:
@@ -70,49 +94,131 @@ class Split:
             "images": ((self.batch_size, *self.image_shape), np.dtype(np.uint8)),
             "labels": ((self.batch_size, *label.shape), label.dtype),
         }
-        return shapes | ({} if self.train else {"mask": ((self.batch_size,), np.dtype(np.float32))})
+        return shapes | ({"mask": ((self.batch_size,), np.dtype(np.float32))} if self.masked else {})
+
+    @property
+    def masked(self) -> bool:
+        """Whether batches have a `mask`: in evaluation, and where bad images are replaced."""
+        return not self.train or self.on_bad_image == "replace"
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Yields this host's share of batch `start_step`, `start_step + 1`, ...
 
         `images` `[batch_size / process_count, H, W, C]` uint8 and `labels` `[...]` int32, or
-        `[..., num_classes]` uint8; in evaluation also `mask` `[...]` float32, 0 for padding. The
-        generator must be closed (`contextlib.closing`) where it is not read to its end.
+        `[..., num_classes]` uint8; where `masked`, also `mask` `[...]` float32: 0 for padding and for what
+        stands for a bad image, which is black. The generator must be closed (`contextlib.closing`)
+        where it is not read to its end.
+
+        In memory are, besides the batch last yielded, at most `BATCHES_AHEAD`; with worker processes at most
+        six for each of them: two in the making, and in the queues of either side one and one that waits.
+
+        Raises:
+          InputError: a bad image and `on_bad_image='stop'`, a file that cannot be read, a worker
+            process that has ended.
         """
         examples = grain.MapDataset.source(self.source if self.train else _Padded(self.source, self.batch_size))
         examples = examples.seed(self.seed)
         if self.train:
             examples = examples.shuffle().repeat()  # another order each epoch
-        examples = examples.random_map(_Prepare(self.transforms, self.image_shape))
+        prepare = _Prepare(self.transforms, self.image_shape, self.min_decoded_side, self.on_bad_image == "replace")
+        examples = examples.random_map(prepare)
         # Hosts part after the random map, since an example's randomness comes from its place in the global
         # order, and in whole blocks, so that their shares make up the global batch in that order.
-        shares = examples.batch(self.batch_size // self.process_count, drop_remainder=True)
+        shares = grain.MapDataset.source(_Shares(examples, self))
         batches = shares[self.process_index :: self.process_count][start_step:]
-        iterator = batches.to_iter_dataset(
-            grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=self.num_threads)
-        )
+        ahead = min(BATCHES_AHEAD, self.num_threads)
+        iterator = batches.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=BATCHES_AHEAD))
         if self.num_workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain reads a flag in its workers
-            options = grain.MultiprocessingOptions(num_workers=self.num_workers, per_worker_buffer_size=2)
+            options = grain.MultiprocessingOptions(num_workers=self.num_workers, per_worker_buffer_size=1)
             iterator = iterator.mp_prefetch(options, _start_worker)
         iterator = iter(iterator)
         with contextlib.closing(iterator):
-            yield from iterator
+            while True:
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                except BadImageError as error:
+                    raise InputError(
+                        f"{error} Repair it or take it away, or go on without it by --config.data.on_bad_image=replace."
+                    ) from None
+                except OSError as error:
+                    raise InputError(f"the data cannot be read: {error}.") from error
+                except RuntimeError as error:
+                    if (code := re.search(r"Worker process was terminated .* exit code (-?\d+)", str(error))) is None:
+                        raise
+                    raise InputError(_worker_ended(int(code[1]))) from None
+                yield batch
+
+
+def _worker_ended(code: int) -> str:
+    by = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+    hint = ", as the system does to whom memory runs out" if code == -signal.SIGKILL else ""
+    return (
+        f"a worker process that reads the data was ended {by}{hint}. Take fewer by --config.data.num_workers=N; "
+        "0 for none, which shows an error of their own."
+    )
+
+
+class _Shares:
+    """The source of whole batches, or of a host's shares of them: each made by `num_threads` threads in its place.
+
+    Threads share the images of one batch rather than make one each: the first is there sooner, and
+    two batches ahead are enough for any number of threads.
+    """
+
+    def __init__(self, examples: grain.MapDataset, split: Split) -> None:
+        self._examples = examples
+        self._size = split.batch_size // split.process_count
+        self._num_threads = min(split.num_threads, self._size)
+        self._arrays = {name: (shape[1:], dtype) for name, (shape, dtype) in split.batch_shapes.items()}
+
+    def __len__(self) -> int:
+        return len(self._examples) // self._size
+
+    def __repr__(self) -> str:
+        return f"shares of {self._size} images"
+
+    def __getitem__(self, index: int) -> Batch:
+        batch = {name: np.empty((self._size, *shape), dtype) for name, (shape, dtype) in self._arrays.items()}
+        rows = iter(range(self._size))  # each thread takes the next: `next` of it is one step for Python
+
+        def fill() -> None:
+            for row in rows:
+                example = self._examples[index * self._size + row]
+                for name, array in batch.items():
+                    array[row] = example[name]
+
+        if self._num_threads == 1:
+            fill()
+            return batch
+        with ThreadPoolExecutor(self._num_threads) as pool:
+            for done in [pool.submit(fill) for _ in range(self._num_threads)]:
+                done.result()
+        return batch
 
 
 class _Prepare(grain.transforms.RandomMap):
     """Decodes and augments one example."""
 
-    def __init__(self, transforms: tuple[Transform, ...], image_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, transforms: tuple[Transform, ...], image_shape: tuple[int, int, int], min_side: int, replace: bool
+    ) -> None:
         self._transforms = transforms
         self._image_shape = image_shape
+        self._min_side = min_side
+        self._replace = replace
 
     def random_map(self, example: Example, rng: np.random.Generator) -> Batch:
+        prepared = {"labels": _label(example), "mask": example.get("mask", np.float32(1))}
         try:
-            image = decode(example["image"], self._image_shape[-1])
-        except ValueError as error:
-            raise ValueError(f"{example['name']}: {error}" if "name" in example else str(error)) from None
+            image = decode(example["image"], self._image_shape[-1], self._min_side)
+        except BadImageError as error:
+            if self._replace:
+                return prepared | {"images": np.zeros(self._image_shape, np.uint8), "mask": np.float32(0)}
+            raise BadImageError(f"{example['name']}: {error}" if "name" in example else str(error)) from None
         for transform in self._transforms:
             image = transform(image, rng)
         if image.shape != self._image_shape:
@@ -120,8 +226,7 @@ class _Prepare(grain.transforms.RandomMap):
                 f"the transforms made an image of shape {image.shape}, but the recipe's image_size and channels "
                 f"are {self._image_shape}; end the chain with one that resizes."
             )
-        prepared = {"images": image, "labels": _label(example)}
-        return prepared | ({"mask": example["mask"]} if "mask" in example else {})
+        return prepared | {"images": image}
 
 
 def _label(example: Example) -> np.ndarray:
@@ -156,3 +261,25 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != multiprocessing.parent_process().pid:  # it has died before it could be told
+            os._exit(1)
+    allocator.keep_freed_memory()  # every image and every batch is as large as the last
+
+
+def choose_threads(num_threads: int, num_workers: int, cpus: int) -> tuple[int, int]:
+    """Returns the number of threads (in each process) and of worker processes, with -1 made what suits `cpus`.
+
+    Below 16 CPUs a thread for each, in this process. From 16 on a worker process for every 8, of 8 threads.
+    """
+    if num_workers == -1:
+        num_workers = cpus // THREADS_PER_PROCESS if cpus >= 2 * THREADS_PER_PROCESS else 0
+    if num_threads == -1:
+        num_threads = max(1, cpus // max(1, num_workers))
+        num_threads = min(num_threads, THREADS_PER_PROCESS) if num_workers else num_threads
+    return num_threads, num_workers
+
+
+def usable_cpus(processes_per_host: int = 1) -> int:
+    """CPUs of this host that this process may use, divided by the processes that share it; at least 1."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // processes_per_host)

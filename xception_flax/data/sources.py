@@ -2,11 +2,13 @@
 
 A source has a length, `num_classes`, `class_names`, and `source[i]` is a dict of `image` (the
 bytes of a file, or uint8 `[H, W]` / `[H, W, C]`) and `label` (an integer, or `[num_classes]` of 0
-and 1 where images have several labels). Sources are sent to worker processes: they must pickle.
+and 1 where images have several labels); where it has a `name`, errors call it by that. Sources are
+sent to worker processes: they must pickle.
 """
 
 import dataclasses
 import gzip
+import hashlib
 import importlib.util
 import struct
 from collections.abc import Callable, Sequence
@@ -142,8 +144,9 @@ class TfdsSource:
             row = np.zeros(len(self.class_names), np.uint8)
             row[np.asarray(label, np.int64)] = 1
             label = row
-        example = {"image": record[self.image_key], "label": label}
-        return example | ({"name": record["file_name"].decode()} if "file_name" in record else {})
+        file_name = record.get("file_name", b"")
+        file_name = file_name.decode(errors="replace") if isinstance(file_name, bytes) else file_name
+        return {"image": record[self.image_key], "label": label, "name": f"record {index} {file_name}".rstrip()}
 
 
 def tfds(
@@ -270,39 +273,82 @@ class Files:
         }
 
 
-def folder(split: str, *, data_dir: str) -> Files:
-    """A folder of images: `data_dir/split/class/image.jpg`; classes are numbered in the order of their names.
+def folder(split: str, *, data_dir: str, val_fraction: float = 0.1) -> Files:
+    """A folder of images, a folder a class; classes are numbered in the order of their names.
+
+    Either `data_dir/split/CLASS/image.jpg`, or `data_dir/CLASS/image.jpg` alone: that has the splits
+    'train' and 'val', which a hash of each file's name decides, so that a file keeps its split when
+    others come or go and when it is moved to another class. Names that begin with '.' are left out.
+
+    Args:
+      split: name of a folder, or 'train' or 'val'.
+      data_dir: the folder.
+      val_fraction: share of 'val', where there are no folders of splits.
 
     Raises:
-      ValueError: no such folder, no class in it, a class without images.
+      ValueError: no such folder, no class in it, a class without images, both layouts at once.
     """
-    directory = _directory(data_dir, "the folders train/CLASS/*.jpg")
-    if not (directory / split).is_dir():
-        there = [p.name for p in directory.iterdir() if p.is_dir()]
-        raise ValueError(f"{directory} has no folder for split {split!r}; {suggest(split, there)}")
-    return class_folders(directory / split)
-
-
-def class_folders(directory: Path) -> Files:
-    """The images of `directory/class/image.jpg`, as `folder` has them.
-
-    Raises:
-      ValueError: no class in it, a class without images.
-    """
-    names = tuple(sorted(p.name for p in directory.iterdir() if p.is_dir()))
-    if not names:
-        raise ValueError(f"{directory} has no folder a class; expected {directory.name}/CLASS/*.jpg.")
+    directory = _directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"data.val_fraction must be between 0 and 1, got {val_fraction}.")
+    top = _folders(directory)
+    of_splits = [p for p in top if _folders(p)]
+    by_name = not of_splits and any(_images(p) for p in top)
+    if by_name:
+        lookup({"train": 0, "val": 1}, split, "split of a folder of classes")
+    elif split not in (p.name for p in top):
+        raise ValueError(f"{directory} has no folder for split {split!r}; {suggest(split, (p.name for p in top))}")
+    elif _images(directory / split):
+        mixed = f", and {of_splits[0].name} has folders" if of_splits else ""
+        raise ValueError(
+            f"{directory / split} has images of its own{mixed}; expected either {directory}/CLASS/*.jpg or "
+            f"{directory}/{split}/CLASS/*.jpg, and nothing of the other."
+        )
+    classes = top if by_name else _folders(directory / split)
+    if not classes:
+        raise ValueError(f"{directory / split} has no folder a class; expected {split}/CLASS/*.jpg.")
     paths, labels = [], []
-    for label, name in enumerate(names):
-        files = sorted(p for p in (directory / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
+    for label, place in enumerate(classes):
+        files = _images(place, "**/*")
+        if by_name:
+            of_class, files = files, [p for p in files if (_hash(p.name) < val_fraction) == (split == "val")]
+            if of_class and not files and split == "train":
+                raise ValueError(
+                    f"{place}: by their names all {len(of_class)} images are of split 'val' "
+                    f"(data.val_fraction={val_fraction:g}); take a smaller fraction, or add images."
+                )
+        if not files and not (by_name and of_class):
             raise ValueError(
-                f"{directory / name} has no image (of {', '.join(IMAGE_SUFFIXES)}); "
-                "a class must have some, or its folder must go."
+                f"{place} has no image (of {', '.join(IMAGE_SUFFIXES)}); a class must have some, or its folder must go."
             )
         paths.extend(map(str, files))
         labels.extend([label] * len(files))
-    return Files(tuple(paths), tuple(labels), names)
+    if not paths:
+        raise ValueError(
+            f"{directory}: no image is of split 'val' by the hash of its name (data.val_fraction={val_fraction:g}); "
+            "take a larger fraction, or make folders train/CLASS and val/CLASS."
+        )
+    return Files(tuple(paths), tuple(labels), tuple(p.name for p in classes))
+
+
+def folder_splits(data_dir: str) -> tuple[str, ...]:
+    """Returns the names of the splits that have a folder there; none where a hash of the names decides."""
+    directory = _directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
+    return tuple(place.name for place in _folders(directory) if _folders(place))
+
+
+def _folders(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _images(directory: Path, pattern: str = "*") -> list[Path]:
+    found = (p for p in directory.glob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(directory).parts))
+
+
+def _hash(name: str) -> float:
+    """A number in [0, 1) that looks drawn at random, and is the same for the same name everywhere."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
 
 
 # Arrays --------------------------------------------------------------------------------------------

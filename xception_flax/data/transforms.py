@@ -1,19 +1,26 @@
-"""Decoding and augmentation on the host: each a function of (image, rng) -> image.
+"""Augmentation on the host: each a function of (image, rng) -> image.
 
-Images are uint8 `[H, W, C]`; `rng` is a `numpy.random.Generator` that belongs to this one example
-of this one epoch. A recipe writes a chain of them as `'random_resized_crop(min_area=0.08) |
-flip_left_right'`; an `image_size` that a transform takes and the recipe does not give there is the
-recipe's `data.image_size`.
+Images are uint8 `[H, W, C]`, C 1 or 3; `rng` is a `numpy.random.Generator` that belongs to this one
+example of this one epoch. A recipe writes a chain of them as `'random_resized_crop(min_area=0.08,
+kernel="bicubic") | flip_left_right'`; an `image_size` that a transform takes and the recipe does not
+give there is the recipe's `data.image_size`. Each raises ValueError for a value out of its range,
+which `parse_transforms` finds out by calling it.
 """
 
 import ast
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import cv2
 import numpy as np
 
+from xception_flax.data import colors
+from xception_flax.data.crops import SAMPLINGS
+from xception_flax.data.rand_augment import BILINEAR, MAX_MAGNITUDE, NEAREST, OPERATIONS
+from xception_flax.data.resampling import resample
 from xception_flax.lookup import lookup, suggest
 
 Image = np.ndarray
@@ -22,47 +29,64 @@ Transform = Callable[[Image, np.random.Generator], Image]
 cv2.setNumThreads(0)  # grain's threads and processes are the parallelism; two layers of it fight
 
 
-def decode(image: bytes | np.ndarray, channels: int) -> Image:
-    """Returns uint8 `[H, W, channels]` from an encoded file or from `[H, W]` / `[H, W, C]` uint8.
+# Size and place ------------------------------------------------------------------------------------
 
-    Orientation tags of a file are ignored, as ImageNet's readers do. One channel becomes three by
-    repetition, three become one by OpenCV's luma.
 
-    Raises:
-      ValueError: the file cannot be decoded, or the array is no uint8 image.
+def resize(
+    image: Image, rng: np.random.Generator, *, image_size: int, kernel: str = "bilinear", antialias: bool = False
+) -> Image:
+    """Scales the whole image to a square, whatever its shape.
+
+    Args:
+      kernel: 'bilinear' or 'bicubic'; see `resampling.resample`, for antialias too.
+      antialias: False is TensorFlow's and OpenCV's habit, True that of PIL, torchvision and timm.
     """
-    if isinstance(image, bytes):
-        color = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-        decoded = None
-        if image:
-            buffer = np.frombuffer(image, np.uint8)
-            decoded = cv2.imdecode(buffer, color | cv2.IMREAD_IGNORE_ORIENTATION)
-        if decoded is None:
-            raise ValueError(f"the image cannot be decoded ({len(image)} bytes: truncated, or not an image).")
-        image = decoded
-    if image.dtype != np.uint8 or image.ndim not in (2, 3):
-        raise ValueError(f"an image must be uint8 [H, W] or [H, W, C], got {image.dtype} {image.shape}.")
-    image = np.atleast_3d(image)
-    if image.shape[-1] == 1 and channels == 3:
-        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
-    if image.shape[-1] == 3 and channels == 1:
-        return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
-    if image.shape[-1] != channels:
-        raise ValueError(f"an image has {image.shape[-1]} channels, but data.channels is {channels}.")
-    return image
+    _check("image_size", image_size, 1)
+    return resample(image, image_size, image_size, kernel, antialias)
 
 
-def resize(image: Image, rng: np.random.Generator, *, image_size: int) -> Image:
-    """Scales the whole image to a square, whatever its shape; bilinear, without antialiasing."""
-    return _resize(image, image_size, image_size)
-
-
-def center_crop(image: Image, rng: np.random.Generator, *, image_size: int, fraction: float = 0.875) -> Image:
-    """Takes the central square of `fraction` of the shorter side and scales it; bilinear."""
+def center_crop(
+    image: Image,
+    rng: np.random.Generator,
+    *,
+    image_size: int,
+    fraction: float = 0.875,
+    kernel: str = "bilinear",
+    antialias: bool = False,
+) -> Image:
+    """Takes the central square of `fraction` of the shorter side and scales it: crop first, as TensorFlow's recipes."""
+    _check("image_size", image_size, 1)
+    _check("fraction", fraction, 0, 1, above=True)
     height, width = image.shape[:2]
     side = max(1, round(fraction * min(height, width)))
     top, left = (height - side) // 2, (width - side) // 2
-    return _resize(image[top : top + side, left : left + side], image_size, image_size)
+    return resample(image[top : top + side, left : left + side], image_size, image_size, kernel, antialias)
+
+
+def resize_center_crop(
+    image: Image,
+    rng: np.random.Generator,
+    *,
+    image_size: int,
+    resize_size: int,
+    kernel: str = "bilinear",
+    antialias: bool = False,
+) -> Image:
+    """Scales the shorter side to `resize_size` and takes the central square: scale first, as torchvision and timm.
+
+    Published figures of theirs are with `antialias=True`; a `crop_pct` of timm's is image_size / resize_size.
+    """
+    _check("image_size", image_size, 1)
+    _check("resize_size", resize_size, image_size)
+    short = min(image.shape[:2])
+    # Of a strip no more than its middle is scaled: all of it could fill the memory, to be cut off then.
+    spare_height, spare_width = (max(0, side - 4 * short) // 2 for side in image.shape[:2])
+    image = image[spare_height : image.shape[0] - spare_height, spare_width : image.shape[1] - spare_width]
+    # The longer side is cut off to an integer and the place rounded half to even, as there.
+    height, width = (resize_size * side // short for side in image.shape[:2])
+    image = resample(image, height, width, kernel, antialias)
+    top, left = round((height - image_size) / 2), round((width - image_size) / 2)
+    return image[top : top + image_size, left : left + image_size]
 
 
 def random_resized_crop(
@@ -73,22 +97,42 @@ def random_resized_crop(
     min_area: float = 0.08,
     max_area: float = 1.0,
     max_aspect: float = 4 / 3,
+    sampling: str = "torchvision",
+    kernel: str = "bilinear",
+    antialias: bool = False,
 ) -> Image:
     """Takes a random rectangle and scales it to a square (Szegedy et al. 2015, section 6).
 
-    The rectangle's share of the area is uniform in [min_area, max_area], the logarithm of its
-    aspect ratio uniform in [-log max_aspect, log max_aspect], as in torchvision; after ten draws
-    that do not fit, the largest central square. Bilinear, without antialiasing.
+    Args:
+      min_area, max_area: shares of the image's area, 0 to 1.
+      max_aspect: at least 1; width / height of the rectangle is in [1 / max_aspect, max_aspect].
+      sampling: 'torchvision' or 'tensorflow', whose rectangles are distributed otherwise; see `crops`.
+      kernel, antialias: as for `resize`.
     """
-    height, width = image.shape[:2]
-    for _ in range(10):
-        area = rng.uniform(min_area, max_area) * height * width
-        aspect = np.exp(rng.uniform(-1, 1) * np.log(max_aspect))
-        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            return _resize(image[top : top + h, left : left + w], image_size, image_size)
-    return center_crop(image, rng, image_size=image_size, fraction=1.0)
+    _check("image_size", image_size, 1)
+    _check("max_area", max_area, 0, 1, above=True)
+    _check("min_area", min_area, 0, max_area, above=True)
+    _check("max_aspect", max_aspect, 1)
+    box = lookup(SAMPLINGS, sampling, "sampling")
+    top, left, height, width = box(rng, *image.shape[:2], min_area=min_area, max_area=max_area, max_aspect=max_aspect)
+    return resample(image[top : top + height, left : left + width], image_size, image_size, kernel, antialias)
+
+
+def random_crop_with_padding(image: Image, rng: np.random.Generator, *, image_size: int, padding: int = 4) -> Image:
+    """Adds `padding` black pixels at each side and takes a random square (He et al. 2015, section 4.2: CIFAR, 4)."""
+    _check("image_size", image_size, 1)
+    _check("padding", padding, 0)
+    height, width = (side + 2 * padding - image_size for side in image.shape[:2])
+    if height < 0 or width < 0:
+        raise ValueError(
+            f"random_crop_with_padding(padding={padding}) cannot take {image_size} x {image_size} pixels of an image "
+            f"of {image.shape[0]} x {image.shape[1]}; put a resize before it."
+        )
+    padded = cv2.copyMakeBorder(image, *[padding] * 4, cv2.BORDER_CONSTANT).reshape(
+        height + image_size, width + image_size, -1
+    )
+    top, left = rng.integers(height + 1), rng.integers(width + 1)
+    return padded[top : top + image_size, left : left + image_size]
 
 
 def random_affine(
@@ -104,6 +148,9 @@ def random_affine(
     Angle uniform in +-max_degrees, shift uniform in +-max_shift (share of each side), logarithm of
     the scale uniform in +-log(max_scale).
     """
+    _check("max_degrees", max_degrees, 0)
+    _check("max_shift", max_shift, 0)
+    _check("max_scale", max_scale, 1)
     height, width = image.shape[:2]
     angle = rng.uniform(-max_degrees, max_degrees)
     scale = np.exp(rng.uniform(-1, 1) * np.log(max_scale))
@@ -118,47 +165,182 @@ def flip_left_right(image: Image, rng: np.random.Generator) -> Image:
     return cv2.flip(image, 1).reshape(image.shape) if rng.random() < 0.5 else image
 
 
-def _resize(image: Image, height: int, width: int) -> Image:
-    resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-    return resized.reshape(height, width, image.shape[-1])
+# Colour, RandAugment, erasing ----------------------------------------------------------------------
 
+
+def color_jitter(
+    image: Image,
+    rng: np.random.Generator,
+    *,
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+    hue: float = 0.0,
+) -> Image:
+    """Changes the four in random order, as `torchvision.transforms.ColorJitter` does.
+
+    Args:
+      brightness, contrast, saturation: the factor is uniform in [max(0, 1 - value), 1 + value].
+      hue: 0 to 0.5; the turn is uniform in [-hue, hue] of the circle.
+    """
+    amounts = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+    for name, amount in amounts.items():
+        _check(name, amount, 0)
+    _check("hue", hue, 0, 0.5)
+    factors = {name: rng.uniform(max(0.0, 1 - amount), 1 + amount) for name, amount in amounts.items()}
+    factors["hue"] = rng.uniform(-hue, hue)
+    for i in rng.permutation(4):
+        name = ("brightness", "contrast", "saturation", "hue")[i]
+        if amounts.get(name, hue):
+            image = getattr(colors, f"adjust_{name}")(image, factors[name])
+    return image
+
+
+def rand_augment(
+    image: Image, rng: np.random.Generator, *, num_ops: int = 2, magnitude: int = 9, kernel: str = "nearest"
+) -> Image:
+    """Applies random operations one after the other (Cubuk et al. 2019), by torchvision's definition and defaults.
+
+    The paper's N and M. Each of the fourteen operations is as likely each time; what comes in from
+    outside is black.
+
+    Args:
+      num_ops: how many.
+      magnitude: 0 to 30, of each; see `rand_augment.OPERATIONS`.
+      kernel: 'nearest' or 'bilinear', of rotations and shears.
+    """
+    _check("num_ops", num_ops, 0)
+    _check("magnitude", magnitude, 0, MAX_MAGNITUDE)
+    interpolation = lookup({"nearest": NEAREST, "bilinear": BILINEAR}, kernel, "kernel")
+    for _ in range(num_ops):
+        operation = _OPERATIONS[rng.integers(len(_OPERATIONS))]
+        level = operation.level(magnitude / MAX_MAGNITUDE)
+        if operation.signed and rng.random() < 0.5:
+            level = -level
+        image = operation.function(image, level, interpolation)
+    return image
+
+
+_OPERATIONS = tuple(OPERATIONS.values())
+
+
+def random_erasing(
+    image: Image,
+    rng: np.random.Generator,
+    *,
+    probability: float = 0.5,
+    min_area: float = 0.02,
+    max_area: float = 1 / 3,
+    max_aspect: float = 10 / 3,
+    fill: str = "noise",
+) -> Image:
+    """Covers a random rectangle (Zhong et al. 2017, arXiv 1708.04896), drawn as torchvision and timm do.
+
+    Area and logarithm of the aspect ratio are uniform; after ten draws that do not fit, nothing is covered.
+
+    Args:
+      probability: of covering anything; the paper's and torchvision's 0.5.
+      min_area, max_area: shares of the image's area, 0 to 1; the paper has 0.02 and 0.4.
+      max_aspect: at least 1; the ratio is in [1 / max_aspect, max_aspect].
+      fill: 'noise', uniform 0 to 255 in every pixel and channel, which the paper found best; or 'gray',
+        128: torchvision's zeros after normalization.
+    """
+    _check("probability", probability, 0, 1)
+    _check("max_area", max_area, 0, 1, above=True)
+    _check("min_area", min_area, 0, max_area, above=True)
+    _check("max_aspect", max_aspect, 1)
+    if fill not in ("noise", "gray"):
+        raise ValueError(f"unknown fill {fill!r}; {suggest(fill, ('noise', 'gray'))}")
+    if rng.random() >= probability:
+        return image
+    height, width = image.shape[:2]
+    for _ in range(10):
+        area = rng.uniform(min_area, max_area) * height * width
+        root = math.exp(rng.uniform(-0.5, 0.5) * math.log(max_aspect))  # of the aspect ratio
+        h, w = round(math.sqrt(area) * root), round(math.sqrt(area) / root)
+        if h < height and w < width:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            image = image.copy()  # it may be the source's own
+            covered = image[top : top + h, left : left + w]
+            covered[:] = rng.integers(256, size=covered.shape, dtype=np.uint8) if fill == "noise" else 128
+            return image
+    return image
+
+
+def _check(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Raises ValueError unless low <= value <= high, or low < value where `above`."""
+    if not low <= value <= high or (above and value == low):
+        bounds = f"above {low:g}" if above else f"at least {low:g}"
+        raise ValueError(f"{name} must be {bounds}{f' and at most {high:g}' if high < math.inf else ''}, got {value}.")
+
+
+# Chains --------------------------------------------------------------------------------------------
 
 TRANSFORMS: dict[str, Callable[..., Image]] = {
     "resize": resize,
     "center_crop": center_crop,
+    "resize_center_crop": resize_center_crop,
     "random_resized_crop": random_resized_crop,
+    "random_crop_with_padding": random_crop_with_padding,
     "random_affine": random_affine,
     "flip_left_right": flip_left_right,
+    "color_jitter": color_jitter,
+    "rand_augment": rand_augment,
+    "random_erasing": random_erasing,
 }
 
 
 def parse_transforms(text: str, image_size: int) -> tuple[Transform, ...]:
     """Turns a recipe's `'name(keyword=value) | name'` into functions of (image, rng).
 
+    A value is a number, a string in quotes, True or False. Each transform is called once, on a
+    black image, so that a value out of its range shows here.
+
     Raises:
-      ValueError: bad syntax, an unknown transform or keyword; the message has the names there are.
+      ValueError: bad syntax, an unknown transform or keyword, a value of the wrong type or out of its
+        range; the message says what there is.
     """
     return tuple(_parse(call.strip(), image_size) for call in text.split("|"))
 
 
 def _parse(call: str, image_size: int) -> Transform:
-    wrong = ValueError(f"a transform must be written as name or name(keyword=number), joined by '|'; got {call!r}.")
+    wrong = ValueError(f"a transform must be written as name or name(keyword=value), joined by '|'; got {call!r}.")
     try:
         node = ast.parse(call, mode="eval").body
         name = node.func.id if isinstance(node, ast.Call) else node.id
-        if isinstance(node, ast.Call) and node.args:
-            raise wrong
         keywords = node.keywords if isinstance(node, ast.Call) else []
-        options = {k.arg: ast.literal_eval(k.value) for k in keywords}
-    except (SyntaxError, AttributeError, ValueError):
+        if (isinstance(node, ast.Call) and node.args) or any(k.arg is None for k in keywords):
+            raise wrong
+    except (SyntaxError, AttributeError):
         raise wrong from None
     transform = lookup(TRANSFORMS, name, "transform")
-    known = list(inspect.signature(transform).parameters)[2:]
-    for option, value in options.items():
-        if option not in known:
-            raise ValueError(f"transform {name!r} takes no {option!r}; {suggest(option, known)}")
-        if not isinstance(value, int | float):
-            raise wrong
-    if "image_size" in known:
+    parameters = dict(list(inspect.signature(transform).parameters.items())[2:])
+    options = {k.arg: _value(name, k, parameters) for k in keywords}
+    if "image_size" in parameters:
         options.setdefault("image_size", image_size)
-    return partial(transform, **options)
+    for key, parameter in parameters.items():
+        if key not in options and parameter.default is parameter.empty:
+            raise ValueError(f"transform {name!r} needs {key!r}: {name}({key}=...).")
+    transform = partial(transform, **options)
+    try:
+        transform(np.zeros((image_size, image_size, 3), np.uint8), np.random.default_rng(0))
+    except ValueError as error:
+        raise ValueError(f"transform {call!r}: {error}") from None
+    return transform
+
+
+def _value(name: str, keyword: ast.keyword, parameters: dict[str, inspect.Parameter]) -> Any:
+    if keyword.arg not in parameters:
+        raise ValueError(f"transform {name!r} takes no {keyword.arg!r}; {suggest(keyword.arg, parameters)}")
+    expected = parameters[keyword.arg].annotation
+    words = {float: "a number", int: "an integer", bool: "True or False", str: "a string in quotes"}[expected]
+    try:
+        value = ast.literal_eval(keyword.value)
+    except ValueError:  # a name without quotes, most likely
+        value = ast.unparse(keyword.value)
+        expected = type(None)
+    kinds = (int, float) if expected is float else expected
+    # bool is an int to Python, and never to the author of a recipe.
+    if not isinstance(value, kinds) or (isinstance(value, bool) and expected is not bool):
+        raise ValueError(f"transform {name!r}: {keyword.arg} must be {words}, got {ast.unparse(keyword.value)}.")
+    return value

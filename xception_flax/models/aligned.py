@@ -47,6 +47,7 @@ class AlignedXception(nn.Module):
         output_stride=8 lacks one shortcut convolution that it has with 16 and 32; here it stays.)
       remat: compute the inside of each block again in the backward pass instead of keeping it.
       bn_decay: share of the old moving statistic that a step keeps.
+      bn_frozen: training too normalizes by the moving statistics, and leaves them as they are.
       bn_epsilon: added to the variance (1e-3 in DeepLab; 1e-5 in timm's xception41p).
       dtype: of the computation; batch statistics and logits are float32 in any case.
       param_dtype: of the parameters.
@@ -66,6 +67,7 @@ class AlignedXception(nn.Module):
     output_stride: int = 32
     remat: bool = False
     bn_decay: float = 0.99
+    bn_frozen: bool = False
     bn_epsilon: float = 1e-3
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -110,8 +112,8 @@ class AlignedXception(nn.Module):
             return scaled(features, self.width, self.width_multiple)
 
         def norm(x: jax.Array, name: str) -> jax.Array:
-            bn = nn.BatchNorm(not train, momentum=self.bn_decay, epsilon=self.bn_epsilon, **dtypes, name=f"{name}_bn")
-            return bn(x)
+            options = dict(momentum=self.bn_decay, epsilon=self.bn_epsilon, **dtypes)
+            return nn.BatchNorm(not train or self.bn_frozen, **options, name=f"{name}_bn")(x)
 
         def conv(x: jax.Array, features: int, name: str, *, strides: int = 1) -> jax.Array:
             options = dict(strides=(strides, strides), padding="SYMMETRIC")

@@ -36,6 +36,7 @@ class InceptionV3(nn.Module):
       width: multiplies every number of channels but the classifiers' (then rounded to a multiple of 8).
       remat: compute the inside of each module again in the backward pass instead of keeping it.
       bn_decay: share of the old moving statistic that a step keeps.
+      bn_frozen: training too normalizes by the moving statistics, and leaves them as they are.
       bn_epsilon: added to the variance.
       dtype: of the computation; batch statistics and logits are float32 in any case.
       param_dtype: of the parameters.
@@ -52,6 +53,7 @@ class InceptionV3(nn.Module):
     width: float = 1.0
     remat: bool = False
     bn_decay: float = 0.99
+    bn_frozen: bool = False
     bn_epsilon: float = 1e-3
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -95,7 +97,7 @@ class InceptionV3(nn.Module):
             options = dict(strides=(strides, strides), padding=padding, **dtypes)
             x = Conv(scaled(features, self.width), kernel_size, **options, name=name)(x)
             options = dict(momentum=self.bn_decay, epsilon=self.bn_epsilon, use_scale=False, **dtypes)
-            return nn.relu(nn.BatchNorm(not train, **options, name=f"{name}_bn")(x))
+            return nn.relu(nn.BatchNorm(not train or self.bn_frozen, **options, name=f"{name}_bn")(x))
 
         def tower(x: jax.Array, steps: Steps, name: str, *, reduce: bool = False) -> jax.Array:
             """Convolutions one after the other, `name_1`, `name_2`, ...; with `reduce` the last has stride 2."""

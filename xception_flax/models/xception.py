@@ -46,6 +46,7 @@ class Xception(nn.Module):
         `legacy_xception` is padding='SYMMETRIC', bn_epsilon=1e-5. They differ for even sizes.
       remat: compute the inside of each block again in the backward pass instead of keeping it.
       bn_decay: share of the old moving statistic that a step keeps (0.99: Keras; not in the paper).
+      bn_frozen: training too normalizes by the moving statistics, and leaves them as they are.
       bn_epsilon: added to the variance (1e-3: the published weights need it; not in the paper).
       dtype: of the computation; batch statistics and logits are float32 in any case.
       param_dtype: of the parameters.
@@ -67,6 +68,7 @@ class Xception(nn.Module):
     padding: str = "SAME"
     remat: bool = False
     bn_decay: float = 0.99
+    bn_frozen: bool = False
     bn_epsilon: float = 1e-3
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -113,8 +115,8 @@ class Xception(nn.Module):
             return scaled(features, self.width, self.width_multiple)
 
         def norm(x: jax.Array, name: str) -> jax.Array:
-            bn = nn.BatchNorm(not train, momentum=self.bn_decay, epsilon=self.bn_epsilon, **dtypes, name=f"{name}_bn")
-            return bn(x)
+            options = dict(momentum=self.bn_decay, epsilon=self.bn_epsilon, **dtypes)
+            return nn.BatchNorm(not train or self.bn_frozen, **options, name=f"{name}_bn")(x)
 
         def conv(x: jax.Array, features: int, name: str, *, strides: int = 1) -> jax.Array:
             conv = Conv(channels(features), strides=(strides, strides), padding="VALID", **dtypes, name=name)
@@ -129,7 +131,7 @@ class Xception(nn.Module):
                 for i, f in enumerate(features, start=1)
             ]
             fusible = type(convs[0]) is SeparableConv and self.mid_activation is None
-            if ops.is_fused() and fusible and train and not self.is_initializing():
+            if ops.is_fused() and fusible and train and not self.bn_frozen and not self.is_initializing():
                 options = dict(bn_decay=self.bn_decay, bn_epsilon=self.bn_epsilon)
                 return fused_separable_chain(x, convs, relu_first=relu_first, **options)
             for i, conv in enumerate(convs):

@@ -1,0 +1,161 @@
+"""Who reads images, as `contenders.py` has who computes: builders of a function that reads `BATCHES` batches.
+
+Files are in `job.folder/train/photo`. In mode 'random' a batch is `job.batch` random crops, each 8 to 100 % of the area
+and 3:4 to 4:3 in aspect, scaled bilinearly to `job.size` pixels a side, every second one mirrored: uint8. In
+mode 'whole' it is all files in order, each scaled as it is, which is written to `whole_NAME.npy` to be compared.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.contenders import Contender, Job, Run
+
+MODES = ("random", "whole")
+
+BATCHES = 8  # a run: many, since those that come in pairs would make every second one cheap
+
+# As many names as ImageNet has images, of few files: what depends on the length of a data set is as it is there.
+NUM_IMAGES = 1_281_167
+
+
+def _paths(job: Job) -> list[str]:
+    return sorted(map(str, Path(job.folder, "train", "photo").iterdir()))
+
+
+def _reader(job: Job, name: str, batches: Callable[[], np.ndarray]) -> Run:
+    def run() -> np.ndarray:
+        if job.mode == "whole":
+            images = batches()
+            np.save(Path(job.folder) / f"whole_{name}.npy", images)
+            return images[0, 0, 0, 0]
+        for _ in range(BATCHES):
+            images = batches()
+        if images.shape not in ((job.batch, job.size, job.size, 3), (job.batch, 3, job.size, job.size)):
+            raise ValueError(f"expected a batch of {job.batch} images of {job.size} pixels, got {images.shape}")
+        return images[0, 0, 0, 0]
+
+    return run
+
+
+def build_xception_flax(job: Job) -> Run:
+    """`Split.batches`, as `train.py` reads them, with its allocator."""
+    import dataclasses
+
+    from xception_flax import allocator, data
+
+    allocator.keep_freed_memory()
+    whole = job.mode == "whole"
+    split = data.load(
+        "folder",
+        data_dir=job.folder,
+        train=not whole,
+        eval_split="train",
+        batch_size=job.batch,
+        image_size=job.size,
+        train_transforms="random_resized_crop(min_area=0.08) | flip_left_right",
+        num_threads=job.threads,
+        num_workers=0,
+    )
+    if not whole:
+        times = NUM_IMAGES // len(split.source)
+        many = dataclasses.replace(split.source, paths=split.source.paths * times, labels=split.source.labels * times)
+        split = dataclasses.replace(split, source=many)
+    iterator = split.batches()
+    return _reader(job, "xception_flax", lambda: next(iterator)["images"])
+
+
+def build_alone(job: Job) -> Run:
+    """Decoding, crop with resizing, flip and nothing else, of files in memory: what no pipeline can be faster than."""
+    from xception_flax import allocator
+    from xception_flax.data import decoding, transforms
+
+    allocator.keep_freed_memory()
+    chain = transforms.parse_transforms("random_resized_crop(min_area=0.08) | flip_left_right", job.size)
+    files, rng = [Path(path).read_bytes() for path in _paths(job)], np.random.default_rng(0)
+
+    def run() -> np.ndarray:
+        for i in range(BATCHES * job.batch):
+            image = decoding.decode(files[i % len(files)], 3)
+            for transform in chain:
+                image = transform(image, rng)
+        return image[0, 0, 0]
+
+    return run
+
+
+def build_tf_data(job: Job) -> Run:
+    """As TensorFlow's own ImageNet examples do it: crop in the decoder, `tf.image.resize`."""
+    import tensorflow as tf
+
+    def prepare(path: "tf.Tensor") -> "tf.Tensor":
+        content = tf.io.read_file(path)
+        if job.mode == "whole":
+            image = tf.io.decode_jpeg(content, channels=3)
+        else:
+            box, size, _ = tf.image.sample_distorted_bounding_box(
+                tf.io.extract_jpeg_shape(content),
+                tf.zeros((0, 0, 4)),
+                min_object_covered=0.0,
+                aspect_ratio_range=(3 / 4, 4 / 3),
+                area_range=(0.08, 1.0),
+                max_attempts=10,
+                use_image_if_no_bounding_boxes=True,
+            )
+            window = tf.concat([box[:2], size[:2]], 0)
+            image = tf.image.decode_and_crop_jpeg(content, window, channels=3)
+        image = tf.image.resize(image, (job.size, job.size), method="bilinear")
+        if job.mode != "whole":
+            image = tf.image.random_flip_left_right(image)
+        return tf.cast(tf.round(image), tf.uint8)
+
+    paths = _paths(job)
+    dataset = tf.data.Dataset.from_tensor_slices(paths)
+    if job.mode != "whole":
+        dataset = dataset.repeat().shuffle(16 * len(paths))
+    dataset = dataset.map(prepare, num_parallel_calls=job.threads).batch(job.batch, drop_remainder=True).prefetch(2)
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = job.threads
+    iterator = iter(dataset.with_options(options).as_numpy_iterator())
+    return _reader(job, "tf_data", lambda: next(iterator))
+
+
+def build_torchvision(job: Job) -> Run:
+    """As torchvision's reference recipe: Pillow, `RandomResizedCrop`, `DataLoader` with a worker for each CPU."""
+    import itertools
+
+    import torch
+    from PIL import Image
+    from torchvision import transforms
+
+    torch.set_num_threads(1)
+    whole = job.mode == "whole"
+    if whole:
+        steps = [transforms.Resize((job.size, job.size))]
+    else:
+        steps = [transforms.RandomResizedCrop(job.size), transforms.RandomHorizontalFlip()]
+    prepare, paths = transforms.Compose([*steps, transforms.PILToTensor()]), _paths(job)
+
+    class Files(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(paths) if whole else NUM_IMAGES
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            with open(paths[index % len(paths)], "rb") as file:
+                return prepare(Image.open(file).convert("RGB"))
+
+    loader = torch.utils.data.DataLoader(
+        Files(), batch_size=job.batch, shuffle=not whole, num_workers=0 if whole else job.threads
+    )
+    iterator = itertools.chain.from_iterable(itertools.repeat(loader))
+    layout = (lambda images: images.transpose(0, 2, 3, 1)) if whole else (lambda images: images)
+    return _reader(job, "torchvision", lambda: layout(next(iterator).numpy()))
+
+
+READERS: dict[str, Contender] = {
+    "xception_flax": Contender("xception_flax", build_xception_flax, ("grain", "cv2", "simplejpeg"), ours=True),
+    "alone": Contender("decode, crop, resize, flip alone", build_alone, ("grain", "cv2", "simplejpeg"), ours=True),
+    "tf_data": Contender("tf.data, decode_and_crop_jpeg", build_tf_data, ("tensorflow",)),
+    "torchvision": Contender("torchvision's DataLoader, Pillow", build_torchvision, ("torch", "torchvision", "PIL")),
+}

@@ -1,0 +1,57 @@
+"""A narrow Xception on CIFAR-10, whose images are scaled up threefold: five halvings need room.
+
+    python train.py --config configs/cifar10.py --workdir WORKDIR --config.data.data_dir=DATA
+
+Data: TFDS `cifar10`, prepared once; TFDS needs TensorFlow for that, to write the images as PNG, and
+the network. In an environment of its own (pip install tensorflow-datasets tensorflow importlib_resources):
+
+    python -c "import tensorflow_datasets as tfds; tfds.builder('cifar10', data_dir='DATA', \\
+        file_format='array_record').download_and_prepare()"
+
+Hardware: one GPU.
+Measured by us: not yet run.
+
+Each value is tagged: [WRN] for Wide ResNets (Zagoruyko & Komodakis 2016, arXiv 1605.07146, section 3),
+[CutMix] for Yun et al. 2019 (arXiv 1905.04899, section 4.1), or [ours].
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # [ours]
+    config.batch_size = 128  # [WRN]
+    config.epochs = 200.0  # [WRN]
+    config.log_every_steps = 100  # [ours]
+    config.eval_every_epochs = 5.0  # [ours]
+    config.checkpoint_every_epochs = 5.0  # [ours]
+
+    config.model = dict(
+        name="xception",
+        num_classes=10,
+        width=0.5,  # [ours] 5.4 million parameters
+        dropout_rate=0.0,  # [ours]
+        bn_decay=0.9,  # [ours]
+        dtype="bfloat16",  # [ours]
+    )
+    config.normalize = dict(mean=(127.5,), std=(127.5,))  # [ours]
+    config.loss = dict(name="softmax", weight_decay=5e-4)  # [WRN]
+    config.metrics = dict(name="single_label")
+    config.mix = dict(cutmix_alpha=1.0, probability=0.5)  # [CutMix]
+
+    config.optimizer = dict(name="sgd", learning_rate=0.1, momentum=0.9, nesterov=True)  # [WRN]
+    config.schedule = dict(name="cosine", warmup_epochs=5.0)  # [ours] WRN's has three steps
+    config.step = dict(ema_decay=0.999)  # [ours]
+
+    config.data = dict(
+        source="tfds",
+        name="cifar10",
+        train_split="train",
+        eval_split="test",
+        image_size=96,  # [ours] of 32 pixels
+        train_transforms="random_crop_with_padding(image_size=32, padding=4) | flip_left_right | resize",  # [WRN]
+        eval_transforms="resize",
+        num_threads=8,  # [ours]
+    )
+    return config

@@ -1,0 +1,65 @@
+"""Xception, fine-tuned on a folder of your own images from the weights that Keras publishes.
+
+    python train.py --config configs/finetune_folder.py:FOLDER --workdir WORKDIR
+    python -m xception_flax.predict --workdir WORKDIR IMAGE...
+
+    ... --config.init.weights=FILE              other weights: Keras' .h5, timm's .safetensors, a workdir
+    ... --config.optimizer.backbone_factor=0    the classifier alone is trained: half of the time
+
+Data: FOLDER/CLASS/*.jpg; a tenth of it, by a hash of the files' names, is held out as 'val'. Or
+FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, the same classes in both.
+Weights: the published file must be in ~/.keras/models (the error says how to get it). Those of timm's
+legacy_xception take --config.model.padding=SYMMETRIC --config.model.bn_epsilon=1e-5 too.
+Hardware: one GPU; a CPU for some hundred images.
+Measured by us: from the published weights not yet run. From a run of configs/folder.py on four photographs
+(width 0.25, two middle blocks, 64 px) to tell crops of four others apart, 12 a class from their left halves,
+60 a class from the right ones, 40 epochs of 16 images, one seed: 77.5 %; frozen 73.8 %; backbone_factor=0.1
+84.6 %; 1 95.4 %, and with bn_frozen=False, bn_decay=0.9 97.1 %; the last from random weights 95.4 %. Weights of
+four photographs are worth little as they are: for weights from little data take backbone_factor=1.
+
+Tags: [Keras] for the guide 'Transfer learning & fine-tuning' (keras.io/guides/transfer_learning), which
+fine-tunes this network on cats and dogs, in two runs where this is one; [ours] where it says nothing else.
+"""
+
+from ml_collections import ConfigDict
+
+from xception_flax import data
+
+
+def get_config(folder: str) -> ConfigDict:
+    classes = data.SOURCES["folder"]("train", data_dir=folder).class_names
+
+    config = ConfigDict()
+    config.seed = 0  # [ours]
+    config.batch_size = 32  # [ours] the guide: 64
+    config.epochs = 20.0  # [ours]
+    config.log_every_steps = 20  # [ours]
+
+    config.init = dict(weights="keras")  # [Keras] ImageNet's
+    config.model = dict(
+        name="xception",  # [Keras]
+        num_classes=len(classes),
+        dropout_rate=0.2,  # [Keras]
+        bn_frozen=True,  # [Keras] normalization stays in inference mode, also when all is trained
+    )
+    config.normalize = dict(mean=(127.5,), std=(127.5,))  # [Keras] to [-1, 1], as the weights expect
+    config.loss = dict(name="softmax", label_smoothing=0.1)  # [ours]
+    config.metrics = dict(name="single_label")  # [ours]
+    config.optimizer = dict(
+        name="adamw",  # [Keras] Adam
+        learning_rate=1e-3,  # [Keras] of the classifier; Adam's default
+        backbone_factor=0.01,  # [Keras] 1e-5 for the rest; at the same time and not afterwards is [ours]
+    )
+    config.schedule = dict(name="cosine", warmup_epochs=1.0)  # [ours]
+    config.step = dict(ema_decay=0.99)  # [ours]
+    config.data = dict(
+        source="folder",
+        data_dir=folder,
+        train_split="train",
+        eval_split="val",
+        image_size=299,  # [ours] as the weights were trained; the guide: 150
+        train_transforms="random_resized_crop(min_area=0.25) | flip_left_right",  # [ours]; the flip: [Keras]
+        eval_transforms="center_crop(fraction=0.875)",  # [ours]
+        num_threads=8,  # [ours]
+    )
+    return config

@@ -1,0 +1,81 @@
+"""What the command says of images is what the network says of them, and of files that are none."""
+
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import train
+from xception_flax import cli, evaluate, predict, recipe
+from xception_flax.data import sources
+
+DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.py")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Some steps on digits: better than chance, far from perfect."""
+    small = ["model.width=0.1", "model.middle_repeats=0", "data.image_size=32", "batch_size=64", "epochs=1.5"]
+    small += ["schedule.warmup_epochs=0.2", "step.ema_decay=0.5", "eval_every_epochs=1.5", "checkpoint_every_epochs=2"]
+    folder = tmp_path_factory.mktemp("run")
+    assert train.train(recipe.load(DIGITS, [f"--config.{text}" for text in small]), folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The digits of split 'validation' as files, with their classes."""
+    folder, source = tmp_path_factory.mktemp("digits"), sources.digits("validation")
+    for i, image in enumerate(source.images):
+        cv2.imwrite(str(folder / f"{i:03}.png"), image)
+    return folder, source.labels
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(predict.main)
+    return exit_.value.code, *capsys.readouterr()
+
+
+def test_it_predicts_what_evaluate_counts(workdir, digits, monkeypatch, capsys):
+    folder, labels = digits
+    assert evaluate.main(["--workdir", str(workdir)]) == 0
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])
+    code, out, err = run(monkeypatch, capsys, "--workdir", workdir, folder, "--json", "--top", 10, "--batch-size", 50)
+    assert (code, err) == (0, "")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["image"] for line in lines] == [str(folder / f"{i:03}.png") for i in range(180)]
+    scores = np.array([[line["classes"][digit] for digit in "0123456789"] for line in lines])
+    np.testing.assert_allclose(scores.sum(-1), 1, rtol=1e-5)
+    assert [next(iter(line["classes"])) for line in lines] == [str(i) for i in scores.argmax(-1)]
+    assert np.mean(scores.argmax(-1) == labels) == pytest.approx(expected["top1"], abs=1e-9)
+    assert -np.mean(np.log(scores[np.arange(180), labels])) == pytest.approx(expected["loss"], rel=1e-4)
+    assert expected["top1"] > 0.2  # twice chance
+
+
+def test_a_bad_file_is_named_and_the_others_are_predicted(workdir, digits, tmp_path, monkeypatch, capsys):
+    folder, _ = digits
+    good, bad = folder / "000.png", tmp_path / "bad.jpg"
+    bad.write_text("no image")
+    code, out, err = run(monkeypatch, capsys, "--workdir", workdir, bad, good, "--top", 2)
+    assert code == 2
+    assert f"{workdir}, step 29, ema weights" in out
+    (row,) = (line for line in out.splitlines() if str(good) in line)
+    assert row.count(" %") == 2
+    assert err.startswith(f"error: {bad}: the image cannot be decoded (8 bytes")
+    for arguments, message in [
+        ([tmp_path / "no.jpg"], r"no.jpg is not there; expected an image or a folder"),
+        ([workdir], r"has no image \(of .jpg"),
+        ([good, "--weights", "raw", "--checkpoint", "3"], "no checkpoint '3' in"),
+        ([good, "--top", "0"], "must be a positive integer"),
+    ]:
+        code, out, err = run(monkeypatch, capsys, "--workdir", workdir, *arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert message.replace("\\", "") in err
+    code, _, err = run(monkeypatch, capsys, "--workdir", tmp_path, good)
+    assert (code, err) == (2, f"error: {tmp_path} is no workdir of a run: it has no config.json.\n")

@@ -1,0 +1,135 @@
+"""Says what a trained network sees in images: the most likely classes and their probabilities."""
+
+import signal
+
+from xception_flax import signals
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
+
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import track
+
+from xception_flax import cli, pretrained, progress, recipe, sharding, steps
+from xception_flax.data import sources, transforms
+
+EXAMPLES = """\
+  python -m xception_flax.predict --workdir runs/photos cat.jpg dog.png
+  python -m xception_flax.predict --workdir runs/photos holiday/ --json > holiday.jsonl"""
+
+OUT_OF_MEMORY = "Take a smaller --batch-size; the result does not depend on it."
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser(__doc__, EXAMPLES, hosts=False)
+    parser.add_argument("--workdir", type=cli.directory, required=True, help="folder of a run of train.py")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a file, or a folder with files in it")
+    parser.add_argument("--top", type=cli.positive, default=5, metavar="N", help="classes to name an image (5)")
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="WHICH", help="best (default), latest, or the number of a step"
+    )
+    parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema where the recipe keeps them, else raw")
+    parser.add_argument("--batch-size", type=cli.positive, default=32, metavar="N", help="images at a time (32)")
+    parser.add_argument("--json", action="store_true", help="a line of JSON an image in place of the table")
+    arguments = parser.parse_args(argv)
+    config = recipe.read(arguments.workdir)
+    paths = list(_files(arguments.images))
+    cli.start(arguments)
+    with cli.out_of_memory(OUT_OF_MEMORY):
+        mesh = sharding.create_mesh()
+        run = pretrained.restore_run(arguments.workdir, mesh, arguments.checkpoint, arguments.weights)
+        unreadable, rows = {}, []
+        for path, scores in predict(run, config, paths, mesh, arguments.batch_size):
+            if isinstance(scores, ValueError):
+                unreadable[path] = scores
+                continue
+            best = {run.class_names[i]: float(scores[i]) for i in np.argsort(-scores, kind="stable")[: arguments.top]}
+            if arguments.json:
+                print(progress.to_json({"image": str(path), "classes": best}), flush=True)
+            else:
+                rows.append((str(path), "  ".join(f"{name} {progress.percent(p)}" for name, p in best.items())))
+    if rows:
+        progress.show_table(f"{arguments.workdir}, step {run.step}, {run.weights} weights", dict(rows))
+    for path, error in unreadable.items():
+        print(f"error: {path}: {error}", file=sys.stderr)
+    return 2 if unreadable else 0
+
+
+def predict(
+    run: pretrained.Run, config: ConfigDict, paths: Sequence[Path], mesh: jax.sharding.Mesh, batch_size: int
+) -> Iterator[tuple[Path, np.ndarray | ValueError]]:
+    """Yields each image's file with the probability of each class `[num_classes]`, or with what is wrong with it.
+
+    Images are prepared as in the evaluation of the recipe. Where they have one label each the
+    probabilities add up to 1, where they have several each class has its own.
+
+    Args:
+      run: what predicts.
+      config: its recipe.
+      paths: of image files.
+      mesh: the mesh of the run's variables.
+      batch_size: images at a time; rounded up to a multiple of the devices.
+    """
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    size, channels = config.data.image_size, config.data.channels
+    chain = transforms.parse_transforms(config.data.eval_transforms, size)
+    normalize = steps.create_normalizer(**config.normalize)
+    to_probabilities = jax.nn.sigmoid if config.loss.name == "sigmoid" else jax.nn.softmax
+
+    def prepare(path: Path) -> np.ndarray | ValueError:
+        try:
+            image = transforms.decode(path.read_bytes(), channels)
+        except OSError as error:
+            return ValueError(f"{error.strerror}.")
+        except ValueError as error:
+            return error
+        for transform in chain:
+            image = transform(image, np.random.default_rng(0))
+        return image
+
+    @jax.jit
+    def forward(variables: dict, images: jax.Array) -> jax.Array:
+        return to_probabilities(run.model.apply(variables, normalize(images), train=False))
+
+    console = Console(stderr=True)
+    starts = range(0, len(paths), batch_size)
+    with ThreadPoolExecutor() as threads:
+        for start in track(starts, "predicting", console=console, transient=True, disable=not console.is_terminal):
+            prepared = list(threads.map(prepare, paths[start : start + batch_size]))
+            images = np.zeros((batch_size, size, size, channels), np.uint8)  # as many each time: one program
+            for i, image in enumerate(prepared):
+                if not isinstance(image, ValueError):
+                    images[i] = image
+            scores = np.asarray(forward(run.variables, sharding.global_batch(mesh, {"images": images})["images"]))
+            for path, image, row in zip(paths[start:], prepared, scores, strict=False):
+                yield path, image if isinstance(image, ValueError) else row
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files themselves, and all images in and below the folders.
+
+    Raises:
+      ValueError: there is no such file or folder, or a folder has no image.
+    """
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in sources.IMAGE_SUFFIXES)
+            if not found:
+                raise ValueError(f"{path} has no image (of {', '.join(sources.IMAGE_SUFFIXES)}).")
+            yield from found
+        elif path.exists():
+            yield path
+        else:
+            raise ValueError(f"{path} is not there; expected an image or a folder of images.")
+
+
+if __name__ == "__main__":
+    cli.run(main)
