@@ -1,6 +1,8 @@
 """Preparing data: the two tars of ImageNet, folders, what a check finds; and training on what was prepared."""
 
+import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -13,7 +15,9 @@ import time
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -22,7 +26,7 @@ from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_build
 from tensorflow_datasets.proto import tf_example_pb2
 
 from benchmarks import photos
-from xception_flax import cli, prepare
+from xception_flax import cli, data, evaluate, prepare
 from xception_flax.data import imagenet, records, sources
 
 ROOT = Path(__file__).parent.parent
@@ -65,14 +69,14 @@ def write_tars(directory: Path, train: dict[str, bytes], validation: dict[str, b
 
 @pytest.fixture(scope="module")
 def images() -> dict[str, dict[str, bytes]]:
-    """93 photographs to train on, a CMYK and a PNG under the names known for it among them; 11 to validate."""
-    encoded = photos.jpegs(102, width=160, height=120, quality=90)
-    names = [f"{synset}_{100 * i + 26}.JPEG" for i in range(23) for synset in SYNSETS]
-    train = dict(zip(names[:91], encoded, strict=False))
+    """45 photographs to train on, a CMYK and a PNG under the names known for it among them; 11 to validate."""
+    encoded = photos.jpegs(54, width=160, height=120, quality=90)
+    names = [f"{synset}_{100 * i + 26}.JPEG" for i in range(11) for synset in SYNSETS]
+    train = dict(zip(names[:43], encoded, strict=False))
     photo = photos.photo("chelsea.png")[:120, :160]
     train[CMYK] = cmyk(photo)
     train[PNG] = cv2.imencode(".png", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))[1].tobytes()
-    numbered = enumerate(encoded[91:], start=1)
+    numbered = enumerate(encoded[43:], start=1)
     return {"train": train, "validation": {f"ILSVRC2012_val_{i:08}.JPEG": image for i, image in numbered}}
 
 
@@ -130,7 +134,7 @@ def test_tfds_reads_imagenet_byte_for_byte(data_dir, images):
             found[name] = by_name[i]["image"]
             assert by_name[i]["label"] == label(name)
             assert by_directory[i] == by_name[i]
-            assert ours[i] == {"image": found[name], "label": label(name), "name": name}
+            assert ours[i] == {"image": found[name], "label": label(name), "name": f"record {i} {name}"}
         assert found.keys() == expected.keys()
         assert {name for name in found if found[name] != expected[name]} == ({CMYK, PNG} if split == "train" else set())
 
@@ -138,7 +142,9 @@ def test_tfds_reads_imagenet_byte_for_byte(data_dir, images):
 def test_the_known_files_become_rgb_jpegs(data_dir, images):
     """Of the PNG's pixels a JPEG of quality 100 loses little; the CMYK's are those that the file has as RGB."""
     source = sources.tfds("train", name="imagenet2012", data_dir=str(data_dir))
-    found = {example["name"]: example["image"] for example in map(source.__getitem__, range(len(source)))}
+    found = {
+        example["name"].split(" ")[-1]: example["image"] for example in map(source.__getitem__, range(len(source)))
+    }
     for name in (CMYK, PNG):
         repaired = Image.open(io.BytesIO(found[name]))
         assert (repaired.format, repaired.mode) == ("JPEG", "RGB")
@@ -167,8 +173,8 @@ def test_it_is_what_tfds_itself_writes(data_dir, tmp_path):
         def _generate_examples(self, split):
             source = sources.tfds(split, name="imagenet2012", data_dir=str(data_dir))
             for example in sorted((source[i] for i in range(len(source))), key=lambda example: example["name"]):
-                image = io.BytesIO(example["image"])
-                yield example["name"], {"image": image, "label": example["label"], "file_name": example["name"]}
+                image, name = io.BytesIO(example["image"]), example["name"].split(" ")[-1]
+                yield name, {"image": image, "label": example["label"], "file_name": name}
 
     builder = Imagenet2012(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
@@ -322,51 +328,49 @@ def folder(images, tmp_path) -> Path:
 def read_all(data_dir: Path, split: str) -> dict[str, tuple[int, bytes]]:
     source = sources.tfds(split, data_dir=str(data_dir / "my_photos" / "1.0.0"))
     return {
-        example["name"]: (example["label"], example["image"]) for example in map(source.__getitem__, range(len(source)))
+        example["name"].split(" ")[-1]: (example["label"], example["image"])
+        for example in map(source.__getitem__, range(len(source)))
     }
 
 
-def test_a_folder_is_split_by_its_names(folder, tmp_path):
-    """Each file is in one split, chosen by its name alone; what others there are does not move it."""
-    run("folder", folder, "--data-dir", tmp_path / "a", "--validation-fraction", "0.3")
-    parts = {split: read_all(tmp_path / "a", split) for split in ("train", "validation")}
-    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.jpg")}
-    assert parts["train"].keys() | parts["validation"].keys() == names.keys()
-    assert len(parts["train"]) + len(parts["validation"]) == 40
-    assert 6 <= len(parts["validation"]) <= 18  # of 12 by chance
-    for part in parts.values():
-        for name, (number, content) in part.items():
-            assert content == names[name].read_bytes()
-            assert sorted(SYNSETS)[number] == name.partition("/")[0]
-
-    for path in list(names.values())[::2]:
-        path.unlink()
-    run("folder", folder, "--data-dir", tmp_path / "b", "--validation-fraction", "0.3")
-    for split, part in parts.items():
-        assert read_all(tmp_path / "b", split).items() <= part.items()
+def test_a_folder_has_the_splits_that_training_on_it_has(folder, tmp_path):
+    """The same images, labels, classes and splits as our source 'folder', which a hash of the names decides."""
+    run("folder", folder, "--data-dir", tmp_path, "--val-fraction", "0.3")
+    for split in ("train", "val"):
+        expected = sources.folder(split, data_dir=str(folder), val_fraction=0.3)
+        found = read_all(tmp_path, split)
+        assert found == {
+            Path(example["name"]).relative_to(folder).as_posix(): (example["label"], example["image"])
+            for example in map(expected.__getitem__, range(len(expected)))
+        }
+        assert len(found) == {"train": 32, "val": 8}[split]
+        prepared = sources.tfds(split, name="my_photos", data_dir=str(tmp_path))
+        assert prepared.class_names == expected.class_names == tuple(sorted(SYNSETS))
 
 
 def test_a_folder_that_is_split_stays_so(folder, tmp_path):
-    for name, count in (("train", 7), ("val", 3)):
+    for split, count in (("train", 5), ("val", 3), ("test", 2)):
         for synset in SYNSETS:
-            (folder / name / synset).mkdir(parents=True)
+            (folder / split / synset).mkdir(parents=True)
             for path in sorted((folder / synset).iterdir())[:count]:
-                path.rename(folder / name / synset / path.name)
+                path.rename(folder / split / synset / path.name)
+    for synset in SYNSETS:
+        (folder / synset).rmdir()
     run("folder", folder, "--data-dir", tmp_path)
-    for split, name in (("train", "train"), ("validation", "val")):
-        assert read_all(tmp_path, split).keys() == {
-            path.relative_to(folder / name).as_posix() for path in (folder / name).rglob("*.jpg")
-        }
+    for split, count in (("train", 20), ("val", 12), ("test", 8)):
+        files = [path.relative_to(folder).as_posix() for path in (folder / split).rglob("*.jpg")]
+        assert len(files) == count
+        assert read_all(tmp_path, split).keys() == set(files)
 
 
 def test_mistakes_with_a_folder(folder, tmp_path, capsys, monkeypatch):
     def message(*arguments):
         return fail(capsys, monkeypatch, "folder", *arguments, "--data-dir", tmp_path / "out")
 
-    assert "nowhere is no directory; expected images in" in message(tmp_path / "nowhere")
+    assert "nowhere is no directory; expected the folders CLASS/*.jpg" in message(tmp_path / "nowhere")
     assert "--name must be of small letters" in message(folder, "--name", "My Photos")
-    assert "--validation-fraction: must be between 0 and 1, got '2'" in message(folder, "--validation-fraction", "2")
-    assert "no image for split 'validation'" in message(folder, "--validation-fraction", "1e-9")
+    assert "--val-fraction: must be between 0 and 1, got '2'" in message(folder, "--val-fraction", "2")
+    assert "no image is of split 'val' by the hash of its name" in message(folder, "--val-fraction", "1e-9")
     assert "no_command" in fail(capsys, monkeypatch, "no_command")
     large = folder / "n01440764" / "large.jpg"  # a hole
     large.touch()
@@ -380,15 +384,16 @@ def test_mistakes_with_a_folder(folder, tmp_path, capsys, monkeypatch):
     for link in links:
         link.unlink()
 
-    # Killed before it ended, then the images changed.
-    layout_dir = tmp_path / "out" / "my_photos" / "1.0.0.incomplete"
-    (layout_dir / records.PREPARED).write_text("{}")
+    # Begun, and then the images changed.
+    (tmp_path / "out" / "my_photos" / "1.0.0.incomplete" / records.PREPARED).write_text("{}")
     assert "was begun with other images, or they have changed since; remove it" in message(folder)
-    for name in ("train", "val"):
-        (folder / name / f"only_{name}").mkdir(parents=True)
-        os.link(next((folder / "n01440764").iterdir()), folder / name / f"only_{name}" / "a.jpg")
-    assert "must have the same classes; only in one: only_train, only_val" in message(folder)
-    assert "leave out --validation-fraction" in message(folder, "--validation-fraction", "0.5")
+    photo = next((folder / "n01440764").iterdir()).read_bytes()
+    for split in ("train", "val"):
+        (tmp_path / "split" / split / f"only_{split}").mkdir(parents=True)
+        (tmp_path / "split" / split / f"only_{split}" / "a.jpg").write_bytes(photo)
+    expected = "train and val must have the same classes; only in one: only_train, only_val"
+    assert expected in message(tmp_path / "split")
+    assert "leave out --val-fraction" in message(tmp_path / "split", "--val-fraction", "0.5")
 
 
 # Checking ------------------------------------------------------------------------------------------
@@ -398,7 +403,7 @@ def test_check_of_imagenet(data_dir, images, tmp_path, capsys):
     directory = data_dir / PATH
     run("check", directory, "--json", tmp_path / "report.json")
     out = capsys.readouterr().out
-    assert re.search(r"images +93\n +classes +1,000, with 0 to 24 images\n +without an image +996 classes", out)
+    assert re.search(r"images +45\n +classes +1,000, with 0 to 12 images\n +without an image +996 classes", out)
     assert re.search(r"pixels +19,200 to 19,200, median 19,200", out)
     report = json.loads((tmp_path / "report.json").read_text())
     train = report["splits"]["train"]
@@ -418,9 +423,13 @@ def test_check_finds_what_is_wrong(folder, tmp_path, capsys):
     cut.write_bytes(cut.read_bytes()[:2000])
     garbage.write_bytes(b"garbage")
     (folder / "n15075141" / "copy.jpg").write_bytes(copied)
-    run("folder", folder, "--data-dir", tmp_path / "tfds", "--validation-fraction", "0.3")
+    run("folder", folder, "--data-dir", tmp_path / "tfds", "--val-fraction", "0.3")
     bad = {path.relative_to(folder).as_posix() for path in (cut, garbage)}
     same = {files[0].relative_to(folder).as_posix(), "n15075141/copy.jpg"}
+
+    def short(name):
+        return re.search(r"n\d{8}/\w+\.jpg$", name)[0]
+
     for dataset in (folder, tmp_path / "tfds" / "my_photos" / "1.0.0"):
         capsys.readouterr()
         assert prepare.main(["check", str(dataset), "--json", str(tmp_path / "report.json")]) == 1
@@ -429,24 +438,130 @@ def test_check_finds_what_is_wrong(folder, tmp_path, capsys):
         assert "1 files are there more than once" in out
         report = json.loads((tmp_path / "report.json").read_text())
         found = {name for split in report["splits"].values() for name in split["undecodable"]}
-        assert {name.removeprefix(f"{folder}/") for name in found} == bad
+        assert {short(name) for name in found} == bad
         (names,) = report["repeated"]
-        assert {name.partition(": ")[2].removeprefix(f"{folder}/") for name in names} == same
+        assert {short(name) for name in names} == same
 
 
 def test_mistakes_with_check(tmp_path, capsys, monkeypatch):
     assert "nowhere is no directory" in fail(capsys, monkeypatch, "check", tmp_path / "nowhere")
-    assert "has no folder a class" in fail(capsys, monkeypatch, "check", tmp_path)
-    (tmp_path / "cat").mkdir()
-    (tmp_path / "cat" / "a.jpg").write_bytes(b"")
+    photos = tmp_path / "photos"
+    (photos / "cat").mkdir(parents=True)
+    assert "has no image" in fail(capsys, monkeypatch, "check", photos)
+    (photos / "cat" / "a.jpg").write_bytes(b"")
     where = ["--json", tmp_path / "no" / "report.json"]
-    assert "no is no directory" in fail(capsys, monkeypatch, "check", tmp_path, *where)
-    assert prepare.main(["check", str(tmp_path)]) == 1  # an empty file, and not one image
+    assert "no is no directory" in fail(capsys, monkeypatch, "check", photos, *where)
+    assert prepare.main(["check", str(photos)]) == 1  # an empty file, and not one image
 
 
-def test_from_the_shell(tars, tmp_path):
-    command = [sys.executable, "-m", "xception_flax.prepare"]
-    helped = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert helped.returncode == 0
+def test_help_is_worth_reading(capsys):
+    with pytest.raises(SystemExit):
+        prepare.main(["--help"])
+    out = capsys.readouterr().out
     for word in ("imagenet", "folder", "check", "examples:"):
-        assert word in helped.stdout
+        assert word in out
+
+
+# Training ------------------------------------------------------------------------------------------
+
+# The paper's recipe but for its size: 6 steps of 8 of the 45 images, and at the end 11 to evaluate on, in two batches.
+SMALL = [
+    "--config.model.width=0.02",
+    "--config.model.middle_repeats=0",
+    "--config.model.dtype=float32",
+    "--config.batch_size=8",
+    "--config.epochs=1",
+    "--config.log_every_steps=1",
+]
+
+
+def start(workdir: Path, data_dir: Path, *arguments: str) -> subprocess.Popen:
+    where = ["--workdir", str(workdir), f"--config.data.data_dir={data_dir}"]
+    command = [sys.executable, "train.py", "--config", "configs/imagenet.py", *where, *SMALL, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    try:
+        _, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, err
+
+
+def recorded(workdir: Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def arrays(workdir: Path) -> dict[str, np.ndarray]:
+    """Every array of the last checkpoint by its path, read without our own code."""
+    (checkpoint,) = (path for path in (workdir / "checkpoints").iterdir() if path.name == "6")
+    leaves = {}
+    for item in ("raw", "ema", "optimizer"):
+        tree = ocp.StandardCheckpointer().restore(checkpoint.absolute() / item)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            leaves[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return leaves
+
+
+def test_an_epoch_of_the_papers_recipe(data_dir, tmp_path, capsys):
+    """At 299 pixels, on eight devices: stopped in mid-epoch and resumed with two worker processes, it ends with every
+    bit of a run that was not; and evaluation counts each of the 11 images once."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    code, err = finish(start(whole, data_dir))
+    assert code == 0, err
+
+    process = start(stopped, data_dir)
+    while not recorded(stopped):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    code, err = finish(process)
+    assert code == 128 + signal.SIGTERM, err
+    step = int(re.search(r"stopped at step (\d+), checkpoint written", err)[1])
+    assert 1 <= step < 6
+    code, err = finish(start(stopped, data_dir, "--config.data.num_workers=2"))
+    assert code == 0, err
+    assert f"going on from the checkpoint of step {step}" in err
+
+    expected, result = arrays(whole), arrays(stopped)
+    assert expected.keys() == result.keys()
+    assert len(expected) > 200
+    for path, value in expected.items():
+        np.testing.assert_array_equal(result[path], value, err_msg=path)
+    metrics = [
+        [{k: v for k, v in record.items() if "seconds" not in k and "per_second" not in k} for record in recorded(w)]
+        for w in (whole, stopped)
+    ]
+    losses = [{r["step"]: r["train/loss"] for r in of_run if "train/loss" in r} for of_run in metrics]
+    assert losses[0].keys() == set(range(1, 7))
+    assert losses[0] == losses[1]
+    (evaluation,) = (record for record in metrics[0] if "eval/loss" in record)
+    assert evaluation in metrics[1]
+    assert evaluation["eval/count"] == 11
+
+    assert evaluate.main(["--workdir", str(stopped)]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["count"], last["split"], last["step"]) == (11, "validation", 6)
+    assert last["top1"] == evaluation["eval/top1"]
+    assert last["loss"] == pytest.approx(evaluation["eval/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_two_hosts_see_the_batches_of_one(data_dir, train):
+    options = dict(source="tfds", name="imagenet2012", data_dir=str(data_dir), image_size=299, eval_split="validation")
+    options |= dict(train_transforms="random_resized_crop(min_area=0.08) | flip_left_right", train=train, batch_size=8)
+
+    def batches(**host):
+        with contextlib.closing(data.load(**options, **host).batches()) as all_batches:
+            return [{k: np.array(v) for k, v in batch.items()} for batch in itertools.islice(all_batches, 3)]
+
+    one, two = batches(), [batches(process_index=i, process_count=2) for i in range(2)]
+    assert len(one) == (3 if train else 2)
+    for step, batch in enumerate(one):
+        for key, value in batch.items():
+            np.testing.assert_array_equal(np.concatenate([host[step][key] for host in two]), value)
+    if not train:
+        assert sum(batch["mask"].sum() for batch in one) == 11
