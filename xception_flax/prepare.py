@@ -171,7 +171,7 @@ def _prepare(
     with records.claim(layout) as missing:
         total = sum(shard.num_bytes for shard in layout.shards)
         done = total - sum(shard.num_bytes for shard in missing)
-        what = f"writing {layout.incomplete}"
+        what = f"writing {info.name}"
         if len(missing) < len(layout.shards):
             what += f", going on from shard {len(layout.shards) - len(missing):,} of {len(layout.shards):,}"
         with progress.counting(what, total, "bytes", done=done) as advance:
@@ -210,7 +210,7 @@ def check(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--json: {arguments.json.parent} is no directory.")
     images: dict[str, list[Checked]] = {}
     with (
-        progress.counting(f"reading {arguments.dataset}", sum(map(len, splits.values())), "images") as advance,
+        progress.counting(f"reading {arguments.dataset.name}", sum(map(len, splits.values())), "images") as advance,
         futures.ThreadPoolExecutor(arguments.num_threads) as executor,
     ):
         for split, source in splits.items():
