@@ -38,6 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that the workers end together."""
     longest = [
         "test_train",
+        "test_prepare",
         "test_configs",
         "test_steps",
         "test_keras_weights",

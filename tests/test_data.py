@@ -411,6 +411,12 @@ def test_a_chain_that_ends_in_another_size_is_refused():
         ({"source": "arrays", "path": "/nowhere.npz"}, "is no file; expected an .npz file"),
         ({"source": "tfds"}, r"needs data\.name, data\.data_dir or both: --config\.data\.name=\w+ "),
         ({"source": "tfds", "name": "imagenet2012", "data_dir": "/nowhere"}, "/nowhere is no directory"),
+        (
+            {"source": "tfds", "data_dir": "gs://bucket/mnist/3.0.1"},
+            "to read gs://bucket/mnist/3.0.1, pip install gcsfs",
+        ),
+        ({"source": "tfds", "name": "mnist", "data_dir": "gs://bucket"}, "to read gs://bucket, pip install gcsfs; or"),
+        ({"source": "tfds", "name": "mnist", "data_dir": "s3://bucket"}, "of buckets only gs:// is read; mount others"),
     ],
 )
 def test_mistakes_are_refused(options, message):

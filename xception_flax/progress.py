@@ -4,9 +4,10 @@ import contextlib
 import json
 import math
 import os
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,48 @@ def waiting(what: str) -> Iterator[None]:
         bar.add_task(what, total=None)
         yield
     console.print(f"{what}: {time.monotonic() - begun:.0f} s", markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows how much is done, how fast, and the time that is left; on standard error.
+
+    On a terminal there is a bar, elsewhere a line each half minute.
+
+    Args:
+      what: goes on.
+      total: of it.
+      unit: 'bytes', or what is counted.
+      done: of it, by an earlier start.
+
+    Yields:
+      What is told how much more is done; by any thread.
+    """
+    console, begun, lock = Console(stderr=True, highlight=False), time.monotonic(), threading.Lock()
+    now_done, told = done, begun
+
+    def amount(number: float) -> str:
+        return f"{number / 1e9:.2f} GB" if unit == "bytes" else f"{number:,.0f} {unit}"
+
+    def advance(number: int) -> None:
+        nonlocal now_done, told
+        with lock:
+            now_done += number
+            rate = (now_done - done) / max(time.monotonic() - begun, 1e-9)
+            if console.is_terminal:
+                per_second = f"{rate / 1e6:,.0f} MB/s" if unit == "bytes" else f"{rate:,.0f} {unit}/s"
+                bar.update(task, completed=now_done, state=f"{amount(now_done)}  {per_second}  left")
+            elif time.monotonic() - told > 30:
+                told = time.monotonic()
+                left = _duration((total - now_done) / rate)
+                console.print(f"{what}: {amount(now_done)} of {amount(total)}, {left} left", markup=False)
+
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, completed=done, state="")
+        yield advance
+    seconds = time.monotonic() - begun
+    console.print(f"{what}: {amount(now_done - done)} in {_duration(seconds)}", markup=False, soft_wrap=True)
 
 
 NO_SHARES = ("loss", "count", "bad_images")  # of what an evaluation returns; all else is a share of 1

@@ -9,6 +9,7 @@ sent to worker processes: they must pickle.
 import dataclasses
 import gzip
 import hashlib
+import importlib.util
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -216,15 +217,15 @@ def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
                 "source 'tfds' needs data.name, data.data_dir or both: "
                 "--config.data.name=imagenet2012 --config.data.data_dir=DATA, say."
             )
-        directory = _directory(data_dir, "a TFDS data set")
+        directory = _bucket(library, data_dir) if "://" in data_dir else _directory(data_dir, "a TFDS data set")
         if not (directory / "dataset_info.json").exists():
             raise ValueError(
                 f"{directory} has no dataset_info.json; point data.data_dir at NAME/VERSION of a prepared "
                 "data set, or give data.name too."
             )
         return library.builder_from_directory(directory)
-    if data_dir is not None and "://" not in data_dir:
-        data_dir = str(_directory(data_dir, "TFDS data sets"))
+    if data_dir is not None:
+        data_dir = str(_bucket(library, data_dir) if "://" in data_dir else _directory(data_dir, "TFDS data sets"))
     try:
         return library.builder(name, data_dir=data_dir)
     except library.core.DatasetNotFoundError:
@@ -236,6 +237,16 @@ def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
     except (ValueError, AssertionError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"TFDS data set {name!r}: {first}") from None
+
+
+def _bucket(library: Any, url: str) -> Any:
+    """A directory in a bucket, which TFDS reads by fsspec, and array_record by itself."""
+    scheme = url.partition("://")[0]
+    if scheme != "gs":
+        raise ValueError(f"data.data_dir: {url}: of buckets only gs:// is read; mount others, and give the path.")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(f"data.data_dir: to read {url}, pip install gcsfs; or mount the bucket and give the path.")
+    return library.core.Path(url)
 
 
 # Image folder --------------------------------------------------------------------------------------
@@ -318,6 +329,12 @@ def folder(split: str, *, data_dir: str, val_fraction: float = 0.1) -> Files:
             "take a larger fraction, or make folders train/CLASS and val/CLASS."
         )
     return Files(tuple(paths), tuple(labels), tuple(p.name for p in classes))
+
+
+def folder_splits(data_dir: str) -> tuple[str, ...]:
+    """Returns the names of the splits that have a folder there; none where a hash of the names decides."""
+    directory = _directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
+    return tuple(place.name for place in _folders(directory) if _folders(place))
 
 
 def _folders(directory: Path) -> list[Path]:

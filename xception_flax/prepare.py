@@ -1,0 +1,303 @@
+"""Prepares data sets and checks them: ArrayRecord as TFDS writes it, without TensorFlow.
+
+  imagenet   the two tars of ILSVRC2012 as TFDS' `imagenet2012`
+  folder     your own images, CLASS/*.jpg, as a TFDS data set
+  check      reads every image of a data set or of a folder
+
+What was stopped or killed goes on by the same command. A data set lies in VERSION.incomplete until it is
+whole.
+"""
+
+import signal
+
+from xception_flax import signals
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
+
+import argparse
+import collections
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from xception_flax import cli, progress
+from xception_flax.data import decoding, imagenet, records, sources
+
+EXAMPLES = """\
+  python -m xception_flax.prepare imagenet --tars downloads --data-dir /data/tfds --hashes
+  python -m xception_flax.prepare folder photos --data-dir /data/tfds --val-fraction 0.2
+  python -m xception_flax.prepare check /data/tfds/imagenet2012/5.1.0 --json report.json"""
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser(__doc__, EXAMPLES, hosts=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("imagenet", help="the two tars of ILSVRC2012", allow_abbrev=False)
+    command.set_defaults(function=prepare_imagenet)
+    command.add_argument("--tars", type=cli.directory, required=True, metavar="DIR", help="where the two tars are")
+    hashes = command.add_mutually_exclusive_group()
+    hashes.add_argument("--hashes", action="store_true", help="check their MD5 too, which reads 155 GB")
+    hashes.add_argument("--subset", action="store_true", help="take tars of another size: a part of ImageNet")
+    _add_output(command)
+
+    command = commands.add_parser("folder", help="images in a folder a class", allow_abbrev=False)
+    command.set_defaults(function=prepare_folder)
+    command.add_argument(
+        "source", type=cli.directory, metavar="SRC", help="with CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg"
+    )
+    command.add_argument("--name", help="of the data set; default: the folder's, in small letters")
+    command.add_argument(
+        "--val-fraction",
+        type=_fraction,
+        metavar="SHARE",
+        help="of SRC/CLASS/*.jpg, which a hash of each file's name decides, as in training on a folder; default: 0.1",
+    )
+    _add_output(command)
+
+    command = commands.add_parser("check", help="reads every image", allow_abbrev=False)
+    command.set_defaults(function=check)
+    command.add_argument(
+        "dataset", type=cli.directory, metavar="DATASET", help="NAME/VERSION of a prepared data set, or a folder"
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the report there, with all names")
+    _add_threads(command)
+    arguments = parser.parse_args(argv)
+    return arguments.function(arguments)
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data-dir", type=cli.directory, required=True, metavar="DIR", help="where TFDS data sets are; made if needed"
+    )
+    _add_threads(command)
+
+
+def _add_threads(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--num-threads",
+        type=cli.positive,
+        default=min(16, os.cpu_count() or 1),
+        metavar="N",
+        help="that read at a time; default: %(default)s",
+    )
+
+
+def _fraction(text: str) -> float:
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text!r}")
+    return fraction
+
+
+# Preparing -----------------------------------------------------------------------------------------
+
+
+def prepare_imagenet(arguments: argparse.Namespace) -> int:
+    paths = imagenet.find(arguments.tars, subset=arguments.subset)
+    if arguments.hashes:
+        for split, path in paths.items():
+            with progress.counting(f"MD5 of {path.name}", path.stat().st_size, "bytes") as advance:
+                imagenet.check_hash(path, imagenet.TARS[split].md5, advance)
+    info = imagenet.create_info(arguments.data_dir)
+    with progress.counting("listing the tars", sum(path.stat().st_size for path in paths.values()), "bytes") as advance:
+        splits = imagenet.list_images(paths, info, advance, subset=arguments.subset)
+    return _prepare(info, splits, arguments, f"{arguments.tars}")
+
+
+def prepare_folder(arguments: argparse.Namespace) -> int:
+    source = arguments.source.expanduser().absolute()
+    name = arguments.name or re.sub(r"\W+", "_", source.name.lower()).strip("_")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"--name must be of small letters, digits and _, and begin with a letter; got {name!r}.")
+    fraction = {} if arguments.val_fraction is None else {"val_fraction": arguments.val_fraction}
+    there = sources.folder_splits(str(source))
+    if there and fraction:
+        raise ValueError(f"{source} has folders of splits ({', '.join(there)}) already; leave out --val-fraction.")
+    files = {split: sources.folder(split, data_dir=str(source), **fraction) for split in there or ("train", "val")}
+    first, class_names = next((split, of_split.class_names) for split, of_split in files.items())
+    for split, of_split in files.items():
+        if of_split.class_names != class_names:
+            raise ValueError(
+                f"{source}: {first} and {split} must have the same classes; "
+                f"only in one: {', '.join(sorted(set(class_names) ^ set(of_split.class_names))[:5])}."
+            )
+    splits = {
+        split: [
+            records.EncodedImage(Path(path).relative_to(source).as_posix(), label, path, 0, os.stat(path).st_size)
+            for path, label in zip(of_split.paths, of_split.labels, strict=True)
+        ]
+        for split, of_split in files.items()
+    }
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity(
+            name=name, version=tfds.core.Version("1.0.0"), data_dir=str(arguments.data_dir), module_name=""
+        ),
+        description=f"Images of {len(class_names)} classes.",
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(),
+                "label": tfds.features.ClassLabel(names=class_names),
+                "file_name": tfds.features.Text(),
+            }
+        ),
+        supervised_keys=("image", "label"),
+    )
+    return _prepare(info, splits, arguments, str(source))
+
+
+def _prepare(
+    info: tfds.core.DatasetInfo,
+    splits: Mapping[str, Sequence[records.EncodedImage]],
+    arguments: argparse.Namespace,
+    origin: str,
+) -> int:
+    layout = records.create_layout(info, splits, arguments.data_dir, origin)
+    if records.is_complete(layout):
+        print(f"{layout.directory} is prepared; nothing to do.")
+        return 0
+    with records.claim(layout) as missing:
+        total = sum(shard.num_bytes for shard in layout.shards)
+        done = total - sum(shard.num_bytes for shard in missing)
+        what = f"writing {info.name}"
+        if len(missing) < len(layout.shards):
+            what += f", going on from shard {len(layout.shards) - len(missing):,} of {len(layout.shards):,}"
+        with progress.counting(what, total, "bytes", done=done) as advance:
+            records.write(layout, missing, arguments.num_threads, advance)
+        records.complete(layout)
+    num_classes = info.features["label"].num_classes
+    rows = {split: f"{len(images):,} images" for split, images in splits.items()} | {"classes": f"{num_classes:,}"}
+    progress.show_table(
+        f"{layout.directory}",
+        rows
+        | {
+            "train by": f"--config.data.source=tfds --config.data.name={info.name} "
+            f"--config.data.data_dir={layout.directory.parent.parent}"
+        },
+    )
+    return 0
+
+
+# Checking ------------------------------------------------------------------------------------------
+
+
+class Checked(NamedTuple):
+    """What is known of an image after it was read; height and width are 0 where it cannot be decoded."""
+
+    name: str
+    label: int
+    num_bytes: int
+    digest: bytes
+    height: int
+    width: int
+
+
+def check(arguments: argparse.Namespace) -> int:
+    splits = _open(arguments.dataset.expanduser().absolute())
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise ValueError(f"--json: {arguments.json.parent} is no directory.")
+    images: dict[str, list[Checked]] = {}
+    with (
+        progress.counting(f"reading {arguments.dataset.name}", sum(map(len, splits.values())), "images") as advance,
+        futures.ThreadPoolExecutor(arguments.num_threads) as executor,
+    ):
+        for split, source in splits.items():
+            images[split] = []
+            for begin in range(0, len(source), 1024):  # a future an image would be gigabytes
+                block = range(begin, min(begin + 1024, len(source)))
+                for image in executor.map(lambda i, source=source: _read(source, i), block):
+                    images[split].append(image)
+                    advance(1)
+    class_names = next(iter(splits.values())).class_names
+    report = {split: _describe(found, class_names) for split, found in images.items()}
+    repeated = _repeated(images)
+    undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
+    for split, described in report.items():
+        counts = list(described["classes"].values())
+        rows = {
+            "images": f"{described['images']:,}",
+            "classes": f"{len(counts):,}, with {min(counts):,} to {max(counts):,} images",
+        }
+        if 0 in counts:
+            rows["without an image"] = f"{counts.count(0):,} classes"
+        rows["undecodable"] = f"{len(described['undecodable']):,}"
+        for what in ("bytes", "pixels"):
+            low, middle, high = described[what]
+            rows[what] = f"{low:,} to {high:,}, median {middle:,}"
+        progress.show_table(split, rows)
+    across = sum(len({name.partition(": ")[0] for name in names}) > 1 for names in repeated)
+    print(f"\n{len(repeated):,} files are there more than once, {across:,} of them in more than one split")
+    for names in repeated[:10]:
+        print(f"  {' = '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+    if undecodable:
+        print(f"\n{len(undecodable):,} images cannot be decoded")
+        for name in undecodable[:20]:
+            print(f"  {name}")
+        if len(undecodable) > 20:
+            print("  ... (all by --json FILE)")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"splits": report, "repeated": repeated}, indent=1) + "\n")
+    return 1 if undecodable else 0
+
+
+def _open(directory: Path) -> dict[str, sources.Source]:
+    """The splits of a prepared data set, or of a folder."""
+    if (directory / "dataset_info.json").exists():
+        names = tfds.builder_from_directory(directory).info.splits
+        return {split: sources.tfds(split, data_dir=str(directory)) for split in names}
+    splits = sources.folder_splits(str(directory))
+    if splits:
+        return {split: sources.folder(split, data_dir=str(directory)) for split in splits}
+    return {"all": sources.folder(directory.name, data_dir=str(directory.parent))}  # a split of the folder above
+
+
+def _read(source: sources.Source, index: int) -> Checked:
+    example = source[index]
+    content, name = example["image"], str(example.get("name", index))
+    try:
+        height, width = decoding.decode(content, 3).shape[:2]
+    except decoding.BadImageError:
+        height = width = 0
+    return Checked(name, int(example["label"]), len(content), hashlib.sha256(content).digest(), height, width)
+
+
+def _describe(images: Sequence[Checked], class_names: Sequence[str]) -> dict[str, Any]:
+    counts = np.bincount([image.label for image in images], minlength=len(class_names))
+    return {
+        "images": len(images),
+        "classes": dict(zip(class_names, counts.tolist(), strict=True)),
+        "undecodable": [image.name for image in images if not image.height],
+        "bytes": _spread(image.num_bytes for image in images),
+        "pixels": _spread(image.height * image.width for image in images if image.height),
+    }
+
+
+def _spread(values: Iterable[int]) -> list[int]:
+    """Least, median and largest."""
+    values = np.fromiter(values, np.int64)
+    return [round(f(values)) for f in (np.min, np.median, np.max)] if len(values) else [0, 0, 0]
+
+
+def _repeated(images: Mapping[str, Sequence[Checked]]) -> list[list[str]]:
+    """The images of equal bytes, where there is more than one, each as 'SPLIT: NAME'."""
+    places = collections.defaultdict(list)
+    for split, found in images.items():
+        for image in found:
+            places[image.digest].append(f"{split}: {image.name}")
+    return [names for names in places.values() if len(names) > 1]
+
+
+if __name__ == "__main__":
+    cli.run(main)
