@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     if wrong := [text for text in overrides if not text.startswith("--config.")]:
         arguments.error(f"unrecognized arguments: {' '.join(wrong)}")
     if not options.only_ours:
-        command.check_contenders(arguments, options, ["keras_tensorflow"])
+        command.check_contenders(arguments, options, ["keras_tensorflow"], "--only-ours")
 
     names = ("xception_flax, empty cache", "xception_flax, again", "Keras on TensorFlow")
     seconds: dict[str, list[float]] = {name: [] for name in names[: 2 if options.only_ours else 3]}

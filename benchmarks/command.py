@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.worker import ROOT, WorkerError
+from xception_flax.lookup import suggest
 
 CONTENDERS_PYTHON = ROOT / ".venv-contenders" / "bin" / "python"
 
@@ -66,12 +67,32 @@ def check(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> No
         arguments.error(f"--threads must be at most {cpu_count()}, the CPUs that this process may use.")
 
 
-def check_contenders(arguments: argparse.ArgumentParser, options: argparse.Namespace, need: Sequence[str]) -> None:
-    """Ends with an error where `need`, contenders by name, cannot run for want of their environment."""
+def add_only(arguments: argparse.ArgumentParser) -> None:
+    """Adds the argument of a benchmark that some of its contenders can be chosen of."""
+    arguments.add_argument("--only", metavar="NAME,...", help="these contenders (all)")
+
+
+def chosen(arguments: argparse.ArgumentParser, options: argparse.Namespace, table: Mapping[str, Any]) -> list[str]:
+    """Returns the names of `--only`, each once, or all of `table`; ends with an error where it has no such name."""
+    names = list(dict.fromkeys(options.only.split(","))) if options.only else list(table)
+    for name in names:
+        if name not in table:
+            arguments.error(f"unknown contender {name!r}; {suggest(name, table)}")
+    return names
+
+
+def check_contenders(
+    arguments: argparse.ArgumentParser, options: argparse.Namespace, need: Sequence[str], without: str
+) -> None:
+    """Ends with an error where `need`, contenders by name, cannot run for want of their environment.
+
+    Args:
+      without: the argument with which none is needed.
+    """
     if need and not options.contenders_python.exists():
         arguments.error(
             f"{', '.join(need)}: there is no {options.contenders_python}; make the contenders' environment by "
-            "`make contenders`, or measure what needs none (--only xception_flax,plain_linen)."
+            f"`make contenders`, or measure what needs none ({without})."
         )
 
 

@@ -19,7 +19,6 @@ from benchmarks.contenders import Job
 from benchmarks.readers import BATCHES, READERS
 from benchmarks.turns import Turns
 from benchmarks.worker import Worker
-from xception_flax.lookup import suggest
 
 EXAMPLES = f"""\
   python -m benchmarks.input
@@ -39,18 +38,16 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--batch", type=command.positive(int), default=32, metavar="N", help="images (32)")
     arguments.add_argument("--size", type=command.positive(int), default=299, metavar="PX", help="pixels a side (299)")
     arguments.add_argument("--images", type=command.positive(int), default=512, metavar="N", help="files (512)")
-    arguments.add_argument("--only", metavar="NAME,...", help="these contenders (all)")
+    command.add_only(arguments)
     command.add_turns(arguments)
     command.add_contenders_python(arguments)
     options = arguments.parse_args(argv)
     command.check(arguments, options)
-    names = options.only.split(",") if options.only else list(READERS)
-    for name in names:
-        if name not in READERS:
-            arguments.error(f"unknown contender {name!r}; {suggest(name, READERS)}")
+    names = command.chosen(arguments, options, READERS)
     if options.images < options.batch:
         arguments.error(f"--images must be at least the batch of {options.batch}, got {options.images}.")
-    command.check_contenders(arguments, options, [name for name in names if not READERS[name].ours])
+    foreign = [name for name in names if not READERS[name].ours]
+    command.check_contenders(arguments, options, foreign, "--only xception_flax,alone")
 
     result = measure(names, options)
     print(f"\n{table(result)}\n", flush=True)

@@ -17,7 +17,6 @@ from benchmarks import command
 from benchmarks.contenders import CEILINGS, CONTENDERS, MATRIX_GFLOP, MATRIX_SIZE, Job
 from benchmarks.turns import Turns
 from benchmarks.worker import Worker
-from xception_flax.lookup import suggest
 
 EXAMPLES = f"""\
   python -m benchmarks.step
@@ -42,7 +41,7 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--mode", choices=(*MODES, "both"), default="both", help="what is timed (both)")
     arguments.add_argument("--batch", type=command.positive(int), default=8, metavar="N", help="images (8)")
     arguments.add_argument("--size", type=command.positive(int), default=299, metavar="PX", help="pixels a side (299)")
-    arguments.add_argument("--only", metavar="NAME,...", help="these contenders (all that have the mode)")
+    command.add_only(arguments)
     command.add_turns(arguments)
     command.add_contenders_python(arguments)
     options = arguments.parse_args(argv)
@@ -50,13 +49,12 @@ def main(argv: list[str]) -> int:
     if options.size < MIN_IMAGE_SIZE:
         arguments.error(f"--size must be at least {MIN_IMAGE_SIZE} pixels, got {options.size}.")
     modes = MODES if options.mode == "both" else (options.mode,)
-    names = list(dict.fromkeys(options.only.split(","))) if options.only else list(CONTENDERS)
+    names = command.chosen(arguments, options, CONTENDERS)
     for name in names:
-        if name not in CONTENDERS:
-            arguments.error(f"unknown contender {name!r}; {suggest(name, CONTENDERS)}")
         if options.only and not set(modes) & set(CONTENDERS[name].modes):
             arguments.error(f"{name} has no mode {options.mode!r}, only {', '.join(CONTENDERS[name].modes)}.")
-    command.check_contenders(arguments, options, [name for name in names if not CONTENDERS[name].ours])
+    foreign = [name for name in names if not CONTENDERS[name].ours]
+    command.check_contenders(arguments, options, foreign, "--only xception_flax,plain_linen")
 
     results = {}
     for mode in modes:

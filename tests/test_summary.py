@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -390,3 +391,12 @@ def test_a_mistake_from_the_shell_is_no_traceback():
     result = shell("xception", "--image-size", "16")
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch("error: Xception needs images of at least 32 x 32 pixels, got 16 x 16; .*\n", result.stderr)
+
+
+def test_whoever_reads_the_output_may_go():
+    """As `| head` does: no traceback."""
+    command = [sys.executable, "-m", "xception_flax.summary", "lenet"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE

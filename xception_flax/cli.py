@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -101,6 +102,12 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     """
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads(sys.stdout.fileno()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be flushed
+        code = 128 + signal.SIGPIPE
     except ValueError as error:
         if os.environ.get("XCEPTION_FLAX_TRACEBACK") or not _raised_by_us(error):
             raise
@@ -109,8 +116,14 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
-    sys.stdout.flush()
     sys.exit(code)
+
+
+def _nobody_reads(pipe: int) -> bool:
+    """Whether the reader of a pipe has gone, as `head` goes."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _raised_by_us(error: BaseException) -> bool:

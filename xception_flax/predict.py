@@ -122,7 +122,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
     """
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in sources.IMAGE_SUFFIXES)
+            found = sources.images_in(path, "**/*")
             if not found:
                 raise ValueError(f"{path} has no image (of {', '.join(sources.IMAGE_SUFFIXES)}).")
             yield from found

@@ -293,12 +293,12 @@ def folder(split: str, *, data_dir: str, val_fraction: float = 0.1) -> Files:
         raise ValueError(f"data.val_fraction must be between 0 and 1, got {val_fraction}.")
     top = _folders(directory)
     of_splits = [p for p in top if _folders(p)]
-    by_name = not of_splits and any(_images(p) for p in top)
+    by_name = not of_splits and any(images_in(p) for p in top)
     if by_name:
         lookup({"train": 0, "val": 1}, split, "split of a folder of classes")
     elif split not in (p.name for p in top):
         raise ValueError(f"{directory} has no folder for split {split!r}; {suggest(split, (p.name for p in top))}")
-    elif _images(directory / split):
+    elif images_in(directory / split):
         mixed = f", and {of_splits[0].name} has folders" if of_splits else ""
         raise ValueError(
             f"{directory / split} has images of its own{mixed}; expected either {directory}/CLASS/*.jpg or "
@@ -309,7 +309,7 @@ def folder(split: str, *, data_dir: str, val_fraction: float = 0.1) -> Files:
         raise ValueError(f"{directory / split} has no folder a class; expected {split}/CLASS/*.jpg.")
     paths, labels = [], []
     for label, place in enumerate(classes):
-        files = _images(place, "**/*")
+        files = images_in(place, "**/*")
         if by_name:
             of_class, files = files, [p for p in files if (_hash(p.name) < val_fraction) == (split == "val")]
             if of_class and not files and split == "train":
@@ -341,7 +341,8 @@ def _folders(directory: Path) -> list[Path]:
     return sorted(p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _images(directory: Path, pattern: str = "*") -> list[Path]:
+def images_in(directory: Path, pattern: str = "*") -> list[Path]:
+    """The image files there, in order ('**/*': and below); names that begin with '.' are left out."""
     found = (p for p in directory.glob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES)
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(directory).parts))
 
