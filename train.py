@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
     if profiled and profiled[-1] > total_steps:
         raise ValueError(f"profile={config.profile} is not within the {total_steps} steps of this run.")
     # Traced from shapes, before anything is compiled or written: what does not fit together shows here.
-    jax.eval_shape(train_step, abstract_state, sharding.abstract_batch(mesh, train_data.batch_shapes))
+    abstract_batch = sharding.abstract_batch(mesh, train_data.batch_shapes)
+    jax.eval_shape(train_step, abstract_state, abstract_batch)
     jax.eval_shape(eval_step, abstract_state.variables(weights), sharding.abstract_batch(mesh, eval_data.batch_shapes))
 
     def load_initial() -> pretrained.Pretrained:
@@ -157,6 +159,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 print(f"{workdir}: this run is finished ({total_steps} steps); nothing to do.")
                 draw_curves(workdir)
             return 0
+        # The step is compiled while the state is made or read.
+        background = stack.enter_context(ThreadPoolExecutor(max_workers=1))
+        compiling = background.submit(train_step.lower(abstract_state, abstract_batch).compile)
         if start_step:
             train_state = checkpoint.restore_state(manager, abstract_state, start_step)
         else:
@@ -201,7 +206,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             with profile.step(step, in_flight):
                 with report.input_wait():
                     batch = next(batches)
-                train_state, sums = train_step(train_state, sharding.global_batch(mesh, batch))
+                train_state, sums = compiling.result()(train_state, sharding.global_batch(mesh, batch))
                 in_flight.append(sums)
                 if len(in_flight) > MAX_STEPS_IN_FLIGHT:
                     totals.add(in_flight.popleft())

@@ -86,7 +86,8 @@ def make_init(
             ema_batch_stats=jax.tree.map(jnp.copy, batch_stats) if ema else None,
         )
 
-    abstract_state = _placed(mesh, jax.eval_shape(init, jax.random.key(0)))
+    # With the arguments of the run's own call, which then is not traced again.
+    abstract_state = _placed(mesh, jax.eval_shape(init, jax.random.key(0), {}))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     # It runs once. On CPUs XLA spends longer on making a hundred random generators fast than they run.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
