@@ -1,13 +1,14 @@
-"""Every recipe: each group fits the function it feeds, and the whole takes a step through the real loop."""
+"""Every recipe: each group fits the function it feeds; one of each kind takes a step through the real loop."""
 
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import train
-from xception_flax import MODELS, create_model, evaluate, recipe
+from xception_flax import MODELS, create_model, data, evaluate, program, recipe, sharding
 from xception_flax.data import sources
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -81,7 +82,7 @@ def test_the_list_is_complete():
 
 
 def test_every_network_is_in_a_recipe():
-    """So that each trains through the real loop below, or is one that does but for its depth."""
+    """So that each is traced below; each trains in test_family.py, test_steps.py or test_prepare.py."""
     networks = {recipe.load(path_of(name)).model.name for name in RECIPES if "folder" not in name}
     assert networks == set(MODELS)
 
@@ -91,24 +92,52 @@ def path_of(name: str) -> str:
     return f"{CONFIGS / file}.py{colon}{argument}"
 
 
-# As xception65 and xception41p, which take a step, with other numbers of blocks.
-OTHER_DEPTHS = {f"imagenet_aligned:xception{variant}" for variant in ("41", "71", "65p")}
-
-
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in OTHER_DEPTHS])
-def test_recipe_takes_a_step(name, tmp_path, capsys):
-    file, path = name.partition(":")[0], path_of(name)
+def load(name: str, directory: Path, *overrides: str):
+    """Returns the recipe at its narrowest, on a little data in `directory`."""
+    path = path_of(name)
     if "folder" in name:
-        (tmp_path / "photos" / "train" / "cat").mkdir(parents=True)
-        (tmp_path / "photos" / "train" / "cat" / "1.jpg").touch()
-        path += f":{tmp_path / 'photos'}"
+        (directory / "photos" / "train" / "cat").mkdir(parents=True)
+        (directory / "photos" / "train" / "cat" / "1.jpg").touch()
+        path += f":{directory / 'photos'}"
     recipe.load(path)  # as it is: every key known, every type right
     narrowest = NARROWEST.get(name, ["model.middle_repeats=0"])
-    narrowest += ["init.weights=random"] if name == "finetune_folder" else []  # others: test_pretrained.py
-    overrides = ["--config." + text for text in TINY + narrowest + make_data(name, tmp_path)]
-    if name == "digits":  # what it is evaluated by is the recipe's, and `evaluate` below takes it from there
-        overrides.append("--config.data.eval_transforms=center_crop(fraction=0.4, kernel='bicubic', antialias=True)")
-    config = recipe.load(path, overrides)
+    texts = [*TINY, *narrowest, *make_data(name, directory), *overrides]
+    return recipe.load(path, ["--config." + text for text in texts])
+
+
+# Losses, metrics, mixing and networks with and without batch statistics. Of the others imagenet trains in
+# test_prepare.py and finetune_folder in test_pretrained.py.
+STEPPING = ("digits", "digits:lenet", "imagenet_modern", "jft")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in STEPPING])
+def test_recipe_fits_together(name, tmp_path):
+    """Data, network, loss, optimizer and both steps, from shapes: what train.py does before it compiles."""
+    config = load(name, tmp_path)
+    mesh = sharding.create_mesh(**config.mesh)
+    splits = {
+        training: data.load(**config.data, batch_size=config.batch_size, seed=config.seed, train=training)
+        for training in (True, False)
+    }
+    made = program.create_program(config, mesh, splits[True].image_shape, splits[True].num_images)
+    batches = {training: sharding.abstract_batch(mesh, split.batch_shapes) for training, split in splits.items()}
+    state, sums = jax.eval_shape(made.train_step, made.abstract_state, batches[True])
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), made.abstract_state
+    )
+    assert {"loss", "gradient_norm"} <= set(sums)
+    sums, logits = jax.eval_shape(made.eval_step, made.abstract_state.variables(made.weights), batches[False])
+    assert "loss" in sums
+    assert logits.shape == (16, 10)
+    assert (made.total_steps, made.weights) == (1, "ema")
+
+
+@pytest.mark.parametrize("name", STEPPING)
+def test_recipe_takes_a_step(name, tmp_path, capsys):
+    # What it is evaluated by is the recipe's, and `evaluate` below takes it from there.
+    crop = ["data.eval_transforms=center_crop(fraction=0.4, kernel='bicubic', antialias=True)"]
+    config = load(name, tmp_path, *(crop if name == "digits" else []))
+    file = name.partition(":")[0]
     assert train.train(config, tmp_path / "w") == 0
 
     records = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]

@@ -18,10 +18,10 @@ DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.py")
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """Some steps on digits: better than chance, far from perfect."""
-    small = ["model.width=0.1", "model.middle_repeats=0", "data.image_size=32", "batch_size=64", "epochs=1.5"]
-    small += ["schedule.warmup_epochs=0.2", "step.ema_decay=0.5", "eval_every_epochs=1.5", "checkpoint_every_epochs=2"]
+    small = ["data.image_size=32", "batch_size=64", "epochs=6"]
+    small += ["schedule.warmup_epochs=0.2", "step.ema_decay=0.5", "eval_every_epochs=6", "checkpoint_every_epochs=6"]
     folder = tmp_path_factory.mktemp("run")
-    assert train.train(recipe.load(DIGITS, [f"--config.{text}" for text in small]), folder) == 0
+    assert train.train(recipe.load(f"{DIGITS}:lenet", [f"--config.{text}" for text in small]), folder) == 0
     return folder
 
 
@@ -64,7 +64,7 @@ def test_a_bad_file_is_named_and_the_others_are_predicted(workdir, digits, tmp_p
     (empty := tmp_path / "empty").mkdir()
     code, out, err = run(monkeypatch, capsys, "--workdir", workdir, bad, good, "--top", 2)
     assert code == 2
-    assert f"{workdir}, step 29, ema weights" in out
+    assert f"{workdir}, step 118, ema weights" in out
     (row,) = (line for line in out.splitlines() if str(good) in line)
     assert row.count(" %") == 2
     assert err.startswith(f"error: {bad}: the image cannot be decoded: 8 bytes that are no JPEG")

@@ -61,8 +61,14 @@ def compare(ours: np.ndarray, theirs: np.ndarray, what: str) -> float:
     return difference
 
 
-@pytest.mark.parametrize("size", [(299, 299), (150, 214)], ids=lambda s: f"{s[0]}x{s[1]}")
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, (299, 299)) for name in FIELDS),
+        *((name, (150, 214)) for name in ("legacy_xception", "xception41", "xception41p")),  # others: deeper
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value[0]}x{value[1]}",
+)
 def test_logits_and_features_equal_timms(name, size):
     model = create_model(**FIELDS[name])
     images = structured_images(4, *size)

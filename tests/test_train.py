@@ -39,6 +39,10 @@ SMALL = [
 ]
 
 
+# The same of a network that compiles at once, where that is all that matters.
+LENET = [text for text in SMALL if "model." not in text]
+
+
 def environment(devices: int) -> dict[str, str]:
     return os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -221,7 +225,7 @@ def test_a_second_start_compiles_nothing(tmp_path):
 
 def test_a_profile_has_the_chosen_steps_and_no_other(tmp_path, monkeypatch, capsys):
     """Asked for are 5 to 8, of a run that goes on from step 6: 7 and 8 are left."""
-    arguments = ["--config", DIGITS, "--workdir", tmp_path, *SMALL, "--config.epochs=0.1019"]  # 8 steps
+    arguments = ["--config", f"{DIGITS}:lenet", "--workdir", tmp_path, *LENET, "--config.epochs=0.1019"]  # 8 steps
     arguments += ["--config.schedule.warmup_epochs=0", "--config.checkpoint_every_epochs=0.02545"]  # every second
     code, _, err = run(monkeypatch, capsys, train.main, *arguments)
     assert code == 0, err
@@ -240,7 +244,7 @@ def test_a_profile_has_the_chosen_steps_and_no_other(tmp_path, monkeypatch, caps
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
     traced = [event for plane in planes for line in plane.lines for event in line.events]
     assert [dict(e.stats)["step_num"] for e in traced if e.name == "train"] == [7, 8]
-    # The devices' own work: each of the eight runs the step's convolutions, twice.
+    # The devices' own work: each of the eight runs the step's fusions, twice.
     assert sum("fusion" in e.name and not e.name.startswith("$") for e in traced) > 2 * 8 * 10
 
 
@@ -686,7 +690,7 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
             (tmp_path / path).write_bytes(image)
 
     def command(name):
-        overrides = ["--config.model.width=0.02", "--config.model.middle_repeats=0", "--config.data.image_size=32"]
+        overrides = ["--config.model.name=lenet", "--config.data.image_size=32"]
         once = ["--config.batch_size=8", "--config.epochs=1", "--config.schedule.name=constant"]
         recipe = f"{ROOT / 'configs' / 'folder.py'}:{tmp_path / name}"
         arguments = ["--config", recipe, "--workdir", str(tmp_path / "w"), *overrides, *once]
@@ -756,8 +760,10 @@ def test_help_is_worth_reading(command):
         assert word in result.stdout
 
 
-def test_divergence_stops_before_it_is_saved(tmp_path):
-    code, _, err = finish(start(tmp_path, "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e30"))
+def test_divergence_stops_before_it_is_saved(tmp_path, monkeypatch, capsys):
+    overrides = [*LENET, "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e30"]
+    arguments = ["--config", f"{DIGITS}:lenet", "--workdir", tmp_path, *overrides]
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments)
     assert code == 2
     assert re.search(r"error: the (loss|gradient_norm) is (nan|inf) at step \d+; .*optimizer\.learning_rate", err)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
