@@ -52,6 +52,5 @@ def get_config() -> ConfigDict:
         image_size=96,  # [ours] of 32 pixels
         train_transforms="random_crop_with_padding(image_size=32, padding=4) | flip_left_right | resize",  # [WRN]
         eval_transforms="resize",  # [ours]
-        num_threads=8,  # [ours]
     )
     return config

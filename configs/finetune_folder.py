@@ -60,6 +60,5 @@ def get_config(folder: str) -> ConfigDict:
         image_size=299,  # [ours] as the weights were trained; the guide: 150
         train_transforms="random_resized_crop(min_area=0.25) | flip_left_right",  # [ours]; the flip: [Keras]
         eval_transforms="center_crop(fraction=0.875)",  # [ours]
-        num_threads=8,  # [ours]
     )
     return config

@@ -85,7 +85,6 @@ def get_config() -> ConfigDict:
             )
         ),
         eval_transforms="resize_center_crop(resize_size=310, antialias=True)",  # [torchvision] 232 / 224 of 299
-        num_threads=16,  # [ours]
     )
     config.mesh = dict(data=-1, fsdp=1)  # [ours]
     config.checkpoint = dict(keep_latest=2, keep_best=1)  # [ours]

@@ -11,10 +11,14 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from xception_flax import costs, create_model, precompile, recipe, tpu
+from xception_flax import costs, create_model, ops, precompile, recipe, tpu
 from xception_flax.hlo import Hlo
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +87,34 @@ def test_depthwise_convolution_is_a_grouped_one(compiled: jax.stages.Compiled) -
     assert depthwise
     # Forward and the gradient of the input by groups of channels, that of the kernel by groups of the batch.
     assert all("feature_group_count=" in line or "batch_group_count=" in line for line in depthwise)
+
+
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
+def test_fused_kernels_compile_and_save_bytes(topology: str) -> None:
+    """The separable convolution of the middle flow in training, 128 images: a kernel each way, LIMIT of the bytes."""
+    mesh = Mesh(np.array(tpu.devices(tpu.parse_slice(topology))).reshape(1, 1), ("data", "fsdp"))
+    here = NamedSharding(mesh, PartitionSpec())
+
+    def array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    images = array(jnp.bfloat16, 128, 19, 19, 728)
+    scale, moments = array(jnp.float32, 728), array(jnp.float32, 2, 728)
+    kernels = array(jnp.bfloat16, 3, 3, 1, 728), array(jnp.bfloat16, 1, 1, 728, 728)
+
+    def gradients(primals: tuple, cotangents: tuple) -> tuple:
+        result, pullback = jax.vjp(ops.normalized_separable_convolution, *primals)
+        return result, pullback(cotangents)
+
+    programs = {}
+    for name in ("platform", "fused"):
+        with ops.lowering(name), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            step = jax.jit(lambda *arguments: gradients(*arguments))
+            programs[name] = step.lower((images, scale, scale, *kernels), (images, moments)).compile()
+    calls = {name: program.as_text().count("tpu_custom_call") for name, program in programs.items()}
+    assert calls == {"platform": 0, "fused": 2}
+    size = {name: program.cost_analysis()["bytes accessed"] for name, program in programs.items()}
+    assert size["fused"] < 0.5 * size["platform"]
 
 
 def test_fsdp_gathers_and_scatters(parameters: int) -> None:

@@ -20,7 +20,8 @@ from rich.progress import track
 
 from xception_flax import cli, pretrained, progress, recipe, sharding, steps
 from xception_flax.data import sources, transforms
-from xception_flax.data.decoding import decode
+from xception_flax.data.decoding import BadImageError
+from xception_flax.data.pipeline import prepare_image
 
 EXAMPLES = """\
   python -m xception_flax.predict --workdir runs/photos cat.jpg dog.png
@@ -80,21 +81,19 @@ def predict(
       batch_size: images at a time; rounded up to a multiple of the devices.
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    size, channels = config.data.image_size, config.data.channels
-    chain = transforms.parse_transforms(config.data.eval_transforms, size)
+    image_shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    chain = transforms.parse_transforms(config.data.eval_transforms, config.data.image_size)
     normalize = steps.create_normalizer(**config.normalize)
     to_probabilities = jax.nn.sigmoid if config.loss.name == "sigmoid" else jax.nn.softmax
 
     def prepare(path: Path) -> np.ndarray | ValueError:
         try:
-            image = decode(path.read_bytes(), channels, config.data.min_decoded_side)
+            rng = np.random.default_rng(0)  # which no transform of an evaluation has a use for
+            return prepare_image(path.read_bytes(), chain, image_shape, config.data.min_decoded_side, rng)
         except OSError as error:
             return ValueError(f"{error.strerror}.")
-        except ValueError as error:
+        except BadImageError as error:
             return error
-        for transform in chain:
-            image = transform(image, np.random.default_rng(0))
-        return image
 
     @jax.jit
     def forward(variables: dict, images: jax.Array) -> jax.Array:
@@ -105,7 +104,7 @@ def predict(
     with ThreadPoolExecutor() as threads:
         for start in track(starts, "predicting", console=console, transient=True, disable=not console.is_terminal):
             prepared = list(threads.map(prepare, paths[start : start + batch_size]))
-            images = np.zeros((batch_size, size, size, channels), np.uint8)  # as many each time: one program
+            images = np.zeros((batch_size, *image_shape), np.uint8)  # as many each time: one program
             for i, image in enumerate(prepared):
                 if not isinstance(image, ValueError):
                     images[i] = image

@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
@@ -88,8 +88,15 @@ class Split:
 
     @property
     def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and type of each array of the *global* batch."""
-        label = _label(self.source[0])
+        """Shape and type of each array of the *global* batch.
+
+        Raises:
+          InputError: example 0, whose label tells, cannot be read.
+        """
+        try:
+            label = _label(self.source[0])
+        except OSError as error:
+            raise InputError(f"the data cannot be read: {error}.") from error
         shapes = {
             "images": ((self.batch_size, *self.image_shape), np.dtype(np.uint8)),
             "labels": ((self.batch_size, *label.shape), label.dtype),
@@ -200,6 +207,33 @@ class _Shares:
         return batch
 
 
+def prepare_image(
+    image: bytes | np.ndarray,
+    chain: Sequence[Transform],
+    image_shape: tuple[int, int, int],
+    min_side: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Decodes one image and applies the transforms; returns uint8 of `image_shape`.
+
+    Args:
+      image: see `decoding.decode`, as for `min_side`.
+
+    Raises:
+      BadImageError: it cannot be decoded.
+      ValueError: the transforms make another shape of it.
+    """
+    image = decode(image, image_shape[-1], min_side)
+    for transform in chain:
+        image = transform(image, rng)
+    if image.shape != image_shape:
+        raise ValueError(
+            f"the transforms made an image of shape {image.shape}, but the recipe's image_size and channels "
+            f"are {image_shape}; end the chain with one that resizes."
+        )
+    return image
+
+
 class _Prepare(grain.transforms.RandomMap):
     """Decodes and augments one example."""
 
@@ -214,18 +248,11 @@ class _Prepare(grain.transforms.RandomMap):
     def random_map(self, example: Example, rng: np.random.Generator) -> Batch:
         prepared = {"labels": _label(example), "mask": example.get("mask", np.float32(1))}
         try:
-            image = decode(example["image"], self._image_shape[-1], self._min_side)
+            image = prepare_image(example["image"], self._transforms, self._image_shape, self._min_side, rng)
         except BadImageError as error:
             if self._replace:
                 return prepared | {"images": np.zeros(self._image_shape, np.uint8), "mask": np.float32(0)}
             raise BadImageError(f"{example['name']}: {error}" if "name" in example else str(error)) from None
-        for transform in self._transforms:
-            image = transform(image, rng)
-        if image.shape != self._image_shape:
-            raise ValueError(
-                f"the transforms made an image of shape {image.shape}, but the recipe's image_size and channels "
-                f"are {self._image_shape}; end the chain with one that resizes."
-            )
         return prepared | {"images": image}
 
 
