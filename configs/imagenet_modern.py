@@ -73,6 +73,7 @@ def get_config() -> ConfigDict:
         name="imagenet2012",
         train_split="train",
         eval_split="validation",
+        on_bad_image="replace",  # [ours] some of the 1.28 million have what libjpeg warns of
         image_size=299,  # [paper] figure 5; torchvision trains at 176 and evaluates at 224
         channels=3,
         train_transforms=" | ".join(  # [torchvision] in this order

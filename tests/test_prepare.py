@@ -434,13 +434,46 @@ def test_check_finds_what_is_wrong(folder, tmp_path, capsys):
         capsys.readouterr()
         assert prepare.main(["check", str(dataset), "--json", str(tmp_path / "report.json")]) == 1
         out = capsys.readouterr().out
-        assert "2 images cannot be decoded" in out
+        assert "2 images cannot be read or decoded" in out
         assert "1 files are there more than once" in out
         report = json.loads((tmp_path / "report.json").read_text())
         found = {name for split in report["splits"].values() for name in split["undecodable"]}
         assert {short(name) for name in found} == bad
         (names,) = report["repeated"]
         assert {short(name) for name in names} == same
+
+
+@pytest.mark.parametrize("damage", ["a bit flipped", "cut in half", "removed"])
+def test_a_damaged_data_set_is_an_error_of_its_record(folder, tmp_path, capsys, damage):
+    """`check` counts its records; training names one, saves what it has, and does not take it for a bad image."""
+    run("folder", folder, "--data-dir", tmp_path)
+    dataset = tmp_path / "my_photos" / "1.0.0"
+    (shard,) = dataset.glob("*train*")
+    content = bytearray(shard.read_bytes())
+    if damage == "removed":
+        shard.unlink()
+    elif damage == "cut in half":
+        shard.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    capsys.readouterr()
+    assert prepare.main(["check", str(dataset), "--json", str(tmp_path / "report.json")]) == 1
+    assert "cannot be read or decoded" in capsys.readouterr().out
+    unread = json.loads((tmp_path / "report.json").read_text())["splits"]["train"]["undecodable"]
+    assert unread
+    assert all(name.startswith("record ") for name in unread)
+
+    def read(num_workers):
+        options = dict(data_dir=str(dataset), on_bad_image="replace", num_workers=num_workers)
+        split = data.load("tfds", **options, train=True, batch_size=8, image_size=32, eval_split="val")
+        with contextlib.closing(split.batches()) as batches:
+            for _ in range(2 * split.num_batches):
+                next(batches)
+
+    for num_workers in (0, 1):
+        with pytest.raises(data.InputError, match=r"record \d+ cannot be read: "):
+            read(num_workers)
 
 
 def test_mistakes_with_check(tmp_path, capsys, monkeypatch):

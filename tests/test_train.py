@@ -328,6 +328,17 @@ def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
     assert steps == sorted(steps)
 
 
+def test_a_signal_to_the_group_while_workers_start(tmp_path):
+    """They are Python's imports until they can ignore it; the first step ends, and is saved."""
+    process = start(tmp_path, *WORKERS)
+    wait_until(lambda: children(process.pid), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 128 + signal.SIGTERM, err
+    assert "stopped at step 1, checkpoint written; the same command goes on from there" in err
+    assert "Traceback" not in err
+
+
 def test_ctrl_c_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):
     process = start(tmp_path)
     wait_until(lambda: len(records(tmp_path)) >= 1, process)

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from xception_flax import costs, create_model, ops, precompile, recipe, tpu
@@ -91,16 +91,14 @@ def test_depthwise_convolution_is_a_grouped_one(compiled: jax.stages.Compiled) -
 
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
 def test_fused_kernels_compile_and_save_bytes(topology: str) -> None:
-    """The separable convolution of the middle flow in training, 128 images: a kernel each way, LIMIT of the bytes."""
+    """The separable convolution of the middle flow in training, 128 images: a kernel each way, 0.27 of the bytes."""
     mesh = Mesh(np.array(tpu.devices(tpu.parse_slice(topology))).reshape(1, 1), ("data", "fsdp"))
-    here = NamedSharding(mesh, PartitionSpec())
+    any_layout = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec()))
+    array = jax.ShapeDtypeStruct
 
-    def array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
-
-    images = array(jnp.bfloat16, 128, 19, 19, 728)
-    scale, moments = array(jnp.float32, 728), array(jnp.float32, 2, 728)
-    kernels = array(jnp.bfloat16, 3, 3, 1, 728), array(jnp.bfloat16, 1, 1, 728, 728)
+    images = array((128, 19, 19, 728), jnp.bfloat16)
+    scale, moments = array((728,), jnp.float32), array((2, 728), jnp.float32)
+    kernels = array((3, 3, 1, 728), jnp.bfloat16), array((1, 1, 728, 728), jnp.bfloat16)
 
     def gradients(primals: tuple, cotangents: tuple) -> tuple:
         result, pullback = jax.vjp(ops.normalized_separable_convolution, *primals)
@@ -109,7 +107,8 @@ def test_fused_kernels_compile_and_save_bytes(topology: str) -> None:
     programs = {}
     for name in ("platform", "fused"):
         with ops.lowering(name), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            step = jax.jit(lambda *arguments: gradients(*arguments))
+            # Layouts as the kernels like them, as they are within a network.
+            step = jax.jit(lambda *arguments: gradients(*arguments), in_shardings=any_layout, out_shardings=any_layout)
             programs[name] = step.lower((images, scale, scale, *kernels), (images, moments)).compile()
     calls = {name: program.as_text().count("tpu_custom_call") for name, program in programs.items()}
     assert calls == {"platform": 0, "fused": 2}

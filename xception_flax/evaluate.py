@@ -58,7 +58,8 @@ def evaluate(
             totals.add(sums)
             if on_batch is not None:
                 on_batch(batch, logits)
-    count = round(totals.count("loss"))
+    if not (count := round(totals.count("loss"))):
+        raise ValueError(f"none of the {split.num_images:,} images of the evaluation can be decoded; look at the data.")
     bad = {"bad_images": split.num_images - count} if split.on_bad_image == "replace" else {}
     return totals.means() | {"count": count} | bad
 

@@ -78,7 +78,8 @@ def make_mixing(
         shares = jnp.full(images.shape[0], jnp.maximum(share, 1 - share), jnp.float32)
         mixed_batch = batch | {"images": mixed, "labels": major, "minor_labels": minor, "share": shares}
         if "mask" in batch:  # who is mixed with an image that does not count does not count either
-            mixed_batch["mask"] = batch["mask"] * _swap(batch["mask"])
+            partner = jnp.where(shares < 1, _swap(batch["mask"]), 1)
+            mixed_batch["mask"] = batch["mask"] * partner
         return mixed_batch
 
     return mix

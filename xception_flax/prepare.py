@@ -194,10 +194,13 @@ def _prepare(
 
 
 class Checked(NamedTuple):
-    """What is known of an image after it was read; height and width are 0 where it cannot be decoded."""
+    """What is known of an image after it was read; height and width are 0 where it cannot be decoded.
+
+    Of a record that cannot be read nothing is known: no label, and no bytes.
+    """
 
     name: str
-    label: int
+    label: int | None
     num_bytes: int
     digest: bytes
     height: int
@@ -242,7 +245,7 @@ def check(arguments: argparse.Namespace) -> int:
     for names in repeated[:10]:
         print(f"  {' = '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
     if undecodable:
-        print(f"\n{len(undecodable):,} images cannot be decoded")
+        print(f"\n{len(undecodable):,} images cannot be read or decoded")
         for name in undecodable[:20]:
             print(f"  {name}")
         if len(undecodable) > 20:
@@ -264,7 +267,10 @@ def _open(directory: Path) -> dict[str, sources.Source]:
 
 
 def _read(source: sources.Source, index: int) -> Checked:
-    example = source[index]
+    try:
+        example = source[index]
+    except (sources.InputError, OSError):
+        return Checked(f"record {index}", None, 0, b"", 0, 0)
     content, name = example["image"], str(example.get("name", index))
     try:
         height, width = decoding.decode(content, 3).shape[:2]
@@ -274,12 +280,13 @@ def _read(source: sources.Source, index: int) -> Checked:
 
 
 def _describe(images: Sequence[Checked], class_names: Sequence[str]) -> dict[str, Any]:
-    counts = np.bincount([image.label for image in images], minlength=len(class_names))
+    labels = [image.label for image in images if image.label is not None]
+    counts = np.bincount(np.array(labels, int), minlength=len(class_names))
     return {
         "images": len(images),
         "classes": dict(zip(class_names, counts.tolist(), strict=True)),
         "undecodable": [image.name for image in images if not image.height],
-        "bytes": _spread(image.num_bytes for image in images),
+        "bytes": _spread(image.num_bytes for image in images if image.num_bytes),
         "pixels": _spread(image.height * image.width for image in images if image.height),
     }
 
@@ -295,7 +302,8 @@ def _repeated(images: Mapping[str, Sequence[Checked]]) -> list[list[str]]:
     places = collections.defaultdict(list)
     for split, found in images.items():
         for image in found:
-            places[image.digest].append(f"{split}: {image.name}")
+            if image.digest:
+                places[image.digest].append(f"{split}: {image.name}")
     return [names for names in places.values() if len(names) > 1]
 
 

@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
@@ -22,7 +23,7 @@ from absl import flags
 
 from xception_flax import allocator
 from xception_flax.data.decoding import BadImageError, decode
-from xception_flax.data.sources import Example, Source
+from xception_flax.data.sources import Example, InputError, Source
 from xception_flax.data.transforms import Transform
 
 Batch = dict[str, np.ndarray]
@@ -37,9 +38,7 @@ BATCHES_AHEAD = 2
 # each other, for what Python does between two images.
 THREADS_PER_PROCESS = 8
 
-
-class InputError(ValueError):
-    """The batches have come to an end that is none: an image, a file or a worker process is at fault."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that a terminal or a batch system sends to a whole group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +139,18 @@ class Split:
                 flags.FLAGS.mark_as_parsed()  # grain reads a flag in its workers
             options = grain.MultiprocessingOptions(num_workers=self.num_workers, per_worker_buffer_size=1)
             iterator = iterator.mp_prefetch(options, _start_worker)
-        iterator = iter(iterator)
-        with contextlib.closing(iterator):
+        with contextlib.ExitStack() as stack:
+            held = stack.enter_context(contextlib.ExitStack())
+            if self.num_workers:
+                held.enter_context(_signals_held())
+            iterator = stack.enter_context(contextlib.closing(iter(iterator)))
             while True:
                 try:
                     batch = next(iterator)
                 except StopIteration:
                     return
+                except InputError as error:  # of a worker process it has the traceback of both
+                    raise InputError(str(error)) from None
                 except BadImageError as error:
                     raise InputError(
                         f"{error} Repair it or take it away, or go on without it by --config.data.on_bad_image=replace."
@@ -157,6 +161,7 @@ class Split:
                     if (code := re.search(r"Worker process was terminated .* exit code (-?\d+)", str(error))) is None:
                         raise
                     raise InputError(_worker_ended(int(code[1]))) from None
+                held.close()  # the first batch is there: all workers have started
                 yield batch
 
 
@@ -220,12 +225,15 @@ def prepare_image(
       image: see `decoding.decode`, as for `min_side`.
 
     Raises:
-      BadImageError: it cannot be decoded.
+      BadImageError: it cannot be decoded, or a transform does not take it.
       ValueError: the transforms make another shape of it.
     """
     image = decode(image, image_shape[-1], min_side)
     for transform in chain:
-        image = transform(image, rng)
+        try:
+            image = transform(image, rng)
+        except ValueError as error:  # it is too small for a crop, say
+            raise BadImageError(str(error)) from None
     if image.shape != image_shape:
         raise ValueError(
             f"the transforms made an image of shape {image.shape}, but the recipe's image_size and channels "
@@ -277,14 +285,34 @@ class _Padded:
         return self.source[index if real else 0] | {"mask": np.float32(real)}
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Has worker processes that are started within begin without signals, until `_start_worker` is there for them.
+
+    They inherit the mask of the thread that starts them, and so do threads. This process' own handlers are run
+    for signals that its other threads get.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # which lifts the mask again, where it is first started within
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker_index: int, worker_count: int) -> None:
     """Ties a worker process to the trainer: it ends with it, and leaves signals to it.
 
     A signal to the whole group would otherwise end the workers before the trainer can save, and a
     killed trainer would leave them behind for ever.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

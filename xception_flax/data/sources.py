@@ -22,6 +22,10 @@ from xception_flax.lookup import lookup, suggest
 Example = dict[str, Any]
 
 
+class InputError(ValueError):
+    """The examples have come to an end that is none: an image, a file or a worker process is at fault."""
+
+
 @runtime_checkable
 class Source(Protocol):
     """What every source function returns."""
@@ -126,7 +130,10 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
-    """A TFDS random-access source; images stay encoded, labels become integers or multi-hot rows."""
+    """A TFDS random-access source; images stay encoded, labels become integers or multi-hot rows.
+
+    An example raises InputError where its record is damaged or not there, or has no class for a label.
+    """
 
     records: Sequence[Example]
     class_names: tuple[str, ...]
@@ -138,8 +145,15 @@ class TfdsSource:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self.records[index]
+        try:
+            record = self.records[index]
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"record {index} cannot be read: {str(error).splitlines()[0]}") from None
+        if record.get(self.image_key) is None:
+            raise InputError(f"record {index} cannot be read: it is not there.")
         label = record[self.label_key]
+        if not self.multi_label and not 0 <= label < len(self.class_names):
+            raise InputError(f"record {index} has the label {label}, which is none of {len(self.class_names)} classes.")
         if self.multi_label:
             row = np.zeros(len(self.class_names), np.uint8)
             row[np.asarray(label, np.int64)] = 1

@@ -269,7 +269,7 @@ def random_erasing(
 
 def _check(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False) -> None:
     """Raises ValueError unless low <= value <= high, or low < value where `above`."""
-    if not low <= value <= high or (above and value == low):
+    if not low <= value <= high or (above and value == low) or math.isinf(value):
         bounds = f"above {low:g}" if above else f"at least {low:g}"
         raise ValueError(f"{name} must be {bounds}{f' and at most {high:g}' if high < math.inf else ''}, got {value}.")
 
