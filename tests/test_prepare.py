@@ -372,12 +372,23 @@ def test_mistakes_with_a_folder(folder, tmp_path, capsys, monkeypatch):
     assert "--val-fraction: must be between 0 and 1, got '2'" in message(folder, "--val-fraction", "2")
     assert "no image is of split 'val' by the hash of its name" in message(folder, "--val-fraction", "1e-9")
     assert "no_command" in fail(capsys, monkeypatch, "no_command")
+    (folder / "n01440764" / "thumbs").mkdir()
+    for command in (["folder", folder, "--data-dir", tmp_path / "out"], ["check", folder]):
+        expected = r"images in n01440764, n01739381, n02105855, n15075141, and a folder in n01440764 \(thumbs\)"
+        assert re.search(expected, fail(capsys, monkeypatch, *command))
+    (folder / "n01440764" / "thumbs").rmdir()
+    broken = folder / "n01440764" / "z.jpg"
+    broken.symlink_to("nothing")
+    for command in (["folder", folder, "--data-dir", tmp_path / "out"], ["check", folder]):
+        assert "z.jpg is a link to nothing, which is not there" in fail(capsys, monkeypatch, *command)
+    broken.unlink()
     large = folder / "n01440764" / "large.jpg"  # a hole
     large.touch()
     os.truncate(large, 2**29 + 1)
     assert "large.jpg has 536,870,913 bytes; that is no image" in message(folder)
     os.truncate(large, 2**29)
-    links = [large, *(large.with_name(f"{i}.jpg") for i in range(shutil.disk_usage(tmp_path).free // 2**29 + 1))]
+    # Twice what is free and 32 GB: they would be written, if another process made room for them meanwhile.
+    links = [large, *(large.with_name(f"{i}.jpg") for i in range(shutil.disk_usage(tmp_path).free // 2**28 + 64))]
     for link in links[1:]:
         os.link(large, link)
     assert re.search(r"has room for [\d.,]+ GB, and [\d.,]+ GB are needed; make room", message(folder))
@@ -441,6 +452,16 @@ def test_check_finds_what_is_wrong(folder, tmp_path, capsys):
         assert {short(name) for name in found} == bad
         (names,) = report["repeated"]
         assert {short(name) for name in names} == same
+
+
+def test_check_takes_a_folder_under_any_name(folder, tmp_path, capsys, monkeypatch):
+    (folder / ".hidden").mkdir()
+    for place, name in ((folder / "n01440764", ".."), (folder, "."), (tmp_path, ".my photos")):
+        if place == tmp_path:
+            folder.rename(tmp_path / name)
+        monkeypatch.chdir(place)
+        run("check", name)
+        assert re.search(r"images +40\n +classes +4, with", capsys.readouterr().out)
 
 
 def test_mistakes_with_check(tmp_path, capsys, monkeypatch):

@@ -260,7 +260,7 @@ def _open(directory: Path) -> dict[str, sources.Source]:
     splits = sources.folder_splits(str(directory))
     if splits:
         return {split: sources.folder(split, data_dir=str(directory)) for split in splits}
-    return {"all": sources.folder(directory.name, data_dir=str(directory.parent))}  # a split of the folder above
+    return {"all": sources.classes_in(directory)}
 
 
 def _read(source: sources.Source, index: int) -> Checked:

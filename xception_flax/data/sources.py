@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.util
+import os
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -292,49 +293,72 @@ def folder(split: str, *, data_dir: str, val_fraction: float = 0.1) -> Files:
     if not 0 < val_fraction < 1:
         raise ValueError(f"data.val_fraction must be between 0 and 1, got {val_fraction}.")
     top = _folders(directory)
-    of_splits = [p for p in top if _folders(p)]
-    by_name = not of_splits and any(images_in(p) for p in top)
-    if by_name:
-        lookup({"train": 0, "val": 1}, split, "split of a folder of classes")
-    elif split not in (p.name for p in top):
-        raise ValueError(f"{directory} has no folder for split {split!r}; {suggest(split, (p.name for p in top))}")
-    elif images_in(directory / split):
-        mixed = f", and {of_splits[0].name} has folders" if of_splits else ""
+    by_name = not any(_folders(p) for p in top) and any(images_in(p) for p in top)
+    if not by_name:
+        if split not in (p.name for p in top) or images_in(directory / split):
+            folder_splits(data_dir)  # of both layouts at once it says so
+            raise ValueError(f"{directory} has no folder for split {split!r}; {suggest(split, (p.name for p in top))}")
+        return classes_in(directory / split)
+    lookup({"train": 0, "val": 1}, split, "split of a folder of classes")
+    files = classes_in(directory)
+    chosen = [
+        (path, label)
+        for path, label in zip(files.paths, files.labels, strict=True)
+        if (_hash(os.path.basename(path)) < val_fraction) == (split == "val")
+    ]
+    none = set(files.labels) - {label for _, label in chosen}
+    if split == "train" and none:
         raise ValueError(
-            f"{directory / split} has images of its own{mixed}; expected either {directory}/CLASS/*.jpg or "
-            f"{directory}/{split}/CLASS/*.jpg, and nothing of the other."
+            f"{directory / files.class_names[min(none)]}: by their names all {files.labels.count(min(none))} images "
+            f"are of split 'val' (data.val_fraction={val_fraction:g}); take a smaller fraction, or add images."
         )
-    classes = top if by_name else _folders(directory / split)
+    if not chosen:
+        raise ValueError(
+            f"{directory}: no image is of split 'val' by the hash of its name (data.val_fraction={val_fraction:g}); "
+            "take a larger fraction, or make folders train/CLASS and val/CLASS."
+        )
+    paths, labels = zip(*chosen, strict=True)
+    return Files(paths, labels, files.class_names)
+
+
+def classes_in(directory: Path) -> Files:
+    """Returns all images of `directory/CLASS` and below.
+
+    Raises:
+      ValueError: no class, or a class without images.
+    """
+    classes = _folders(directory)
     if not classes:
-        raise ValueError(f"{directory / split} has no folder a class; expected {split}/CLASS/*.jpg.")
+        raise ValueError(f"{directory} has no folder a class; expected {directory.name}/CLASS/*.jpg.")
     paths, labels = [], []
     for label, place in enumerate(classes):
         files = images_in(place, "**/*")
-        if by_name:
-            of_class, files = files, [p for p in files if (_hash(p.name) < val_fraction) == (split == "val")]
-            if of_class and not files and split == "train":
-                raise ValueError(
-                    f"{place}: by their names all {len(of_class)} images are of split 'val' "
-                    f"(data.val_fraction={val_fraction:g}); take a smaller fraction, or add images."
-                )
-        if not files and not (by_name and of_class):
+        if not files:
             raise ValueError(
                 f"{place} has no image (of {', '.join(IMAGE_SUFFIXES)}); a class must have some, or its folder must go."
             )
         paths.extend(map(str, files))
         labels.extend([label] * len(files))
-    if not paths:
-        raise ValueError(
-            f"{directory}: no image is of split 'val' by the hash of its name (data.val_fraction={val_fraction:g}); "
-            "take a larger fraction, or make folders train/CLASS and val/CLASS."
-        )
     return Files(tuple(paths), tuple(labels), tuple(p.name for p in classes))
 
 
 def folder_splits(data_dir: str) -> tuple[str, ...]:
-    """Returns the names of the splits that have a folder there; none where a hash of the names decides."""
+    """Returns the names of the splits that have a folder there; none where a hash of the names decides.
+
+    Raises:
+      ValueError: no such folder, or both layouts at once: of which images would be left out.
+    """
     directory = _directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
-    return tuple(place.name for place in _folders(directory) if _folders(place))
+    top = _folders(directory)
+    inner = [place for p in top for place in _folders(p)[:1]]
+    images = [p.name for p in top if inner and images_in(p)]
+    if images:
+        more = f" and {len(images) - 5:,} more" if len(images) > 5 else ""
+        raise ValueError(
+            f"{directory}: there are images in {', '.join(images[:5])}{more}, and a folder in {inner[0].parent.name} "
+            f"({inner[0].name}); expected either CLASS/*.jpg or SPLIT/CLASS/*.jpg, and nothing of the other."
+        )
+    return tuple(place.parent.name for place in inner)
 
 
 def _folders(directory: Path) -> list[Path]:
@@ -342,9 +366,18 @@ def _folders(directory: Path) -> list[Path]:
 
 
 def images_in(directory: Path, pattern: str = "*") -> list[Path]:
-    """The image files there, in order ('**/*': and below); names that begin with '.' are left out."""
-    found = (p for p in directory.glob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(directory).parts))
+    """The image files there, in order ('**/*': and below); names that begin with '.' are left out.
+
+    Raises:
+      ValueError: one is a link to nothing.
+    """
+    found = [p for p in directory.glob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES]
+    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(directory).parts)]
+    files = [p for p in found if p.is_file()]
+    broken = [p for p in found if p.is_symlink() and not p.exists()] if len(files) < len(found) else []
+    if broken:
+        raise ValueError(f"{broken[0]} is a link to {os.readlink(broken[0])}, which is not there; remove or mend it.")
+    return sorted(files)
 
 
 def _hash(name: str) -> float:
