@@ -566,9 +566,25 @@ def test_mistakes_in_arrays_are_refused(tmp_path):
         (dict(train_images=images, train_labels=np.eye(3, dtype=int) * 2), "must be 0 or 1, got 0 to 2"),
         (dict(train_images=images, train_labels=labels * 1.0), "must be integers"),
         (dict(train_images=images, train_labels=labels, class_names=["a", "b"]), "must be in 0 to 1, got 0 to 2"),
+        (dict(train_images=images, train_labels=np.eye(3, dtype=int), class_names=["a", "b"]), "2 class_names, got 3"),
+        (dict(train_images=images[:0], train_labels=labels[:0]), "train_images has no image"),
+        (dict(train_images=images, train_labels=np.array(1)), "with a label each, got .* and labels \\(\\)"),
+        (dict(train_images=images, train_labels=np.array([0, None, 2])), "is not a readable .npz file .Object arrays"),
     ]:
         with pytest.raises(ValueError, match=message):
             sources.arrays("train", path=write(**content))
+
+    file = io.BytesIO()
+    np.savez_compressed(file, train_images=images, train_labels=labels)
+    whole = file.getvalue()
+    flipped = bytearray(whole)
+    flipped[whole.index(b"train_images.npy") + 60] ^= 1
+    plain = io.BytesIO()
+    np.save(plain, images)
+    for content in (b"", b"garbage" * 9, b"PK\x03\x04" + bytes(9), whole[:200], bytes(flipped), plain.getvalue()):
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.npz is not a readable \.npz file \([^\n]+\)\.$"):
+            sources.arrays("train", path=str(tmp_path / "a.npz"))
 
 
 # TensorFlow Datasets -------------------------------------------------------------------------------

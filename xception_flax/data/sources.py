@@ -12,6 +12,8 @@ import hashlib
 import importlib.util
 import os
 import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -395,13 +397,19 @@ def arrays(split: str, *, path: str) -> Arrays:
     """
     if not Path(path).is_file():
         raise ValueError(f"data.path: {path} is no file; expected an .npz file.")
-    with np.load(path, allow_pickle=False) as file:
-        for key in (f"{split}_images", f"{split}_labels"):
-            if key not in file:
-                raise ValueError(f"{path} has no array {key!r}; {suggest(key, file)}")
-        images, labels = file[f"{split}_images"], file[f"{split}_labels"]
-        names = tuple(map(str, file["class_names"])) if "class_names" in file else None
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+    keys = (f"{split}_images", f"{split}_labels")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            there = tuple(file)
+            found = {key: file[key] for key in (*keys, "class_names") if key in there}
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable .npz file ({error}).") from None
+    for key in keys:
+        if key not in found:
+            raise ValueError(f"{path} has no array {key!r}; {suggest(key, there)}")
+    images, labels = (found[key] for key in keys)
+    names = tuple(map(str, found["class_names"])) if "class_names" in found else None
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[:1] != labels.shape[:1]:
         raise ValueError(
             f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, C] with a label each, got "
             f"{images.dtype} {images.shape} and labels {labels.shape}."
@@ -410,10 +418,17 @@ def arrays(split: str, *, path: str) -> Arrays:
         raise ValueError(
             f"{path}: {split}_labels must be integers, [N] or [N, classes], got {labels.dtype} {labels.shape}."
         )
+    if not len(images):
+        raise ValueError(f"{path}: {split}_images has no image; it must have some.")
     if labels.ndim == 2 and not np.isin(labels, (0, 1)).all():
         raise ValueError(f"{path}: {split}_labels [N, classes] must be 0 or 1, got {labels.min()} to {labels.max()}.")
     num_classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
     names = names or tuple(map(str, range(num_classes)))
+    if labels.ndim == 2 and len(names) != num_classes:
+        raise ValueError(
+            f"{path}: {split}_labels [N, classes] must have a column for each of the {len(names)} class_names, got "
+            f"{num_classes}."
+        )
     if labels.ndim == 1 and (labels.min() < 0 or labels.max() >= len(names)):
         raise ValueError(
             f"{path}: {split}_labels must be in 0 to {len(names) - 1}, got {labels.min()} to {labels.max()}."
