@@ -36,8 +36,9 @@ def get_config() -> ConfigDict:
         dtype="bfloat16",  # [ours]
     )
     config.normalize = dict(mean=(127.5,), std=(127.5,))  # [ours]
-    config.loss = dict(name="softmax", weight_decay=5e-4)  # [WRN]
+    config.loss = dict(name="softmax", weight_decay=5e-4)  # [WRN] the value; of kernels alone: [ours]
     config.metrics = dict(name="single_label")
+    # The probability is that of the authors' command for CIFAR (clovaai/CutMix-PyTorch), not of the text.
     config.mix = dict(cutmix_alpha=1.0, probability=0.5)  # [CutMix]
 
     config.optimizer = dict(name="sgd", learning_rate=0.1, momentum=0.9, nesterov=True)  # [WRN]
@@ -50,7 +51,8 @@ def get_config() -> ConfigDict:
         train_split="train",
         eval_split="test",
         image_size=96,  # [ours] of 32 pixels
-        train_transforms="random_crop_with_padding(image_size=32, padding=4) | flip_left_right | resize",  # [WRN]
+        # Padded by 4 as in He et al. 2016 (section 4.2), with black; [WRN] fills with reflections of the image.
+        train_transforms="random_crop_with_padding(image_size=32, padding=4) | flip_left_right | resize",  # [ours]
         eval_transforms="resize",  # [ours]
     )
     return config

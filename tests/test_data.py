@@ -490,9 +490,39 @@ def test_mistakes_in_a_folder_of_classes_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"bird has no image"):
         load("train")
     (tmp_path / "bird" / "more").mkdir()  # neither one layout nor the other
-    for split in ("cat", "dog"):
-        with pytest.raises(ValueError, match=rf"{split} has images of its own, and bird has folders; expected either"):
+    for split in ("cat", "dog", "train"):
+        with pytest.raises(
+            ValueError, match=r"images in cat, dog, and a folder in bird \(more\); expected either CLASS"
+        ):
             load(split)
+
+
+def test_a_folder_in_a_class_is_named(tmp_path):
+    for path in ("cat/a.jpg", "dog/b.jpg", "cat/c.jpg/d.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    for call in (sources.folder_splits, lambda data_dir: sources.folder("train", data_dir=data_dir)):
+        with pytest.raises(ValueError, match=r"images in cat, dog, and a folder in cat \(c\.jpg\); expected either"):
+            call(str(tmp_path))
+    for i in range(9):
+        (tmp_path / f"{i}").mkdir()
+        (tmp_path / f"{i}" / "a.jpg").touch()
+    with pytest.raises(ValueError, match=r"images in 0, 1, 2, 3, 4 and 6 more, and a folder in cat"):
+        sources.folder_splits(str(tmp_path))
+
+
+def test_links_to_images_are_followed_and_broken_ones_named(tmp_path):
+    for path in ("train/cat/a.jpg", "elsewhere"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    (tmp_path / "train" / "cat" / "b.jpg").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "cat" / ".#a.jpg").symlink_to("an editor's lock")
+    (tmp_path / "train" / "cat" / "d.jpg").mkdir()
+    paths = sources.folder("train", data_dir=str(tmp_path)).paths
+    assert [Path(path).name for path in paths] == ["a.jpg", "b.jpg"]
+    (tmp_path / "elsewhere").unlink()
+    with pytest.raises(ValueError, match=r"cat/b\.jpg is a link to .*elsewhere, which is not there; remove or mend it"):
+        sources.folder("train", data_dir=str(tmp_path))
 
 
 def test_splits_of_other_classes_are_refused(prepared):
@@ -536,9 +566,25 @@ def test_mistakes_in_arrays_are_refused(tmp_path):
         (dict(train_images=images, train_labels=np.eye(3, dtype=int) * 2), "must be 0 or 1, got 0 to 2"),
         (dict(train_images=images, train_labels=labels * 1.0), "must be integers"),
         (dict(train_images=images, train_labels=labels, class_names=["a", "b"]), "must be in 0 to 1, got 0 to 2"),
+        (dict(train_images=images, train_labels=np.eye(3, dtype=int), class_names=["a", "b"]), "2 class_names, got 3"),
+        (dict(train_images=images[:0], train_labels=labels[:0]), "train_images has no image"),
+        (dict(train_images=images, train_labels=np.array(1)), "with a label each, got .* and labels \\(\\)"),
+        (dict(train_images=images, train_labels=np.array([0, None, 2])), "is not a readable .npz file .Object arrays"),
     ]:
         with pytest.raises(ValueError, match=message):
             sources.arrays("train", path=write(**content))
+
+    file = io.BytesIO()
+    np.savez_compressed(file, train_images=images, train_labels=labels)
+    whole = file.getvalue()
+    flipped = bytearray(whole)
+    flipped[whole.index(b"train_images.npy") + 60] ^= 1
+    plain = io.BytesIO()
+    np.save(plain, images)
+    for content in (b"", b"garbage" * 9, b"PK\x03\x04" + bytes(9), whole[:200], bytes(flipped), plain.getvalue()):
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.npz is not a readable \.npz file \([^\n]+\)\.$"):
+            sources.arrays("train", path=str(tmp_path / "a.npz"))
 
 
 # TensorFlow Datasets -------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Preparing data: the two tars of ImageNet, folders, what a check finds; and training on what was prepared."""
 
 import contextlib
+import errno
+import fcntl
 import io
 import itertools
 import json
@@ -264,16 +266,27 @@ def test_mistakes_with_imagenet(tars, images, data_dir, tmp_path, capsys, monkey
     for tar in imagenet.TARS.values():
         (published / tar.name).touch()
         os.truncate(published / tar.name, tar.num_bytes)
-    assert "has 0 images, and 1,281,167 are published" in message(published)
+    assert "ILSVRC2012_img_train.tar is damaged at byte 0, where neither a member" in message(published)
+    for tar in imagenet.TARS.values():
+        with tarfile.open(published / tar.name, "w"):
+            pass
     assert "there is no image for split 'train'" in message(published, "--subset")
 
     other = write_tars(tmp_path, **images)
     train, validation = (other / tar.name for tar in imagenet.TARS.values())
     whole = validation.read_bytes()
+    with tarfile.open(validation) as tar:
+        third = tar.getmembers()[2].offset
+    flipped = bytearray(whole)
+    flipped[third + 20] ^= 1
     for content, expected in [
         (b"<html>sign in</html>" * 100, "is not a whole tar .*download it anew"),
         (b"", "is not a whole tar"),
         (whole[: len(whole) // 2], "is not a whole tar"),
+        (bytes(flipped), rf"is damaged at byte {third:,}, where neither a member nor the end of a tar is; download"),
+        (whole[:third], rf"is damaged at byte {third:,}"),
+        (whole[:third] + bytes(512) + whole[third + 512 :], rf"is damaged at byte {third:,}"),
+        (whole[:third] + bytes(2**20 + 512), rf"is damaged at byte {third:,}"),
     ]:
         validation.write_bytes(content)
         assert re.search(rf"ILSVRC2012_img_val\.tar {expected}", message(other, "--subset"))
@@ -291,6 +304,12 @@ def test_mistakes_with_imagenet(tars, images, data_dir, tmp_path, capsys, monkey
                     add(inner, name, one)
             add(outer, f"{names[0][:9]}.tar", file.getvalue())
         assert re.search(expected, message(other, "--subset"))
+    write_tars(tmp_path, **images)
+    content = bytearray(train.read_bytes())
+    second = content.index(b"n01440764_", content.index(b"n01440764_") + 1)  # in the tar of a synset
+    content[second + 150] ^= 1
+    train.write_bytes(content)
+    assert f"ILSVRC2012_img_train.tar is damaged at byte {second:,}" in message(other, "--subset")
     with tarfile.open(train, "w") as outer:
         add(outer, "n01440764/n01440764_1.JPEG", one)
     assert re.search("n01440764/n01440764_1.JPEG is not expected there; names must match", message(other, "--subset"))
@@ -372,12 +391,27 @@ def test_mistakes_with_a_folder(folder, tmp_path, capsys, monkeypatch):
     assert "--val-fraction: must be between 0 and 1, got '2'" in message(folder, "--val-fraction", "2")
     assert "no image is of split 'val' by the hash of its name" in message(folder, "--val-fraction", "1e-9")
     assert "no_command" in fail(capsys, monkeypatch, "no_command")
+    (folder / "n01440764" / "thumbs").mkdir()
+    for command in (["folder", folder, "--data-dir", tmp_path / "out"], ["check", folder]):
+        expected = r"images in n01440764, n01739381, n02105855, n15075141, and a folder in n01440764 \(thumbs\)"
+        assert re.search(expected, fail(capsys, monkeypatch, *command))
+    (folder / "n01440764" / "thumbs").rmdir()
+    broken = folder / "n01440764" / "z.jpg"
+    broken.symlink_to("nothing")
+    for command in (["folder", folder, "--data-dir", tmp_path / "out"], ["check", folder]):
+        assert "z.jpg is a link to nothing, which is not there" in fail(capsys, monkeypatch, *command)
+    broken.unlink()
+    for name in ("cat ", "c\rat"):
+        (folder / "n01440764").rename(folder / name)
+        assert f"TFDS reads no class {name!r}; rename the folder, without white space" in message(folder)
+        (folder / name).rename(folder / "n01440764")
     large = folder / "n01440764" / "large.jpg"  # a hole
     large.touch()
     os.truncate(large, 2**29 + 1)
     assert "large.jpg has 536,870,913 bytes; that is no image" in message(folder)
     os.truncate(large, 2**29)
-    links = [large, *(large.with_name(f"{i}.jpg") for i in range(shutil.disk_usage(tmp_path).free // 2**29 + 1))]
+    # Twice what is free and 32 GB: they would be written, if another process made room for them meanwhile.
+    links = [large, *(large.with_name(f"{i}.jpg") for i in range(shutil.disk_usage(tmp_path).free // 2**28 + 64))]
     for link in links[1:]:
         os.link(large, link)
     assert re.search(r"has room for [\d.,]+ GB, and [\d.,]+ GB are needed; make room", message(folder))
@@ -394,6 +428,30 @@ def test_mistakes_with_a_folder(folder, tmp_path, capsys, monkeypatch):
     expected = "train and val must have the same classes; only in one: only_train, only_val"
     assert expected in message(tmp_path / "split")
     assert "leave out --val-fraction" in message(tmp_path / "split", "--val-fraction", "0.5")
+    for name in ("my val", "all"):
+        (tmp_path / "split" / "val").rename(tmp_path / "split" / name)
+        assert f"TFDS reads no split '{name}'; rename the folder" in message(tmp_path / "split")
+        (tmp_path / "split" / name).rename(tmp_path / "split" / "val")
+
+
+@pytest.mark.parametrize("name", ["my_photos", "food101"])
+def test_training_reads_it_by_the_name_that_is_printed(folder, tmp_path, capsys, name):
+    """Also where TFDS has a data set of that name itself, which it takes where no version is given."""
+    run("folder", folder, "--data-dir", tmp_path / "tfds", "--name", name)
+    options = dict(re.findall(r"--config\.data\.(\w+)=(\S+)", capsys.readouterr().out))
+    assert options == {"source": "tfds", "name": f"{name}:1.0.0", "data_dir": str(tmp_path / "tfds")}
+    del options["source"]
+    assert sum(len(sources.tfds(split, **options)) for split in ("train", "val")) == 40
+    assert sources.tfds("train+val", **options).class_names == tuple(sorted(SYNSETS))
+
+
+def test_without_locks_it_is_prepared_too(folder, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    run("folder", folder, "--data-dir", tmp_path)
+    assert len(read_all(tmp_path, "train")) + len(read_all(tmp_path, "val")) == 40
 
 
 # Checking ------------------------------------------------------------------------------------------
@@ -476,6 +534,16 @@ def test_a_damaged_data_set_is_an_error_of_its_record(folder, tmp_path, capsys, 
             read(num_workers)
 
 
+def test_check_takes_a_folder_under_any_name(folder, tmp_path, capsys, monkeypatch):
+    (folder / ".hidden").mkdir()
+    for place, name in ((folder / "n01440764", ".."), (folder, "."), (tmp_path, ".my photos")):
+        if place == tmp_path:
+            folder.rename(tmp_path / name)
+        monkeypatch.chdir(place)
+        run("check", name)
+        assert re.search(r"images +40\n +classes +4, with", capsys.readouterr().out)
+
+
 def test_mistakes_with_check(tmp_path, capsys, monkeypatch):
     assert "nowhere is no directory" in fail(capsys, monkeypatch, "check", tmp_path / "nowhere")
     photos = tmp_path / "photos"
@@ -484,6 +552,9 @@ def test_mistakes_with_check(tmp_path, capsys, monkeypatch):
     (photos / "cat" / "a.jpg").write_bytes(b"")
     where = ["--json", tmp_path / "no" / "report.json"]
     assert "no is no directory" in fail(capsys, monkeypatch, "check", photos, *where)
+    for path, expected in ((photos, "Is a directory"), ("/proc/report.json", "No such file or directory")):
+        message = fail(capsys, monkeypatch, "check", photos, "--json", path)
+        assert message == f"error: --json: {path} cannot be written: {expected}."
     assert prepare.main(["check", str(photos)]) == 1  # an empty file, and not one image
 
 

@@ -126,6 +126,12 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
     there = sources.folder_splits(str(source))
     if there and fraction:
         raise ValueError(f"{source} has folders of splits ({', '.join(there)}) already; leave out --val-fraction.")
+    unreadable = [split for split in there if not re.fullmatch(r"[\w-]+", split) or split == "all"]
+    if unreadable:
+        raise ValueError(
+            f"{source}: TFDS reads no split {unreadable[0]!r}; rename the folder, by letters, digits, _ and -, "
+            "and not 'all', which is all of them."
+        )
     files = {split: sources.folder(split, data_dir=str(source), **fraction) for split in there or ("train", "val")}
     first, class_names = next((split, of_split.class_names) for split, of_split in files.items())
     for split, of_split in files.items():
@@ -134,6 +140,12 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
                 f"{source}: {first} and {split} must have the same classes; "
                 f"only in one: {', '.join(sorted(set(class_names) ^ set(of_split.class_names))[:5])}."
             )
+    unreadable = [class_name for class_name in class_names if class_name.splitlines() != [class_name.strip()]]
+    if unreadable:
+        raise ValueError(
+            f"{source}: TFDS reads no class {unreadable[0]!r}; rename the folder, without white space around its "
+            "name or line breaks."
+        )
     splits = {
         split: [
             records.EncodedImage(Path(path).relative_to(source).as_posix(), label, path, 0, os.stat(path).st_size)
@@ -183,7 +195,8 @@ def _prepare(
         f"{layout.directory}",
         rows
         | {
-            "train by": f"--config.data.source=tfds --config.data.name={info.name} "
+            # Without the version TFDS takes its own data set of that name, where it has one.
+            "train by": f"--config.data.source=tfds --config.data.name={info.name}:{info.version} "
             f"--config.data.data_dir={layout.directory.parent.parent}"
         },
     )
@@ -211,6 +224,11 @@ def check(arguments: argparse.Namespace) -> int:
     splits = _open(arguments.dataset.expanduser().absolute())
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise ValueError(f"--json: {arguments.json.parent} is no directory.")
+    if arguments.json is not None:
+        try:
+            arguments.json.open("a").close()  # before hours of reading
+        except OSError as error:
+            raise ValueError(f"--json: {arguments.json} cannot be written: {error.strerror}.") from None
     images: dict[str, list[Checked]] = {}
     with (
         progress.counting(f"reading {arguments.dataset.name}", sum(map(len, splits.values())), "images") as advance,
@@ -263,7 +281,7 @@ def _open(directory: Path) -> dict[str, sources.Source]:
     splits = sources.folder_splits(str(directory))
     if splits:
         return {split: sources.folder(split, data_dir=str(directory)) for split in splits}
-    return {"all": sources.folder(directory.name, data_dir=str(directory.parent))}  # a split of the folder above
+    return {"all": sources.classes_in(directory)}
 
 
 def _read(source: sources.Source, index: int) -> Checked:

@@ -32,6 +32,10 @@ TARS = {
     "validation": Tar("ILSVRC2012_img_val.tar", 6_744_924_160, "29b22e2961454d5413ddabcf34fc5622", 50_000),
 }
 
+# A tar ends with blocks of 512 zeros: two by POSIX, where one is taken too, and as many as fill a record, of which
+# GNU tar's largest by a usual blocking factor is this; by default it has 10 KiB.
+MAX_END_BYTES = 2**20
+
 Advance = Callable[[int], None]
 
 
@@ -91,7 +95,7 @@ def list_images(
       subset: any number of images will do.
 
     Raises:
-      ValueError: not a tar, cut off, with other names in it than are published, or with fewer images.
+      ValueError: not a tar, cut off, damaged, with other names in it than are published, or with fewer images.
     """
     images = {
         "train": list(_train(paths["train"], info.features["label"].names, advance)),
@@ -109,7 +113,8 @@ def _members(
     """Yields name, offset in the file and size of each member of a tar, or of one that lies in it at `start`."""
     with path.open("rb") as file:
         try:
-            with tarfile.open(fileobj=_Part(file, start, size or path.stat().st_size), mode="r:") as tar:
+            part = _Part(file, start, size or path.stat().st_size)
+            with tarfile.open(fileobj=part, mode="r:") as tar:
                 behind = 0
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # which tarfile keeps, a kilobyte each
@@ -122,6 +127,14 @@ def _members(
                     if advance is not None:
                         advance(tar.offset - behind)
                         behind = tar.offset
+                # At a damaged header tarfile ends as it does at the zeros behind the last member.
+                part.seek(tar.offset)
+                end = part.read(MAX_END_BYTES + 1)
+                if not 512 <= len(end) <= MAX_END_BYTES or any(end):
+                    raise ValueError(
+                        f"{path} is damaged at byte {start + tar.offset:,}, where neither a member nor the end of "
+                        "a tar is; download it anew."
+                    )
         except (tarfile.TarError, EOFError) as error:
             raise ValueError(f"{path} is not a whole tar ({error}); download it anew.") from None
 

@@ -175,6 +175,8 @@ def _template(info: tfds.core.DatasetInfo, split: str, directory: Path) -> Shard
 def claim(layout: Layout) -> Iterator[list[Shard]]:
     """Makes the incomplete directory, keeps other processes out of it, and yields the shards that it lacks.
 
+    On a file system without locks nobody is kept out.
+
     Raises:
       ValueError: the data set is there already, or another is or was being prepared in its place, or the
         disk has no room for it.
@@ -192,6 +194,8 @@ def claim(layout: Layout) -> Iterator[list[Shard]]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{incomplete} is being written by another process; wait for its end.") from None
+        except OSError:  # no such locks here: as many shared file systems do without, so do we
+            pass
         file.seek(0)
         there = file.read()
         if there not in ("", made_of):

@@ -10,7 +10,10 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.util
+import os
 import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -306,49 +309,72 @@ def folder(split: str, *, data_dir: str, val_fraction: float = 0.1) -> Files:
     if not 0 < val_fraction < 1:
         raise ValueError(f"data.val_fraction must be between 0 and 1, got {val_fraction}.")
     top = _folders(directory)
-    of_splits = [p for p in top if _folders(p)]
-    by_name = not of_splits and any(images_in(p) for p in top)
-    if by_name:
-        lookup({"train": 0, "val": 1}, split, "split of a folder of classes")
-    elif split not in (p.name for p in top):
-        raise ValueError(f"{directory} has no folder for split {split!r}; {suggest(split, (p.name for p in top))}")
-    elif images_in(directory / split):
-        mixed = f", and {of_splits[0].name} has folders" if of_splits else ""
+    by_name = not any(_folders(p) for p in top) and any(images_in(p) for p in top)
+    if not by_name:
+        if split not in (p.name for p in top) or images_in(directory / split):
+            folder_splits(data_dir)  # of both layouts at once it says so
+            raise ValueError(f"{directory} has no folder for split {split!r}; {suggest(split, (p.name for p in top))}")
+        return classes_in(directory / split)
+    lookup({"train": 0, "val": 1}, split, "split of a folder of classes")
+    files = classes_in(directory)
+    chosen = [
+        (path, label)
+        for path, label in zip(files.paths, files.labels, strict=True)
+        if (_hash(os.path.basename(path)) < val_fraction) == (split == "val")
+    ]
+    none = set(files.labels) - {label for _, label in chosen}
+    if split == "train" and none:
         raise ValueError(
-            f"{directory / split} has images of its own{mixed}; expected either {directory}/CLASS/*.jpg or "
-            f"{directory}/{split}/CLASS/*.jpg, and nothing of the other."
+            f"{directory / files.class_names[min(none)]}: by their names all {files.labels.count(min(none))} images "
+            f"are of split 'val' (data.val_fraction={val_fraction:g}); take a smaller fraction, or add images."
         )
-    classes = top if by_name else _folders(directory / split)
+    if not chosen:
+        raise ValueError(
+            f"{directory}: no image is of split 'val' by the hash of its name (data.val_fraction={val_fraction:g}); "
+            "take a larger fraction, or make folders train/CLASS and val/CLASS."
+        )
+    paths, labels = zip(*chosen, strict=True)
+    return Files(paths, labels, files.class_names)
+
+
+def classes_in(directory: Path) -> Files:
+    """Returns all images of `directory/CLASS` and below.
+
+    Raises:
+      ValueError: no class, or a class without images.
+    """
+    classes = _folders(directory)
     if not classes:
-        raise ValueError(f"{directory / split} has no folder a class; expected {split}/CLASS/*.jpg.")
+        raise ValueError(f"{directory} has no folder a class; expected {directory.name}/CLASS/*.jpg.")
     paths, labels = [], []
     for label, place in enumerate(classes):
         files = images_in(place, "**/*")
-        if by_name:
-            of_class, files = files, [p for p in files if (_hash(p.name) < val_fraction) == (split == "val")]
-            if of_class and not files and split == "train":
-                raise ValueError(
-                    f"{place}: by their names all {len(of_class)} images are of split 'val' "
-                    f"(data.val_fraction={val_fraction:g}); take a smaller fraction, or add images."
-                )
-        if not files and not (by_name and of_class):
+        if not files:
             raise ValueError(
                 f"{place} has no image (of {', '.join(IMAGE_SUFFIXES)}); a class must have some, or its folder must go."
             )
         paths.extend(map(str, files))
         labels.extend([label] * len(files))
-    if not paths:
-        raise ValueError(
-            f"{directory}: no image is of split 'val' by the hash of its name (data.val_fraction={val_fraction:g}); "
-            "take a larger fraction, or make folders train/CLASS and val/CLASS."
-        )
     return Files(tuple(paths), tuple(labels), tuple(p.name for p in classes))
 
 
 def folder_splits(data_dir: str) -> tuple[str, ...]:
-    """Returns the names of the splits that have a folder there; none where a hash of the names decides."""
+    """Returns the names of the splits that have a folder there; none where a hash of the names decides.
+
+    Raises:
+      ValueError: no such folder, or both layouts at once: of which images would be left out.
+    """
     directory = _directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
-    return tuple(place.name for place in _folders(directory) if _folders(place))
+    top = _folders(directory)
+    inner = [place for p in top for place in _folders(p)[:1]]
+    images = [p.name for p in top if inner and images_in(p)]
+    if images:
+        more = f" and {len(images) - 5:,} more" if len(images) > 5 else ""
+        raise ValueError(
+            f"{directory}: there are images in {', '.join(images[:5])}{more}, and a folder in {inner[0].parent.name} "
+            f"({inner[0].name}); expected either CLASS/*.jpg or SPLIT/CLASS/*.jpg, and nothing of the other."
+        )
+    return tuple(place.parent.name for place in inner)
 
 
 def _folders(directory: Path) -> list[Path]:
@@ -356,9 +382,18 @@ def _folders(directory: Path) -> list[Path]:
 
 
 def images_in(directory: Path, pattern: str = "*") -> list[Path]:
-    """The image files there, in order ('**/*': and below); names that begin with '.' are left out."""
-    found = (p for p in directory.glob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(directory).parts))
+    """The image files there, in order ('**/*': and below); names that begin with '.' are left out.
+
+    Raises:
+      ValueError: one is a link to nothing.
+    """
+    found = [p for p in directory.glob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES]
+    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(directory).parts)]
+    files = [p for p in found if p.is_file()]
+    broken = [p for p in found if p.is_symlink() and not p.exists()] if len(files) < len(found) else []
+    if broken:
+        raise ValueError(f"{broken[0]} is a link to {os.readlink(broken[0])}, which is not there; remove or mend it.")
+    return sorted(files)
 
 
 def _hash(name: str) -> float:
@@ -376,13 +411,19 @@ def arrays(split: str, *, path: str) -> Arrays:
     """
     if not Path(path).is_file():
         raise ValueError(f"data.path: {path} is no file; expected an .npz file.")
-    with np.load(path, allow_pickle=False) as file:
-        for key in (f"{split}_images", f"{split}_labels"):
-            if key not in file:
-                raise ValueError(f"{path} has no array {key!r}; {suggest(key, file)}")
-        images, labels = file[f"{split}_images"], file[f"{split}_labels"]
-        names = tuple(map(str, file["class_names"])) if "class_names" in file else None
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+    keys = (f"{split}_images", f"{split}_labels")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            there = tuple(file)
+            found = {key: file[key] for key in (*keys, "class_names") if key in there}
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable .npz file ({error}).") from None
+    for key in keys:
+        if key not in found:
+            raise ValueError(f"{path} has no array {key!r}; {suggest(key, there)}")
+    images, labels = (found[key] for key in keys)
+    names = tuple(map(str, found["class_names"])) if "class_names" in found else None
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[:1] != labels.shape[:1]:
         raise ValueError(
             f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, C] with a label each, got "
             f"{images.dtype} {images.shape} and labels {labels.shape}."
@@ -391,10 +432,17 @@ def arrays(split: str, *, path: str) -> Arrays:
         raise ValueError(
             f"{path}: {split}_labels must be integers, [N] or [N, classes], got {labels.dtype} {labels.shape}."
         )
+    if not len(images):
+        raise ValueError(f"{path}: {split}_images has no image; it must have some.")
     if labels.ndim == 2 and not np.isin(labels, (0, 1)).all():
         raise ValueError(f"{path}: {split}_labels [N, classes] must be 0 or 1, got {labels.min()} to {labels.max()}.")
     num_classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
     names = names or tuple(map(str, range(num_classes)))
+    if labels.ndim == 2 and len(names) != num_classes:
+        raise ValueError(
+            f"{path}: {split}_labels [N, classes] must have a column for each of the {len(names)} class_names, got "
+            f"{num_classes}."
+        )
     if labels.ndim == 1 and (labels.min() < 0 or labels.max() >= len(names)):
         raise ValueError(
             f"{path}: {split}_labels must be in 0 to {len(names) - 1}, got {labels.min()} to {labels.max()}."
