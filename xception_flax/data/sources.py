@@ -416,7 +416,7 @@ def arrays(split: str, *, path: str) -> Arrays:
         with np.load(path, allow_pickle=False) as file:
             there = tuple(file)
             found = {key: file[key] for key in (*keys, "class_names") if key in there}
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a readable .npz file ({error}).") from None
     for key in keys:
         if key not in found:
