@@ -95,6 +95,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
         processes_per_host=sharding.processes_per_host(),
     )
     train_data, eval_data = data.load(**load, train=True), data.load(**load, train=False)
+    if len(train_data.class_names) < 2:
+        raise ValueError(f"the data has one class only, {train_data.class_names[0]!r}; expected two or more.")
     data.check_class_names(train_data.class_names, eval_data)
     if config.model.num_classes != len(train_data.class_names):
         raise ValueError(
@@ -297,7 +299,10 @@ def bad_images(workdir: Path, results: dict[str, float]) -> dict[str, str]:
         return {}
     records = progress.read_metrics(workdir / "metrics.jsonl")
     trained = sum(record.get("train/bad_images", 0) for record in records)
-    return {"bad images": f"left out: {trained:,} times in training, {results['bad_images']:,} in evaluation"}
+    return {
+        "bad images": f"left out: {trained:,} times in training, {results['bad_images']:,} in evaluation; "
+        "`python -m xception_flax.prepare check` names those of a folder or TFDS data set"
+    }
 
 
 def check_finite(sums: dict[str, metrics.Sum], step: int) -> None:

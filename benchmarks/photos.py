@@ -1,11 +1,11 @@
 """Real photographs, and JPEGs like ImageNet's cut from them. scikit-image has them in its wheel."""
 
+import importlib.util
 from functools import cache
 from pathlib import Path
 
 import cv2
 import numpy as np
-import skimage
 
 PHOTOS = (
     "astronaut.png",
@@ -22,7 +22,10 @@ PHOTOS = (
 @cache
 def photo(name: str) -> np.ndarray:
     """One of `PHOTOS`, 0.1 to 2 megapixels: uint8 `[H, W, 3]`, not to be written to."""
-    path = Path(skimage.__file__).parent / "data" / name
+    package = importlib.util.find_spec("skimage")
+    if package is None:
+        raise ValueError("the photos that files are cut from come with scikit-image: pip install scikit-image.")
+    path = Path(package.origin).parent / "data" / name
     image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
     if image is None:
         raise ValueError(f"{path} is no image; install scikit-image anew.")

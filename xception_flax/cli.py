@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -79,7 +80,13 @@ def start(arguments: argparse.Namespace) -> None:
             raise ValueError("--coordinator, --num-processes and --process-id go together, without --distributed.")
         jax.distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
     elif arguments.distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError:  # none of JAX's kinds of clusters
+            raise ValueError(
+                "--distributed finds no cluster (TPU pod, Slurm, ...) here; leave it out for one machine, or "
+                "give --coordinator, --num-processes and --process-id."
+            ) from None
     try:
         platform = jax.devices()[0].platform
     except RuntimeError as error:
@@ -112,6 +119,11 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         if os.environ.get("XCEPTION_FLAX_TRACEBACK") or not _raised_by_us(error):
             raise
         print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC or os.environ.get("XCEPTION_FLAX_TRACEBACK"):
+            raise
+        print(f"error: {error.filename or 'a file, or what the output goes to'}: {error.strerror}.", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Compiles a recipe's training step for a TPU slice that is not there, and says what it will cost.
 
 It is the step that train.py runs, compiled from shapes by the TPU's own compiler (libtpu): no TPU, no
-data and no memory are needed, a minute or two is. What is the compiler's word and what an estimate:
+data and no memory are needed, one to five minutes are. What is the compiler's word and what an estimate:
   memory        of the compiler: what a chip needs at most; a program that does not fit is not made
   bytes         a step and chip, read from the compiled program: each instruction reads what it takes
                 and writes what it gives once; arrays in the chip's own memory (VMEM) are not counted

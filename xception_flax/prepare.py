@@ -190,14 +190,17 @@ def _prepare(
             records.write(layout, missing, arguments.num_threads, advance)
         records.complete(layout)
     num_classes = info.features["label"].num_classes
-    rows = {split: f"{len(images):,} images" for split, images in splits.items()} | {"classes": f"{num_classes:,}"}
+    empty = num_classes - len({image.label for image in next(iter(splits.values()))})
+    classes = f"{num_classes:,}" + (f", {empty:,} without an image" if empty else "")
+    rows = {split: f"{len(images):,} images" for split, images in splits.items()} | {"classes": classes}
     progress.show_table(
         f"{layout.directory}",
         rows
         | {
             # Without the version TFDS takes its own data set of that name, where it has one.
             "train by": f"--config.data.source=tfds --config.data.name={info.name}:{info.version} "
-            f"--config.data.data_dir={layout.directory.parent.parent}"
+            f"--config.data.data_dir={layout.directory.parent.parent}",
+            "read all by": f"python -m xception_flax.prepare check {layout.directory}",
         },
     )
     return 0
@@ -278,6 +281,9 @@ def _open(directory: Path) -> dict[str, sources.Source]:
     if (directory / "dataset_info.json").exists():
         names = tfds.builder_from_directory(directory).info.splits
         return {split: sources.tfds(split, data_dir=str(directory)) for split in names}
+    for pattern in ("*/dataset_info.json", "*/*/dataset_info.json"):
+        if below := next(directory.glob(pattern), None):
+            raise ValueError(f"{directory} has data sets below it; give one version of one, as {below.parent}.")
     splits = sources.folder_splits(str(directory))
     if splits:
         return {split: sources.folder(split, data_dir=str(directory)) for split in splits}

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from xception_flax import cli, data, mixing, pictures, recipe
+from xception_flax import cli, data, mixing, pictures, progress, recipe
 
 EXAMPLES = """\
   python -m xception_flax.show_data --config configs/digits.py --output digits.png
@@ -43,8 +43,15 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, with this recipe perhaps
     train = arguments.split == "train"
     split = data.load(**config.data, batch_size=config.batch_size, seed=config.seed, train=train)
-    with contextlib.closing(batches(config, split)) as loaded:
-        shown = [first_images(batch, arguments.images) for batch in itertools.islice(loaded, arguments.batches)]
+    number = arguments.batches if train else min(arguments.batches, split.num_batches)
+    shown = []
+    with (
+        contextlib.closing(batches(config, split)) as loaded,
+        progress.counting("reading", number, "batches") as advance,
+    ):
+        for batch in itertools.islice(loaded, number):
+            shown.append(first_images(batch, arguments.images))
+            advance(1)
     pictures.draw_images(
         np.concatenate([b["images"] for b in shown]),
         [caption for b in shown for caption in captions(b, split.class_names)],

@@ -198,7 +198,8 @@ def tfds(
     if not builder.info.splits:
         raise ValueError(
             f"TFDS data set {builder.name!r} is not prepared in {where}; say where it is by "
-            "--config.data.data_dir=DATA, or prepare it with file_format='array_record' (see the README)."
+            "--config.data.data_dir=DATA, or prepare it: imagenet2012 by `python -m xception_flax.prepare`, "
+            "others by TFDS with file_format='array_record' (see the README)."
         )
     if file_format is None or file_format.value != "array_record":
         found = None if file_format is None else file_format.value
@@ -268,7 +269,7 @@ def _bucket(library: Any, url: str) -> Any:
 
 # Image folder --------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,6 +314,11 @@ def folder(split: str, *, data_dir: str, val_fraction: float = 0.1) -> Files:
     if not by_name:
         if split not in (p.name for p in top) or images_in(directory / split):
             folder_splits(data_dir)  # of both layouts at once it says so
+            if not any(images_in(p, "**/*") for p in top):
+                raise ValueError(
+                    f"{directory} has neither CLASS/*.jpg nor {split}/CLASS/*.jpg in it; images are files that end in "
+                    f"{', '.join(IMAGE_SUFFIXES)}."
+                )
             raise ValueError(f"{directory} has no folder for split {split!r}; {suggest(split, (p.name for p in top))}")
         return classes_in(directory / split)
     lookup({"train": 0, "val": 1}, split, "split of a folder of classes")
