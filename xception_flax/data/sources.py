@@ -428,7 +428,7 @@ def arrays(split: str, *, path: str) -> Arrays:
         if key not in found:
             raise ValueError(f"{path} has no array {key!r}; {suggest(key, there)}")
     images, labels = (found[key] for key in keys)
-    names = tuple(map(str, found["class_names"])) if "class_names" in found else None
+    names = tuple(map(str, np.atleast_1d(found["class_names"]))) if "class_names" in found else None
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[:1] != labels.shape[:1]:
         raise ValueError(
             f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, C] with a label each, got "
