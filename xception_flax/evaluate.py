@@ -50,6 +50,9 @@ def evaluate(
       split: loaded with `train=False`.
       mesh: the mesh of the variables.
       on_batch: called with each local batch and the global logits.
+
+    Raises:
+      data.InputError: none of the images can be decoded.
     """
     totals = metrics.Accumulator()
     with contextlib.closing(split.batches()) as batches:
@@ -59,7 +62,7 @@ def evaluate(
             if on_batch is not None:
                 on_batch(batch, logits)
     if not (count := round(totals.count("loss"))):
-        raise ValueError(f"none of the {split.num_images:,} images of the evaluation can be decoded; look at the data.")
+        raise data.InputError(f"none of the {split.num_images:,} images to evaluate on can be decoded.")
     bad = {"bad_images": split.num_images - count} if split.on_bad_image == "replace" else {}
     return totals.means() | {"count": count} | bad
 
