@@ -14,10 +14,10 @@ CLASSES, BATCH, STEPS = 5, 16, 2
 # The narrowest of each; those that differ in depth alone are left out, and Xception itself is in test_steps.py, at
 # greater length.
 FAMILY = {
-    "xception_towers": dict(width=0.07, middle_repeats=1, towers=3, mid_activation="relu"),
+    "xception_towers": dict(width=0.07, middle_repeats=0, towers=3, mid_activation="relu"),
     "inception_v3": dict(width=0.02),
-    "xception41": dict(width=0.02, middle_repeats=1),
-    "xception41p": dict(width=0.02, middle_repeats=1),
+    "xception41": dict(width=0.02, middle_repeats=0),
+    "xception41p": dict(width=0.02, middle_repeats=0),
     "lenet": dict(width=0.25),
 }
 OTHER_DEPTHS = {"xception65", "xception71", "xception65p"}

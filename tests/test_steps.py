@@ -42,7 +42,7 @@ XCEPTION = dict(
         "xception",
         num_classes=CLASSES,
         width=0.05,
-        middle_repeats=1,
+        middle_repeats=0,
         dropout_rate=0.3,
         bn_decay=0.9,
         dtype="float64",
