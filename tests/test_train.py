@@ -625,6 +625,11 @@ def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
     assert code == 0
     assert (json.loads(out.splitlines()[-1])["count"], json.loads(out.splitlines()[-1])["bad_images"]) == (23, 1)
 
+    for path in (tmp_path / "photos" / "val").rglob("*.jpg"):
+        path.write_bytes(b"")
+    code, _, err = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path / "w")
+    assert (code, err.strip()) == (2, "error: none of the 24 images to evaluate on can be decoded.")
+
 
 # Mistakes ------------------------------------------------------------------------------------------
 
@@ -712,6 +717,19 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
     assert code == 2
     assert "error: the data has changed since" in err
     assert "num_images was 8, now it is 10" in err
+
+
+def test_one_class_is_refused(tmp_path, monkeypatch, capsys):
+    """A loss of 0 and 100 % would say nothing."""
+    image = cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes()
+    for split in ("train", "val"):
+        (tmp_path / "photos" / split / "cat").mkdir(parents=True)
+        for i in range(8):
+            (tmp_path / "photos" / split / "cat" / f"{i}.png").write_bytes(image)
+    arguments = ["--config", f"{ROOT / 'configs' / 'folder.py'}:{tmp_path / 'photos'}", "--config.batch_size=8"]
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments, "--workdir", tmp_path / "w")
+    assert (code, err) == (2, "error: the data has one class only, 'cat'; expected two or more.\n")
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_foreign_folder_is_no_workdir(tmp_path, monkeypatch, capsys):
