@@ -7,6 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from benchmarks.worker import WorkerError
+
 PHOTOS = (
     "astronaut.png",
     "chelsea.png",
@@ -24,7 +26,7 @@ def photo(name: str) -> np.ndarray:
     """One of `PHOTOS`, 0.1 to 2 megapixels: uint8 `[H, W, 3]`, not to be written to."""
     package = importlib.util.find_spec("skimage")
     if package is None:
-        raise ValueError("the photos that files are cut from come with scikit-image: pip install scikit-image.")
+        raise WorkerError("the photos that files are cut from come with scikit-image: pip install scikit-image.")
     path = Path(package.origin).parent / "data" / name
     image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
     if image is None:

@@ -82,10 +82,10 @@ def start(arguments: argparse.Namespace) -> None:
     elif arguments.distributed:
         try:
             jax.distributed.initialize()
-        except ValueError:  # none of JAX's kinds of clusters
+        except ValueError as error:  # of JAX's kinds of clusters it is none, or one that is not set up
             raise ValueError(
-                "--distributed finds no cluster (TPU pod, Slurm, ...) here; leave it out for one machine, or "
-                "give --coordinator, --num-processes and --process-id."
+                f"--distributed finds no cluster (TPU pod, Slurm) here: {str(error).rstrip('.')}. Leave it out on "
+                "one machine, or give --coordinator, --num-processes and --process-id."
             ) from None
     try:
         platform = jax.devices()[0].platform
