@@ -1,5 +1,6 @@
 """The whole path from the shell: real processes, real signals, exact resumption, several hosts, mistakes."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -272,16 +273,33 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def segments() -> set[str]:
-    """Names of the shared memory that there is, in which workers hand over their batches."""
-    return set(os.listdir("/dev/shm"))
+def segments(pids: set[int]) -> set[str]:
+    """Files of the shared memory in which workers hand over their batches: those that these processes have mapped."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended
+            found.update(re.findall(r"(?m)/dev/shm/psm_\w+$", Path(f"/proc/{pid}/maps").read_text()))
+    return found
+
+
+def stand_still(process: subprocess.Popen) -> tuple[set[int], set[str]]:
+    """Stops the trainer; returns its workers and what is mapped, once they wait with all that they may make ahead.
+
+    Killed before that they may leave a segment for good: Python makes one, and then tells its tracker of it.
+    """
+    process.send_signal(signal.SIGSTOP)
+    readers, held = children(process.pid), None
+    while held != (held := segments({process.pid, *readers})):
+        time.sleep(2)
+    return readers, held
 
 
 def assert_gone(pids: set[int], held: set[str]) -> None:
-    """Soon no worker is left, nor a segment that was held; those of other tests are gone as fast."""
+    """Soon no worker is left, nor a segment that was held."""
+    assert held
     deadline = time.monotonic() + 60
-    while any(map(is_alive, pids)) or held & segments():
-        assert time.monotonic() < deadline, (pids, held & segments())
+    while left := {*filter(is_alive, pids), *filter(os.path.exists, held)}:
+        assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
 
@@ -291,12 +309,11 @@ def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
     Worker processes read, in the last run and in that without a stop threads. The first signal is to the whole
     group, as a terminal or a batch system sends it; the second is to the trainer alone, and ends them too.
     """
-    before = segments()
     process = start(tmp_path, *WORKERS)
     wait_until(lambda: len(records(tmp_path)) >= 3, process)
-    readers = children(process.pid)
-    held = segments() - before
+    readers, held = stand_still(process)
     os.killpg(process.pid, signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
     code, _, err = finish(process)
     assert code == 128 + signal.SIGTERM, err
     stopped = int(re.search(r"stopped at step (\d+), checkpoint written; the same command goes on", err)[1])
@@ -306,11 +323,10 @@ def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
     process = start(tmp_path, *WORKERS)
     saved = tmp_path / "checkpoints"
     wait_until(lambda: any(int(p.name) > stopped for p in saved.iterdir() if p.name.isdecimal()), process)
-    readers |= children(process.pid)
-    held = segments() - before
+    readers, held = stand_still(process)
+    assert len(readers) >= 2  # and those of an evaluation, if one was under way
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
-    assert len(readers) >= 4  # and those of an evaluation, if one was under way
     assert_gone(readers, held)
 
     code, _, err = finish(start(tmp_path, "--config.data.num_workers=0"))
@@ -569,13 +585,12 @@ def test_mistakes_with_evaluate(whole, monkeypatch, capsys, arguments, message):
 
 def test_a_killed_worker_loses_nothing(tmp_path):
     """As the system does where memory runs out: what was trained is saved, and the message says so."""
-    before = segments()
     process = start(tmp_path, *WORKERS)
     wait_until(lambda: len(records(tmp_path)) >= 1, process)
-    readers = children(process.pid)
+    readers, held = stand_still(process)
     assert len(readers) == 2
-    held = segments() - before
     os.kill(min(readers), signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
     code, _, err = finish(process)
     assert code == 2, err
     message = (
