@@ -400,3 +400,11 @@ def test_whoever_reads_the_output_may_go():
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_full_disk_is_one_line():
+    command = [sys.executable, "-m", "xception_flax.summary", "lenet"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    said = "error: a file, or what the output goes to: No space left on device.\n"
+    assert (result.returncode, result.stderr) == (2, said)

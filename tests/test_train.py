@@ -697,6 +697,15 @@ def test_mistakes_with_train(tmp_path, monkeypatch, capsys, arguments, message):
     assert not workdir.exists()
 
 
+def test_without_a_cluster_none_is_joined(tmp_path):
+    """A process of its own: JAX joins others before it has looked for devices, or not at all."""
+    process = start(tmp_path / "w", "--distributed")
+    code, out, err = finish(process)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: --distributed finds no cluster \(TPU pod, Slurm\) here: .*\n", err), err
+    assert not (tmp_path / "w").exists()
+
+
 def test_another_recipe_in_an_old_workdir_is_refused(whole, monkeypatch, capsys):
     before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
     code, _, err = run(
