@@ -61,6 +61,11 @@ def check(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> No
     """Ends with an error where the machine is not as `options` want it."""
     if options.json and not options.json.absolute().parent.is_dir():
         arguments.error(f"--json: there is no folder {options.json.absolute().parent}.")
+    if options.json:
+        try:
+            options.json.open("a").close()  # before minutes of measuring
+        except OSError as error:
+            arguments.error(f"--json: {options.json} cannot be written: {error.strerror}.")
     if sys.platform != "linux":
         arguments.error("the benchmarks need Linux: CPU affinity and peak memory are read as it has them.")
     if options.threads > cpu_count():

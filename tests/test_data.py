@@ -539,11 +539,19 @@ def test_mistakes_in_idx_files_are_refused(prepared, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     images = tmp_path / "train-images-idx3-ubyte.gz"
     images.write_bytes(images.read_bytes()[:100])
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte: not a readable IDX file"):
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz: not a readable IDX file"):
+        sources.fashion_mnist("train", data_dir=str(tmp_path))
+    whole = gzip.compress(bytes(1000))
+    images.write_bytes(whole[:12] + bytes([whole[12] ^ 255]) + whole[13:])
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz: not a readable IDX file"):
         sources.fashion_mnist("train", data_dir=str(tmp_path))
     images.write_bytes(gzip.compress(struct.pack(">HBBI", 0, 8, 1, 3) + b"abc"))
     with pytest.raises(ValueError, match="expected an IDX file of bytes with 3 dimensions"):
         sources.fashion_mnist("train", data_dir=str(tmp_path))
+    labels = tmp_path / "t10k-labels-idx1-ubyte"  # EMNIST has letters in files of this kind
+    labels.write_bytes(labels.read_bytes()[:-1] + bytes([26]))
+    with pytest.raises(ValueError, match="the t10k labels go up to 26, but Fashion-MNIST has 10 classes; other data"):
+        sources.fashion_mnist("test", data_dir=str(tmp_path))
 
 
 def test_fashion_mnist_splits(prepared):
@@ -598,6 +606,27 @@ def test_tfds_by_name_and_by_directory_and_by_slice(prepared):
     assert (len(whole), len(half)) == (40, 20)
     named = sources.tfds("train", name="small_digits", data_dir=str(directory.parent.parent))
     assert named[7]["image"] == whole[7]["image"]
+
+
+@pytest.mark.parametrize("label", [7, -1])
+def test_a_label_of_no_class_is_refused(label):
+    for several in (False, True):
+        record = {"image": b"", "label": [1, label] if several else label}
+        source = sources.TfdsSource([record], tuple("abcde"), "image", "label", several)
+        with pytest.raises(sources.InputError, match=f"record 0 has the label {label}, which is none of 5 classes"):
+            source[0]
+
+
+def test_linked_folders_are_read_and_none_twice(tmp_path):
+    for path in ("photos/a/1.jpg", "photos/a/more/2.jpg", "photos/b/3.jpg", "elsewhere/deep/4.jpg"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    (tmp_path / "photos" / "a" / "more" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "photos" / "a")
+    files = sources.classes_in(tmp_path / "photos")
+    found = [str(Path(path).relative_to(tmp_path / "photos")) for path in files.paths]
+    assert found == ["a/1.jpg", "a/more/2.jpg", "a/more/linked/deep/4.jpg", "b/3.jpg"]
+    assert files.labels == (0, 0, 0, 1)
 
 
 def test_tfds_with_several_labels(tmp_path):

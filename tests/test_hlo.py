@@ -86,7 +86,7 @@ def test_real_program_of_eight_devices() -> None:
     # One device has 128 rows. XLA may write the product between the two, and read it again.
     least = (128 * 64 + 64 * 32 + 32) * 4 + 2 * 32 * 4
     size = sum(cost.size for cost in hlo.costs())
-    assert least <= size <= least + 2 * 128 * 32 * 4 + 1024
+    assert least <= size <= least + 2 * 128 * 32 * 4 + 2048
     assert size == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.01)
 
 

@@ -35,6 +35,10 @@ def test_top_5_of_fewer_than_5_classes_is_always_right():
     assert float(metrics.top_k_correct(jnp.zeros((4, 3)), jnp.array([0, 1, 2, 0]), 5).mean()) == 1
 
 
+def test_a_label_that_is_no_class_is_never_right():
+    assert metrics.top_k_correct(jnp.eye(3), jnp.array([0, 3, -1]), 2).tolist() == [1, 0, 0]
+
+
 def test_average_precision_by_hand():
     """Ranking: classes 2, 0, 3, 1. Labels {0, 1}: hits at ranks 2 and 4, AP = (1/2 + 2/4) / 2."""
     logits = jnp.array([[3.0, 1.0, 4.0, 2.0]])

@@ -154,3 +154,21 @@ def test_who_is_mixed_with_a_bad_image_does_not_count():
     masked = batch() | {"mask": np.where(np.arange(16) == 5, 0, 1).astype(np.float32)}
     mixed = mixing.make_mixing(mixup_alpha=1.0)(mixing.mixing_key(0, 0), masked)
     assert np.flatnonzero(np.asarray(mixed["mask"]) == 0).tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_a_bad_image_never_counts(kind):
+    """With a small alpha a share is often so near to 0 that it is the partner's image which counts, whole."""
+    bad = {"images": np.full((4, 2, 2, 1), 200, np.uint8), "mask": np.array([1, 0, 1, 1], np.float32)}
+    bad["images"][1] = 0  # as what cannot be decoded is replaced
+    mix = jax.jit(mixing.make_mixing(**{f"{kind}_alpha": 0.1}))
+    swapped = 0
+    for step in range(400):
+        mixed = jax.device_get(mix(mixing.mixing_key(0, step), bad | {"labels": np.arange(4, dtype=np.int32)}))
+        black = (mixed["images"] == 0).any((1, 2, 3))
+        assert not (mixed["mask"] * black).any(), step
+        assert mixed["mask"][2:].all()
+        if mixed["share"][0] == 1:
+            assert mixed["mask"][:2].tolist() == (~black[:2]).tolist()
+            swapped += black[0]
+    assert swapped >= 5

@@ -145,6 +145,9 @@ def test_largest_batch() -> None:
     calls.clear()
     assert precompile.largest_batch(lambda n: memory(n, more=1), 60_000, first=64, state=1000) == (192, 200)
     assert len(calls) <= precompile.MAX_COMPILATIONS
+    # So large a chip that no batch is found which does not fit.
+    fits, fails = precompile.largest_batch(memory, 10**12, first=8, state=1000)
+    assert (fits, fails) == (8 * 4 ** (precompile.MAX_COMPILATIONS - 1), None)
 
 
 def test_every_layer_has_a_kind() -> None:

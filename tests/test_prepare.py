@@ -411,12 +411,16 @@ def test_mistakes_with_a_folder(folder, tmp_path, capsys, monkeypatch):
     assert "large.jpg has 536,870,913 bytes; that is no image" in message(folder)
     os.truncate(large, 2**29)
     # Twice what is free and 32 GB: they would be written, if another process made room for them meanwhile.
-    links = [large, *(large.with_name(f"{i}.jpg") for i in range(shutil.disk_usage(tmp_path).free // 2**28 + 64))]
-    for link in links[1:]:
-        os.link(large, link)
+    holes = [large, *(large.with_name(f"{i}.jpg") for i in range(shutil.disk_usage(tmp_path).free // 2**28 + 64))]
+    for hole in holes[1:]:
+        hole.touch()
+        os.truncate(hole, 2**29)
     assert re.search(r"has room for [\d.,]+ GB, and [\d.,]+ GB are needed; make room", message(folder))
-    for link in links:
-        link.unlink()
+    for hole in holes:
+        hole.unlink()
+    (folder / "n01440764" / os.fsdecode(b"\xff.jpg")).write_bytes(b"")
+    assert re.search(r"error: b'.*\\xff\.jpg': TFDS takes no file name that is not UTF-8; rename it", message(folder))
+    (folder / "n01440764" / os.fsdecode(b"\xff.jpg")).unlink()
 
     # Begun, and then the images changed.
     (tmp_path / "out" / "my_photos" / "1.0.0.incomplete" / records.PREPARED).write_text("{}")
@@ -427,6 +431,7 @@ def test_mistakes_with_a_folder(folder, tmp_path, capsys, monkeypatch):
         (tmp_path / "split" / split / f"only_{split}" / "a.jpg").write_bytes(photo)
     expected = "train and val must have the same classes; only in one: only_train, only_val"
     assert expected in message(tmp_path / "split")
+    assert expected in fail(capsys, monkeypatch, "check", tmp_path / "split")
     assert "leave out --val-fraction" in message(tmp_path / "split", "--val-fraction", "0.5")
     for name in ("my val", "all"):
         (tmp_path / "split" / "val").rename(tmp_path / "split" / name)
@@ -544,6 +549,31 @@ def test_check_takes_a_folder_under_any_name(folder, tmp_path, capsys, monkeypat
         assert re.search(r"images +40\n +classes +4, with", capsys.readouterr().out)
 
 
+def test_check_of_images_with_several_classes(images, tmp_path, capsys):
+    class Several(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = tmp_path
+
+        def _info(self):
+            label = tfds.features.Sequence(tfds.features.ClassLabel(names=["cat", "dog", "fox"]))
+            features = {"image": tfds.features.Image(), "label": label}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            contents = list(images["train"].values())
+            for i, classes in enumerate([["cat", "dog"], ["dog"], []]):
+                yield i, {"image": io.BytesIO(contents[i]), "label": classes}
+
+    builder = Several(data_dir=tmp_path / "tfds", file_format="array_record")
+    builder.download_and_prepare()
+    run("check", builder.data_dir, "--json", tmp_path / "report.json")
+    train = json.loads((tmp_path / "report.json").read_text())["splits"]["train"]
+    assert (train["images"], train["classes"]) == (3, {"cat": 1, "dog": 2, "fox": 0})
+
+
 def test_mistakes_with_check(tmp_path, capsys, monkeypatch):
     assert "nowhere is no directory" in fail(capsys, monkeypatch, "check", tmp_path / "nowhere")
     photos = tmp_path / "photos"
@@ -617,7 +647,7 @@ def test_an_epoch_of_the_papers_recipe(data_dir, tmp_path, capsys):
     every bit of the run that went on; and evaluation counts each of the 11 images once."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     process = start(whole, data_dir)
-    while not any(record["step"] == 4 for record in recorded(whole)):
+    while not any(record["step"] == 3 for record in recorded(whole)):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGSTOP)

@@ -52,6 +52,18 @@ def environment(devices: int) -> dict[str, str]:
     }
 
 
+started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def none_is_left():
+    """A test that fails leaves no process behind, nor one that stands still."""
+    yield
+    for process in started:
+        process.kill()
+    started.clear()
+
+
 def start(workdir: Path, *arguments: str, devices: int = 2) -> subprocess.Popen:
     command = [
         sys.executable,
@@ -63,7 +75,7 @@ def start(workdir: Path, *arguments: str, devices: int = 2) -> subprocess.Popen:
         *SMALL,
         *arguments,
     ]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         env=environment(devices),
         stdout=subprocess.PIPE,
@@ -71,6 +83,8 @@ def start(workdir: Path, *arguments: str, devices: int = 2) -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
+    started.append(process)
+    return process
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -288,10 +302,12 @@ def stand_still(process: subprocess.Popen) -> tuple[set[int], set[str]]:
     Killed before that they may leave a segment for good: Python makes one, and then tells its tracker of it.
     """
     process.send_signal(signal.SIGSTOP)
-    readers, held = children(process.pid), None
-    while held != (held := segments({process.pid, *readers})):
-        time.sleep(2)
-    return readers, held
+    readers, looks, deadline = children(process.pid), [], time.monotonic() + 120
+    while len(looks) < 4 or looks.count(looks[-1]) < len(looks):
+        assert time.monotonic() < deadline, looks
+        looks = [*looks[-3:], segments({process.pid, *readers})]
+        time.sleep(1)
+    return readers, looks[-1]
 
 
 def assert_gone(pids: set[int], held: set[str]) -> None:
@@ -385,9 +401,9 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback(command, module):
     )
     for line in process.stderr:
         if line.split("|")[-1].strip() == module:
-            time.sleep(0.05)  # the handler is set just after the first of them
-            process.send_signal(signal.SIGINT)
             break
+    process.stderr.readline()  # of the next module: after the first of them the handler is set
+    process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 128 + signal.SIGINT
     said = [line for line in err.splitlines() if line and not line.startswith("import time:")]
@@ -407,8 +423,10 @@ with signals.StopRequest():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, env=environment(1), text=True, **pipes)
     assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)  # so that both come within a moment, however busy the machine
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)  # as `timeout` does, which signals the process and then its group
+    process.send_signal(signal.SIGCONT)
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
@@ -695,6 +713,22 @@ def test_mistakes_with_train(tmp_path, monkeypatch, capsys, arguments, message):
     assert re.match(f"error: .*{message}", err), err
     assert err.count("\n") <= 2
     assert not workdir.exists()
+
+
+def test_transforms_of_another_shape_are_refused_before_an_epoch(tmp_path, monkeypatch, capsys):
+    """Those of evaluation too, which comes after hours of training."""
+    for chain in ("train", "eval"):
+        arguments = [
+            "--config",
+            DIGITS,
+            "--workdir",
+            tmp_path / "w",
+            f"--config.data.{chain}_transforms=resize(image_size=9)",
+        ]
+        code, _, err = run(monkeypatch, capsys, train.main, *arguments)
+        assert code == 2
+        assert re.match(r"error: the transforms made an image of shape \(9, 9, 1\), but the recipe's image_size", err)
+        assert not (tmp_path / "w").exists()
 
 
 def test_without_a_cluster_none_is_joined(tmp_path):

@@ -339,6 +339,8 @@ def test_values_of_every_type_are_parsed():
         ("resize(kernel=bilinear)", "kernel must be a string in quotes, got bilinear"),
         ("resize(kernel='linear')", "unknown kernel 'linear'; did you mean 'bilinear'"),
         ("rand_augment(num_ops=2.5)", "num_ops must be an integer, got 2.5"),
+        ("rand_augment(magnitude={[]: 1})", "magnitude must be an integer, got {\\[\\]: 1}"),
+        ('resize(kernel="bilinear", kernel="bicubic")', "gives a keyword twice"),
         ("rand_augment(magnitude=31)", "magnitude must be at least 0 and at most 30, got 31"),
         ("random_resized_crop(min_area=-0.1)", "min_area must be above 0 and at most 1, got -0.1"),
         ("random_resized_crop(min_area=0.5, max_area=0.2)", "min_area must be above 0 and at most 0.2, got 0.5"),

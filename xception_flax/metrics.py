@@ -33,7 +33,8 @@ def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """1 where fewer than k classes have a logit above the true class's.
 
     Of classes with the same logit the lower index comes first, as in `jax.lax.top_k`, so that a
-    constant network scores chance and not 100 %. A row with a NaN or infinite logit is never correct.
+    constant network scores chance and not 100 %. A row with a NaN or infinite logit, or with a label that is
+    no class, is never correct.
 
     Args:
       logits: `[N, num_classes]`.
@@ -47,7 +48,8 @@ def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     ahead = (logits > true) | ((logits == true) & earlier)
     rank = jnp.sum(ahead, axis=-1)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    return ((rank < k) & finite).astype(jnp.float32)
+    is_class = (labels >= 0) & (labels < logits.shape[-1])
+    return ((rank < k) & finite & is_class).astype(jnp.float32)
 
 
 def average_precision(

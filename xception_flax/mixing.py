@@ -73,13 +73,18 @@ def make_mixing(
 
         own, other = images.astype(jnp.float32), _swap(images).astype(jnp.float32)
         mixed = jnp.round(kept * own + (1 - kept) * other).astype(images.dtype)
-        others = _swap(labels)
-        major, minor = jnp.where(share < 0.5, others, labels), jnp.where(share < 0.5, labels, others)
+
+        def by_share(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Of each image that of the larger share and that of the smaller one."""
+            others = _swap(values)
+            return jnp.where(share < 0.5, others, values), jnp.where(share < 0.5, values, others)
+
+        major, minor = by_share(labels)
         shares = jnp.full(images.shape[0], jnp.maximum(share, 1 - share), jnp.float32)
         mixed_batch = batch | {"images": mixed, "labels": major, "minor_labels": minor, "share": shares}
         if "mask" in batch:  # who is mixed with an image that does not count does not count either
-            partner = jnp.where(shares < 1, _swap(batch["mask"]), 1)
-            mixed_batch["mask"] = batch["mask"] * partner
+            first, second = by_share(batch["mask"])
+            mixed_batch["mask"] = first * jnp.where(shares < 1, second, 1)
         return mixed_batch
 
     return mix

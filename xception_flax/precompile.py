@@ -214,8 +214,8 @@ def estimate(report: Report, where: tpu.Slice, images_a_chip: float) -> dict[str
 
 def largest_batch(
     memory_at: Callable[[int], int], usable: int, first: int, state: int, grain: int = BATCH_GRAIN
-) -> tuple[int, int]:
-    """Returns the most images a chip that fit, and the fewest that do not: multiples of `grain`.
+) -> tuple[int, int | None]:
+    """Returns the most images a chip that fit, and the fewest that do not, or None if all did: multiples of `grain`.
 
     Memory is nearly affine in the batch, so each guess is where the line through the last two points
     meets the limit. After `MAX_COMPILATIONS` the two may be further apart than they could be.
@@ -238,7 +238,7 @@ def largest_batch(
         # Four times at most: where a chip is nearly empty, its memory says little of an image's.
         crossing = guess + (usable - point[1]) / an_image if an_image > 0 else 4 * guess
         last, guess = point, int(max(min(crossing // grain * grain, 4 * guess, fails - grain), fits + grain))
-    return fits, fails
+    return fits, None if fails == sys.maxsize else fails
 
 
 # Showing -------------------------------------------------------------------------------------------
@@ -263,7 +263,10 @@ def _show_memory(config: ConfigDict, where: tpu.Slice, result: dict[str, Any]) -
     if result["fits"]:
         rows["  of it state"] = f"{_gib(result['state_bytes'])}: parameters, statistics, optimizer, averages"
     if "largest_batch" in result:
-        rows["largest batch"] = f"{result['largest_batch']:,} fits, {result['too_large_batch']:,} does not"
+        too_large = result["too_large_batch"]
+        rows["largest batch"] = f"{result['largest_batch']:,} fits, " + (
+            f"{too_large:,} does not" if too_large else f"and so did all that {MAX_COMPILATIONS} compilations tried"
+        )
     progress.show_table(f"{result['config']} on {where.name}, {where.num_chips} chips", rows)
 
 
@@ -321,7 +324,7 @@ def main(argv: list[str]) -> int:
     arguments, overrides = parser.parse_known_args(argv)
     where = tpu.parse_slice(arguments.topology)
     config = recipe.load(arguments.config, overrides)
-    num_images = arguments.num_images or NUM_IMAGES.get(config.data.get("name"))
+    num_images = arguments.num_images or NUM_IMAGES.get(str(config.data.get("name")).partition(":")[0])
     devices, usable = tpu.devices(where), where.chip.usable_bytes
 
     def at(batch_size: int) -> Report | DoesNotFit:
@@ -358,7 +361,7 @@ def main(argv: list[str]) -> int:
 
         grain = fused.IMAGES if config.step.lowering == "fused" else BATCH_GRAIN
         sizes = largest_batch(memory_at, usable, config.batch_size // parts, report.state if fits else 0, grain)
-        result["largest_batch"], result["too_large_batch"] = (images * parts for images in sizes)
+        result["largest_batch"], result["too_large_batch"] = (images and images * parts for images in sizes)
     if fits:
         result |= {"state_bytes": report.state} | estimate(report, where, config.batch_size / where.num_chips)
         if num_images is not None:

@@ -121,7 +121,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
     """
     for path in paths:
         if path.is_dir():
-            found = sources.images_in(path, "**/*")
+            found = sources.images_in(path, below=True)
             if not found:
                 raise ValueError(f"{path} has no image (of {', '.join(sources.IMAGE_SUFFIXES)}).")
             yield from found

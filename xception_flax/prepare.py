@@ -133,19 +133,15 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
             "and not 'all', which is all of them."
         )
     files = {split: sources.folder(split, data_dir=str(source), **fraction) for split in there or ("train", "val")}
-    first, class_names = next((split, of_split.class_names) for split, of_split in files.items())
-    for split, of_split in files.items():
-        if of_split.class_names != class_names:
-            raise ValueError(
-                f"{source}: {first} and {split} must have the same classes; "
-                f"only in one: {', '.join(sorted(set(class_names) ^ set(of_split.class_names))[:5])}."
-            )
+    class_names = _common_classes(source, files)
     unreadable = [class_name for class_name in class_names if class_name.splitlines() != [class_name.strip()]]
     if unreadable:
         raise ValueError(
             f"{source}: TFDS reads no class {unreadable[0]!r}; rename the folder, without white space around its "
             "name or line breaks."
         )
+    for path in (path for of_split in files.values() for path in of_split.paths if not _is_utf8(path)):
+        raise ValueError(f"{os.fsencode(path)}: TFDS takes no file name that is not UTF-8; rename it.")
     splits = {
         split: [
             records.EncodedImage(Path(path).relative_to(source).as_posix(), label, path, 0, os.stat(path).st_size)
@@ -168,6 +164,21 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
         supervised_keys=("image", "label"),
     )
     return _prepare(info, splits, arguments, str(source))
+
+
+def _common_classes(directory: Path, splits: Mapping[str, sources.Source]) -> tuple[str, ...]:
+    first, class_names = next((split, source.class_names) for split, source in splits.items())
+    for split, source in splits.items():
+        if source.class_names != class_names:
+            raise ValueError(
+                f"{directory}: {first} and {split} must have the same classes; "
+                f"only in one: {', '.join(sorted(set(class_names) ^ set(source.class_names))[:5])}."
+            )
+    return class_names
+
+
+def _is_utf8(path: str) -> bool:
+    return os.fsencode(path).decode(errors="replace") == path
 
 
 def _prepare(
@@ -212,11 +223,11 @@ def _prepare(
 class Checked(NamedTuple):
     """What is known of an image after it was read; height and width are 0 where it cannot be decoded.
 
-    Of a record that cannot be read nothing is known: no label, and no bytes.
+    Of a record that cannot be read nothing is known: no classes, and no bytes.
     """
 
     name: str
-    label: int | None
+    classes: tuple[int, ...]
     num_bytes: int
     digest: bytes
     height: int
@@ -225,6 +236,7 @@ class Checked(NamedTuple):
 
 def check(arguments: argparse.Namespace) -> int:
     splits = _open(arguments.dataset.expanduser().absolute())
+    class_names = _common_classes(arguments.dataset, splits)
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise ValueError(f"--json: {arguments.json.parent} is no directory.")
     if arguments.json is not None:
@@ -244,7 +256,6 @@ def check(arguments: argparse.Namespace) -> int:
                 for image in executor.map(lambda i, source=source: _read(source, i), block):
                     images[split].append(image)
                     advance(1)
-    class_names = next(iter(splits.values())).class_names
     report = {split: _describe(found, class_names) for split, found in images.items()}
     repeated = _repeated(images)
     undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
@@ -294,18 +305,19 @@ def _read(source: sources.Source, index: int) -> Checked:
     try:
         example = source[index]
     except (sources.InputError, OSError):
-        return Checked(f"record {index}", None, 0, b"", 0, 0)
-    content, name = example["image"], str(example.get("name", index))
+        return Checked(f"record {index}", (), 0, b"", 0, 0)
+    content, name, label = example["image"], str(example.get("name", index)), np.asarray(example["label"])
+    classes = np.flatnonzero(label) if label.ndim else label[None]
     try:
         height, width = decoding.decode(content, 3).shape[:2]
     except decoding.BadImageError:
         height = width = 0
-    return Checked(name, int(example["label"]), len(content), hashlib.sha256(content).digest(), height, width)
+    return Checked(name, tuple(classes.tolist()), len(content), hashlib.sha256(content).digest(), height, width)
 
 
 def _describe(images: Sequence[Checked], class_names: Sequence[str]) -> dict[str, Any]:
-    labels = [image.label for image in images if image.label is not None]
-    counts = np.bincount(np.array(labels, int), minlength=len(class_names))
+    labels = np.array([label for image in images for label in image.classes], int)
+    counts = np.bincount(labels, minlength=len(class_names))
     return {
         "images": len(images),
         "classes": dict(zip(class_names, counts.tolist(), strict=True)),

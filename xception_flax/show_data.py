@@ -55,8 +55,8 @@ def main(argv: list[str]) -> int:
     pictures.draw_images(
         np.concatenate([b["images"] for b in shown]),
         [caption for b in shown for caption in captions(b, split.class_names)],
-        f"{arguments.config}, {'training' if train else 'evaluation'}: {len(shown[0]['images'])} images of each of "
-        f"the first {len(shown)} batches of {config.batch_size}\n"
+        f"{arguments.config}, {'training' if train else 'evaluation'}: the first images of "
+        f"{len(shown)} batches of {config.batch_size}\n"
         + (config.data.train_transforms if train else config.data.eval_transforms),
         arguments.output,
     )

@@ -54,8 +54,8 @@ def load(
       num_threads: that read and decode, in each process; -1 for what `pipeline.choose_threads` says.
       num_workers: worker processes; 0: threads of this process do the work; -1 as above. Neither number
         changes a batch.
-      min_decoded_side: where positive, JPEGs whose sides are twice as long, 4 or 8 times are decoded at
-        1/2, 1/4 or 1/8 of their size: faster for large photos, and other values (see `decoding.decode`).
+      min_decoded_side: where positive, JPEGs are decoded at 1/2, 3/8, 1/4 or 1/8 of their size as long as both
+        sides keep so many pixels: faster for large photos, and other values (see `decoding.decode`).
       on_bad_image: what to do with one that cannot be decoded: 'stop' names it and stops; 'replace' puts a
         black image with mask 0 in its place, which loss, gradient and metrics leave out and count.
       **options: the source's own keywords, such as `data_dir`.
@@ -89,7 +89,7 @@ def load(
             f"take at most {len(examples)}."
         )
     num_threads, num_workers = choose_threads(num_threads, num_workers, usable_cpus(processes_per_host))
-    return Split(
+    split = Split(
         source=examples,
         transforms=transforms,
         image_shape=(image_size, image_size, channels),
@@ -103,6 +103,8 @@ def load(
         min_decoded_side=min_decoded_side,
         on_bad_image=on_bad_image,
     )
+    split.check_transforms()
+    return split
 
 
 def check_class_names(expected: Sequence[str], split: Split) -> None:

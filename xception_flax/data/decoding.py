@@ -25,6 +25,7 @@ FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow's 40; some o
 _UNKNOWN_VERSION = "unknown JFIF revision number"
 
 warnings.filterwarnings("ignore", category=pillow.DecompressionBombWarning)  # `MAX_PIXELS` is checked, and is an error
+warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)  # alpha is left out, and meant to be
 
 
 class BadImageError(ValueError):
@@ -41,9 +42,9 @@ def decode(image: bytes | np.ndarray, channels: int, min_side: int = 0) -> Image
     Args:
       image: the content of a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file, or pixels.
       channels: 1 or 3.
-      min_side: where it is positive, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides keep
-        at least so many pixels: faster by far for photos of many megapixels, and another picture
-        than the whole one scaled, since each pixel is the mean of those that it replaces.
+      min_side: where it is positive, a JPEG is decoded at the least of 1/2, 3/8, 1/4 and 1/8 of its size with
+        which both sides keep at least so many pixels, whole if none does: faster by far for photos of many
+        megapixels, and another picture than the whole one scaled, since libjpeg leaves out frequencies.
 
     Raises:
       BadImageError: the file cannot be decoded to its end, is larger than `MAX_PIXELS`, or the array

@@ -102,6 +102,20 @@ class Split:
         }
         return shapes | ({"mask": ((self.batch_size,), np.dtype(np.float32))} if self.masked else {})
 
+    def check_transforms(self) -> None:
+        """Prepares example 0.
+
+        Raises:
+          ValueError: the transforms make another shape of it than `image_shape`.
+        """
+        try:
+            image = self.source[0]["image"]
+            prepare_image(
+                image, self.transforms, self.image_shape, self.min_decoded_side, np.random.default_rng(self.seed)
+            )
+        except (BadImageError, InputError, OSError):  # said where it is read, by the recipe's policy
+            pass
+
     @property
     def masked(self) -> bool:
         """Whether batches have a `mask`: in evaluation, and where bad images are replaced."""

@@ -181,9 +181,8 @@ def claim(layout: Layout) -> Iterator[list[Shard]]:
       ValueError: the data set is there already, or another is or was being prepared in its place, or the
         disk has no room for it.
     """
-    if layout.directory.exists():
-        raise ValueError(f"{layout.directory} is there already; move it away, or take another --data-dir.")
     incomplete, made_of = layout.incomplete, json.dumps(layout.made_of)
+    _check_absent(layout)
     try:
         incomplete.mkdir(parents=True, exist_ok=True)
         file = (incomplete / PREPARED).open("a+")
@@ -196,6 +195,7 @@ def claim(layout: Layout) -> Iterator[list[Shard]]:
             raise ValueError(f"{incomplete} is being written by another process; wait for its end.") from None
         except OSError:  # no such locks here: as many shared file systems do without, so do we
             pass
+        _check_absent(layout)  # once more: another process may have ended since
         file.seek(0)
         there = file.read()
         if there not in ("", made_of):
@@ -214,6 +214,11 @@ def claim(layout: Layout) -> Iterator[list[Shard]]:
             file.flush()
             os.fsync(file.fileno())
         yield missing
+
+
+def _check_absent(layout: Layout) -> None:
+    if layout.directory.exists():
+        raise ValueError(f"{layout.directory} is there already; move it away, or take another --data-dir.")
 
 
 def is_complete(layout: Layout) -> bool:

@@ -97,6 +97,11 @@ def fashion_mnist(split: str, *, data_dir: str = "/usr/share/datasets/fashion-mn
         y = _read_idx(directory / f"{prefix}-labels-idx1-ubyte", ndim=1)
         if len(x) != len(y):
             raise ValueError(f"{directory}: {len(x)} {prefix} images, but {len(y)} labels.")
+        if y.max(initial=0) >= len(FASHION_CLASSES):
+            raise ValueError(
+                f"{directory}: the {prefix} labels go up to {y.max()}, but Fashion-MNIST has {len(FASHION_CLASSES)} "
+                "classes; other data can come as an .npz file, by source 'arrays'."
+            )
         first_validation = len(x) - len(x) // 12
         keep = {
             "train": slice(None, first_validation),
@@ -116,12 +121,13 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
             f"{zipped} is missing; put the four IDX files of Fashion-MNIST there "
             "(Debian: apt install dataset-fashion-mnist) or say where they are by --config.data.data_dir=DATA."
         )
+    path = path if path.exists() else zipped
     try:
-        content = path.read_bytes() if path.exists() else gzip.decompress(zipped.read_bytes())
+        content = path.read_bytes() if path != zipped else gzip.decompress(path.read_bytes())
         zero, kind, dims = struct.unpack(">HBB", content[:4])
         shape = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
         array = np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    except (OSError, EOFError, struct.error, ValueError) as error:
+    except (OSError, EOFError, struct.error, ValueError, zlib.error) as error:
         raise ValueError(f"{path}: not a readable IDX file ({error}).") from None
     if (zero, kind, dims) != (0, 8, ndim):
         raise ValueError(f"{path}: expected an IDX file of bytes with {ndim} dimensions, got {shape}.")
@@ -154,11 +160,12 @@ class TfdsSource:
             raise InputError(f"record {index} cannot be read: {str(error).splitlines()[0]}") from None
         if record.get(self.image_key) is None:
             raise InputError(f"record {index} cannot be read: it is not there.")
-        label = record[self.label_key]
-        if not self.multi_label and not 0 <= label < len(self.class_names):
-            raise InputError(f"record {index} has the label {label}, which is none of {len(self.class_names)} classes.")
+        label, num_classes = record[self.label_key], len(self.class_names)
+        for number in np.atleast_1d(label).tolist():
+            if not 0 <= number < num_classes:
+                raise InputError(f"record {index} has the label {number}, which is none of {num_classes} classes.")
         if self.multi_label:
-            row = np.zeros(len(self.class_names), np.uint8)
+            row = np.zeros(num_classes, np.uint8)
             row[np.asarray(label, np.int64)] = 1
             label = row
         file_name = record.get("file_name", b"")
@@ -314,7 +321,7 @@ def folder(split: str, *, data_dir: str, val_fraction: float = 0.1) -> Files:
     if not by_name:
         if split not in (p.name for p in top) or images_in(directory / split):
             folder_splits(data_dir)  # of both layouts at once it says so
-            if not any(images_in(p, "**/*") for p in top):
+            if not any(images_in(p, below=True) for p in top):
                 raise ValueError(
                     f"{directory} has neither CLASS/*.jpg nor {split}/CLASS/*.jpg in it; images are files that end in "
                     f"{', '.join(IMAGE_SUFFIXES)}."
@@ -354,7 +361,7 @@ def classes_in(directory: Path) -> Files:
         raise ValueError(f"{directory} has no folder a class; expected {directory.name}/CLASS/*.jpg.")
     paths, labels = [], []
     for label, place in enumerate(classes):
-        files = images_in(place, "**/*")
+        files = images_in(place, below=True)
         if not files:
             raise ValueError(
                 f"{place} has no image (of {', '.join(IMAGE_SUFFIXES)}); a class must have some, or its folder must go."
@@ -387,14 +394,23 @@ def _folders(directory: Path) -> list[Path]:
     return sorted(p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def images_in(directory: Path, pattern: str = "*") -> list[Path]:
-    """The image files there, in order ('**/*': and below); names that begin with '.' are left out.
+def images_in(directory: Path, *, below: bool = False) -> list[Path]:
+    """The image files there, or there and below, in order; names that begin with '.' are left out.
+
+    Links to folders are followed, but no folder is entered twice.
 
     Raises:
       ValueError: one is a link to nothing.
     """
-    found = [p for p in directory.glob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES]
-    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(directory).parts)]
+    found, seen = [], set()
+    for place, folders, names in os.walk(directory, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if below and not name.startswith("."))
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    found = [p for p in found if p.suffix.lower() in IMAGE_SUFFIXES]
     files = [p for p in found if p.is_file()]
     broken = [p for p in found if p.is_symlink() and not p.exists()] if len(files) < len(found) else []
     if broken:

@@ -316,6 +316,8 @@ def _parse(call: str, image_size: int) -> Transform:
     transform = lookup(TRANSFORMS, name, "transform")
     parameters = dict(list(inspect.signature(transform).parameters.items())[2:])
     options = {k.arg: _value(name, k, parameters) for k in keywords}
+    if len(options) < len(keywords):
+        raise ValueError(f"transform {call!r} gives a keyword twice.")
     if "image_size" in parameters:
         options.setdefault("image_size", image_size)
     for key, parameter in parameters.items():
@@ -336,7 +338,7 @@ def _value(name: str, keyword: ast.keyword, parameters: dict[str, inspect.Parame
     words = {float: "a number", int: "an integer", bool: "True or False", str: "a string in quotes"}[expected]
     try:
         value = ast.literal_eval(keyword.value)
-    except ValueError:  # a name without quotes, most likely
+    except (ValueError, TypeError):  # a name without quotes, most likely
         value = ast.unparse(keyword.value)
         expected = type(None)
     kinds = (int, float) if expected is float else expected
