@@ -140,8 +140,9 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
             f"{source}: TFDS reads no class {unreadable[0]!r}; rename the folder, without white space around its "
             "name or line breaks."
         )
-    for path in (path for of_split in files.values() for path in of_split.paths if not _is_utf8(path)):
-        raise ValueError(f"{os.fsencode(path)}: TFDS takes no file name that is not UTF-8; rename it.")
+    unreadable = [path for of_split in files.values() for path in of_split.paths if not _is_utf8(path)]
+    if unreadable:
+        raise ValueError(f"{os.fsencode(unreadable[0])}: TFDS takes no file name that is not UTF-8; rename it.")
     splits = {
         split: [
             records.EncodedImage(Path(path).relative_to(source).as_posix(), label, path, 0, os.stat(path).st_size)
@@ -258,7 +259,13 @@ def check(arguments: argparse.Namespace) -> int:
                     advance(1)
     report = {split: _describe(found, class_names) for split, found in images.items()}
     repeated = _repeated(images)
-    undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"splits": report, "repeated": repeated}, indent=1) + "\n")
+    _show(report, repeated)
+    return 1 if any(described["undecodable"] for described in report.values()) else 0
+
+
+def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]]) -> None:
     for split, described in report.items():
         counts = list(described["classes"].values())
         rows = {
@@ -276,15 +283,13 @@ def check(arguments: argparse.Namespace) -> int:
     print(f"\n{len(repeated):,} files are there more than once, {across:,} of them in more than one split")
     for names in repeated[:10]:
         print(f"  {' = '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+    undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
     if undecodable:
         print(f"\n{len(undecodable):,} images cannot be read or decoded")
         for name in undecodable[:20]:
             print(f"  {name}")
         if len(undecodable) > 20:
             print("  ... (all by --json FILE)")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"splits": report, "repeated": repeated}, indent=1) + "\n")
-    return 1 if undecodable else 0
 
 
 def _open(directory: Path) -> dict[str, sources.Source]:

@@ -42,8 +42,8 @@ def decode(image: bytes | np.ndarray, channels: int, min_side: int = 0) -> Image
     Args:
       image: the content of a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file, or pixels.
       channels: 1 or 3.
-      min_side: where it is positive, a JPEG is decoded at the least of 1/2, 3/8, 1/4 and 1/8 of its size with
-        which both sides keep at least so many pixels, whole if none does: faster by far for photos of many
+      min_side: where it is positive, a JPEG is decoded at the smallest of 1/2, 3/8, 1/4 and 1/8 of its size at
+        which both sides keep so many pixels, whole if at none: faster by far for photos of many
         megapixels, and another picture than the whole one scaled, since libjpeg leaves out frequencies.
 
     Raises:

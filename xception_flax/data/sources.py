@@ -400,10 +400,14 @@ def images_in(directory: Path, *, below: bool = False) -> list[Path]:
     Links to folders are followed, but no folder is entered twice.
 
     Raises:
-      ValueError: one is a link to nothing.
+      ValueError: one is a link to nothing, or a folder cannot be read.
     """
+
+    def unreadable(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}.")
+
     found, seen = [], set()
-    for place, folders, names in os.walk(directory, followlinks=True):
+    for place, folders, names in os.walk(directory, onerror=unreadable, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue
