@@ -429,6 +429,14 @@ def test_mistakes_with_a_folder(folder, tmp_path, capsys, monkeypatch):
     for split in ("train", "val"):
         (tmp_path / "split" / split / f"only_{split}").mkdir(parents=True)
         (tmp_path / "split" / split / f"only_{split}" / "a.jpg").write_bytes(photo)
+    (tmp_path / "nested" / "cat" / "more").mkdir(parents=True)
+    (tmp_path / "nested" / "cat" / "more" / "a.jpg").write_bytes(photo)
+    for command in (["folder", tmp_path / "nested", "--data-dir", tmp_path / "out"], ["check", tmp_path / "nested"]):
+        assert "there are folders in cat, none of which is called train" in fail(capsys, monkeypatch, *command)
+    (tmp_path / "one" / "cat").mkdir(parents=True)
+    for i in range(40):
+        (tmp_path / "one" / "cat" / f"{i}.jpg").write_bytes(photo)
+    assert "one has one class only, 'cat'; expected two or more" in message(tmp_path / "one")
     expected = "train and val must have the same classes; only in one: only_train, only_val"
     assert expected in message(tmp_path / "split")
     assert expected in fail(capsys, monkeypatch, "check", tmp_path / "split")

@@ -727,7 +727,9 @@ def test_transforms_of_another_shape_are_refused_before_an_epoch(tmp_path, monke
         ]
         code, _, err = run(monkeypatch, capsys, train.main, *arguments)
         assert code == 2
-        assert re.match(r"error: the transforms made an image of shape \(9, 9, 1\), but the recipe's image_size", err)
+        assert re.match(
+            rf"error: data\.{chain}_transforms: the transforms made an image of shape \(9, 9, 1\), but", err
+        )
         assert not (tmp_path / "w").exists()
 
 

@@ -123,6 +123,7 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"--name must be of small letters, digits and _, and begin with a letter; got {name!r}.")
     fraction = {} if arguments.val_fraction is None else {"val_fraction": arguments.val_fraction}
+    _check_directory(source)
     there = sources.folder_splits(str(source))
     if there and fraction:
         raise ValueError(f"{source} has folders of splits ({', '.join(there)}) already; leave out --val-fraction.")
@@ -134,6 +135,8 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
         )
     files = {split: sources.folder(split, data_dir=str(source), **fraction) for split in there or ("train", "val")}
     class_names = _common_classes(source, files)
+    if len(class_names) < 2:
+        raise ValueError(f"{source} has one class only, {class_names[0]!r}; expected two or more.")
     unreadable = [class_name for class_name in class_names if class_name.splitlines() != [class_name.strip()]]
     if unreadable:
         raise ValueError(
@@ -165,6 +168,11 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
         supervised_keys=("image", "label"),
     )
     return _prepare(info, splits, arguments, str(source))
+
+
+def _check_directory(path: Path) -> None:
+    if not path.is_dir():
+        raise ValueError(f"{path} is no directory; expected the folders CLASS/*.jpg or train/CLASS/*.jpg there.")
 
 
 def _common_classes(directory: Path, splits: Mapping[str, sources.Source]) -> tuple[str, ...]:
@@ -270,7 +278,12 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
         counts = list(described["classes"].values())
         rows = {
             "images": f"{described['images']:,}",
-            "classes": f"{len(counts):,}, with {min(counts):,} to {max(counts):,} images",
+            "classes": f"{len(counts):,}, with "
+            + (
+                f"{min(counts):,} to {max(counts):,} images"
+                if min(counts) < max(counts)
+                else f"{min(counts):,} images each"
+            ),
         }
         if 0 in counts:
             rows["without an image"] = f"{counts.count(0):,} classes"
@@ -285,7 +298,7 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
         print(f"  {' = '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
     undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
     if undecodable:
-        print(f"\n{len(undecodable):,} images cannot be read or decoded")
+        print(f"\n{len(undecodable):,} image{'s' * (len(undecodable) > 1)} cannot be read or decoded")
         for name in undecodable[:20]:
             print(f"  {name}")
         if len(undecodable) > 20:
@@ -294,6 +307,7 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
 
 def _open(directory: Path) -> dict[str, sources.Source]:
     """The splits of a prepared data set, or of a folder."""
+    _check_directory(directory)
     if (directory / "dataset_info.json").exists():
         names = tfds.builder_from_directory(directory).info.splits
         return {split: sources.tfds(split, data_dir=str(directory)) for split in names}

@@ -151,7 +151,7 @@ class RunProgress:
         self._enabled = enabled
         self._total_steps, self._batch_size, self._num_images = total_steps, batch_size, num_images
         self._peak_images_per_second = peak_images_per_second
-        self._last = (time.monotonic(), start_step)
+        self._began = self._last = (time.monotonic(), start_step)
         self._first_step_seconds: float | None = None
         self._input_wait_seconds = 0.0
         self._pauses: Counter[str] = Counter()  # seconds by reason, until they are recorded
@@ -197,7 +197,8 @@ class RunProgress:
         """Starts the clock of the rate: the time before, up to the end of `step`, was compilation."""
         now, (then, _) = time.monotonic(), self._last
         self._first_step_seconds = now - then - self._paused_seconds
-        self._last, self._paused_seconds, self._input_wait_seconds = (now, step), 0.0, 0.0
+        self._began = self._last = (now, step)
+        self._paused_seconds = self._input_wait_seconds = 0.0
 
     @contextlib.contextmanager
     def input_wait(self) -> Iterator[None]:
@@ -242,7 +243,8 @@ class RunProgress:
         self._record(step, record)
         self._bar.update(self._task, completed=step, state=f"{shown}  left")
         if not self._console.is_terminal:
-            left = (self._total_steps - step) * self._batch_size / rate if rate > 0 else 0
+            began, first_step = self._began  # evaluations and checkpoints since then come again
+            left = (self._total_steps - step) * (now - began) / max(step - first_step, 1)
             self.say(f"step {step}/{self._total_steps}  {shown}" + (f"  {_duration(left)} left" if left else ""))
 
     def evaluation(self, step: int, metrics: Mapping[str, float], weights: str) -> None:

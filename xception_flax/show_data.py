@@ -90,7 +90,7 @@ def captions(batch: dict[str, np.ndarray], class_names: Sequence[str]) -> list[s
         return labels
     minor = [names(label) for label in batch["minor_labels"]]
     return [
-        a if share == 1 else f"{100 * share:.0f} % {a}\n{100 * (1 - share):.0f} % {b}"
+        a if share == 1 or a == b else f"{100 * share:.0f} % {a}\n{100 * (1 - share):.0f} % {b}"
         for a, b, share in zip(labels, minor, batch["share"], strict=True)
     ]
 

@@ -117,7 +117,8 @@ def check_class_names(expected: Sequence[str], split: Split) -> None:
         missing = sorted(set(expected) - set(split.class_names))[:5]
         extra = sorted(set(split.class_names) - set(expected))[:5]
         raise ValueError(
-            f"the data has {len(split.class_names)} classes where {len(expected)} are expected"
+            f"the data of {'training' if split.train else 'evaluation'} has {len(split.class_names)} classes, and not "
+            f"the {len(expected)} that are expected"
             + (f"; missing: {', '.join(missing)}" if missing else "")
             + (f"; not expected: {', '.join(extra)}" if extra else "")
             + ". Training, evaluation and checkpoint must have the same classes in the same order."

@@ -115,6 +115,8 @@ class Split:
             )
         except (BadImageError, InputError, OSError):  # said where it is read, by the recipe's policy
             pass
+        except ValueError as error:
+            raise ValueError(f"data.{'train' if self.train else 'eval'}_transforms: {error}") from None
 
     @property
     def masked(self) -> bool:
@@ -251,7 +253,7 @@ def prepare_image(
     if image.shape != image_shape:
         raise ValueError(
             f"the transforms made an image of shape {image.shape}, but the recipe's image_size and channels "
-            f"are {image_shape}; end the chain with one that resizes."
+            f"are {image_shape}; end the chain with one that scales to this size."
         )
     return image
 

@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.util
+import math
 import os
 import struct
 import zipfile
@@ -118,7 +119,7 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
     zipped = path.with_name(path.name + ".gz")
     if not path.exists() and not zipped.exists():
         raise ValueError(
-            f"{zipped} is missing; put the four IDX files of Fashion-MNIST there "
+            f"{path} is missing, plain or as .gz; put the four IDX files of Fashion-MNIST there "
             "(Debian: apt install dataset-fashion-mnist) or say where they are by --config.data.data_dir=DATA."
         )
     path = path if path.exists() else zipped
@@ -126,12 +127,16 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
         content = path.read_bytes() if path != zipped else gzip.decompress(path.read_bytes())
         zero, kind, dims = struct.unpack(">HBB", content[:4])
         shape = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
-        array = np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
+        pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * dims)
     except (OSError, EOFError, struct.error, ValueError, zlib.error) as error:
         raise ValueError(f"{path}: not a readable IDX file ({error}).") from None
     if (zero, kind, dims) != (0, 8, ndim):
         raise ValueError(f"{path}: expected an IDX file of bytes with {ndim} dimensions, got {shape}.")
-    return array
+    if pixels.size != math.prod(shape):
+        raise ValueError(
+            f"{path}: expected {math.prod(shape):,} bytes of {shape}, got {pixels.size:,}; it has been cut."
+        )
+    return pixels.reshape(shape)
 
 
 # TensorFlow Datasets -------------------------------------------------------------------------------
@@ -358,7 +363,7 @@ def classes_in(directory: Path) -> Files:
     """
     classes = _folders(directory)
     if not classes:
-        raise ValueError(f"{directory} has no folder a class; expected {directory.name}/CLASS/*.jpg.")
+        raise ValueError(f"{directory} has no folders of classes in it; expected {directory}/CLASS/*.jpg.")
     paths, labels = [], []
     for label, place in enumerate(classes):
         files = images_in(place, below=True)
@@ -375,7 +380,8 @@ def folder_splits(data_dir: str) -> tuple[str, ...]:
     """Returns the names of the splits that have a folder there; none where a hash of the names decides.
 
     Raises:
-      ValueError: no such folder, or both layouts at once: of which images would be left out.
+      ValueError: no such folder, folders in folders of which none is 'train', or both layouts at once: of
+        which images would be left out.
     """
     directory = _directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
     top = _folders(directory)
@@ -387,7 +393,13 @@ def folder_splits(data_dir: str) -> tuple[str, ...]:
             f"{directory}: there are images in {', '.join(images[:5])}{more}, and a folder in {inner[0].parent.name} "
             f"({inner[0].name}); expected either CLASS/*.jpg or SPLIT/CLASS/*.jpg, and nothing of the other."
         )
-    return tuple(place.parent.name for place in inner)
+    splits = tuple(place.parent.name for place in inner)
+    if splits and "train" not in splits:
+        raise ValueError(
+            f"{directory}: there are folders in {', '.join(splits[:5])}, none of which is called train; expected "
+            "either CLASS/*.jpg or train/CLASS/*.jpg and val/CLASS/*.jpg."
+        )
+    return splits
 
 
 def _folders(directory: Path) -> list[Path]:
