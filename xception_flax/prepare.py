@@ -276,14 +276,11 @@ def check(arguments: argparse.Namespace) -> int:
 def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]]) -> None:
     for split, described in report.items():
         counts = list(described["classes"].values())
+        least, most = min(counts), max(counts)
         rows = {
             "images": f"{described['images']:,}",
-            "classes": f"{len(counts):,}, with "
-            + (
-                f"{min(counts):,} to {max(counts):,} images"
-                if min(counts) < max(counts)
-                else f"{min(counts):,} images each"
-            ),
+            "classes": f"{len(counts):,}, with {least:,} "
+            + ("images each" if least == most else f"to {most:,} images"),
         }
         if 0 in counts:
             rows["without an image"] = f"{counts.count(0):,} classes"
