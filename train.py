@@ -119,6 +119,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     profiled = recipe.profiled_steps(config.profile)
     if profiled and profiled[-1] > total_steps:
         raise ValueError(f"profile={config.profile} is not within the {total_steps} steps of this run.")
+    sharding.check_memory(mesh, abstract_state)
     # Traced from shapes, before anything is compiled or written: what does not fit together shows here.
     abstract_batch = sharding.abstract_batch(mesh, train_data.batch_shapes)
     jax.eval_shape(train_step, abstract_state, abstract_batch)
@@ -159,6 +160,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         if start_step >= total_steps:
             if first_host:
                 print(f"{workdir}: this run is finished ({total_steps} steps); nothing to do.")
+                print(recipe.how_to_train_on(workdir))
                 draw_curves(workdir)
             return 0
         # The step is compiled while the state is made or read.

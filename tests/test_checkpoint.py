@@ -183,5 +183,5 @@ def test_checksums_see_a_change_and_a_swap_and_no_sharding():
 
 
 def test_bad_options_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"keep_latest must be at least 1 and checkpoint.keep_best not negative"):
+    with pytest.raises(ValueError, match=r"checkpoint\.keep_latest must be at least 1, got 0"):
         open_manager(tmp_path, keep_latest=0)

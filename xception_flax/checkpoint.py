@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from jax import lax
 from orbax.checkpoint import checkpoint_managers as policies
 
+from xception_flax.ranges import check_range
 from xception_flax.state import TrainState
 
 PyTree = Any
@@ -33,11 +34,8 @@ def open_manager(
       keep_best: checkpoints to keep beside them, those with the highest `best_metric`.
       read_only: save and remove nothing, for a look into a run that may still be going on.
     """
-    if keep_latest < 1 or keep_best < 0:
-        raise ValueError(
-            "checkpoint.keep_latest must be at least 1 and checkpoint.keep_best not negative, "
-            f"got {keep_latest} and {keep_best}."
-        )
+    check_range("checkpoint.keep_latest", keep_latest, 1)
+    check_range("checkpoint.keep_best", keep_best, 0)
 
     def score(metrics: dict[str, float]) -> float:
         value = metrics[best_metric]

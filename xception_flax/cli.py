@@ -18,6 +18,7 @@ import jax
 from absl import logging as absl_logging
 
 from xception_flax import allocator, compilation_cache
+from xception_flax.lookup import shown
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,6 +30,8 @@ class _Parser(argparse.ArgumentParser):
 
 def directory(text: str) -> Path:
     """The type of an argument that names a folder."""
+    if not text:  # of an unset variable in a script; it would be the working directory
+        raise argparse.ArgumentTypeError("must be a path, got ''")
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is no path of a file system; mount the bucket and give its path")
     return Path(text)
@@ -41,7 +44,9 @@ def positive(text: str) -> int:
     except ValueError:
         number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {shown(text)}")
+    if number >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be at most {2**31 - 1:,}, got {shown(text)}")
     return number
 
 

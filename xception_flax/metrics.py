@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xception_flax.lookup import lookup
+from xception_flax.ranges import check_range
 
 
 class Sum(NamedTuple):
@@ -110,8 +111,7 @@ def multi_label(*, k: int = 100, class_weights: str | None = None) -> MetricFunc
       k: predictions that count.
       class_weights: path of a `.npy` file with `[num_classes]` weights; None weights all alike.
     """
-    if k < 1:
-        raise ValueError(f"metrics.k must be at least 1, got {k}.")
+    check_range("metrics.k", k, 1)
     weights = None if class_weights is None else _load_weights(class_weights)
 
     def compute(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, Sum]:

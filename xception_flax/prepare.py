@@ -30,7 +30,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xception_flax import cli, progress
-from xception_flax.data import decoding, imagenet, records, sources
+from xception_flax.data import MAX_THREADS, decoding, imagenet, records, sources
 
 EXAMPLES = """\
   python -m xception_flax.prepare imagenet --tars downloads --data-dir /data/tfds --hashes
@@ -85,11 +85,18 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 def _add_threads(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--num-threads",
-        type=cli.positive,
+        type=_threads,
         default=min(16, os.cpu_count() or 1),
         metavar="N",
         help="that read at a time; default: %(default)s",
     )
+
+
+def _threads(text: str) -> int:
+    number = cli.positive(text)
+    if number > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_THREADS:,}, got {text}")
+    return number
 
 
 def _fraction(text: str) -> float:

@@ -128,14 +128,14 @@ def load(
     shapes = flatten_dict(state.abstract_variables(model, image_shape, mesh))
     if weights == "random":
         return Pretrained({}, tuple(shapes), {"weights": "random"})
-    path = _published(model) if weights == "keras" else Path(weights).expanduser()
+    path = _published(model) if weights == "keras" else Path(os.path.expanduser(weights))
     normalize = {"mean": mean, "std": std}
-    if path.is_dir():
+    if os.path.isdir(path):  # which, unlike Path's, is False where a path is too long to be one
         run = restore_run(path, mesh, checkpoint)
         origin = {"workdir": str(path.absolute()), "step": run.step, "weights": run.weights}
         _check_settings(path, model, _fields(run.model, model, path), normalize, run.recipe["normalize"])
         values = _from_run(run, shapes, tuple(class_names), path)
-    elif path.is_file():
+    elif os.path.isfile(path):
         origin = {"file": str(path.absolute()), "sha256": _digest(path, "sha256")}
         library, values = _from_file(path, shapes)
         fields = XCEPTION_FIELDS[library] if type(model) is models.MODELS["xception"] else {}

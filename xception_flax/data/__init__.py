@@ -3,15 +3,21 @@
 No module in here calls JAX: worker processes import them and must never open an accelerator.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from xception_flax import allocator
 from xception_flax.data.pipeline import ON_BAD_IMAGE, InputError, Split, choose_threads, usable_cpus
 from xception_flax.data.sources import SOURCES
-from xception_flax.data.transforms import parse_transforms
-from xception_flax.lookup import lookup, suggest
+from xception_flax.data.transforms import MAX_SIDE, parse_transforms
+from xception_flax.lookup import cut, lookup, shown, suggest
+from xception_flax.ranges import check_range
 
 __all__ = ["SOURCES", "InputError", "Split", "check_class_names", "load"]
+
+# Beyond these more of them is a mistake, which would cost the machine its memory before it is seen.
+MAX_THREADS, MAX_WORKERS = 1024, 256
 
 
 def load(
@@ -42,7 +48,7 @@ def load(
       train: which of the two: shuffled, endless and augmented, or in order, once and padded.
       batch_size: of the global batch.
       seed: of order and augmentation.
-      image_size: pixels a side of the square images that the network gets.
+      image_size: pixels a side of the square images that the network gets, at most 10,000.
       channels: 1 or 3.
       train_split: name of the split to train on, as the source has it.
       eval_split: name of the split to evaluate on.
@@ -68,21 +74,27 @@ def load(
         raise ValueError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes.")
     if channels not in (1, 3):
         raise ValueError(f"data.channels must be 1 or 3, got {channels}.")
-    if image_size < 1:
-        raise ValueError(f"data.image_size must be positive, got {image_size}.")
-    if (num_threads != -1 and num_threads < 1) or num_workers < -1:
-        raise ValueError(
-            "data.num_threads must be at least 1 and data.num_workers at least 0, or -1 for what suits the CPUs; "
-            f"got {num_threads}, {num_workers}."
-        )
-    if min_decoded_side < 0:
-        raise ValueError(f"data.min_decoded_side must be 0 (off) or positive, got {min_decoded_side}.")
+    check_range("data.image_size", image_size, 1, MAX_SIDE)
+    if num_threads != -1:
+        check_range("data.num_threads (-1: what suits the CPUs)", num_threads, 1, MAX_THREADS)
+    check_range("data.num_workers (-1: what suits the CPUs)", num_workers, -1, MAX_WORKERS)
+    check_range("data.min_decoded_side (0: off)", min_decoded_side, 0, MAX_SIDE)
     if on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(f"unknown data.on_bad_image {on_bad_image!r}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
-    transforms = parse_transforms(train_transforms if train else eval_transforms, image_size)
+        raise ValueError(f"unknown data.on_bad_image {shown(on_bad_image)}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
+    batch_bytes = batch_size // process_count * image_size**2 * channels
+    if batch_bytes > (memory := allocator.memory_bytes()):
+        raise ValueError(
+            f"batch_size={batch_size:,} of data.image_size={image_size:,} takes {batch_bytes / 1e9:,.0f} GB, and this "
+            f"host has {memory / 1e9:,.0f} GB; take less of either."
+        )
+    try:
+        transforms = parse_transforms(train_transforms if train else eval_transforms, image_size)
+    except ValueError as error:
+        raise ValueError(f"data.{'train' if train else 'eval'}_transforms: {error}") from None
     examples = function(train_split if train else eval_split, **options)
     if not len(examples):
         raise ValueError(f"source {source!r}: split {train_split if train else eval_split!r} has no images.")
+    _check_names(examples.class_names)
     if train and batch_size > len(examples):  # it would hold images twice, and an epoch would be less than a step
         raise ValueError(
             f"batch_size={batch_size} is more than the {len(examples)} images of split {train_split!r}; "
@@ -105,6 +117,16 @@ def load(
     )
     split.check_transforms()
     return split
+
+
+def _check_names(class_names: Sequence[str]) -> None:
+    """Raises ValueError where two classes have one name: a table, a picture or a JSON would show one of them."""
+    twice = sorted(name for name, count in Counter(class_names).items() if count > 1)
+    if twice:
+        raise ValueError(
+            f"the data has {len(twice):,} names for more than one class each: {cut(', '.join(map(repr, twice)))}; "
+            "every class needs a name of its own."
+        )
 
 
 def check_class_names(expected: Sequence[str], split: Split) -> None:

@@ -447,7 +447,7 @@ def arrays(split: str, *, path: str) -> Arrays:
 
     `class_names` in the file is optional; without it classes are called by their numbers.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # which, unlike Path's, is False where a path is too long to be one
         raise ValueError(f"data.path: {path} is no file; expected an .npz file.")
     keys = (f"{split}_images", f"{split}_labels")
     try:
@@ -489,8 +489,8 @@ def arrays(split: str, *, path: str) -> Arrays:
 
 
 def _directory(path: str, content: str) -> Path:
-    directory = Path(path).expanduser().absolute()
-    if not directory.is_dir():
+    directory = Path(os.path.expanduser(path)).absolute()
+    if not os.path.isdir(directory):  # and neither raises, for a user or a path that cannot be
         raise ValueError(f"data.data_dir: {directory} is no directory; expected {content} there.")
     return directory
 
