@@ -1,11 +1,13 @@
-"""The extremes of every key of every group, from its annotation: refused in a line that names the key, or harmless."""
+"""The extremes of every key of every group, from its annotation: refused in a line, or of a meaning that is listed here.
+
+A new key is tried by itself; what it takes beyond ordinary values must be added to `ACCEPTED`, or be refused.
+"""
 
 import inspect
 import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import cv2
@@ -13,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from ml_collections import ConfigDict
 
 from xception_flax import checkpoint, cli, data, metrics, mixing, models, optimizers, pretrained, recipe, sharding, steps
 from xception_flax.data.transforms import TRANSFORMS, parse_transforms
@@ -21,11 +25,11 @@ from xception_flax.program import create_program
 from xception_flax.ranges import check_range
 from xception_flax.state import abstract_variables
 
-LONG = "x" * 5000
+LONG, LONG_NAME = "x" * 5000, "x" * 300  # longer than a path, longer than a file's name
 EXTREMES = {
     float: (math.nan, math.inf, -math.inf, -1.0, -0.0, 1e-320, 1e300, True),
     int: (-1, 0, 2**31, 2**63, 10**30, True),
-    str: ("", "a\0b", "a\nb", "x" * 300, LONG),
+    str: ("", "a\0b", "a\nb", LONG_NAME, LONG, "~nobody"),
     bool: (0, 1, "yes"),
     types.NoneType: (None,),
     DTypeLike: ("", "int8", "complex64", "float64", "float8_e4m3fn", "a\0b", LONG, None, 3),
@@ -33,30 +37,234 @@ EXTREMES = {
 
 
 def extremes(annotation: Any) -> Iterator[Any]:
-    """Values of a type, and nearly of it, that nobody means."""
+    """Values of a type, or nearly of it, that a number too long, a slip or malice would make."""
     if annotation in EXTREMES:
         yield from EXTREMES[annotation]
     elif typing.get_origin(annotation) is Sequence:
         (kind,) = typing.get_args(annotation)
         ordinary = {int: 8, float: 1.0}.get(kind, (8, 2))
-        yield from ((), "", "text", b"ab", (ordinary,) * 5000, ((ordinary,),), (ordinary, "x"))
+        yield from ((), "", "text", b"ab", range(3), (ordinary,) * 5000, ((ordinary,),), (ordinary, "x"))
         yield from ((ordinary, value) for value in extremes(kind))
     else:
         yield from (value for kind in typing.get_args(annotation) for value in extremes(kind))
 
 
+# What is taken all the same, by its `repr`. All else must be refused.
+ACCEPTED = {
+    # 0, as which it counts: nothing dropped, kept, decayed, mixed or learned.
+    "-0.0": (
+        *("model.dropout_rate", "model.bn_decay", "loss.label_smoothing", "loss.weight_decay", "step.ema_decay"),
+        *("optimizer.learning_rate", "optimizer.momentum", "optimizer.decoupled_weight_decay", "optimizer.decay"),
+        *("optimizer.beta1", "optimizer.beta2", "optimizer.backbone_factor", "schedule.warmup_epochs"),
+        *("schedule.final_factor", "mix.mixup_alpha", "mix.cutmix_alpha", "mix.probability", "mix.switch_probability"),
+    ),
+    # A seed, a backbone without classifier, an entry and an exit flow alone, off, none.
+    "0": (
+        *("seed", "model.num_classes", "model.middle_repeats", "data.num_workers", "data.min_decoded_side"),
+        "checkpoint.keep_best",
+    ),
+    "-1": ("data.num_threads", "data.num_workers", "mesh.data"),  # as many as there are, or suit
+    # Never, all, or a seed as good as another.
+    "2147483648": ("seed", "log_every_steps", "metrics.k", "checkpoint.keep_latest", "checkpoint.keep_best"),
+    "()": ("model.fc_layers",),
+    "None": (
+        *("model.mid_activation", "model.towers", "metrics.class_weights", "optimizer.clip_norm"),
+        "schedule.every_images",  # every_epochs is given
+    ),
+    # No profile; and of what no workdir is named, no checkpoint is asked for.
+    "''": ("profile", "init.checkpoint"),
+    **{repr(text): ("init.checkpoint",) for text in ("a\nb", LONG_NAME, "~nobody")},
+}
+
+GROUPS = {"": recipe.LOOP, **recipe.GROUPS}
 MINIMAL = {
     "": {"batch_size": 8, "epochs": 1.0},
-    "model": {"name": "lenet", "num_classes": 10},
+    "model": {"name": "lenet", "num_classes": 10, "features": (8,), "fc_layers": ()},
     "normalize": {"mean": (0.0,), "std": (1.0,)},
     "loss": {"name": "softmax"},
     "metrics": {"name": "single_label"},
     "optimizer": {"name": "sgd", "learning_rate": 0.1},
-    "schedule": {"name": "constant"},
-    "data": {"source": "digits", "image_size": 8, "channels": 1, "num_workers": 0},
+    "data": {"source": "digits", "image_size": 8, "channels": 1},
+}
+RUN = optimizers.Run(batch_size=8, num_images=1257, total_steps=157)
+
+
+def resolve(name: str, values: dict[str, Any]) -> ConfigDict:
+    """The least recipe with `values` as its group `name`, or as its keys outside of groups."""
+    groups = {**MINIMAL, name: values}
+    return recipe.resolve(groups.pop("") | groups)
+
+
+# What each group feeds, called with it: from shapes, or on as little as shows NaN.
+
+
+def finite(tree: Any) -> None:
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
+def try_loop(config: ConfigDict, mesh: Mesh) -> None:
+    sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
+    split = data.load(**config.data, batch_size=config.batch_size, seed=config.seed, train=True)
+    create_program(config, mesh, split.image_shape, split.num_images)
+
+
+def try_model(config: ConfigDict, mesh: Mesh) -> None:
+    side = 75 if config.model.name == "inception_v3" else 32
+    abstract_variables(models.create_model(**config.model), (side, side, 1), mesh)
+
+
+def try_init(config: ConfigDict, mesh: Mesh) -> None:
+    model = models.create_model(**config.model)
+    pretrained.load(**config.init, **config.normalize, model=model, image_shape=(8, 8, 1), mesh=mesh, class_names=())
+
+
+def try_normalize(config: ConfigDict, mesh: Mesh) -> None:
+    finite(steps.create_normalizer(**config.normalize)(np.uint8([0, 255]).reshape(2, 1, 1, 1)))
+
+
+def try_loss(config: ConfigDict, mesh: Mesh) -> None:
+    loss = steps.create_loss(**config.loss)
+    finite((loss.example(jnp.eye(2), jnp.arange(2)), loss.penalty({"conv1": {"kernel": jnp.ones(2)}})))
+
+
+def try_metrics(config: ConfigDict, mesh: Mesh) -> None:
+    labels = jnp.arange(2) if config.metrics.name == "single_label" else jnp.eye(2, dtype=jnp.int32)
+    finite(metrics.create_metrics(**config.metrics)(jnp.eye(2), labels, jnp.ones(2)))
+
+
+def try_optimizer(config: ConfigDict, mesh: Mesh) -> None:
+    tx, rate = optimizers.create_optimizer(**config.optimizer, schedule=optimizers.constant(RUN))
+    params = {layer: {"kernel": jnp.ones(2)} for layer in ("conv1", "predictions")}
+    finite((rate(0), tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)))
+
+
+def try_schedule(config: ConfigDict, mesh: Mesh) -> None:
+    schedule = optimizers.create_schedule(**config.schedule, run=RUN)
+    finite([schedule(jnp.int32(step)) for step in (0, 1, 156, 2**31 - 1)])
+
+
+def try_mix(config: ConfigDict, mesh: Mesh) -> None:
+    mix = mixing.make_mixing(**config.mix)
+    if mix is not None:
+        finite(mix(jax.random.key(0), {"images": jnp.zeros((2, 4, 4, 1), jnp.uint8), "labels": jnp.arange(2)}))
+
+
+def try_step(config: ConfigDict, mesh: Mesh) -> None:
+    sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
+    program = create_program(config, mesh, (8, 8, 1), RUN.num_images)
+    shapes = {"images": ((8, 8, 8, 1), np.uint8), "labels": ((8,), np.int32)}
+    jax.eval_shape(program.train_step, program.abstract_state, sharding.abstract_batch(mesh, shapes))
+
+
+def try_data(config: ConfigDict, mesh: Mesh) -> None:
+    for train in (True, False):
+        data.load(**config.data, batch_size=config.batch_size, train=train)
+
+
+def try_checkpoint(config: ConfigDict, mesh: Mesh) -> None:
+    # Of a folder that is not there, and read only: nothing is made.
+    checkpoint.open_manager(recipe.Path("/nowhere"), best_metric="top1", read_only=True, **config.checkpoint).close()
+
+
+TRY: dict[str, Callable[[ConfigDict, Mesh], None]] = {
+    "": try_loop,
+    "model": try_model,
+    "init": try_init,
+    "normalize": try_normalize,
+    "loss": try_loss,
+    "metrics": try_metrics,
+    "optimizer": try_optimizer,
+    "schedule": try_schedule,
+    "mix": try_mix,
+    "step": try_step,
+    "data": try_data,
+    "mesh": lambda config, mesh: sharding.create_mesh(**config.mesh),
+    "checkpoint": try_checkpoint,
 }
 
 
-def resolve(name: str, values: dict[str, Any]):
-    groups = {group: keys for group, keys in MINIMAL.items() if group} | ({name: values} if name else {})
-    return recipe.resolve(groups | MINIMAL[""] | ({} if name else values))
+def choices() -> Iterator[tuple[str, str]]:
+    """Every group, with every entry of its table; of networks that differ by their fields' values, one."""
+    for name, group in GROUPS.items():
+        entries = {getattr(entry, "func", entry): choice for choice, entry in group.table.items()}
+        yield from ((name, choice) for choice in entries.values() or [""])
+
+
+@pytest.fixture(scope="module")
+def least(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """What an entry of a table needs, beside what `MINIMAL` has of its group."""
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(40):  # 20 of each class: some are of split 'val'
+        (folder / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / "photos" / "ab"[i % 2] / f"{i}.png"), np.zeros((8, 8), np.uint8))
+    images, labels = np.zeros((8, 8, 8), np.uint8), np.arange(8) % 2
+    np.savez(folder / "a.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    return {
+        **dict.fromkeys(("xception", "xception_towers", "xception65p"), {"middle_repeats": 0}),
+        "exponential": {"decay_rate": 0.9, "every_epochs": 1.0},
+        "folder": {"data_dir": str(folder / "photos"), "eval_split": "val"},
+        "arrays": {"path": str(folder / "a.npz")},
+        "fashion_mnist": {"data_dir": str(folder)},
+        "tfds": {"name": "mnist", "data_dir": str(folder)},
+    }
+
+
+NOT_THERE = ("fashion_mnist", "tfds")  # data, so that all is refused
+
+
+def test_every_group_is_tried():
+    assert TRY.keys() == GROUPS.keys()
+
+
+@pytest.mark.parametrize(("name", "choice"), list(choices()))
+def test_extremes(name, choice, least, one_device):
+    group, values = GROUPS[name], dict(MINIMAL.get(name, {}))
+    if choice:
+        values = {group.selector: choice} | (values if name != "model" or choice == "lenet" else {"num_classes": 10})
+        values |= {group.selector: choice, **least.get(choice, {})}
+    accepted = set()
+    for key, parameter in recipe._parameters("", group, values).items():
+        for value in extremes(parameter.annotation):
+            what = f"{name}.{key}".lstrip("."), repr(value)
+            try:
+                TRY[name](resolve(name, values | {key: value}), one_device)
+                accepted.add(what)
+            except ValueError as error:
+                assert cli._raised_by_us(error), what
+                assert str(error).count("\n") < 2, what
+                assert len(str(error)) < 1000, what
+                # A text may be called by what it is: 'unknown split'.
+                assert key in str(error) or isinstance(value, str) or choice in NOT_THERE, (what, str(error))
+    keys = {f"{name}.{key}".lstrip(".") for key in recipe._parameters("", group, values)}
+    expected = {(key, value) for value, taken in ACCEPTED.items() for key in taken if key in keys}
+    assert accepted == (set() if choice in NOT_THERE else expected)
+
+
+# Numbers of a transform's, as text: a chain is one value of a recipe.
+NUMBERS = ("1e999", "-1e999", "-1.0", "-0.0", "1e-320", "1e300", "nan", "-1", "0", "2147483648", "9" * 31, "0x" + "f" * 4000)
+ACCEPTED_BY_TRANSFORMS = {
+    "-0.0": ("max_degrees", "max_shift", "brightness", "contrast", "saturation", "hue", "probability"),
+    "0": ("padding", "num_ops", "magnitude"),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_extremes_in_a_chain(name):
+    """The least resize_size is image_size, and a transform that needs it is given it."""
+    keywords = {k: p for k, p in list(inspect.signature(TRANSFORMS[name]).parameters.items())[2:]}
+    accepted = set()
+    for key, parameter in keywords.items():
+        whole = parameter.annotation is int
+        texts = {int: NUMBERS, float: NUMBERS, bool: ("1", "yes"), str: ("'a\0b'", repr(LONG))}[parameter.annotation]
+        needed = ", resize_size=8" if "resize_size" in keywords and key != "resize_size" else ""
+        for text in texts:
+            try:
+                parse_transforms(f"{name}({key}={text}{needed})", 8)
+                if whole == text.lstrip("-").isdecimal():  # a float takes integers too: not listed twice
+                    accepted.add((key, text))
+            except ValueError as error:
+                assert cli._raised_by_us(error), (key, text)
+                assert "\n" not in str(error), (key, text)
+                assert len(str(error)) < 1000, (key, text)
+    expected = {(key, value) for value, taken in ACCEPTED_BY_TRANSFORMS.items() for key in taken if key in keywords}
+    assert accepted == expected

@@ -39,7 +39,7 @@ def test_bad_meshes_are_refused(sizes, advice):
         (20, 1, "batch_size=20 does not divide over 8 devices; it must be a multiple of 8: take 16 or 24"),
         (4, 1, "multiple of 8: take 8"),
         (0, 1, "a positive multiple of 8: take 8"),
-        (24, 2, "over 8 devices x 2 accumulation steps; it must be a multiple of 16: take 16 or 32"),
+        (24, 2, "over 8 devices x step.accumulation_steps=2; it must be a multiple of 16: take 16 or 32"),
     ],
 )
 def test_batch_that_does_not_divide_is_refused(batch_size, accumulation_steps, message):

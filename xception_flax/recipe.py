@@ -300,7 +300,7 @@ def _parameters(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[st
 
 
 def _unknown(prefix: str, key: str, group: Group, values: Mapping[str, Any], known: Sequence[str]) -> ValueError:
-    choice = values.get(group.selector)
+    choice = values.get(group.selector) if group.selector else None
     where = f" with {prefix}{group.selector}={choice!r}" if choice else ""
     known = [*known, *GROUPS] if group is LOOP else known
     return ValueError(f"unknown recipe key {shown(f'{prefix}{key}')}{where}; {suggest(key, known)}")

@@ -63,7 +63,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -
     parts = mesh.size * accumulation_steps
     if batch_size < 1 or batch_size % parts:
         factors = _devices(mesh.size) + (
-            f" x {accumulation_steps} accumulation steps" if accumulation_steps > 1 else ""
+            f" x step.accumulation_steps={accumulation_steps}" if accumulation_steps > 1 else ""
         )
         lower = batch_size // parts * parts
         near = f"{lower} or {lower + parts}" if lower > 0 else str(parts)

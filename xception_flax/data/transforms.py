@@ -259,7 +259,7 @@ def random_erasing(
     check_range("min_area", min_area, 0, max_area, above=True)
     check_range("max_aspect", max_aspect, 1, MAX_ASPECT)
     if fill not in ("noise", "gray"):
-        raise ValueError(f"unknown fill {fill!r}; {suggest(fill, ('noise', 'gray'))}")
+        raise ValueError(f"unknown fill {shown(fill)}; {suggest(fill, ('noise', 'gray'))}")
     if rng.random() >= probability:
         return image
     height, width = image.shape[:2]
@@ -347,4 +347,4 @@ def _value(call: str, name: str, keyword: ast.keyword, parameters: dict[str, ins
     if not isinstance(value, kinds) or (isinstance(value, bool) and expected is not bool):
         written = cut(ast.get_source_segment(call, keyword.value))
         raise ValueError(f"transform {name!r}: {keyword.arg} must be {words}, got {written}.")
-    return value
+    return value + 0 if isinstance(value, float) else value  # -0.0 is 0, and no end of an interval to NumPy
