@@ -99,7 +99,9 @@ def main(argv: list[str]) -> int:
         "--picture", type=Path, metavar="FILE", help="of what is wrong; default: WORKDIR/mistakes_SPLIT.png"
     )
     parser.add_argument("--split", help="split of the data set, default: the recipe's data.eval_split")
-    parser.add_argument("--batch-size", type=cli.positive, metavar="N", help="default: the recipe's; the result does not depend on it")
+    parser.add_argument(
+        "--batch-size", type=cli.positive, metavar="N", help="default: the recipe's; the result does not depend on it"
+    )
     parser.add_argument(
         "--config.KEY=VALUE",
         dest="ignored",

@@ -39,8 +39,8 @@ def shown(value: object) -> str:
     """A value as an error message has it: written as in Python, and `cut`."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        text = f"{type(value).__name__} of thousands of digits"
+    except Exception:  # an integer of more than 4,300 digits, lists too deep, a class whose own `__repr__` fails
+        text = f"a value of type {type(value).__name__} that cannot be written"
     return cut(text)
 
 

@@ -203,7 +203,8 @@ def _run_recipe(path_and_argument: str) -> dict[str, Any]:
         get_config = module.get_config
     except SyntaxError as error:
         raise ValueError(
-            f"recipe {error.filename or path}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}"
+            f"recipe {error.filename or path}{f', line {error.lineno}' if error.lineno else ''}: {error.msg}"
+            + (f": {cut(error.text.strip())}" if error.text else "")
         ) from None
     except AttributeError as error:
         if error.obj is not module:
@@ -327,11 +328,11 @@ def _complete(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[str,
     return complete
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """What a value is made of: itself, or all that its tuples and lists hold."""
-    if isinstance(value, list | tuple):
+def _leaves(value: Any, depth: int = 3) -> Iterator[Any]:
+    """What a value is made of: itself, or all that its tuples and lists hold, down to a depth that no key has."""
+    if isinstance(value, list | tuple) and depth:
         for element in value:
-            yield from _leaves(element)
+            yield from _leaves(element, depth - 1)
     else:
         yield value
 
@@ -344,7 +345,8 @@ def _check_value(key: str, value: Any) -> None:
         check_number(f"recipe key '{key}'", value)
     if isinstance(value, str) and ("\0" in value or len(value) > MAX_TEXT):
         raise ValueError(
-            f"recipe key '{key}' must be a text of at most {MAX_TEXT:,} characters, none of them NUL, got {shown(value)}."
+            f"recipe key '{key}' must be a text of at most {MAX_TEXT:,} characters, none of them NUL, "
+            f"got {shown(value)}."
         )
 
 
@@ -353,7 +355,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     # bool is an int to Python, and never to the author of a recipe.
     if any(isinstance(leaf, bool) for leaf in leaves) and bool not in (annotation, *typing.get_args(annotation)):
         return False
-    # A text is a sequence to Python, and so are bytes and a range.
+    # A text is a sequence to Python, and so are bytes and a range; a list here is one too many in another.
     if any(isinstance(leaf, Sequence) and not isinstance(leaf, str) for leaf in leaves):
         return False
     if isinstance(value, str) and typing.get_origin(annotation) is Sequence:
@@ -361,9 +363,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     if annotation is DTypeLike:  # which is anything to typeguard, and None a float64 to NumPy
         return value is not None and (isinstance(value, str) or _names_dtype(value))
     try:
-        typeguard.check_type(
-            value, annotation, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS
-        )
+        typeguard.check_type(value, annotation, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
     except typeguard.TypeCheckError:
         return False
     return True
@@ -410,7 +410,7 @@ def _override(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
         if not isinstance(values, Mapping):
             raise ValueError(f"recipe key {name!r} must be a group of keys, got {shown(values)}.")
         if option == group.selector:
-            _select(name + dot, group, values, parsed[key])
+            _select(name + dot, group, values, _parse_value(key, parsed[key], str))
             continue
         parameters = _parameters(name + dot, group, values)
         if option not in parameters:
@@ -535,8 +535,9 @@ _PROJECT = Path(__file__).parent.parent
 def how_to_train_on(workdir: Path) -> str:
     """A sentence for whoever wants more epochs of a run: its recipe stays as it is, and its weights begin another."""
     return (
-        f"To train its weights for more epochs, take a new workdir and --config.init.weights={shlex.quote(str(workdir))}: "
-        "that run begins with them (the averaged ones, where there are), its optimizer, schedule and steps anew."
+        "To train its weights for more epochs, take a new workdir and "
+        f"--config.init.weights={shlex.quote(str(workdir))}: that run begins with them (the averaged ones, where there "
+        "are), its optimizer, schedule and steps anew."
     )
 
 

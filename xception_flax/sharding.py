@@ -129,8 +129,8 @@ def check_memory(mesh: Mesh, abstract_state: PyTree) -> None:
     memory = (devices[0].memory_stats() or {}).get("bytes_limit") or allocator.memory_bytes() // len(devices)
     if share > memory:
         raise ValueError(
-            f"parameters, averages and optimizer take {share / 1e9:,.1f} GB on each device, which has "
-            f"{memory / 1e9:,.1f} GB; take a smaller network (model.width), or split them by mesh.fsdp."
+            f"parameters, averages and optimizer take {share / 1e9:,.3g} GB on each device, which has "
+            f"{memory / 1e9:,.3g} GB; take a smaller network (model.width), or split them by mesh.fsdp."
         )
 
 

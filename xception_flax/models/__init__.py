@@ -59,7 +59,7 @@ def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Mod
 def _float_type(field: str, value: object) -> jnp.dtype:
     try:
         dtype = jnp.dtype(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, SyntaxError):  # NumPy reads it as a list of fields, too
         dtype = None
     if dtype is None or dtype not in FLOAT_TYPES:  # None equals float64 to NumPy
         raise ValueError(f"model.{field} must be one of {', '.join(map(str, FLOAT_TYPES))}, got {shown(value)}.")
