@@ -207,7 +207,10 @@ def test_another_choice_drops_the_keys_of_the_old_one():
         ),
         ("--config.batch_size=9223372036854775808", "must be an integer of 64 bits, got 9223372036854775808"),
         ("--config.epochs=1e400", "recipe key 'epochs' must be a finite number, got inf"),
-        ("--config.epochs=1e-320", r"'epochs' must be 0 or at least 1\.2e-38, float32's smallest number, got 1e-320"),
+        (
+            "--config.epochs=1e-320",
+            r"'epochs' must not be nearer to 0 than 1\.2e-38, float32's smallest number, got 1e-320",
+        ),
         (
             "--config.epochs=1e300",
             r"recipe key 'epochs' must be at most 3\.4e\+38, float32's largest number, got 1e\+300",

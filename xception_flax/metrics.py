@@ -3,6 +3,7 @@
 `mask` is 1 for an example that counts and 0 for padding.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -133,6 +134,8 @@ def multi_label(*, k: int = 100, class_weights: str | None = None) -> MetricFunc
 
 
 def _load_weights(path: str) -> np.ndarray:
+    if not os.path.isfile(path):  # nor a pipe, which would be waited for
+        raise ValueError(f"metrics.class_weights: {path} is no readable .npy file (no such file).")
     try:
         weights = np.load(path, allow_pickle=False).astype(np.float32)
     except (OSError, ValueError, AttributeError) as error:

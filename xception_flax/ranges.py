@@ -5,6 +5,8 @@ Whatever a recipe says of rates, shares and sizes is computed with in float32, s
 
 import math
 
+import numpy as np
+
 from xception_flax.lookup import shown
 
 # Of float32's normal numbers. What is smaller counts as 0 on most devices, and a division by it is infinite.
@@ -37,6 +39,8 @@ def check_range(
             expected = f"{'above' if above else 'at least'} {_written(low)}"
         raise ValueError(f"{name} must be {expected}, got {shown(value)}.")
     check_number(name, value)
+    if below and np.float32(value) >= high:  # a decay of 1 - 1e-12 would be one of 1, and divided by 1 - 1
+        raise ValueError(f"{name} must be below {_written(high)} in float32 too, which rounds to it; got {value}.")
 
 
 def check_number(name: str, value: float) -> None:
@@ -46,7 +50,7 @@ def check_number(name: str, value: float) -> None:
     if abs(value) > LARGEST:
         raise ValueError(f"{name} must be at most {LARGEST:.2g}, float32's largest number, got {shown(value)}.")
     if 0 < abs(value) < SMALLEST:
-        raise ValueError(f"{name} must be 0 or at least {SMALLEST:.2g}, float32's smallest number, got {value}.")
+        raise ValueError(f"{name} must not be nearer to 0 than {SMALLEST:.2g}, float32's smallest number, got {value}.")
 
 
 def _written(bound: float) -> str:

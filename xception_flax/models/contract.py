@@ -35,8 +35,9 @@ def check_fields(model: nn.Module) -> None:
 
 def check_widths(name: str, widths: Sequence[int]) -> None:
     """Raises ValueError unless these are numbers of channels, at most `MAX_LAYERS`."""
-    if len(widths) > MAX_LAYERS or any(not isinstance(width, int) or width < 1 for width in widths):
-        raise ValueError(f"{name} must be positive integers, at most {MAX_LAYERS:,}, got {shown(tuple(widths))}.")
+    if any(not isinstance(width, int) or width < 1 for width in widths):
+        raise ValueError(f"{name} must be positive integers, got {shown(tuple(widths))}.")
+    check_range(f"number of {name}", len(widths), 0, MAX_LAYERS)
     for width in widths:
         check_range(name, width, 1, MAX_CHANNELS)
 
