@@ -582,6 +582,7 @@ def test_evaluate_by_choice(whole, monkeypatch, capsys):
     [
         (["--workdir", "/nowhere"], "is no workdir of a run"),
         (["--checkpoint", "3"], "no checkpoint '3' in .*; take latest, best or a step of"),
+        (["--checkpoint", "9" * 5000], r"no checkpoint '9{59} \.\.\. 9{29}' in .*; take latest, best or a step of"),
         (["--split", "tset"], "unknown split of digits 'tset'; did you mean 'test'"),
         (["--batch-size", "0"], "--batch-size: must be a positive integer, got '0'"),
         (["--picture", "/nowhere/m.png"], "/nowhere/m.png cannot be written: No such file .*name another file"),

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from jax import lax
 from orbax.checkpoint import checkpoint_managers as policies
 
+from xception_flax.lookup import shown
 from xception_flax.ranges import check_range
 from xception_flax.state import TrainState
 
@@ -123,9 +124,9 @@ def find_step(manager: ocp.CheckpointManager, which: str) -> int:
         if best is None or manager.metrics(best) is None:
             raise ValueError(f"no checkpoint in {manager.directory} has been evaluated; take latest or a step.")
         return best
-    if not which.isdecimal() or int(which) not in steps:
+    if which not in map(str, steps):  # as text: Python reads no number of more than 4,300 digits
         raise ValueError(
-            f"no checkpoint {which!r} in {manager.directory}; take latest, best or a step of: "
+            f"no checkpoint {shown(which)} in {manager.directory}; take latest, best or a step of: "
             f"{', '.join(map(str, steps))}."
         )
     return int(which)
