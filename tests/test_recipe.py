@@ -411,14 +411,16 @@ def test_folders_that_are_no_runs_are_refused(tmp_path, monkeypatch):
         ("/", "the root of all folders"),
         ("//tmp/..", "the root of all folders"),
         (str(tmp_path / "link"), "your home folder"),
-        (".", "this program's own"),
-        ("tests/..", "this program's own"),
+        (".", "this program's folder"),
+        ("tests/..", "this program's folder"),
     ]:
         with pytest.raises(ValueError, match=f"^workdir '{path}' is {what}; take a folder that is for this run alone"):
             recipe.check_workdir(Path(path), config)
     assert not any((tmp_path / "home").iterdir())
     recipe.check_workdir(tmp_path / "home" / "run", config)
     recipe.check_workdir(Path("runs"), config)
+    recipe.remember(tmp_path / "home", config)  # a run that was begun there goes on
+    recipe.check_workdir(tmp_path / "home", config)
 
 
 def test_bad_workdirs_are_refused(tmp_path):

@@ -499,9 +499,7 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
 
     Writes nothing.
     """
-    for place, what in (("/", "the root of all folders"), ("~", "your home folder"), (_PROJECT, "this program's own")):
-        if os.path.realpath(workdir) == os.path.realpath(os.path.expanduser(place)):
-            raise ValueError(f"workdir {str(workdir)!r} is {what}; take a folder that is for this run alone.")
+    _check_place(workdir)
     try:
         existing = next(path for path in (workdir, *workdir.parents) if path.exists())
     except OSError as error:
@@ -529,7 +527,16 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
         raise _not_writable(workdir, error) from None
 
 
-_PROJECT = Path(__file__).parent.parent
+def _check_place(workdir: Path) -> None:
+    """Raises ValueError for a folder that an unset variable in a script, or a slip, names; a run in it goes on."""
+    here, program = os.path.realpath(workdir), Path(__file__).parent.parent
+    for place, what in (
+        ("/", "the root of all folders"),
+        ("~", "your home folder"),
+        (program, "this program's folder"),
+    ):
+        if here == os.path.realpath(os.path.expanduser(place)) and not (workdir / "config.json").is_file():
+            raise ValueError(f"workdir {str(workdir)!r} is {what}; take a folder that is for this run alone.")
 
 
 def how_to_train_on(workdir: Path) -> str:
