@@ -320,9 +320,10 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
             rows[what] = f"{low:,} to {high:,}, median {middle:,}"
         if wide := described["sixteen_bits"]:
             rows["16 bits"] = f"{wide['images']:,} images, of values up to {wide['largest']:,}"
-            if wide["largest"] < decoding.WHITE // 2:
-                rows["16 bits"] += f": --config.data.max_value={decoding.white(wide['largest'])}"
         progress.show_table(split, rows)
+    largest = max((wide["largest"] for split in report.values() if (wide := split["sixteen_bits"])), default=None)
+    if largest is not None and decoding.is_dark(largest):
+        print(f"\n16 bits with little in the upper ones: train by --config.data.max_value={decoding.white(largest)}")
     across = sum(len({name.partition(": ")[0] for name in names}) > 1 for names in repeated)
     print(f"\n{len(repeated):,} files are there more than once, {across:,} of them in more than one split")
     for names in repeated[:10]:

@@ -122,6 +122,11 @@ def largest_value(content: bytes) -> int | None:
         return None if values is None else int(values.max(initial=0))
 
 
+def is_dark(largest: int) -> bool:
+    """Whether values up to `largest` make no use of the upper half of 16 bits."""
+    return largest <= WHITE // 2
+
+
 def white(largest: int) -> int:
     """Which value is white, of 8, 9, ... 16 bits, where values go up to `largest`."""
     return 2 ** max(8, largest.bit_length()) - 1

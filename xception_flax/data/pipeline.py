@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from xception_flax import allocator
-from xception_flax.data.decoding import WHITE, BadImageError, decode, largest_value, white
+from xception_flax.data.decoding import WHITE, BadImageError, decode, is_dark, largest_value, white
 from xception_flax.data.sources import Example, InputError, Source
 from xception_flax.data.transforms import Transform
 
@@ -138,7 +138,7 @@ class Split:
                     found.append(largest)
             except (BadImageError, InputError, OSError):  # said where it is read, by the recipe's policy
                 pass
-        if found and (largest := max(found)) <= WHITE // 2:
+        if found and is_dark(largest := max(found)):
             raise ValueError(
                 f"the images of 16 bits have values up to {largest:,} of {WHITE:,} (in {len(found)} that were "
                 f"looked at), so that no more than {largest >> 8} of 255 would be left. Say which value is white by "

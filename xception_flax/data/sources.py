@@ -247,7 +247,7 @@ def tfds(
             f"there are: {', '.join(sorted(builder.info.splits))}."
         ) from None
     what = f"TFDS data set {builder.name!r}: feature {label_key!r}"
-    if class_label.num_classes is None:
+    if not class_label.num_classes:
         raise ValueError(f"{what} says nothing of its classes; expected their number, or their names.")
     _check_num_classes(class_label.num_classes, len(records), what)
     return TfdsSource(records, tuple(map(composed, class_label.names)), image_key, label_key, multi_label)
@@ -555,7 +555,7 @@ def _walk(directory: Path, *, below: bool = True, left_out: Collection[str] | No
             for name in folders
             if below and not ((hidden or name.startswith(".")) and os.path.islink(os.path.join(place, name)))
         )
-        for name in names:
+        for name in sorted(names):
             path, suffix = os.path.join(place, name), os.path.splitext(name)[1].lower()
             if hidden or name.startswith("."):  # macOS writes a '._' file beside each file on foreign disks
                 if suffix in IMAGE_SUFFIXES and not name.startswith("._") and os.path.exists(path):
@@ -579,7 +579,7 @@ def describe_unread(unread: Iterable[Unread], num_images: int) -> str:
     examples = {why: os.path.join(*Path(path).parts[-2:]) for path, why in reversed(places.items())}
     parts = [f"{count:,} {why} ({examples[why]})" for why, count in kinds[:MAX_KINDS]]
     if kinds[MAX_KINDS:]:
-        parts.append(f"{sum(count for _, count in kinds[MAX_KINDS:]):,} others")
+        parts.append(f"{sum(count for _, count in kinds[MAX_KINDS:]):,} of other kinds")
     are = "are" if len(places) > 1 else "is"
     return f"{len(places):,} of {len(places) + num_images:,} files {are} not read: {', '.join(parts)}."
 
@@ -616,7 +616,8 @@ def arrays(split: str, *, path: str) -> Arrays:
     needed = (f"{split}_images", f"{split}_labels")
     found = _read_npz(path, needed, ("class_names",))
     images, labels = (found[key] for key in needed)
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[:1] != labels.shape[:1]:
+    wrong = images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:]
+    if wrong or images.shape[:1] != labels.shape[:1]:
         raise ValueError(
             f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, C], 0 to 255, with a label each, got "
             f"{images.dtype} {images.shape} and labels {labels.shape}."
@@ -650,15 +651,15 @@ def arrays(split: str, *, path: str) -> Arrays:
         )
     if labels.ndim == 1 and most >= len(names):
         raise ValueError(
-            f"{path}: {split}_labels must be in 0 to {len(names) - 1}, for there are {len(names)} class_names, got "
-            f"{least} to {most}."
+            f"{path}: {split}_labels must be in 0 to {len(names) - 1}, got {least} to {most}; there are {len(names)} "
+            "class_names."
         )
     return Arrays(images, labels.astype(np.int32 if labels.ndim == 1 else np.uint8), names)
 
 
 def _whole_numbers(what: str, labels: np.ndarray) -> np.ndarray:
     """Labels `[N]` or `[N, classes]` as integers; `[N, 1]` becomes `[N]`."""
-    if labels.ndim not in (1, 2) or labels.dtype.kind not in "biuf":
+    if labels.ndim not in (1, 2) or labels.dtype.kind not in "biuf" or not labels.size:
         raise ValueError(f"{what} must be integers, [N] or [N, classes], got {labels.dtype} {labels.shape}.")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -700,8 +701,8 @@ def _check_num_classes(num_classes: int, num_images: int, what: str) -> None:
     """
     if num_classes > max(num_images, MAX_UNNAMED_CLASSES):
         raise ValueError(
-            f"{what}: {num_classes:,} classes of {num_images:,} images cannot be meant; expected the numbers of "
-            "classes, from 0 on."
+            f"{what}: {num_classes:,} classes, by the largest label or the columns, of {num_images:,} images cannot be "
+            "meant; expected the numbers of classes, from 0 on, or their names too."
         )
 
 
