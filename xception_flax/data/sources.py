@@ -586,11 +586,9 @@ def describe_unread(unread: Iterable[Unread], num_images: int) -> str:
 
 def unread_of(read: Iterable[Source]) -> str:
     """Says what is not read of the folders that sources are of, as `describe_unread`; of other sources nothing."""
-    files = [source for source in read if isinstance(source, Files) and source.unread]
-    return describe_unread(
-        (unread for source in files for unread in source.unread),
-        len({path for source in files for path in source.paths}),
-    )
+    files = [source for source in read if isinstance(source, Files)]
+    unread = [file for source in files for file in source.unread]
+    return describe_unread(unread, len({path for source in files for path in source.paths})) if unread else ""
 
 
 def _hash(name: str) -> float:
