@@ -554,6 +554,7 @@ def test_what_is_not_read_is_counted_and_named(tmp_path):
     touch(tmp_path, *(f"cat/{i}.heic" for i in range(9)), "dog/a.AVIF", "dog/b.avif", "dog/label", "about.txt")
     touch(tmp_path, "stray.png", "cat/.b.jpg", ".cache/cat/c.png")
     touch(tmp_path, ".DS_Store", "cat/._0.jpg", "cat/Thumbs.db", ".git/config", "dog/desktop.ini")  # not worth a word
+    touch(tmp_path, "__MACOSX/cat/._0.jpg", "lost+found/0")
     (tmp_path / "cat" / ".all").symlink_to(tmp_path / "dog")
     os.mkfifo(tmp_path / "cat" / "pipe.jpg")
     train, val = (sources.folder(split, data_dir=str(tmp_path), val_fraction=0.5) for split in ("train", "val"))
@@ -566,6 +567,9 @@ def test_what_is_not_read_is_counted_and_named(tmp_path):
     )
     assert data.unread_of([train, val]) == data.unread_of([val, train]) == expected
     assert data.unread_of([sources.digits("train")]) == ""
+    touch(tmp_path, "cat/@eaDir/0.jpg/small.jpg")  # a NAS of Synology
+    assert "3 hidden" in data.unread_of([sources.folder("train", data_dir=str(tmp_path))])
+    shutil.rmtree(tmp_path / "cat" / "@eaDir")
     touch(tmp_path, *(f"cat/a.{kind}" for kind in ("b", "c", "d")))
     assert data.unread_of([sources.folder("train", data_dir=str(tmp_path)), val]).endswith(", 2 of other kinds.")
 
@@ -579,6 +583,12 @@ def test_what_is_not_read_is_counted_and_named(tmp_path):
     touch(tmp_path, "dog/0.jpg")
     with pytest.raises(ValueError, match=r"cat has no image .*its folder must go\. 12 of 12 files are not .*9 \.heic"):
         sources.folder("train", data_dir=str(tmp_path))
+
+
+def test_names_that_break_lines_are_spelled():
+    unread = [sources.Unread("cat/a\n.jpg\n", ".jpg\n"), sources.Unread(os.fsdecode(b"cat/\xe9.txt"), ".txt")]
+    expected = r"2 of 5 files are not read: 1 '.jpg\n' ('cat/a\n.jpg\n'), 1 .txt ('cat/\udce9.txt')."
+    assert sources.describe_unread(unread, 3) == expected
 
 
 def test_a_folder_without_classes_beside_splits_is_not_read(tmp_path):

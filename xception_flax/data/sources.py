@@ -300,8 +300,10 @@ IMAGE_SUFFIXES = (
     ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 
-# What file managers leave behind, which is not worth a word; so are hidden files, but for images.
+# What file managers leave behind, which is not worth a word; so are hidden files, but for images. And the folders
+# of systems, which count as hidden: of archives, disks, and a NAS, which has a small copy of each image in its own.
 _NOISE = ("thumbs.db", "ehthumbs.db", "desktop.ini")
+_SYSTEM_FOLDERS = ("__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information")
 
 VAL_FRACTION = 0.1
 
@@ -468,6 +470,10 @@ def folder_splits(data_dir: str, split: str = "train") -> tuple[str, ...]:
     return tuple(name for name in inner if name == known or any(not why for _, why in _walk(directory / name)))
 
 
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
+
+
 def _folders(directory: Path) -> list[Path]:
     """The folders there in the order of their names, but for hidden ones.
 
@@ -476,7 +482,7 @@ def _folders(directory: Path) -> list[Path]:
     """
     try:
         with os.scandir(directory) as entries:
-            names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+            names = [entry.name for entry in entries if not _is_hidden(entry.name) and entry.is_dir()]
     except OSError as error:
         raise ValueError(f"{directory} cannot be read: {error.strerror}.") from None
     names.sort(key=composed)
@@ -532,11 +538,11 @@ def _walk(directory: Path, *, below: bool = True, left_out: Collection[str] | No
       ValueError: a folder cannot be read.
     """
 
-    def is_hidden(place: str) -> bool:
-        return any(part.startswith(".") for part in Path(place).relative_to(directory).parts)
+    def is_within_hidden(place: str) -> bool:
+        return any(map(_is_hidden, Path(place).relative_to(directory).parts))
 
     def unreadable(error: OSError) -> None:
-        if left_out is None and not is_hidden(error.filename):
+        if left_out is None and not is_within_hidden(error.filename):
             raise ValueError(f"{error.filename} cannot be read: {error.strerror}.")
 
     follow, seen = left_out is None, set()
@@ -544,7 +550,7 @@ def _walk(directory: Path, *, below: bool = True, left_out: Collection[str] | No
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue
-        hidden = is_hidden(place)
+        hidden = is_within_hidden(place)
         if not hidden:
             seen.add(real)
         if left_out and place == str(directory):
@@ -553,11 +559,11 @@ def _walk(directory: Path, *, below: bool = True, left_out: Collection[str] | No
         folders[:] = sorted(
             name
             for name in folders
-            if below and not ((hidden or name.startswith(".")) and os.path.islink(os.path.join(place, name)))
+            if below and not ((hidden or _is_hidden(name)) and os.path.islink(os.path.join(place, name)))
         )
         for name in sorted(names):
             path, suffix = os.path.join(place, name), os.path.splitext(name)[1].lower()
-            if hidden or name.startswith("."):  # macOS writes a '._' file beside each file on foreign disks
+            if hidden or _is_hidden(name):  # macOS writes a '._' file beside each file on foreign disks
                 if suffix in IMAGE_SUFFIXES and not name.startswith("._") and os.path.exists(path):
                     yield path, "hidden"
             elif suffix in IMAGE_SUFFIXES:
@@ -577,7 +583,11 @@ def describe_unread(unread: Iterable[Unread], num_images: int) -> str:
         return ""
     kinds = Counter(places.values()).most_common()
     examples = {why: os.path.join(*Path(path).parts[-2:]) for path, why in reversed(places.items())}
-    parts = [f"{count:,} {why} ({examples[why]})" for why, count in kinds[:MAX_KINDS]]
+
+    def spell(name: str) -> str:
+        return name if name.isprintable() else repr(name)
+
+    parts = [f"{count:,} {spell(why)} ({spell(examples[why])})" for why, count in kinds[:MAX_KINDS]]
     if kinds[MAX_KINDS:]:
         parts.append(f"{sum(count for _, count in kinds[MAX_KINDS:]):,} of other kinds")
     are = "are" if len(places) > 1 else "is"
