@@ -635,6 +635,7 @@ def test_a_copy_with_decomposed_names_is_the_same_data(tmp_path):
 
     touch(tmp_path / "split", "entrai\u0302nement/cat/a.jpg")
     assert len(sources.folder("entra\xeenement", data_dir=str(tmp_path / "split"))) == 1
+    assert sources.folder_splits(str(tmp_path / "split"), "entra\xeenement") == ("entra\xeenement",)
     touch(tmp_path / "NFC", "cafe\u0301/a.jpg")
     with pytest.raises(
         ValueError, match=r"two folders of the name caf\xe9, written 'cafe\\u0301' and 'caf\\xe9'; make"

@@ -167,7 +167,7 @@ def _sixteen_bits(file: pillow.Image, content: bytes, *, colors: bool) -> np.nda
     file.load()  # so that a damaged file is refused as ever: OpenCV reads over much
     values = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16 or values.shape[:2] != (file.height, file.width):
-        raise BadImageError("the 16 bits of its colours cannot be read; write it as a PNG.")
+        raise BadImageError("the 16 bits of its colours cannot be read; write it anew, as a PNG.")
     return values if values.ndim == 2 else values[..., 2::-1]
 
 

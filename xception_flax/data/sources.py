@@ -366,11 +366,11 @@ def folder(split: str, *, data_dir: str, val_fraction: float = VAL_FRACTION) -> 
     if splits:
         if place is None:
             raise ValueError(f"{directory} has no folder for split {split!r}; {suggest(split, splits)}")
-        if place.name not in splits and images_in(place):
+        if composed(split) not in splits and images_in(place):
             raise ValueError(
                 f"{place} has images, and no folders that say of which class they are; expected {place}/CLASS/*.jpg."
             )
-        files, others = classes_in(place), _beside(directory, splits)
+        files, others = classes_in(place), _beside(directory, [places[name].name for name in splits])
         return dataclasses.replace(files, unread=(*files.unread, *others))
     if not any(images_in(p) for p in places.values()):
         if place is not None:
@@ -451,11 +451,11 @@ def folder_splits(data_dir: str, split: str = "train") -> tuple[str, ...]:
         which images would be left out.
     """
     directory = _directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
-    inner = {p.name: folders for p in _folders(directory) if (folders := _folders(p))}
-    names = {composed(name): name for name in inner}
-    known = names.get("train", names.get(composed(split)))
-    searched = [p for p in _folders(directory) if known is None or p.name == known] if inner else []
-    if images := [p.name for p in searched if images_in(p)]:
+    places = {composed(p.name): p for p in _folders(directory)}
+    inner = {name: folders for name, place in places.items() if (folders := _folders(place))}
+    known = next((name for name in ("train", composed(split)) if name in inner), None)
+    searched = [name for name in places if known in (None, name)] if inner else []
+    if images := [name for name in searched if images_in(places[name])]:
         more = f" and {len(images) - 5:,} more" if len(images) > 5 else ""
         nested = known or next(iter(inner))
         raise ValueError(
@@ -467,7 +467,7 @@ def folder_splits(data_dir: str, split: str = "train") -> tuple[str, ...]:
             f"{directory}: there are folders in {', '.join(list(inner)[:5])}, none of which is called train; expected "
             "either CLASS/*.jpg or train/CLASS/*.jpg and val/CLASS/*.jpg."
         )
-    return tuple(name for name in inner if name == known or any(not why for _, why in _walk(directory / name)))
+    return tuple(name for name in inner if name == known or any(not why for _, why in _walk(places[name])))
 
 
 def _is_hidden(name: str) -> bool:
@@ -766,16 +766,15 @@ def _check_memory(path: str | Path, num_bytes: int) -> None:
 
 
 def _free_memory() -> int:
-    """Bytes that this process may still take, as far as Linux says; elsewhere all that the machine has."""
+    """Bytes that this process may take, as far as Linux and a container's limit say; elsewhere all of the machine."""
     try:
         available = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
     except (OSError, TypeError):
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no such limit: 'max'
+        return min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # there is none: 'max'
         return available
-    return min(available, limit - used)
 
 
 def _directory(path: str, content: str) -> Path:
