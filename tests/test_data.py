@@ -800,6 +800,14 @@ def test_an_npz_file_is_believed_before_it_is_read(tmp_path, monkeypatch):
         write(shape, content)
         with pytest.raises(ValueError, match=message):
             sources.arrays("train", path=str(path))
+    write((2**28, 8, 8), b"")
+    with zipfile.ZipFile(path, "a") as archive:  # whose own list claims it too
+        archive.writestr("more", b"")
+        archive.filelist[0].file_size += 2**34
+    with pytest.raises(
+        ValueError, match=r"holds 16\.0 GiB by its header, in \d\d\d bytes, as no images do; it is damaged"
+    ):
+        sources.arrays("train", path=str(path))
     write((4, 1000, 1000), bytes(4_000_000))
     assert path.stat().st_size < 10_000
     assert sources.arrays("train", path=str(path)).images.shape == (4, 1000, 1000)

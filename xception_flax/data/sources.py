@@ -32,6 +32,9 @@ Example = dict[str, Any]
 # Classes without names are called by their numbers, of which one label may claim any. No data set has as many.
 MAX_UNNAMED_CLASSES = 2**20
 
+# How small an .npz file may make arrays of gigabytes. Deflate makes zeros 1,030 times smaller, the digits 2.5 times.
+MAX_RATIO = 500
+
 
 class InputError(ValueError):
     """The examples have come to an end that is none: an image, a file or a worker process is at fault."""
@@ -737,7 +740,13 @@ def _read_npz(path: str, needed: Sequence[str], optional: Sequence[str]) -> dict
                 f"{path}: {key} is {dtype} {shape} by its header, {dtype.itemsize * math.prod(shape):,} bytes, and has "
                 f"{num_bytes:,}; the file is damaged."
             )
-    _check_memory(path, sum(num_bytes for _, _, num_bytes in declared.values()))
+    total, packed = sum(num_bytes for _, _, num_bytes in declared.values()), sum(files[k].compress_size for k in keys)
+    if total > 2**30 and total > MAX_RATIO * packed:
+        raise ValueError(
+            f"{path} holds {total / 2**30:,.1f} GiB by its header, in {packed:,} bytes, as no images do; it is damaged, "
+            "or made to fill memory."
+        )
+    _check_memory(path, total)
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in keys}
