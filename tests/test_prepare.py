@@ -526,14 +526,20 @@ def test_check_looks_at_the_splits_that_training_has(folder, tmp_path, capsys, m
             copy.unlink()
         elif (taken := taken + 1) == len(held_out):
             break
+    paths = sources.folder("train", data_dir=str(folder), val_fraction=0.3).paths[-5:]
+    (folder / "again").mkdir()
+    for path in paths:
+        shutil.copy(path, folder / "again")  # under their own names they are of split train too
     run("folder", folder, "--data-dir", tmp_path / "tfds", "--val-fraction", "0.3")
     dataset = tmp_path / "tfds" / "my_photos" / "1.0.0"
     for arguments in ([folder, "--val-fraction", "0.3"], [dataset]):
         capsys.readouterr()
         run("check", *arguments)
         out = capsys.readouterr().out
-        assert re.findall(r"(\w+)\n +images +(\d+)", out) == [("train", "38"), ("val", "8")]
-        assert "6 files are there more than once, 6 of them in more than one split" in out
+        assert re.findall(r"(\w+)\n +images +(\d+)", out) == [("train", "43"), ("val", "8")]
+        assert "11 files are there more than once, 6 of them in more than one split" in out
+        shown = re.findall(r"^  (train|val): .* = (train|val): ", out, re.MULTILINE)
+        assert [len(set(splits)) for splits in shown] == [2] * 6 + [1] * 4  # the worse first, of eleven ten
     message = fail(capsys, monkeypatch, "check", dataset, "--val-fraction", "0.3")
     assert message == f"error: {dataset} is a data set, which has its splits; leave out --val-fraction."
 

@@ -324,9 +324,13 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
     largest = max((wide["largest"] for split in report.values() if (wide := split["sixteen_bits"])), default=None)
     if largest is not None and decoding.is_dark(largest):
         print(f"\n16 bits with little in the upper ones: train by --config.data.max_value={decoding.white(largest)}")
-    across = sum(len({name.partition(": ")[0] for name in names}) > 1 for names in repeated)
+
+    def is_across(names: Sequence[str]) -> bool:
+        return len({name.partition(": ")[0] for name in names}) > 1
+
+    across = sum(map(is_across, repeated))
     print(f"\n{len(repeated):,} files are there more than once, {across:,} of them in more than one split")
-    for names in repeated[:10]:
+    for names in sorted(repeated, key=is_across, reverse=True)[:10]:  # those first, which are worse
         print(f"  {' = '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
     undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
     if undecodable:

@@ -743,8 +743,8 @@ def _read_npz(path: str, needed: Sequence[str], optional: Sequence[str]) -> dict
     total, packed = sum(num_bytes for _, _, num_bytes in declared.values()), sum(files[k].compress_size for k in keys)
     if total > 2**30 and total > MAX_RATIO * packed:
         raise ValueError(
-            f"{path} holds {total / 2**30:,.1f} GiB by its header, in {packed:,} bytes, as no images do; it is damaged, "
-            "or made to fill memory."
+            f"{path} holds {total / 2**30:,.1f} GiB by its header, in {packed:,} bytes, as no images do; it is "
+            "damaged, or made to fill memory."
         )
     _check_memory(path, total)
     try:
