@@ -606,6 +606,11 @@ def test_check_and_training_agree_on_a_folder(folder, tmp_path, capsys):
     assert len(sources.folder("train", data_dir=str(folder))) == 40
     run("check", folder)
     assert capsys.readouterr().out.endswith("\n1 of 41 files is not read: 1 outside of a class (test/1.jpg).\n")
+    shutil.copytree(folder / "train" / "n01440764", folder / "test" / "n01440764")
+    assert prepare.main(["check", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert re.findall(r"(\w+)\n +images +(\d+)\n +classes +(\d)", out) == [("test", "10", "1"), ("train", "40", "4")]
+    assert out.endswith("\nother classes than training's: split test\n")
 
 
 @pytest.mark.parametrize("damage", ["a bit flipped", "cut in half", "removed"])

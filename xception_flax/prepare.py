@@ -271,7 +271,8 @@ class Checked(NamedTuple):
 
 def check(arguments: argparse.Namespace) -> int:
     splits = _open(arguments.dataset.expanduser().absolute(), arguments.val_fraction)
-    class_names = _common_classes(arguments.dataset, splits)
+    of_training = {split: source for split, source in splits.items() if split in ("train", "val")} or splits
+    class_names = _common_classes(arguments.dataset, of_training)
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise ValueError(f"--json: {arguments.json.parent} is no directory.")
     if arguments.json is not None:
@@ -291,7 +292,7 @@ def check(arguments: argparse.Namespace) -> int:
                 for image in executor.map(lambda i, source=source: _read(source, i), block):
                     images[split].append(image)
                     advance(1)
-    report = {split: _describe(found, class_names) for split, found in images.items()}
+    report = {split: _describe(found, splits[split].class_names) for split, found in images.items()}
     repeated = _repeated(images)
     if arguments.json is not None:
         unread = sorted({file for source in splits.values() for file in getattr(source, "unread", ())})
@@ -300,7 +301,10 @@ def check(arguments: argparse.Namespace) -> int:
     _show(report, repeated)
     if unread := sources.unread_of(splits.values()):
         print(f"\n{unread}")
-    return 1 if any(described["undecodable"] for described in report.values()) else 0
+    other = [split for split, source in splits.items() if source.class_names != class_names]
+    if other:  # of no matter to training, but `evaluate` will refuse them
+        print(f"\nother classes than training's: split {', '.join(other)}")
+    return 1 if other or any(described["undecodable"] for described in report.values()) else 0
 
 
 def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]]) -> None:
