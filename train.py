@@ -136,7 +136,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
         )
 
     # A run that goes on has its own; one that begins finds out before anything is written.
-    initial = None if checkpoint.has_steps(workdir) else load_initial()
+    initial = None
+    if not checkpoint.has_steps(workdir):
+        train_data.check_max_value()
+        initial = load_initial()
 
     # Workdir, checkpoint.
     with contextlib.ExitStack() as stack:
@@ -195,6 +198,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
             f"{config.model.name}, {parameters:,} parameters, {train_data.num_images:,} images, {total_steps} steps of "
             f"{config.batch_size} on {mesh.size} x {device_kind}, {workdir}"
         )
+        if unread := data.unread_of((train_data.source, eval_data.source)):
+            report.say(unread)
         if start_step:
             report.say(f"going on from the checkpoint of step {start_step}")
         elif config.init.weights != "random":

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from jax import lax
 from orbax.checkpoint import checkpoint_managers as policies
 
-from xception_flax.lookup import shown
+from xception_flax.lookup import composed, shown
 from xception_flax.ranges import check_range
 from xception_flax.state import TrainState
 
@@ -161,7 +161,8 @@ def restore_variables(manager: ocp.CheckpointManager, abstract_variables: PyTree
 def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """Reads the JSON values of `step`."""
     try:
-        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return meta | {"class_names": list(map(composed, meta["class_names"]))}  # older runs have them as on their disk
     except Exception as error:
         raise _unreadable(manager, step, error) from None
 

@@ -1,6 +1,7 @@
 """Choosing an entry of a table by name, and other words of an error that helps."""
 
 import difflib
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
@@ -8,6 +9,15 @@ T = TypeVar("T")
 
 MAX_LISTED = 30  # names in an error message
 MAX_SHOWN = 120  # characters of a value in an error message
+
+
+def composed(name: str) -> str:
+    """Returns `name` in Unicode's composed form (NFC), in which names are compared, sorted and hashed.
+
+    'é' is one character there or two: macOS and some archives write file names in the other form, and who sees
+    them sees no difference. A file is opened by its own name.
+    """
+    return unicodedata.normalize("NFC", name)
 
 
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:

@@ -89,7 +89,8 @@ def predict(
     def prepare(path: Path) -> np.ndarray | ValueError:
         try:
             rng = np.random.default_rng(0)  # which no transform of an evaluation has a use for
-            return prepare_image(path.read_bytes(), chain, image_shape, config.data.min_decoded_side, rng)
+            content, read = path.read_bytes(), config.data
+            return prepare_image(content, chain, image_shape, read.min_decoded_side, rng, read.max_value)
         except OSError as error:
             return ValueError(f"{error.strerror}.")
         except BadImageError as error:
@@ -121,9 +122,14 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
     """
     for path in paths:
         if path.is_dir():
-            found = sources.images_in(path, below=True)
+            found, others = sources.list_files(path)
+            unread = sources.describe_unread(others, len(found))
             if not found:
-                raise ValueError(f"{path} has no image (of {', '.join(sources.IMAGE_SUFFIXES)}).")
+                raise ValueError(
+                    f"{path} has no image (of {', '.join(sources.IMAGE_SUFFIXES)}).{unread and f' {unread}'}"
+                )
+            if unread:
+                print(f"{path}: {unread}", file=sys.stderr)
             yield from found
         elif path.exists():
             yield path

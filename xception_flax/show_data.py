@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, with this recipe perhaps
     train = arguments.split == "train"
     split = data.load(**config.data, batch_size=config.batch_size, seed=config.seed, train=train)
+    split.check_max_value()
     number = arguments.batches if train else min(arguments.batches, split.num_batches)
     shown = []
     with (

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from xception_flax import allocator
+from xception_flax.data.decoding import WHITE
 from xception_flax.data.pipeline import ON_BAD_IMAGE, InputError, Split, choose_threads, usable_cpus
-from xception_flax.data.sources import SOURCES
+from xception_flax.data.sources import SOURCES, unread_of
 from xception_flax.data.transforms import MAX_SIDE, parse_transforms
-from xception_flax.lookup import cut, lookup, shown, suggest
+from xception_flax.lookup import composed, cut, lookup, shown, suggest
 from xception_flax.ranges import check_range
 
-__all__ = ["SOURCES", "InputError", "Split", "check_class_names", "load"]
+__all__ = ["SOURCES", "InputError", "Split", "check_class_names", "load", "unread_of"]
 
 # Beyond these more of them is a mistake, which would cost the machine its memory before it is seen.
 MAX_THREADS, MAX_WORKERS = 1024, 256
@@ -39,6 +40,7 @@ def load(
     num_workers: int = -1,
     min_decoded_side: int = 0,
     on_bad_image: str = "stop",
+    max_value: int | None = None,
     **options: Any,
 ) -> Split:
     """Returns the batches of a data set, for training or for evaluation.
@@ -64,6 +66,8 @@ def load(
         sides keep so many pixels: faster for large photos, and other values (see `decoding.decode`).
       on_bad_image: what to do with one that cannot be decoded: 'stop' names it and stops; 'replace' puts a
         black image with mask 0 in its place, which loss, gradient and metrics leave out and count.
+      max_value: of images of 16 bits, the value that becomes 255: 4095 where a camera or scanner of 12 bits wrote them;
+        None for 65,535, and a run does not begin where the images make no use of the upper half.
       **options: the source's own keywords, such as `data_dir`.
 
     Raises:
@@ -79,6 +83,8 @@ def load(
         check_range("data.num_threads (-1: what suits the CPUs)", num_threads, 1, MAX_THREADS)
     check_range("data.num_workers (-1: what suits the CPUs)", num_workers, -1, MAX_WORKERS)
     check_range("data.min_decoded_side (0: off)", min_decoded_side, 0, MAX_SIDE)
+    if max_value is not None:
+        check_range("data.max_value", max_value, 255, WHITE)
     if on_bad_image not in ON_BAD_IMAGE:
         raise ValueError(f"unknown data.on_bad_image {shown(on_bad_image)}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
     batch_bytes = batch_size // process_count * image_size**2 * channels
@@ -114,6 +120,7 @@ def load(
         num_workers=num_workers,
         min_decoded_side=min_decoded_side,
         on_bad_image=on_bad_image,
+        max_value=max_value,
     )
     split.check_transforms()
     return split
@@ -133,15 +140,21 @@ def check_class_names(expected: Sequence[str], split: Split) -> None:
     """Raises ValueError unless the classes of `split` are those, in the same order.
 
     Where they differ, the same number would mean another class: a folder that one split lacks
-    shifts all that follow it.
+    shifts all that follow it. They are compared in Unicode's composed form, in which sources have them.
     """
-    if tuple(expected) != split.class_names:
+    expected = tuple(map(composed, expected))
+    if expected != split.class_names:
         missing = sorted(set(expected) - set(split.class_names))[:5]
         extra = sorted(set(split.class_names) - set(expected))[:5]
+        moved = [pair for pair in zip(expected, split.class_names, strict=False) if pair[0] != pair[1]][:1]
+        order = (
+            "" if missing or extra or not moved else f"; another order: {moved[0][1]} where {moved[0][0]} is expected"
+        )
         raise ValueError(
             f"the data of {'training' if split.train else 'evaluation'} has {len(split.class_names)} classes, and not "
             f"the {len(expected)} that are expected"
             + (f"; missing: {', '.join(missing)}" if missing else "")
             + (f"; not expected: {', '.join(extra)}" if extra else "")
+            + order
             + ". Training, evaluation and checkpoint must have the same classes in the same order."
         )
