@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from xception_flax import weight_files
+from xception_flax.weight_files import MAX_BYTES, Layers
+
 PyTree = Any
 
 # What Keras numbers, in its order.
@@ -34,6 +37,12 @@ INCEPTION_V3_NUMBERED = (
 
 _NUMBERED_CONV = re.compile(r"conv(?:olution)?2d(?:_(\d+))?$")
 _NUMBERED_NORM = re.compile(r"batch_?normalization(?:_(\d+))?$")
+
+# Ours of Xception, and where Keras 3 keeps a layer: its class, and its rank among those of its class.
+_XCEPTION_LAYER = re.compile(r"block(?P<block>\d+)_(?P<kind>conv|sepconv|residual)(?P<i>\d*)(?P<bn>_bn)?")
+_PLACE = re.compile(
+    r"(?P<parent>/(?:.*/)?layers)/(?P<keras_class>conv2d|separable_conv2d|batch_normalization|dense)(?:_(?P<rank>\d+))?"
+)
 
 
 class Weight(NamedTuple):
@@ -83,36 +92,70 @@ def _our_names(keras_names: Sequence[str], variables: Mapping[str, PyTree]) -> d
     return names
 
 
-def read_layers(path: Path) -> list[tuple[str, list[np.ndarray]]]:
+def read_layers(path: Path, template: Mapping[str, PyTree], max_bytes: int = MAX_BYTES) -> Layers:
     """Returns (name, arrays) of each layer in a file that Keras wrote, as `from_keras` takes them.
 
     Any of `model.save('x.h5')`, `model.save_weights('x.weights.h5')` (Keras 3) and
     `model.save_weights('x.h5')` (Keras 1 and 2, and the published weights).
 
+    Args:
+      template: variables of our model, or their shapes: what tells layers apart where Keras wrote no names.
+      max_bytes: of all arrays together.
+
     Raises:
       ValueError: it is no such file, or a damaged one.
     """
-    import h5py  # here: other commands need not pay for it
-
     try:
-        with h5py.File(path) as file:
-            top = file.get("model_weights", file)
-            if "layer_names" in top.attrs:  # Keras 1 and 2
-                groups = (
-                    (str(np.char.decode(name)) if isinstance(name, bytes) else name, top[name])
-                    for name in top.attrs["layer_names"]
-                )
-                layers = [(name, [group[w][()] for w in group.attrs["weight_names"]]) for name, group in groups]
-            else:  # Keras 3: a group 'vars' a layer, which knows the layer's name
-                found: list[h5py.Group] = []
-                file.visititems(lambda name, item: found.append(item) if name.rpartition("/")[2] == "vars" else None)
-                layers = [(group.attrs["name"], [group[str(i)][()] for i in range(len(group))]) for group in found]
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as weights of Keras: {str(error).strip(chr(34))}.") from None
-    layers = [(name, arrays) for name, arrays in layers if arrays]
+        layers = [(name, arrays) for name, arrays in weight_files.read(path, "hdf5", max_bytes) if arrays]
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as weights of Keras: {error}.") from None
     if not layers:
         raise ValueError(f"{path} has no layers with weights in it; expected a file of Keras' model.save_weights().")
+    if any(name.startswith("/") for name, _ in layers):
+        names = _names_by_rank([name for name, _ in layers], template, path)
+        layers = [(names[name], arrays) for name, arrays in layers]
     return layers
+
+
+def _names_by_rank(places: Sequence[str], template: Mapping[str, PyTree], path: Path) -> dict[str, str]:
+    """The name of each layer of Xception by its place in a file of Keras 3.0 to 3.5, which writes no names.
+
+    A place is the class and how many of that class come before it in `model.layers`: '/layers/conv2d_3'. That is the
+    order of a layer's distance from the output, in which no two layers of one class are equal in Xception, so that it
+    is one order for any version of Keras; in Inception V3 many are.
+
+    Raises:
+      ValueError: it is another network, or not all of these layers.
+    """
+    ours: dict[str, list[tuple[int, int, int, str]]] = {}
+    for name in template["params"]:
+        if match := _XCEPTION_LAYER.fullmatch(name):
+            kind = ("conv", "sepconv", "residual").index(match["kind"])
+            keras_class = "batch_normalization" if match["bn"] else ("conv2d", "separable_conv2d", "conv2d")[kind]
+            ours.setdefault(keras_class, []).append((int(match["block"]), kind, int(match["i"] or 0), name))
+    theirs: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for place in places:
+        match = _PLACE.fullmatch(place)
+        parent, keras_class = (match["parent"], match["keras_class"]) if match else ("", place)
+        theirs.setdefault(("", "dense") if keras_class == "dense" else (parent, keras_class), []).append(
+            (int(match["rank"] or 0) if match else 0, place)
+        )
+    counts = {keras_class: len(found) for (_, keras_class), found in theirs.items() if keras_class != "dense"}
+    wanted = {keras_class: len(layers) for keras_class, layers in ours.items()}
+    one_model = len({parent for parent, keras_class in theirs if keras_class != "dense"}) == 1
+    if "separable_conv2d" not in wanted or counts != wanted or not one_model or len(theirs.get(("", "dense"), ())) > 1:
+        raise ValueError(
+            f"{path}: Keras 3.0 to 3.5 wrote no names of layers into it, and by their order only those of the whole "
+            "Xception can be told apart. With Keras 3.6 or newer: model.load_weights(FILE), "
+            "model.save_weights('new.weights.h5')."
+        )
+    names = {place: "predictions" for _, place in theirs.get(("", "dense"), ())}
+    for (_, keras_class), found in theirs.items():
+        if keras_class != "dense":
+            names |= {
+                place: layer[-1] for (_, place), layer in zip(sorted(found), sorted(ours[keras_class]), strict=True)
+            }
+    return names
 
 
 def from_keras(layers: Iterable[tuple[str, Sequence[np.ndarray]]], template: Mapping[str, PyTree]) -> dict[str, PyTree]:
