@@ -118,44 +118,42 @@ def read_layers(path: Path, template: Mapping[str, PyTree], max_bytes: int = MAX
 
 
 def _names_by_rank(places: Sequence[str], template: Mapping[str, PyTree], path: Path) -> dict[str, str]:
-    """The name of each layer of Xception by its place in a file of Keras 3.0 to 3.5, which writes no names.
+    """Our name of each layer of Xception by its place in a file of Keras 3.0 to 3.5, which wrote no names.
 
-    A place is the class and how many of that class come before it in `model.layers`: '/layers/conv2d_3'. That is the
-    order of a layer's distance from the output, in which no two layers of one class are equal in Xception, so that it
-    is one order for any version of Keras; in Inception V3 many are.
+    A place is a class and how many of that class come before in `model.layers`: '/layers/conv2d_3'. Those
+    are in the order of their distance from the output. No two of one class in Xception are equally far, so
+    that every version of Keras has one order; in Inception V3 many are.
 
     Raises:
-      ValueError: it is another network, or not all of these layers.
+      ValueError: it is another network, or not the whole of this one.
     """
-    ours: dict[str, list[tuple[int, int, int, str]]] = {}
-    for name in template["params"]:
-        if match := _XCEPTION_LAYER.fullmatch(name):
-            kind = ("conv", "sepconv", "residual").index(match["kind"])
-            keras_class = "batch_normalization" if match["bn"] else ("conv2d", "separable_conv2d", "conv2d")[kind]
-            ours.setdefault(keras_class, []).append((int(match["block"]), kind, int(match["i"] or 0), name))
-    theirs: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    found, dense, parents = [], [], set()
     for place in places:
         match = _PLACE.fullmatch(place)
-        parent, keras_class = (match["parent"], match["keras_class"]) if match else ("", place)
-        theirs.setdefault(("", "dense") if keras_class == "dense" else (parent, keras_class), []).append(
-            (int(match["rank"] or 0) if match else 0, place)
-        )
-    counts = {keras_class: len(found) for (_, keras_class), found in theirs.items() if keras_class != "dense"}
-    wanted = {keras_class: len(layers) for keras_class, layers in ours.items()}
-    one_model = len({parent for parent, keras_class in theirs if keras_class != "dense"}) == 1
-    if "separable_conv2d" not in wanted or counts != wanted or not one_model or len(theirs.get(("", "dense"), ())) > 1:
+        if match and match["keras_class"] == "dense":
+            dense.append(place)
+        else:
+            found.append((match["keras_class"], int(match["rank"] or 0), place) if match else (place, 0, place))
+            parents.add(match["parent"] if match else place)
+    ours = sorted(_class_and_order(name) for name in template["params"] if name != "predictions")
+    if [layer[0] for layer in sorted(found)] != [layer[0] for layer in ours] or len(parents) > 1 or len(dense) > 1:
         raise ValueError(
             f"{path}: Keras 3.0 to 3.5 wrote no names of layers into it, and by their order only those of the whole "
             "Xception can be told apart. With Keras 3.6 or newer: model.load_weights(FILE), "
             "model.save_weights('new.weights.h5')."
         )
-    names = {place: "predictions" for _, place in theirs.get(("", "dense"), ())}
-    for (_, keras_class), found in theirs.items():
-        if keras_class != "dense":
-            names |= {
-                place: layer[-1] for (_, place), layer in zip(sorted(found), sorted(ours[keras_class]), strict=True)
-            }
-    return names
+    names = {theirs[-1]: layer[-1] for theirs, layer in zip(sorted(found), ours, strict=True)}
+    return names | dict.fromkeys(dense, "predictions")
+
+
+def _class_and_order(name: str) -> tuple[str, int, int, int, str]:
+    """Keras' class of a layer of Xception of ours, and what sorts those of a class as Keras does."""
+    match = _XCEPTION_LAYER.fullmatch(name)
+    if match is None:
+        return name, 0, 0, 0, name
+    kind = ("conv", "sepconv", "residual").index(match["kind"])
+    keras_class = "batch_normalization" if match["bn"] else ("conv2d", "separable_conv2d", "conv2d")[kind]
+    return keras_class, int(match["block"]), kind, int(match["i"] or 0), name
 
 
 def from_keras(layers: Iterable[tuple[str, Sequence[np.ndarray]]], template: Mapping[str, PyTree]) -> dict[str, PyTree]:

@@ -247,7 +247,7 @@ def _digest(path: Path, algorithm: str) -> str:
 def _from_file(path: Path, form: str, shapes: Mapping[Place, Any]) -> tuple[str, dict[Place, np.ndarray]]:
     """Returns the library that wrote a file, and its arrays by place."""
     # Float64 of twice the network, and then a classifier of any number of classes.
-    max_bytes = 16 * sum(math.prod(leaf.shape) for leaf in shapes.values()) + 2**30
+    max_bytes = 16 * sum(math.prod(leaf.shape) for leaf in shapes.values()) + 2**29
     if form == "hdf5":
         layers = keras_weights.read_layers(path, unflatten_dict(shapes), max_bytes)
         if not _fits(dict(layers).get("predictions", [None])[-1], shapes):

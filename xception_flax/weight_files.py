@@ -165,7 +165,7 @@ def _end(code: int) -> str:
 # The reader's side ---------------------------------------------------------------------------------
 
 
-class _Room(NamedTuple):
+class Room(NamedTuple):
     """How much may be read: every array is asked for by its header, before it is read."""
 
     max_bytes: int
@@ -210,7 +210,7 @@ def _child(group: Any, name: str) -> Any:
     return group
 
 
-def _dataset(group: Any, name: str, room: _Room) -> np.ndarray:
+def _dataset(group: Any, name: str, room: Room) -> np.ndarray:
     import h5py
 
     dataset = _child(group, name)
@@ -229,10 +229,15 @@ def _dataset(group: Any, name: str, room: _Room) -> np.ndarray:
     return _native(dataset[()])
 
 
-def _vars(group: Any) -> Iterator[tuple[str, Any]]:
+def _vars(group: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
     """The groups named 'vars', one a layer, of Keras 3, with their places."""
     import h5py
 
+    # A group may lie in many, and in itself.
+    address = h5py.h5o.get_info(group.id).addr
+    if address in seen:
+        raise ValueError(f"{group.name} is in it twice")
+    seen.add(address)
     for name in group:
         # Not the optimizer's, nor the state of a generator of random numbers.
         if (group.name == "/" and name == "optimizer") or name == "seed_generator":
@@ -241,10 +246,10 @@ def _vars(group: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(item, h5py.Group) and name == "vars":
             yield group.name, item
         elif isinstance(item, h5py.Group):
-            yield from _vars(item)
+            yield from _vars(item, seen)
 
 
-def _read_hdf5(path: Path, room: _Room) -> Layers:
+def _read_hdf5(path: Path, room: Room) -> Layers:
     """Layers that Keras wrote; where it wrote no name, the place in the file, which begins with a '/', is the name."""
     import h5py
 
@@ -252,7 +257,8 @@ def _read_hdf5(path: Path, room: _Room) -> Layers:
         top = _child(file, "model_weights") if "model_weights" in file else file
         if "layer_names" not in top.attrs:  # Keras 3
             groups = [
-                (group.attrs.get("name", place), group, map(str, range(len(group)))) for place, group in _vars(file)
+                (group.attrs.get("name", place), group, map(str, range(len(group))))
+                for place, group in _vars(file, set())
             ]
         else:  # Keras 1 and 2
             groups = [(name, _child(top, _text(name)), None) for name in top.attrs["layer_names"]]
@@ -261,9 +267,11 @@ def _read_hdf5(path: Path, room: _Room) -> Layers:
 
 
 def _text(name: Any) -> str:
-    if not isinstance(name, bytes | str):
-        raise ValueError(f"a name in it is of type {type(name).__name__}; expected text")
-    return name.decode() if isinstance(name, bytes) else str(name)
+    """A name in a file, which may end up in a message to a terminal."""
+    text = name.decode() if isinstance(name, bytes) else name
+    if not isinstance(text, str) or not text.isprintable():
+        raise ValueError(f"a name in it is {text!r:.80}; expected text that can be printed")
+    return str(text)
 
 
 def _counts(name: str) -> bool:
@@ -271,14 +279,14 @@ def _counts(name: str) -> bool:
     return name.endswith("num_batches_tracked")
 
 
-def _read_npz(path: Path, room: _Room) -> Layers:
+def _read_npz(path: Path, room: Room) -> Layers:
     import zipfile
 
     headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     found: dict[str, np.ndarray] = {}
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            name = member.filename.removesuffix(".npy")
+            name = _text(member.filename.removesuffix(".npy"))
             if _counts(name):
                 continue
             if name in found:
@@ -295,7 +303,7 @@ def _read_npz(path: Path, room: _Room) -> Layers:
     return [(name, [array]) for name, array in found.items()]
 
 
-def _read_safetensors(path: Path, room: _Room) -> Layers:
+def _read_safetensors(path: Path, room: Room) -> Layers:
     import safetensors
 
     if path.stat().st_size > room.max_bytes:
@@ -309,11 +317,11 @@ def _read_safetensors(path: Path, room: _Room) -> Layers:
             raise ValueError(f"{name} has the type {entry['dtype']}; expected {', '.join(types)}")
         dtype, shape = types[entry["dtype"]], tuple(entry["shape"])
         room.check(name, dtype, shape)
-        layers.append((name, [_native(np.frombuffer(entry["data"], dtype).reshape(shape))]))
+        layers.append((_text(name), [_native(np.frombuffer(entry["data"], dtype).reshape(shape))]))
     return layers
 
 
-_READERS: dict[str, Callable[[Path, _Room], Layers]] = {
+READERS: dict[str, Callable[[Path, Room], Layers]] = {
     "hdf5": _read_hdf5,
     "npz": _read_npz,
     "safetensors": _read_safetensors,
@@ -343,7 +351,7 @@ def _main(form: str, path: str, max_bytes: str, seconds: str, cpu_seconds: str) 
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     try:
-        layers = _READERS[form](Path(path), _Room(int(max_bytes), []))
+        layers = READERS[form](Path(path), Room(int(max_bytes), []))
     except BaseException as error:  # h5py, zipfile, NumPy and Rust have an exception for everything
         reason = f"{error}" if type(error) is ValueError else f"{type(error).__name__}: {error}"
         line = "".join(c if c.isprintable() else "?" for c in " ".join(reason.split())[:300].rstrip("."))
