@@ -147,6 +147,12 @@ def hostile(kind: str, folder: Path) -> Path:
                 group.create_dataset("0", (10,), "<f4", chunks=(5,))[:5] = 1
             case "large":
                 group.create_dataset("0", (2**32,), "<f4", chunks=(2**20,), compression="gzip")
+            case "another exponent":
+                kind = h5py.h5t.IEEE_F32LE.copy()
+                kind.set_ebias(99)
+                h5py.h5d.create(group.id, b"0", kind, h5py.h5s.create_simple((10,))).write(
+                    h5py.h5s.ALL, h5py.h5s.ALL, np.ones(10, np.float32)
+                )
             case "no array":
                 group.create_group("0")
             case "empty":
@@ -173,6 +179,7 @@ def hostile(kind: str, folder: Path) -> Path:
         "never written": f"/{PLACE}/0 has not all of its numbers in the file",
         "partly written": f"/{PLACE}/0 has not all of its numbers in the file",
         "large": f"with /{PLACE}/0, of shape (4294967296,), its arrays take more than 1,000,000 bytes; expected less",
+        "another exponent": f"/{PLACE}/0 has numbers of a type of its own; expected those of IEEE 754",
         "no array": f"/{PLACE}/0 is no array",
         "empty": f"/{PLACE}/0 has the shape None; expected an array",
         "a group in itself": "/layers/again is in it twice",
@@ -207,7 +214,7 @@ def test_npz_that_says_what_is_not(tmp_path, options, message):
 
 
 def test_a_flipped_bit_of_npz_is_found(tmp_path):
-    """By the archive's checksum, which `np.load` passes by: it stops reading before the end."""
+    """By the archive's checksum: what is read is read to its end."""
     path = write(tmp_path / "a.npz", VALUES.astype(np.float32))
     data = bytearray(path.read_bytes())
     data[data.index(np.float32(-2.25).tobytes())] ^= 1

@@ -219,6 +219,8 @@ def _dataset(group: Any, name: str, room: Room) -> np.ndarray:
     if dataset.external or dataset.is_virtual:
         raise ValueError(f"{dataset.name} has its numbers in another file or array; expected them here")
     room.check(dataset.name, dataset.dtype, dataset.shape)
+    if dataset.dtype.kind == "f" and dataset.id.get_type() != h5py.h5t.py_create(dataset.dtype):
+        raise ValueError(f"{dataset.name} has numbers of a type of its own; expected those of IEEE 754")
     # What was never written would be read as zeros.
     whole = math.prod(
         -(-n // chunk) for n, chunk in zip(dataset.shape, dataset.chunks or dataset.shape, strict=True) if n
