@@ -4,6 +4,7 @@ Nothing is downloaded. Every array of the network must be there with its shape, 
 compute with it what it was trained for; the classifier alone may differ, and then stays random.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -122,7 +123,8 @@ def load(
       image_shape: `(H, W, C)` of one image.
       mesh: where they go.
       class_names: what the logits are to stand for.
-      mean: of the recipe's normalization, on the scale 0 to 255.
+      mean: of the recipe's normalization, on the scale 0 to 255: compared where it is known what the weights
+        expect, and else believed.
       std: the same.
 
     Raises:
@@ -200,7 +202,9 @@ def _hint(folder: Path) -> str:
         if (parent / "config.json").is_file() and checkpoints.has_steps(parent):
             step = next((part for part in folder.absolute().relative_to(parent).parts if part.isdecimal()), None)
             return f": this is within one; give {parent}" + (f" and {step} as its checkpoint" if step else "")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = set()
+    with contextlib.suppress(OSError):  # it is not there, or nobody may look
+        names = set(os.listdir(folder))
     if files := sorted(name for name in names if Path(name).suffix in (".h5", ".hdf5", ".safetensors", ".npz")):
         return f", or a file; give {folder / files[0]}"
     if "saved_model.pb" in names:

@@ -117,17 +117,20 @@ def read(path: Path, form: str, max_bytes: int = MAX_BYTES) -> Layers:
     command = [sys.executable, "-P", __file__, form, path, str(max_bytes), str(SECONDS), str(CPU_SECONDS)]
     # One thread needs no more; and no code that a file names is loaded.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "HDF5_PLUGIN_PRELOAD": "::"}
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-    ) as reader:
+    try:
+        reader = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        )
+    except OSError as error:
+        raise ValueError(f"its reader cannot be started: {error.strerror}") from None
+    with reader:
         try:
             layers = _received(reader.stdout)
         except BaseException:
             reader.kill()
             raise
-        code = reader.wait()
     if layers is None:
-        raise ValueError(_end(code))
+        raise ValueError(_end(reader.returncode))
     return layers
 
 
@@ -360,7 +363,10 @@ def _main(form: str, path: str, max_bytes: str, seconds: str, cpu_seconds: str) 
         answer.write(json.dumps({"error": line}).encode() + b"\n")
     else:
         described = [[name, [(array.dtype.str, array.shape) for array in arrays]] for name, arrays in layers]
-        answer.write(json.dumps({"layers": described}).encode() + b"\n")
+        line = json.dumps({"layers": described})
+        if len(line) >= MAX_ANSWER:
+            layers, line = [], json.dumps({"error": "it has more arrays than any network"})
+        answer.write(line.encode() + b"\n")
         for _, arrays in layers:
             for array in arrays:
                 answer.write(array.tobytes())
