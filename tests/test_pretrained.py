@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -356,13 +357,6 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
         pass
     (tmp_path / "tf.ckpt.index").write_bytes(b"")
     (tmp_path / "unread.ckpt").write_bytes(b"\x80\x02")
-    folders = {"saved": "saved_model.pb", "tf": "model.index", "orbax": "_METADATA", "hub": "model.safetensors"}
-    for name, file in folders.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / file).write_bytes(b"")
-    (tmp_path / "run" / "checkpoints" / "236" / "raw").mkdir(parents=True)
-    (tmp_path / "run" / "config.json").write_text("{}")
-    rewrite = r"load it into the model with Keras, and write model\.save_weights\('model\.weights\.h5'\)\.$"
     for weights, options, message in [
         ("kears", {}, r"init\.weights: kears is neither a file nor a folder; .*; did you mean 'keras'"),
         (tmp_path, {}, r"has no checkpoint; expected the workdir of a run of train\.py"),
@@ -373,13 +367,6 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
         (tmp_path / "text.npz", {}, r"text\.npz cannot be read as weights of timm: "),
         (tmp_path / "unread.ckpt", {}, r"must be \.h5 \(Keras\).*; torch, which alone reads this, writes one"),
         (tmp_path / "tf.ckpt", {}, r"tf\.ckpt is a checkpoint of TensorFlow \(tf\.ckpt\.index\), and is not read"),
-        (tmp_path / "saved", {}, r"saved has no checkpoint; .*; this is a SavedModel of TensorFlow: " + rewrite),
-        (tmp_path / "tf", {}, r"tf has no checkpoint; .*; this has a checkpoint of TensorFlow: " + rewrite),
-        (tmp_path / "orbax", {}, r"; expected the workdir of a run of train\.py; this is a checkpoint of Orbax, and"),
-        (tmp_path / "hub", {}, rf"of a run of train\.py, or a file; give {tmp_path}/hub/model\.safetensors\.$"),
-        (tmp_path / "run/checkpoints", {}, rf": this is within one; give {tmp_path}/run\.$"),
-        (tmp_path / "run/checkpoints/236", {}, rf"; give {tmp_path}/run and 236 as its checkpoint\.$"),
-        (tmp_path / "run/checkpoints/236/raw", {}, rf"; give {tmp_path}/run and 236 as its checkpoint\.$"),
         ("a" * 5000, {}, r"^init\.weights: 'a{200}' cannot be opened: \[Errno 36\] File name too long"),
         ("~no one/w.h5", {}, r"^init\.weights: '~no one/w\.h5' cannot be opened: "),
         (keras_file, dict(model=model.clone(padding="SYMMETRIC")), r"set --config\.model\.padding=SAME$"),
@@ -397,6 +384,34 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             load(weights, **dict(model=model, mesh=one_device) | options)
+
+
+def test_a_folder_that_is_no_workdir_is_named(one_device, tmp_path):
+    rewrite = "load it into the model with Keras, and write model.save_weights('model.weights.h5')"
+    run = tmp_path / "run"
+    for file in (
+        "saved/saved_model.pb",
+        "tf/model.index",
+        "orbax/_METADATA",
+        "hub/model.safetensors",
+        "run/config.json",
+    ):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    (run / "checkpoints" / "236" / "raw").mkdir(parents=True)
+    for folder, message in {
+        "": "",
+        "saved": f"; this is a SavedModel of TensorFlow: {rewrite}",
+        "tf": f"; this has a checkpoint of TensorFlow: {rewrite}",
+        "orbax": "; this is a checkpoint of Orbax, and not of such a run",
+        "hub": f", or a file; give {tmp_path}/hub/model.safetensors",
+        "run/checkpoints": f": this is within one; give {run}",
+        "run/checkpoints/236": f": this is within one; give {run} and 236 as its checkpoint",
+        "run/checkpoints/236/raw": f": this is within one; give {run} and 236 as its checkpoint",
+    }.items():
+        expected = f"{tmp_path / folder} has no checkpoint; expected the workdir of a run of train.py{message}."
+        with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+            pretrained.restore_run(tmp_path / folder, one_device, "latest")
 
 
 def test_a_mistake_writes_nothing(photos, tmp_path):
