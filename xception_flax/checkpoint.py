@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from jax import lax
 from orbax.checkpoint import checkpoint_managers as policies
 
+from xception_flax import naming
 from xception_flax.state import TrainState
 
 PyTree = Any
@@ -82,7 +83,7 @@ def save(
     items = _items(state)
     sums = {name: {k: int(v) for k, v in _checksums(item).items()} for name, item in items.items()}
     args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-    args["meta"] = ocp.args.JsonSave(meta | {"checksums": sums})
+    args["meta"] = ocp.args.JsonSave(naming.stored(meta | {"checksums": sums}))
     try:
         manager.save(step, args=ocp.args.Composite(**args), metrics=metrics)
     except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
@@ -162,7 +163,7 @@ def restore_variables(manager: ocp.CheckpointManager, abstract_variables: PyTree
 def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """Reads the JSON values of `step`."""
     try:
-        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return naming.restored(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
     except Exception as error:
         raise _unreadable(manager, step, error) from None
 

@@ -18,9 +18,9 @@ if __name__ == "__main__":
 import argparse
 import collections
 import hashlib
-import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from xception_flax import cli, progress
+from xception_flax import cli, naming, progress
 from xception_flax.data import decoding, imagenet, records, sources
 
 EXAMPLES = """\
@@ -198,7 +198,7 @@ def _prepare(
 ) -> int:
     layout = records.create_layout(info, splits, arguments.data_dir, origin)
     if records.is_complete(layout):
-        print(f"{layout.directory} is prepared; nothing to do.")
+        print(f"{naming.shown(layout.directory)} is prepared; nothing to do.")
         return 0
     with records.claim(layout) as missing:
         total = sum(shard.num_bytes for shard in layout.shards)
@@ -214,13 +214,13 @@ def _prepare(
     classes = f"{num_classes:,}" + (f", {empty:,} without an image" if empty else "")
     rows = {split: f"{len(images):,} images" for split, images in splits.items()} | {"classes": classes}
     progress.show_table(
-        f"{layout.directory}",
+        naming.shown(layout.directory),
         rows
         | {
             # Without the version TFDS takes its own data set of that name, where it has one.
             "train by": f"--config.data.source=tfds --config.data.name={info.name}:{info.version} "
-            f"--config.data.data_dir={layout.directory.parent.parent}",
-            "read all by": f"python -m xception_flax.prepare check {layout.directory}",
+            f"--config.data.data_dir={shlex.quote(str(layout.directory.parent.parent))}",
+            "read all by": f"python -m xception_flax.prepare check {shlex.quote(str(layout.directory))}",
         },
     )
     return 0
@@ -268,7 +268,7 @@ def check(arguments: argparse.Namespace) -> int:
     report = {split: _describe(found, class_names) for split, found in images.items()}
     repeated = _repeated(images)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"splits": report, "repeated": repeated}, indent=1) + "\n")
+        arguments.json.write_text(naming.to_json({"splits": report, "repeated": repeated}, indent=1) + "\n")
     _show(report, repeated)
     return 1 if any(described["undecodable"] for described in report.values()) else 0
 
@@ -292,12 +292,12 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
     across = sum(len({name.partition(": ")[0] for name in names}) > 1 for names in repeated)
     print(f"\n{len(repeated):,} files are there more than once, {across:,} of them in more than one split")
     for names in repeated[:10]:
-        print(f"  {' = '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+        print(f"  {' = '.join(map(naming.shown, names[:5]))}{' ...' if len(names) > 5 else ''}")
     undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
     if undecodable:
         print(f"\n{len(undecodable):,} image{'s' * (len(undecodable) > 1)} cannot be read or decoded")
         for name in undecodable[:20]:
-            print(f"  {name}")
+            print(f"  {naming.shown(name)}")
         if len(undecodable) > 20:
             print("  ... (all by --json FILE)")
 
@@ -322,7 +322,11 @@ def _read(source: sources.Source, index: int) -> Checked:
         example = source[index]
     except (sources.InputError, OSError):
         return Checked(f"record {index}", (), 0, b"", 0, 0)
-    content, name, label = example["image"], str(example.get("name", index)), np.asarray(example["label"])
+    content, name, label = (
+        example["image"],
+        naming.decoded(str(example.get("name", index))),
+        np.asarray(example["label"]),
+    )
     classes = np.flatnonzero(label) if label.ndim else label[None]
     try:
         height, width = decoding.decode(content, 3).shape[:2]

@@ -11,7 +11,6 @@ import dataclasses
 import fcntl
 import importlib.util
 import inspect
-import json
 import os
 import re
 import socket
@@ -28,7 +27,7 @@ import typeguard
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from xception_flax import checkpoint, data, metrics, mixing, models, optimizers, pretrained, sharding, steps
+from xception_flax import checkpoint, data, metrics, mixing, models, naming, optimizers, pretrained, sharding, steps
 from xception_flax.lookup import suggest
 
 
@@ -403,7 +402,7 @@ def _parse_value(key: str, text: str, annotation: Any) -> Any:
 
 def to_json(config: ConfigDict) -> str:
     """The recipe as JSON text, keys sorted."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    return naming.to_json(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def read(workdir: Path) -> ConfigDict:
@@ -416,14 +415,14 @@ def read(workdir: Path) -> ConfigDict:
     if not path.is_file():
         raise ValueError(f"{workdir} is no workdir of a run: it has no config.json.")
     try:
-        return resolve(json.loads(path.read_text()))
+        return resolve(naming.from_json(path.read_text()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Lines 'key: old -> new' for every key that differs and changes the result."""
-    flat_old, flat_new = _flatten(json.loads(to_json(old))), _flatten(json.loads(to_json(new)))
+    flat_old, flat_new = (_flatten(naming.from_json(to_json(config))) for config in (old, new))
     return [
         f"{key}: {flat_old.get(key, '(none)')!r} -> {flat_new.get(key, '(none)')!r}"
         for key in sorted(flat_old | flat_new)

@@ -21,6 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from xception_flax import naming
 from xception_flax.lookup import lookup, suggest
 
 Example = dict[str, Any]
@@ -373,7 +374,7 @@ def classes_in(directory: Path) -> Files:
             )
         paths.extend(map(str, files))
         labels.extend([label] * len(files))
-    return Files(tuple(paths), tuple(labels), tuple(p.name for p in classes))
+    return Files(tuple(paths), tuple(labels), tuple(naming.decoded(p.name) for p in classes))
 
 
 def folder_splits(data_dir: str) -> tuple[str, ...]:
