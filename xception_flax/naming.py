@@ -34,6 +34,11 @@ def decoded(name: str | os.PathLike[str]) -> str:
         return name
 
 
+def is_unicode(name: str | os.PathLike[str]) -> bool:
+    """Whether a name, as Python has it, is Unicode: libraries in C++ take no other."""
+    return re.search(f"[{_SURROGATE}]", os.fspath(name)) is None
+
+
 def shown(name: str | os.PathLike[str]) -> str:
     """Returns a name in a line of visible text; two that differ stay different.
 

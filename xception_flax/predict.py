@@ -25,6 +25,8 @@ EXAMPLES = """\
   python -m xception_flax.predict --workdir runs/photos cat.jpg dog.png
   python -m xception_flax.predict --workdir runs/photos holiday/ --json > holiday.jsonl"""
 
+MAX_WIDTH = 60  # columns of a terminal, for the files; one that is longer does not move the rows of all others
+
 OUT_OF_MEMORY = "Take a smaller --batch-size; the result does not depend on it."
 
 
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
     with cli.out_of_memory(OUT_OF_MEMORY):
         mesh = sharding.create_mesh()
         run = pretrained.restore_run(arguments.workdir, mesh, arguments.checkpoint, arguments.weights)
-        width = max(cell_len(naming.shown(path)) for path in paths)
+        width = min(max(cell_len(naming.shown(path)) for path in paths), MAX_WIDTH)
         readable = unreadable = 0
         # What is known of an image is printed at once: nothing that happens to another loses it.
         for path, scores in predict(run, config, paths, mesh, arguments.batch_size):

@@ -143,12 +143,14 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
             f"{source}: TFDS reads no class {unreadable[0]!r}; rename the folder, without white space around its "
             "name or line breaks."
         )
-    unreadable = [path for of_split in files.values() for path in of_split.paths if not _is_utf8(path)]
+    unreadable = [
+        path for of_split in files.values() for path in of_split.paths if not naming.is_unicode(naming.decoded(path))
+    ]
     if unreadable:
-        raise ValueError(f"{os.fsencode(unreadable[0])}: TFDS takes no file name that is not UTF-8; rename it.")
+        raise ValueError(f"{naming.shown(unreadable[0])}: TFDS takes no file name that is not UTF-8; rename it.")
     splits = {
         split: [
-            records.EncodedImage(Path(path).relative_to(source).as_posix(), label, path, 0, os.stat(path).st_size)
+            records.EncodedImage(naming.decoded(Path(path).relative_to(source)), label, path, 0, os.stat(path).st_size)
             for path, label in zip(of_split.paths, of_split.labels, strict=True)
         ]
         for split, of_split in files.items()
@@ -184,10 +186,6 @@ def _common_classes(directory: Path, splits: Mapping[str, sources.Source]) -> tu
                 f"only in one: {', '.join(sorted(set(class_names) ^ set(source.class_names))[:5])}."
             )
     return class_names
-
-
-def _is_utf8(path: str) -> bool:
-    return os.fsencode(path).decode(errors="replace") == path
 
 
 def _prepare(

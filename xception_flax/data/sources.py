@@ -242,6 +242,11 @@ def tfds(
 
 
 def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
+    if data_dir is not None and not naming.is_unicode(data_dir):
+        raise ValueError(
+            f"data.data_dir: {naming.shown(data_dir)}: TFDS takes no name of a folder that is not UTF-8; rename it, or "
+            "make a link to it."
+        )
     if name is None:
         if data_dir is None:
             raise ValueError(
