@@ -26,7 +26,7 @@ TRAIN_COLOR, EVAL_COLOR, RATE_COLOR = "#4c78a8", "#e45756", "#72b7b2"
 
 def check_path(path: Path) -> None:
     """Raises ValueError where no picture can be written to `path`; leaves no file."""
-    kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
+    kinds = sorted({*FigureCanvasAgg.get_supported_filetypes()} - {"pgf"})  # which LaTeX would have to read
     if path.suffix.lower().removeprefix(".") not in kinds:
         raise ValueError(f"{path} is no name of a picture; expected one that ends in .png (or .{', .'.join(kinds)}).")
     try:
