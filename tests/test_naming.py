@@ -15,7 +15,7 @@ from xception_flax import checkpoint, cli, evaluate, naming, predict, prepare, r
 from xception_flax.data import sources
 
 BYTE = os.fsdecode(b"caf\xe9")  # of a Latin-1 file system: no UTF-8
-LETTERS = ["\\", "x", "e", "9", "u", "d", "8", "n", "\udce9", "\ud8e0", "\n", " ", "\x85", "\udc85", "\x1b"]
+LETTERS = ["\\", "x", "e", "2", "0", "9", "u", "d", "8", "n", "\udce9", "\ud8e0", "\n", " ", "\x85", "\udc85", "\x1b"]
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,7 @@ LETTERS = ["\\", "x", "e", "9", "u", "d", "8", "n", "\udce9", "\ud8e0", "\n", " 
         ("abc\u202edef\u2028", r"abc\u202edef\u2028"),
         ("\x85\x9b31m", r"\u0085\u009b31m"),  # a command too, in 8 bits
         ("\ud83d", r"\ud83d"),
+        ("cat\u200b\xa0\ufeff", r"cat\u200b\u00a0\ufeff"),
         (" a b  ", r"\x20a b\x20\x20"),
         ("   ", r"\x20\x20\x20"),
     ],
@@ -40,9 +41,9 @@ def test_shown(name, expected):
 
 
 def test_two_names_stay_two():
-    """All 54,240 strings of up to four letters of those that an escape is made of or made for."""
+    """All 88,740 strings of up to four letters of those that an escape is made of or made for."""
     names = ["".join(letters) for n in range(1, 5) for letters in itertools.product(LETTERS, repeat=n)]
-    assert len(names) == 15 + 15**2 + 15**3 + 15**4
+    assert len(names) == 17 + 17**2 + 17**3 + 17**4 == 88_740
     assert len({naming.shown(name) for name in names}) == len(names)
     stored = naming.stored(names)
     "".join(stored).encode()  # Unicode, all of it

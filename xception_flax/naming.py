@@ -13,11 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 _SURROGATE = r"\ud800-\udfff"
-# Controls, line and paragraph separators, and what overrides, embeds or isolates a direction of writing.
-# Joiners stay: emoji and the scripts of India and Persia are written with them.
-_HARMFUL = rf"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069{_SURROGATE}]"
+# Controls, line and paragraph separators, what overrides, embeds or isolates a direction of writing, and spaces that
+# look like another or like nothing. Joiners stay: emoji and the scripts of India and Persia are written with them.
+_SPACE = r"\xa0\xad\u180e\u2000-\u200b\u205f-\u2064\u2800\u3164\ufeff\uffa0"
+_HARMFUL = rf"[\x00-\x1f\x7f-\x9f\u2028-\u202f\u2066-\u2069{_SPACE}{_SURROGATE}]"
 # A backslash is doubled where it would read as one of ours, and spaces are shown where nobody sees them.
-_SHOWN = re.compile(rf"{_HARMFUL}|\\(?=[xuUnrt\\]|{_HARMFUL})|^ +| +\Z")
+_SHOWN = re.compile(rf"{_HARMFUL}|\\(?=[xuUnrt\\]|{_HARMFUL}| +\Z)|^ +| +\Z")
 _STORED = re.compile(rf"[{_SURROGATE}]|\\(?=\\|x[89a-f][0-9a-f]|ud[89a-f][0-9a-f]{{2}}|[{_SURROGATE}])")
 _RESTORED = re.compile(r"\\(?:\\|x([89a-f][0-9a-f])|u(d[89a-f][0-9a-f]{2}))")
 
@@ -59,7 +60,7 @@ def escaped(letters: str) -> str:
         return r"\x20" * len(letters)
     if 0xDC80 <= code <= 0xDCFF:
         return rf"\x{code - 0xDC00:02x}"
-    if 0x80 <= code <= 0xFF:  # of Latin-1's controls: the same with x is a byte
+    if 0x80 <= code <= 0xFF:  # the same with x is a byte
         return rf"\u{code:04x}"
     return letters.encode("unicode_escape").decode()
 
