@@ -134,6 +134,16 @@ def test_a_run_on_them_from_its_data_to_its_predictions(folder, tmp_path, monkey
     assert err.startswith(rf"error: {tmp_path}/b\xe9d\n.png: the image cannot be decoded: 8 bytes")
 
 
+def test_closed_output_is_no_traceback(monkeypatch):
+    """`>&-`: Python has None then for standard output."""
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(lambda argv: print("…", flush=True) or len(argv))
+    assert exit_.value.code == 0
+
+
 def test_check_reports_them(folder, tmp_path, monkeypatch):
     data_dir, names = folder
     report = tmp_path / "report.json"

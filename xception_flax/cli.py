@@ -108,6 +108,9 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     anything else is a defect and keeps its traceback, as everything does with
     XCEPTION_FLAX_TRACEBACK=1.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by `>&-`
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     # Letters that the terminal's or the pipe's encoding lacks are no reason to lose what was computed.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
