@@ -1,6 +1,8 @@
 """Text of others in a picture: fonts that have its letters, its size on paper, cuts and line breaks.
 
-Names of classes and folders are in any script, of any length, and no mathematics, whatever is in them.
+Names of classes and folders are in any script, of any length, and no mathematics, whatever is in them. Scripts that run
+from right to left, or whose letters change by their neighbours, are laid out by Matplotlib, from 3.11 on; before, each
+letter stands by itself and in the order of the text.
 """
 
 import functools
@@ -29,7 +31,8 @@ class Lettering:
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        letters = frozenset("".join(texts)) - _charmap(font_manager.findfont(FONT)) - {"\n"}
+        own = _letters_of_font()
+        letters = frozenset(c for c in "".join(texts) if ord(c) not in own and c != "\n")
         self._families, self._missing = _choose_fonts(letters)
 
     def drawable(self, text: str) -> str:
@@ -132,8 +135,8 @@ def _joins(before: str, c: str) -> bool:
 
 
 @functools.cache
-def _charmap(path: str) -> frozenset[str]:
-    return frozenset(map(chr, font_manager.get_font(path).get_charmap()))
+def _letters_of_font() -> frozenset[int]:
+    return frozenset(font_manager.get_font(font_manager.findfont(FONT)).get_charmap())
 
 
 @functools.cache  # of a machine whose fonts lack letters one hears once
@@ -171,11 +174,12 @@ def _fonts_with(letters: set[str]) -> dict[str, frozenset[str]]:
         if Path(path).name.startswith("LastResort"):  # Matplotlib's boxes
             continue
         try:
-            if font_manager.get_font(path).scalable:  # emoji of many colours are not
-                found[path] = _charmap(path) & letters
+            font = font_manager.get_font(path)
+            charmap = font.get_charmap() if font.scalable else {}  # emoji of many colours are not
         except (OSError, RuntimeError):  # a file that FreeType cannot read is no font to us
             continue
-        if len(found.get(path, ())) == len(letters):
+        found[path] = frozenset(c for c in letters if ord(c) in charmap)
+        if found[path] == letters:
             break
     return found
 
