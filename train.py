@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import collections
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from xception_flax import (
     costs,
     data,
     metrics,
+    naming,
     pictures,
     pretrained,
     profiling,
@@ -149,7 +149,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             checkpoint.open_manager(workdir, best_metric=metrics.BEST[config.metrics.name], **config.checkpoint)
         )
         meta = {
-            "recipe": json.loads(recipe.to_json(config)),
+            "recipe": naming.from_json(recipe.to_json(config)),
             "class_names": list(train_data.class_names),
             "num_images": train_data.num_images,
         }
@@ -162,7 +162,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             recipe.remember(workdir, config)  # the mesh or the place of the data may be new
         if start_step >= total_steps:
             if first_host:
-                print(f"{workdir}: this run is finished ({total_steps} steps); nothing to do.")
+                print(f"{naming.shown(workdir)}: this run is finished ({total_steps} steps); nothing to do.")
                 print(recipe.how_to_train_on(workdir))
                 draw_curves(workdir)
             return 0
@@ -196,7 +196,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(train_state.params))
         report.say(
             f"{config.model.name}, {parameters:,} parameters, {train_data.num_images:,} images, {total_steps} steps of "
-            f"{config.batch_size} on {mesh.size} x {device_kind}, {workdir}"
+            f"{config.batch_size} on {mesh.size} x {device_kind}, {naming.shown(workdir)}"
         )
         if unread := data.unread_of((train_data.source, eval_data.source)):
             report.say(unread)
@@ -268,7 +268,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 **{k: progress.percent(v) for k, v in results.items() if k not in progress.NO_SHARES},
                 "evaluated": f"split {config.data.eval_split!r}, {results['count']:,} images, {weights} weights",
                 **bad_images(workdir, results),
-                "curves": str(workdir / "curves.png"),
+                "curves": naming.shown(workdir / "curves.png"),
             },
         )
     return 0
@@ -338,7 +338,7 @@ def check_same_data(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -
 def draw_curves(workdir: Path) -> None:
     """Draws curves.png from metrics.jsonl."""
     records = progress.read_metrics(workdir / "metrics.jsonl")
-    pictures.draw_curves(records, str(workdir), workdir / "curves.png")
+    pictures.draw_curves(records, naming.shown(workdir), workdir / "curves.png")
 
 
 if __name__ == "__main__":

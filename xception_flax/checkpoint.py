@@ -16,7 +16,8 @@ import orbax.checkpoint as ocp
 from jax import lax
 from orbax.checkpoint import checkpoint_managers as policies
 
-from xception_flax.lookup import composed, shown
+from xception_flax import naming
+from xception_flax.lookup import written
 from xception_flax.ranges import check_range
 from xception_flax.state import TrainState
 
@@ -81,7 +82,7 @@ def save(
     items = _items(state)
     sums = {name: {k: int(v) for k, v in _checksums(item).items()} for name, item in items.items()}
     args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-    args["meta"] = ocp.args.JsonSave(meta | {"checksums": sums})
+    args["meta"] = ocp.args.JsonSave(naming.stored(meta | {"checksums": sums}))
     try:
         manager.save(step, args=ocp.args.Composite(**args), metrics=metrics)
     except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
@@ -126,7 +127,7 @@ def find_step(manager: ocp.CheckpointManager, which: str) -> int:
         return best
     if which not in map(str, steps):  # as text: Python reads no number of more than 4,300 digits
         raise ValueError(
-            f"no checkpoint {shown(which)} in {manager.directory}; take latest, best or a step of: "
+            f"no checkpoint {written(which)} in {manager.directory}; take latest, best or a step of: "
             f"{', '.join(map(str, steps))}."
         )
     return int(which)
@@ -161,8 +162,9 @@ def restore_variables(manager: ocp.CheckpointManager, abstract_variables: PyTree
 def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """Reads the JSON values of `step`."""
     try:
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        return meta | {"class_names": list(map(composed, meta["class_names"]))}  # older runs have them as on their disk
+        meta = naming.restored(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+        # Older runs have the names as they are on their disk.
+        return meta | {"class_names": list(map(naming.composed, meta["class_names"]))}
     except Exception as error:
         raise _unreadable(manager, step, error) from None
 

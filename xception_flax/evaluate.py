@@ -19,7 +19,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xception_flax import checkpoint, cli, data, metrics, models, pictures, progress, recipe, sharding, state, steps
+from xception_flax import (
+    checkpoint,
+    cli,
+    data,
+    metrics,
+    models,
+    naming,
+    pictures,
+    progress,
+    recipe,
+    sharding,
+    state,
+    steps,
+)
 
 EXAMPLES = """\
   python -m xception_flax.evaluate --workdir runs/digits
@@ -124,7 +137,7 @@ def main(argv: list[str]) -> int:
     with cli.out_of_memory(OUT_OF_MEMORY):
         results, rows, draw = _evaluate_checkpoint(arguments, config, picture)
     if jax.process_index() == 0:
-        progress.show_table(f"{arguments.workdir}", rows)
+        progress.show_table(naming.shown(arguments.workdir), rows)
         print(progress.to_json(results), flush=True)
         if draw is not None:  # last: nothing that happens to the picture loses the results
             draw()
@@ -199,7 +212,9 @@ def _evaluate_checkpoint(
     if mistakes is not None:
         wrong, drawn = round((1 - results["top1"]) * results["count"]), len(mistakes.images)
         which = f"the first {drawn} in" if drawn < wrong else "see"
-        rows["wrong"] = f"{wrong:,} {'image' if wrong == 1 else 'images'}, {which} {picture}" if wrong else "no image"
+        rows["wrong"] = (
+            f"{wrong:,} {'image' if wrong == 1 else 'images'}, {which} {naming.shown(picture)}" if wrong else "no image"
+        )
         title = (
             f"{wrong:,} of {results['count']:,} wrong ({progress.percent(results['top1'])} right)"
             + (f", the first {drawn}" if drawn < wrong else "")

@@ -1,7 +1,6 @@
 """Choosing an entry of a table by name, and other words of an error that helps."""
 
 import difflib
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
@@ -11,15 +10,6 @@ MAX_LISTED = 30  # names in an error message
 MAX_SHOWN = 120  # characters of a value in an error message
 
 
-def composed(name: str) -> str:
-    """Returns `name` in Unicode's composed form (NFC), in which names are compared, sorted and hashed.
-
-    'é' is one character there or two: macOS and some archives write file names in the other form, and who sees
-    them sees no difference. A file is opened by its own name.
-    """
-    return unicodedata.normalize("NFC", name)
-
-
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     """Returns `table[name]`.
 
@@ -27,7 +17,7 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
       ValueError: there is no such entry; the message has the closest names, or all of them.
     """
     if name not in table:
-        raise ValueError(f"unknown {what} {shown(name)}; {suggest(name, table)}")
+        raise ValueError(f"unknown {what} {written(name)}; {suggest(name, table)}")
     return table[name]
 
 
@@ -45,7 +35,7 @@ def suggest(name: str, names: Iterable[str], spell: Callable[[str], str] = str) 
     return f"{hint}{'There' if hint else 'there'} are: {', '.join(map(spell, names)) if names else 'none'}."
 
 
-def shown(value: object) -> str:
+def written(value: object) -> str:
     """A value as an error message has it: written as in Python, and `cut`."""
     try:
         text = repr(value)

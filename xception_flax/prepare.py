@@ -18,9 +18,9 @@ if __name__ == "__main__":
 import argparse
 import collections
 import hashlib
-import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent import futures
@@ -30,9 +30,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from xception_flax import cli, progress
+from xception_flax import cli, naming, progress
 from xception_flax.data import MAX_THREADS, decoding, imagenet, records, sources
-from xception_flax.lookup import composed
 
 EXAMPLES = """\
   python -m xception_flax.prepare imagenet --tars downloads --data-dir /data/tfds --hashes
@@ -157,16 +156,18 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
             f"{source}: TFDS reads no class {unreadable[0]!r}; rename the folder, without white space around its "
             "name or line breaks."
         )
-    unreadable = [path for of_split in files.values() for path in of_split.paths if not _is_utf8(path)]
+    unreadable = [
+        path for of_split in files.values() for path in of_split.paths if not naming.is_unicode(naming.decoded(path))
+    ]
     if unreadable:
-        raise ValueError(f"{os.fsencode(unreadable[0])}: TFDS takes no file name that is not UTF-8; rename it.")
+        raise ValueError(f"{naming.shown(unreadable[0])}: TFDS takes no file name that is not UTF-8; rename it.")
     if unread := sources.unread_of(files.values()):
-        print(f"{source}: {unread}", file=sys.stderr)
+        print(f"{naming.shown(source)}: {unread}", file=sys.stderr)
     splits = {
         split: [
             records.EncodedImage(
                 # One name on every system, and the path as it is on this one.
-                composed(Path(path).relative_to(source).as_posix()),
+                naming.composed(naming.decoded(Path(path).relative_to(source))),
                 label,
                 path,
                 0,
@@ -217,10 +218,6 @@ def _common_classes(directory: Path, splits: Mapping[str, sources.Source]) -> tu
     return class_names
 
 
-def _is_utf8(path: str) -> bool:
-    return os.fsencode(path).decode(errors="replace") == path
-
-
 def _prepare(
     info: tfds.core.DatasetInfo,
     splits: Mapping[str, Sequence[records.EncodedImage]],
@@ -229,7 +226,7 @@ def _prepare(
 ) -> int:
     layout = records.create_layout(info, splits, arguments.data_dir, origin)
     if records.is_complete(layout):
-        print(f"{layout.directory} is prepared; nothing to do.")
+        print(f"{naming.shown(layout.directory)} is prepared; nothing to do.")
         return 0
     with records.claim(layout) as missing:
         total = sum(shard.num_bytes for shard in layout.shards)
@@ -245,13 +242,13 @@ def _prepare(
     classes = f"{num_classes:,}" + (f", {empty:,} without an image" if empty else "")
     rows = {split: f"{len(images):,} images" for split, images in splits.items()} | {"classes": classes}
     progress.show_table(
-        f"{layout.directory}",
+        naming.shown(layout.directory),
         rows
         | {
             # Without the version TFDS takes its own data set of that name, where it has one.
             "train by": f"--config.data.source=tfds --config.data.name={info.name}:{info.version} "
-            f"--config.data.data_dir={layout.directory.parent.parent}",
-            "read all by": f"python -m xception_flax.prepare check {layout.directory}",
+            f"--config.data.data_dir={shlex.quote(str(layout.directory.parent.parent))}",
+            "read all by": f"python -m xception_flax.prepare check {shlex.quote(str(layout.directory))}",
         },
     )
     return 0
@@ -304,7 +301,7 @@ def check(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         unread = sorted({file for source in splits.values() for file in getattr(source, "unread", ())})
         content = {"splits": report, "repeated": repeated, "unread": [file._asdict() for file in unread]}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        arguments.json.write_text(naming.to_json(content, indent=1) + "\n")
     _show(report, repeated)
     if unread := sources.unread_of(splits.values()):
         print(f"\n{unread}")
@@ -342,12 +339,12 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
     across = sum(map(is_across, repeated))
     print(f"\n{len(repeated):,} files are there more than once, {across:,} of them in more than one split")
     for names in sorted(repeated, key=is_across, reverse=True)[:10]:  # those first, which are worse
-        print(f"  {' = '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+        print(f"  {' = '.join(map(naming.shown, names[:5]))}{' ...' if len(names) > 5 else ''}")
     undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
     if undecodable:
         print(f"\n{len(undecodable):,} image{'s' * (len(undecodable) > 1)} cannot be read or decoded")
         for name in undecodable[:20]:
-            print(f"  {name}")
+            print(f"  {naming.shown(name)}")
         if len(undecodable) > 20:
             print("  ... (all by --json FILE)")
 
@@ -374,7 +371,11 @@ def _read(source: sources.Source, index: int) -> Checked:
         example = source[index]
     except (sources.InputError, OSError):
         return Checked(f"record {index}", (), 0, b"", 0, 0)
-    content, name, label = example["image"], str(example.get("name", index)), np.asarray(example["label"])
+    content, name, label = (
+        example["image"],
+        naming.decoded(str(example.get("name", index))),
+        np.asarray(example["label"]),
+    )
     classes = np.flatnonzero(label) if label.ndim else label[None]
     try:
         height, width = decoding.decode(content, 3).shape[:2]

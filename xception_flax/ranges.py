@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from xception_flax.lookup import shown
+from xception_flax.lookup import written
 
 # Of float32's normal numbers. What is smaller counts as 0 on most devices, and a division by it is infinite.
 SMALLEST, LARGEST = 2.0**-126, 2.0**128 - 2.0**104
@@ -30,17 +30,17 @@ def check_range(
     finite = isinstance(value, int) or math.isfinite(value)
     if not inside or not finite:
         if high < math.inf:
-            expected = f"in {'(' if above else '['}{_written(low)}, {_written(high)}{')' if below else ']'}"
+            expected = f"in {'(' if above else '['}{_bound(low)}, {_bound(high)}{')' if below else ']'}"
         elif above and low == 0:
             expected = "positive" if finite else "positive and finite"
         elif low == 0:
             expected = "0 or positive" if finite else "0 or positive, and finite"
         else:
-            expected = f"{'above' if above else 'at least'} {_written(low)}"
-        raise ValueError(f"{name} must be {expected}, got {shown(value)}.")
+            expected = f"{'above' if above else 'at least'} {_bound(low)}"
+        raise ValueError(f"{name} must be {expected}, got {written(value)}.")
     check_number(name, value)
     if below and np.float32(value) >= high:  # a decay of 1 - 1e-12 would be one of 1, and divided by 1 - 1
-        raise ValueError(f"{name} must be below {_written(high)} in float32 too, which rounds to it; got {value}.")
+        raise ValueError(f"{name} must be below {_bound(high)} in float32 too, which rounds to it; got {value}.")
 
 
 def check_number(name: str, value: float) -> None:
@@ -48,10 +48,10 @@ def check_number(name: str, value: float) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value}.")
     if abs(value) > LARGEST:
-        raise ValueError(f"{name} must be at most {LARGEST:.2g}, float32's largest number, got {shown(value)}.")
+        raise ValueError(f"{name} must be at most {LARGEST:.2g}, float32's largest number, got {written(value)}.")
     if 0 < abs(value) < SMALLEST:
         raise ValueError(f"{name} must not be nearer to 0 than {SMALLEST:.2g}, float32's smallest number, got {value}.")
 
 
-def _written(bound: float) -> str:
+def _bound(bound: float) -> str:
     return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"

@@ -11,7 +11,6 @@ import dataclasses
 import fcntl
 import importlib.util
 import inspect
-import json
 import os
 import re
 import shlex
@@ -29,8 +28,8 @@ import typeguard
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from xception_flax import checkpoint, data, metrics, mixing, models, optimizers, pretrained, sharding, steps
-from xception_flax.lookup import cut, shown, suggest
+from xception_flax import checkpoint, data, metrics, mixing, models, naming, optimizers, pretrained, sharding, steps
+from xception_flax.lookup import cut, suggest, written
 from xception_flax.ranges import check_number, check_range
 
 
@@ -61,7 +60,7 @@ class Loop:
         for name in ("batch_size", "epochs", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs"):
             check_range(f"recipe key {name!r}", getattr(self, name), 0, above=True)
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"recipe key 'seed' must be in [0, 2**32), got {shown(self.seed)}.")
+            raise ValueError(f"recipe key 'seed' must be in [0, 2**32), got {written(self.seed)}.")
         profiled_steps(self.profile)
 
 
@@ -77,7 +76,7 @@ def profiled_steps(profile: str) -> range:
     first, last = map(int, match.groups()) if match else (0, 0)
     if not 1 <= first <= last:
         raise ValueError(
-            f"recipe key 'profile' must be FIRST:LAST, got {shown(profile)}; 10:12 traces the steps 10, 11 and 12."
+            f"recipe key 'profile' must be FIRST:LAST, got {written(profile)}; 10:12 traces the steps 10, 11 and 12."
         )
     return range(first, last + 1)
 
@@ -217,10 +216,10 @@ def _run_recipe(path_and_argument: str) -> dict[str, Any]:
         parameters = inspect.signature(get_config).parameters.values()
     except (TypeError, ValueError):  # no function, or one that says nothing of its arguments
         raise ValueError(
-            f"recipe {path}: get_config must be a function that returns a ConfigDict, got {shown(get_config)}."
+            f"recipe {path}: get_config must be a function that returns a ConfigDict, got {written(get_config)}."
         ) from None
     if argument and not parameters:
-        raise ValueError(f"recipe {path} takes no argument, got {shown(path_and_argument)}.")
+        raise ValueError(f"recipe {path} takes no argument, got {written(path_and_argument)}.")
     if not argument and any(p.default is p.empty for p in parameters):
         needed = ", ".join(p.name.upper() for p in parameters if p.default is p.empty)
         raise ValueError(f"recipe {path} needs an argument: --config {path}:{needed}")
@@ -241,7 +240,7 @@ def _no_recipe(path: str) -> ValueError:
         recipes = {file.stem: str(file) for file in files if b"def get_config(" in file.read_bytes()}
     except (OSError, ValueError):  # a folder that cannot be read, or whose name is none
         recipes = {}
-    wrong = f"{shown(path)} is a folder, not a recipe file" if is_folder else f"no recipe file {shown(path)}"
+    wrong = f"{written(path)} is a folder, not a recipe file" if is_folder else f"no recipe file {written(path)}"
     if recipes:  # compared without what they have in common, the folder and the suffix
         return ValueError(f"{wrong}; {suggest(Path(path).stem, recipes, spell=recipes.__getitem__)}")
     if Path(path).is_absolute():
@@ -278,7 +277,7 @@ def resolve(recipe: Mapping[str, Any]) -> ConfigDict:
     for name, group in GROUPS.items():
         values = recipe.get(name, {})
         if not isinstance(values, Mapping):
-            raise ValueError(f"recipe key {name!r} must be a group of keys, got {shown(values)}.")
+            raise ValueError(f"recipe key {name!r} must be a group of keys, got {written(values)}.")
         resolved[name] = _complete(f"{name}.", group, values)
     return ConfigDict(resolved, convert_dict=True)
 
@@ -291,7 +290,7 @@ def _parameters(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[st
         if choice is inspect.Parameter.empty:
             raise ValueError(f"recipe key '{prefix}{group.selector}' is missing; {suggest('', group.table)}")
         if not isinstance(choice, str) or choice not in group.table:
-            raise ValueError(f"unknown {prefix}{group.selector} {shown(choice)}; {suggest(choice, group.table)}")
+            raise ValueError(f"unknown {prefix}{group.selector} {written(choice)}; {suggest(choice, group.table)}")
         parameters = dict(inspect.signature(group.table[choice]).parameters) | parameters
     return {
         name: parameter
@@ -304,7 +303,7 @@ def _unknown(prefix: str, key: str, group: Group, values: Mapping[str, Any], kno
     choice = values.get(group.selector) if group.selector else None
     where = f" with {prefix}{group.selector}={choice!r}" if choice else ""
     known = [*known, *GROUPS] if group is LOOP else known
-    return ValueError(f"unknown recipe key {shown(f'{prefix}{key}')}{where}; {suggest(key, known)}")
+    return ValueError(f"unknown recipe key {written(f'{prefix}{key}')}{where}; {suggest(key, known)}")
 
 
 def _complete(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,13 +339,13 @@ def _leaves(value: Any, depth: int = 3) -> Iterator[Any]:
 def _check_value(key: str, value: Any) -> None:
     """Raises ValueError for what no key has a meaning for, whatever its type and its own range."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"recipe key '{key}' must be an integer of 64 bits, got {shown(value)}.")
+        raise ValueError(f"recipe key '{key}' must be an integer of 64 bits, got {written(value)}.")
     if isinstance(value, int | float):
         check_number(f"recipe key '{key}'", value)
     if isinstance(value, str) and ("\0" in value or len(value) > MAX_TEXT):
         raise ValueError(
             f"recipe key '{key}' must be a text of at most {MAX_TEXT:,} characters, none of them NUL, "
-            f"got {shown(value)}."
+            f"got {written(value)}."
         )
 
 
@@ -385,7 +384,7 @@ def _canonical(value: Any, annotation: Any) -> Any:
 
 
 def _mistyped(key: str, annotation: Any, value: Any) -> ValueError:
-    return ValueError(f"recipe key '{key}' must be {_type_name(annotation)}, got {shown(value)}.")
+    return ValueError(f"recipe key '{key}' must be {_type_name(annotation)}, got {written(value)}.")
 
 
 def _type_name(annotation: Any) -> str:
@@ -404,11 +403,13 @@ def _override(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
         if key in GROUPS:
             raise ValueError(f"--config.{key} is a group; set one of its keys: --config.{key}.KEY=VALUE.")
         if dot and name not in GROUPS:
-            raise ValueError(f"unknown recipe group {shown(name)} in {cut(f'--config.{key}')}; {suggest(name, GROUPS)}")
+            raise ValueError(
+                f"unknown recipe group {written(name)} in {cut(f'--config.{key}')}; {suggest(name, GROUPS)}"
+            )
         group = GROUPS[name] if dot else LOOP
         values = recipe.setdefault(name, {}) if dot else recipe
         if not isinstance(values, Mapping):
-            raise ValueError(f"recipe key {name!r} must be a group of keys, got {shown(values)}.")
+            raise ValueError(f"recipe key {name!r} must be a group of keys, got {written(values)}.")
         if option == group.selector:
             _select(name + dot, group, values, _parse_value(key, parsed[key], str))
             continue
@@ -422,7 +423,7 @@ def _override(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
 def _split_override(text: str) -> tuple[str, str]:
     key, equals, value = text.removeprefix("--config.").partition("=")
     if not text.startswith("--config.") or not equals or not key:
-        raise ValueError(f"unknown argument {shown(text)}; a recipe's key is set by --config.KEY=VALUE.")
+        raise ValueError(f"unknown argument {written(text)}; a recipe's key is set by --config.KEY=VALUE.")
     return key, value
 
 
@@ -457,7 +458,7 @@ def _parse_value(key: str, text: str, annotation: Any) -> Any:
 
 def to_json(config: ConfigDict) -> str:
     """The recipe as JSON text, keys sorted."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    return naming.to_json(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def read(workdir: Path) -> ConfigDict:
@@ -470,14 +471,14 @@ def read(workdir: Path) -> ConfigDict:
     if not path.is_file():
         raise ValueError(f"{workdir} is no workdir of a run: it has no config.json.")
     try:
-        return resolve(json.loads(path.read_text()))
+        return resolve(naming.from_json(path.read_text()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Lines 'key: old -> new' for every key that differs and changes the result."""
-    flat_old, flat_new = _flatten(json.loads(to_json(old))), _flatten(json.loads(to_json(new)))
+    flat_old, flat_new = (_flatten(naming.from_json(to_json(config))) for config in (old, new))
     return [
         f"{key}: {flat_old.get(key, '(none)')!r} -> {flat_new.get(key, '(none)')!r}"
         for key in sorted(flat_old | flat_new)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xception_flax import ops, sharding
 from xception_flax.fused import DEVICE_KINDS
-from xception_flax.lookup import lookup, shown, suggest
+from xception_flax.lookup import lookup, suggest, written
 from xception_flax.metrics import MetricFunction, Sum, masked_sum
 from xception_flax.mixing import Mix, mixing_key, soft_labels
 from xception_flax.optimizers import backbone_mask, decay_mask
@@ -115,7 +115,7 @@ def create_normalizer(mean: Sequence[float], std: Sequence[float]) -> Callable[[
     if not mean or len(mean) != len(std):
         raise ValueError(
             "normalize.mean and normalize.std need a value a channel (or one for all), std positive; "
-            f"got mean={shown(tuple(mean))}, std={shown(tuple(std))}."
+            f"got mean={written(tuple(mean))}, std={written(tuple(std))}."
         )
     for average, deviation in zip(mean, std, strict=True):
         check_number("normalize.mean", average)
@@ -179,7 +179,7 @@ def make_train_step(
     check_range("step.ema_decay, the share kept,", ema_decay, 0, 1, below=True)
     check_range("step.accumulation_steps", accumulation_steps, 1)
     if lowering not in ops.LOWERINGS:
-        raise ValueError(f"unknown step.lowering {shown(lowering)}; {suggest(lowering, ops.LOWERINGS)}")
+        raise ValueError(f"unknown step.lowering {written(lowering)}; {suggest(lowering, ops.LOWERINGS)}")
     if lowering == "fused" and (kind := mesh.devices.flat[0].device_kind) not in DEVICE_KINDS:
         raise ValueError(
             f"step.lowering='fused' has kernels for {', '.join(DEVICE_KINDS)} only, and this is a {kind}; leave it out."

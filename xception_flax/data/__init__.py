@@ -12,7 +12,8 @@ from xception_flax.data.decoding import WHITE
 from xception_flax.data.pipeline import ON_BAD_IMAGE, InputError, Split, choose_threads, usable_cpus
 from xception_flax.data.sources import SOURCES, unread_of
 from xception_flax.data.transforms import MAX_SIDE, parse_transforms
-from xception_flax.lookup import composed, cut, lookup, shown, suggest
+from xception_flax.lookup import cut, lookup, suggest, written
+from xception_flax.naming import composed
 from xception_flax.ranges import check_range
 
 __all__ = ["SOURCES", "InputError", "Split", "check_class_names", "load", "unread_of"]
@@ -86,7 +87,7 @@ def load(
     if max_value is not None:
         check_range("data.max_value", max_value, 255, WHITE)
     if on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(f"unknown data.on_bad_image {shown(on_bad_image)}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
+        raise ValueError(f"unknown data.on_bad_image {written(on_bad_image)}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
     batch_bytes = batch_size // process_count * image_size**2 * channels
     if batch_bytes > (memory := allocator.memory_bytes()):
         raise ValueError(

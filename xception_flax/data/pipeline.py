@@ -21,7 +21,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from xception_flax import allocator
+from xception_flax import allocator, naming
 from xception_flax.data.decoding import WHITE, BadImageError, decode, is_dark, largest_value, white
 from xception_flax.data.sources import Example, InputError, Source
 from xception_flax.data.transforms import Transform
@@ -320,7 +320,9 @@ class _Prepare(grain.transforms.RandomMap):
         except BadImageError as error:
             if self._replace:
                 return prepared | {"images": np.zeros(self._image_shape, np.uint8), "mask": np.float32(0)}
-            raise BadImageError(f"{example['name']}: {error}" if "name" in example else str(error)) from None
+            raise BadImageError(
+                f"{naming.shown(example['name'])}: {error}" if "name" in example else str(error)
+            ) from None
         return prepared | {"images": image}
 
 

@@ -24,7 +24,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from xception_flax.lookup import composed, lookup, suggest
+from xception_flax import naming
+from xception_flax.lookup import lookup, suggest
+from xception_flax.naming import composed
 
 Example = dict[str, Any]
 
@@ -257,6 +259,11 @@ def tfds(
 
 
 def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
+    if data_dir is not None and not naming.is_unicode(data_dir):
+        raise ValueError(
+            f"data.data_dir: {naming.shown(data_dir)}: TFDS takes no name of a folder that is not UTF-8; rename it, or "
+            "make a link to it."
+        )
     if name is None:
         if data_dir is None:
             raise ValueError(
@@ -436,7 +443,8 @@ def classes_in(directory: Path) -> Files:
         labels.extend([label] * len(files))
         unread.extend(others)
     unread.extend(_beside(directory, [p.name for p in classes]))
-    return Files(tuple(paths), tuple(labels), tuple(composed(p.name) for p in classes), tuple(unread))
+    names = tuple(composed(naming.decoded(p.name)) for p in classes)
+    return Files(tuple(paths), tuple(labels), names, tuple(unread))
 
 
 def folder_splits(data_dir: str, split: str = "train") -> tuple[str, ...]:
@@ -587,10 +595,7 @@ def describe_unread(unread: Iterable[Unread], num_images: int) -> str:
     kinds = Counter(places.values()).most_common()
     examples = {why: os.path.join(*Path(path).parts[-2:]) for path, why in reversed(places.items())}
 
-    def spell(name: str) -> str:
-        return name if name.isprintable() else repr(name)
-
-    parts = [f"{count:,} {spell(why)} ({spell(examples[why])})" for why, count in kinds[:MAX_KINDS]]
+    parts = [f"{count:,} {naming.shown(why)} ({naming.shown(examples[why])})" for why, count in kinds[:MAX_KINDS]]
     if kinds[MAX_KINDS:]:
         parts.append(f"{sum(count for _, count in kinds[MAX_KINDS:]):,} of other kinds")
     are = "are" if len(places) > 1 else "is"

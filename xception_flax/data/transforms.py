@@ -21,7 +21,7 @@ from xception_flax.data import colors
 from xception_flax.data.crops import SAMPLINGS
 from xception_flax.data.rand_augment import BILINEAR, MAX_MAGNITUDE, NEAREST, OPERATIONS
 from xception_flax.data.resampling import resample
-from xception_flax.lookup import cut, lookup, shown, suggest
+from xception_flax.lookup import cut, lookup, suggest, written
 from xception_flax.ranges import check_range
 
 Image = np.ndarray
@@ -259,7 +259,7 @@ def random_erasing(
     check_range("min_area", min_area, 0, max_area, above=True)
     check_range("max_aspect", max_aspect, 1, MAX_ASPECT)
     if fill not in ("noise", "gray"):
-        raise ValueError(f"unknown fill {shown(fill)}; {suggest(fill, ('noise', 'gray'))}")
+        raise ValueError(f"unknown fill {written(fill)}; {suggest(fill, ('noise', 'gray'))}")
     if rng.random() >= probability:
         return image
     height, width = image.shape[:2]
@@ -306,7 +306,9 @@ def parse_transforms(text: str, image_size: int) -> tuple[Transform, ...]:
 
 
 def _parse(call: str, image_size: int) -> Transform:
-    wrong = ValueError(f"a transform must be written as name or name(keyword=value), joined by '|'; got {shown(call)}.")
+    wrong = ValueError(
+        f"a transform must be written as name or name(keyword=value), joined by '|'; got {written(call)}."
+    )
     try:
         node = ast.parse(call, mode="eval").body
         name = node.func.id if isinstance(node, ast.Call) else node.id
@@ -319,7 +321,7 @@ def _parse(call: str, image_size: int) -> Transform:
     parameters = dict(list(inspect.signature(transform).parameters.items())[2:])
     options = {k.arg: _value(call, name, k, parameters) for k in keywords}
     if len(options) < len(keywords):
-        raise ValueError(f"transform {shown(call)} gives a keyword twice.")
+        raise ValueError(f"transform {written(call)} gives a keyword twice.")
     if "image_size" in parameters:
         options.setdefault("image_size", image_size)
     for key, parameter in parameters.items():
@@ -329,7 +331,7 @@ def _parse(call: str, image_size: int) -> Transform:
     try:
         transform(np.zeros((image_size, image_size, 3), np.uint8), np.random.default_rng(0))
     except ValueError as error:
-        raise ValueError(f"transform {shown(call)}: {error}") from None
+        raise ValueError(f"transform {written(call)}: {error}") from None
     return transform
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import flax.linen as nn
 import jax.numpy as jnp
 
-from xception_flax.lookup import lookup, shown, suggest
+from xception_flax.lookup import lookup, suggest, written
 from xception_flax.models.aligned import ENTRY_FLOW, ENTRY_FLOW_71, AlignedXception
 from xception_flax.models.inception_v3 import InceptionV3
 from xception_flax.models.lenet import LeNet
@@ -62,5 +62,5 @@ def _float_type(field: str, value: object) -> jnp.dtype:
     except (TypeError, ValueError, SyntaxError):  # NumPy reads it as a list of fields, too
         dtype = None
     if dtype is None or dtype not in FLOAT_TYPES:  # None equals float64 to NumPy
-        raise ValueError(f"model.{field} must be one of {', '.join(map(str, FLOAT_TYPES))}, got {shown(value)}.")
+        raise ValueError(f"model.{field} must be one of {', '.join(map(str, FLOAT_TYPES))}, got {written(value)}.")
     return dtype

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from xception_flax import ops
 from xception_flax.layers import Conv, DepthwiseConv, PointwiseConv, classifier_head
-from xception_flax.lookup import shown
+from xception_flax.lookup import written
 from xception_flax.models.contract import MAX_LAYERS, check_fields, check_images, check_widths, rate_at, scaled
 
 MIN_IMAGE_SIZE = 32  # pixels a side; five halvings leave one
@@ -83,7 +83,7 @@ class AlignedXception(nn.Module):
         if not pairs or sorted(stride for _, stride in self.entry_flow if stride > 1) != [2, 2, 2]:
             raise ValueError(
                 f"model.entry_flow must be (channels, stride) of blocks with strides 1 or 2, three of them 2, "
-                f"got {shown(self.entry_flow)}."
+                f"got {written(self.entry_flow)}."
             )
         check_widths("model.entry_flow", [channels for channels, _ in self.entry_flow])
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 from xception_flax.layers import ACTIVATIONS
-from xception_flax.lookup import lookup, shown
+from xception_flax.lookup import lookup, written
 from xception_flax.ranges import check_range
 
 OUTPUT_STRIDES = (8, 16, 32)
@@ -30,13 +30,13 @@ def check_fields(model: nn.Module) -> None:
     check_range("model.middle_repeats", fields.get("middle_repeats", 0), 0, MAX_LAYERS)
     check_range("model.bn_decay, the share kept,", fields.get("bn_decay", 0.0), 0, 1, below=True)
     if fields.get("output_stride", 32) not in OUTPUT_STRIDES:
-        raise ValueError(f"model.output_stride must be one of {OUTPUT_STRIDES}, got {shown(model.output_stride)}.")
+        raise ValueError(f"model.output_stride must be one of {OUTPUT_STRIDES}, got {written(model.output_stride)}.")
 
 
 def check_widths(name: str, widths: Sequence[int]) -> None:
     """Raises ValueError unless these are numbers of channels, at most `MAX_LAYERS`."""
     if any(not isinstance(width, int) or width < 1 for width in widths):
-        raise ValueError(f"{name} must be positive integers, got {shown(tuple(widths))}.")
+        raise ValueError(f"{name} must be positive integers, got {written(tuple(widths))}.")
     check_range(f"number of {name}", len(widths), 0, MAX_LAYERS)
     for width in widths:
         check_range(name, width, 1, MAX_CHANNELS)
