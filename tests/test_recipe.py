@@ -300,7 +300,7 @@ def test_bad_workdirs_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is no workdir of a run: it has no config\.json"):
         recipe.read(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: Expecting"):
+    with pytest.raises(ValueError, match=r"config\.json is damaged: Expecting"):
         recipe.read(tmp_path)
 
 
