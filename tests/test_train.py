@@ -873,7 +873,8 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, c
     assert (code, out) == (2, "")
     assert err.splitlines()[-1] == (
         "error: the loss of the evaluation is nan: the weights are finite, the network's output is not. Checkpoints "
-        "from before it are kept. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir."
+        "from before it are kept. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new "
+        "workdir."
     )
     assert [list(r) for r in records(tmp_path) if "eval/loss" in r] == []
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
