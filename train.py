@@ -39,6 +39,7 @@ from xception_flax import (
     sharding,
 )
 from xception_flax.evaluate import evaluate
+from xception_flax.files import file_errors
 from xception_flax.program import create_program
 
 EXAMPLES = """\
@@ -234,6 +235,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
             if evaluating or saving or recording:
                 check_finite(sums, step)
                 checkpoint.check_saves(manager)
+                if first_host:
+                    recipe.check_claim(workdir)
             if recording:
                 while in_flight:
                     totals.add(in_flight.popleft())
@@ -251,6 +254,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 report.evaluation(step, results, weights)
             if saving:
                 with report.pause("checkpoint"):
+                    report.sync()
                     checkpoint.save(manager, train_state, meta, results)
                 report.checkpoint(step)
             if stopping and not last:
@@ -261,7 +265,6 @@ def train(config: ConfigDict, workdir: Path) -> int:
             return 128 + (stop.signal if stop else signal.SIGTERM)
 
     if first_host:
-        draw_curves(workdir)
         progress.show_table(
             "finished",
             {
@@ -271,6 +274,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 "curves": naming.shown(workdir / "curves.png"),
             },
         )
+        draw_curves(workdir)  # last: nothing that happens to the picture hides the results
     return 0
 
 
@@ -338,7 +342,8 @@ def check_same_data(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -
 def draw_curves(workdir: Path) -> None:
     """Draws curves.png from metrics.jsonl."""
     records = progress.read_metrics(workdir / "metrics.jsonl")
-    pictures.draw_curves(records, naming.shown(workdir), workdir / "curves.png")
+    with file_errors(workdir / "curves.png", "written"):
+        pictures.draw_curves(records, naming.shown(workdir), workdir / "curves.png")
 
 
 if __name__ == "__main__":

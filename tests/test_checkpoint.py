@@ -167,6 +167,69 @@ def test_another_network_is_refused(tmp_path, one_device):
         checkpoint.restore_state(manager, other.replace(params=other.params | {"conv": {"kernel": kernel}}), 1)
 
 
+@pytest.mark.parametrize(
+    ("fields", "value"),
+    [(("params",), np.nan), (("batch_stats", "ema_params"), np.inf), (("ema_batch_stats",), -np.inf)],
+)
+def test_weights_that_are_not_finite_are_neither_saved_nor_read(tmp_path, one_device, monkeypatch, fields, value):
+    """Of both kinds, parameters and statistics; those of a checkpoint that an older version wrote are not used."""
+    state = make_state(one_device, 1)
+    bad = state
+    for field in fields:
+        leaves, treedef = jax.tree.flatten(getattr(state, field))
+        leaves[0] = leaves[0].at[-1].set(value)
+        bad = bad.replace(**{field: jax.tree.unflatten(treedef, leaves)})
+    item, collection = ("ema" if "ema" in fields[0] else "raw"), fields[0].removeprefix("ema_")
+    array = {"params": "bias", "batch_stats": "mean"}[collection]
+    what = rf"values of {item}\['{collection}'\]\['{array}'\] are not finite"
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state, META, None)
+        with pytest.raises(ValueError, match=rf"^{what} after step 2; checkpoints from before it are kept\. Lower"):
+            checkpoint.save(manager, bad.replace(step=jnp.int32(2)), META, None)
+        assert manager.all_steps() == [1]
+        monkeypatch.setattr(checkpoint, "WEIGHTS", ())
+        checkpoint.save(manager, bad.replace(step=jnp.int32(2)), META, None)
+    monkeypatch.undo()
+    with open_manager(tmp_path) as manager:
+        refused = rf"/checkpoints/2 cannot be used: {what}; move this folder away to go on from step 1\.$"
+        with pytest.raises(ValueError, match=refused):
+            checkpoint.restore_state(manager, abstract(state), 2)
+        variables = abstract(state).variables(item)
+        with pytest.raises(ValueError, match=refused):
+            checkpoint.restore_variables(manager, variables, item, 2)
+        assert_equal(checkpoint.restore_state(manager, abstract(state), 1), state)
+
+
+def test_optimizers_may_begin_at_infinity(tmp_path, one_device):
+    """As optax' reduce_on_plateau does with the best value so far."""
+    state = make_state(one_device, 1)
+    state = state.replace(opt_state=(state.opt_state[0], jnp.float32(np.inf)))
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state, META, None)
+    with open_manager(tmp_path) as manager:
+        assert_equal(checkpoint.restore_state(manager, abstract(state), 1), state)
+
+
+def test_what_fails_at_the_end_hides_no_reason(tmp_path, monkeypatch):
+    """A save that has failed meanwhile is said where nothing else is wrong."""
+
+    def fail(manager):
+        raise ValueError("RESOURCE_EXHAUSTED: no room\nand a stack")
+
+    def close(other_error=None):
+        with open_manager(tmp_path):
+            monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "wait_until_finished", fail)
+            if other_error:
+                raise other_error
+
+    failed = rf"^a checkpoint could not be written to {tmp_path}/checkpoints: RESOURCE_EXHAUSTED: no room; those before"
+    with pytest.raises(ValueError, match=failed):
+        close()
+    monkeypatch.undo()
+    with pytest.raises(KeyError, match="another"):
+        close(KeyError("another"))
+
+
 def test_checksums_see_a_change_and_a_swap_and_no_sharding():
     x = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
     changed, swapped = x.copy(), x.copy()

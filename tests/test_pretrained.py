@@ -414,6 +414,22 @@ def test_a_folder_that_is_no_workdir_is_named(one_device, tmp_path):
             pretrained.restore_run(tmp_path / folder, one_device, "latest")
 
 
+@pytest.mark.parametrize(("value", "fields"), [(np.nan, {}), (1e39, {}), (7e4, {"param_dtype": "float16"})])
+def test_weights_that_are_not_finite_are_refused(one_device, tmp_path, value, fields):
+    """The array is named; what counts is the network's own type, in which 1e39 or 70,000 may be no number."""
+    model = create_model("xception", num_classes=4, width=0.02, padding="SYMMETRIC", bn_epsilon=1e-5, **fields)
+    variables = random_variables(model)
+    place = ("params", "block2_sepconv1", "depthwise", "kernel")
+    arrays, name = timm_weights.to_timm(variables), "block1.rep.0.conv1.weight"
+    arrays[name] = arrays[name].astype(np.float64)
+    arrays[name].flat[5] = value
+    np.savez(tmp_path / "w.npz", **arrays)
+    dtype = fields.get("param_dtype", "float32")
+    message = rf"^{tmp_path}/w\.npz: values of {'/'.join(place)} are not finite \(in {dtype}\); take another file"
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "w.npz", model, one_device)
+
+
 def test_a_mistake_writes_nothing(photos, tmp_path):
     small = ["--config.batch_size=8", "--config.model.middle_repeats=0", "--config.data.image_size=71"]
     config = recipe.load(f"{FINETUNE}:{photos}", [f"--config.init.weights={tmp_path / 'no.h5'}", *small])

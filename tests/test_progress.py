@@ -1,6 +1,11 @@
 """What a person sees: records, rates, and the picture of them."""
 
+import errno
 import json
+import os
+import re
+import resource
+import signal
 
 import cv2
 import numpy as np
@@ -110,6 +115,108 @@ def test_a_resumed_run_continues_the_records_of_its_checkpoint(tmp_path):
         report.train(30, {"loss": 0.0})
     records = progress.read_metrics(tmp_path / "metrics.jsonl")
     assert [(r["step"], r["train/loss"]) for r in records] == [(10, 10), (20, 20), (30, 0)]
+
+
+STRANGE = [
+    b"a note of mine\n",
+    b'{"step": 12, "train/lo\n',  # cut off, and something went on after it
+    b'{"step": 13, "train/loss": 1.0}{"step": 14}\n',
+    b"\xff\xfe\n",
+    b"\0\0\0\0\n",
+    b"\n",
+    b"[]\n",
+    b"null\n",
+    b"[" * 100_000 + b"\n",
+    b'{"train/loss": 1.0}\n',
+    *(b'{"step": %s}\n' % step for step in (b'"3"', b"3.0", b"true", b"null", b"-1", b"[3]", b"1" * 400, b"1" * 9999)),
+    *(b'{"step": 3, "train/loss": %s}\n' % value for value in (b'"x"', b"[1]", b"{}", b"true", b"NaN", b"1e999")),
+]
+RECORDS = [b'{"step": 1, "train/loss": 3.0}\r\n', b'{"step": 20, "eval/loss": null, "eval/weights": "ema"}\n']
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"step": 40, "train/lo', b"\0\0\0", b'{"step": 40, "train/loss": 1.0}'])
+def test_what_is_no_record_stays_as_it_is(tmp_path, capsys, tail):
+    """Only later records go, and a last line that was cut off: what is not understood is somebody's."""
+    path, later = tmp_path / "metrics.jsonl", b'{"step": 30, "train/loss": 2.0}\n'
+    path.write_bytes(RECORDS[0] + later + b"".join(STRANGE) + RECORDS[1] + later + tail)
+    with run(tmp_path, start_step=20) as report:
+        report.train(21, {"loss": 0.5})
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert b"".join(lines[:-1]) == RECORDS[0] + b"".join(STRANGE) + RECORDS[1]
+    said = f"{path} has {len(STRANGE)} lines that are no records, the first is line 3; left as they are."
+    assert capsys.readouterr().err.splitlines()[0] == said
+    records = progress.read_metrics(path)
+    assert records[:-1] == [json.loads(line) for line in RECORDS]
+    assert (records[-1]["step"], records[-1]["train/loss"]) == (21, 0.5)
+    pictures.draw_curves(records, "title", tmp_path / "curves.png")
+
+
+def test_a_record_without_the_end_of_its_line_is_one(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 7, "train/loss": 1.0}')
+    with run(tmp_path, start_step=7) as report:
+        report.train(8, {"loss": 2.0})
+    assert [r["step"] for r in progress.read_metrics(tmp_path / "metrics.jsonl")] == [7, 8]
+
+
+@pytest.fixture
+def file_size():
+    """Sets the largest size of a file, by the kernel: as on a full disk a file takes its first part and no more."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_a_line_and_what_was_written_stays(tmp_path, file_size):
+    """Also where the file is closed on the way out, which writes once more."""
+    path = tmp_path / "metrics.jsonl"
+
+    def train_until_it_is_full():
+        with run(tmp_path) as report:
+            report.train(10, {"loss": 1.0})
+            file_size(path.stat().st_size + 9)
+            report.train(20, {"loss": 1.0})
+
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} cannot be written: File too large\\.$"):
+        train_until_it_is_full()
+    *_, whole, cut_off = path.read_bytes().splitlines(keepends=True)
+    assert whole.endswith(b"\n")
+    assert len(cut_off) == 9
+    assert [r["step"] for r in progress.read_metrics(path)] == [10]
+    # To begin again takes room as well; what is there stays.
+    before = path.read_bytes()
+    file_size(9)
+    with pytest.raises(ValueError, match=r"cannot be written: File too large\.$"):
+        run(tmp_path, start_step=10)
+    assert path.read_bytes() == before
+    assert not (tmp_path / "metrics.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE])
+@pytest.mark.parametrize("name", ["tensorboard/events.out.tfevents", "metrics.jsonl"])
+def test_what_the_disk_refuses_is_a_line(tmp_path, monkeypatch, number, name):
+    """Of events, and of records that a checkpoint waits for; an error that is under way is not hidden by another."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    def write(other_error=None):
+        with run(tmp_path) as report:
+            if name == "metrics.jsonl":
+                monkeypatch.setattr(progress.os, "fsync", refuse)
+            else:
+                monkeypatch.setattr(progress.RecordWriter, "write", refuse)
+            if other_error:
+                raise other_error
+            report.sync()
+            report.train(10, {"loss": 1.0})
+
+    message = rf"^{re.escape(str(tmp_path / name))}\S* cannot be written: {os.strerror(number)}\.$"
+    with pytest.raises(ValueError, match=message):
+        write()
+    monkeypatch.undo()
+    with pytest.raises(KeyError, match="another"):
+        write(KeyError("another"))
 
 
 def test_other_hosts_write_nothing(tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from xception_flax import recipe
+from xception_flax import pretrained, recipe
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -435,8 +436,98 @@ def test_bad_workdirs_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is no workdir of a run: it has no config\.json"):
         recipe.read(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: Expecting"):
+    with pytest.raises(ValueError, match=r"config\.json is damaged: Expecting"):
         recipe.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged: Expecting value: line 1 column 1 (char 0)."),
+        (b"[]", "damaged: expected keys and values in braces, got b'[]'."),
+        (b"null", "damaged: expected keys and values in braces, got b'null'."),
+        (b"3", "damaged: expected keys and values in braces, got b'3'."),
+        (b'"x"', "damaged: expected keys and values in braces, got b'\"x\"'."),
+        (b"\x89PNG\r\n\x1a\n\0\0\xff", "damaged: 'utf-8' codec can't decode"),
+        (b"\0" * 4096, "damaged: "),
+        (b"[" * 100_000, "damaged: maximum recursion depth exceeded"),
+        (b'{"model": ' * 900 + b"1" + b"}" * 900, ": "),
+        (b"1" * 9999, "damaged: Exceeds the limit"),
+        (b"{}", ": recipe key 'batch_size' is missing; "),
+        (b'{"batch_size": 8, "epochs": 1, "colour": 1}', ": unknown recipe key 'colour'; "),
+        (b'{"batch_size": 8, "epochs": 1, "model": 3}', ": recipe key 'model' must be a group of keys, got 3."),
+    ],
+)
+def test_an_odd_config_json_is_a_line_for_all_who_read_it(tmp_path, one_device, content, message):
+    """Also for who takes the run's weights to begin with, and reads no more of it than that takes."""
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        recipe.read(tmp_path)
+    assert str(raised.value).startswith(str(path))
+    with pytest.raises(ValueError, match=re.escape(str(raised.value))):
+        recipe.check_workdir(tmp_path, recipe.load(DIGITS))
+    expected = str(raised.value) if "damaged" in message else f"{path} is no recipe of a network: "
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        pretrained.restore_run(tmp_path, one_device, "latest")
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", recipe.FILES + recipe.FOLDERS)
+def test_what_is_in_the_way_of_a_runs_files_is_refused(tmp_path, monkeypatch, name):
+    """Before anything is written, in a workdir that is new, and in one of a run that goes on."""
+    config = recipe.load(DIGITS)
+    expected, other = ("folder", "no folder") if name in recipe.FOLDERS else ("file", "a folder")
+    workdir, path = tmp_path / "w", tmp_path / "w" / name
+    path.mkdir(parents=True)
+    if expected == "folder":
+        path.rmdir()
+        path.write_text("")
+    with pytest.raises(ValueError, match=rf"^{path} is {other}, expected a {expected} or nothing; move it away\.$"):
+        recipe.check_workdir(workdir, config)
+    shutil.rmtree(workdir)
+
+    with recipe.claim(workdir, config):
+        pass
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "nowhere")
+    message = rf"^{path} is a link to nothing, expected a {expected} or nothing; move it away\.$"
+    with pytest.raises(ValueError, match=message):
+        recipe.check_workdir(workdir, config)
+    assert not (tmp_path / "nowhere").exists()
+    path.unlink()
+
+    path.mkdir() if expected == "folder" else path.write_text("")
+    monkeypatch.setattr(os, "access", lambda at, mode: Path(at) != path)  # of root's there is none without
+    message = rf"^{path} cannot be read and written by this user; change its permissions or its owner\.$"
+    with pytest.raises(ValueError, match=message):
+        recipe.check_workdir(workdir, config)
+
+
+def test_a_workdir_that_is_gone_is_noticed(tmp_path):
+    config, workdir = recipe.load(DIGITS), tmp_path / "w"
+    gone = (
+        rf"^workdir {workdir} was removed, renamed or closed to this run while it was going on \(\.lock: No such file "
+        r"or directory\)\. Put it back, and the same command goes on from its newest checkpoint\.$"
+    )
+    with recipe.claim(workdir, config):
+        recipe.check_claim(workdir)
+        workdir.rename(tmp_path / "renamed")
+        with pytest.raises(ValueError, match=gone):
+            recipe.check_claim(workdir)
+        workdir.mkdir()  # by another run, with another lock
+        (workdir / ".lock").write_text("process 1 on elsewhere")
+        with pytest.raises(
+            ValueError, match=rf"^workdir {workdir} now belongs to process 1 on elsewhere, by its \.lock;"
+        ):
+            recipe.check_claim(workdir)
+        shutil.rmtree(workdir)
+        (tmp_path / "renamed").rename(workdir)
+        recipe.check_claim(workdir)
+        shutil.rmtree(workdir)
+        with pytest.raises(ValueError, match=gone):
+            recipe.check_claim(workdir)
 
 
 def test_a_workdir_is_claimed_by_one_at_a_time(tmp_path, monkeypatch):
@@ -444,7 +535,7 @@ def test_a_workdir_is_claimed_by_one_at_a_time(tmp_path, monkeypatch):
     config = recipe.load(DIGITS)
     script = f"""
 import pathlib, time
-from xception_flax import recipe
+from xception_flax import pretrained, recipe
 with recipe.claim(pathlib.Path({str(tmp_path)!r}), recipe.load({DIGITS!r})):
     print("held", flush=True)
     time.sleep(600)

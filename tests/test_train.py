@@ -1,10 +1,12 @@
 """The whole path from the shell: real processes, real signals, exact resumption, several hosts, mistakes."""
 
 import contextlib
+import errno
 import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import grain
@@ -21,7 +24,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import train
-from xception_flax import cli, data, evaluate, ops, pretrained, progress, sharding
+from xception_flax import cli, data, evaluate, metrics, ops, pretrained, progress, sharding
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -880,3 +883,116 @@ def test_divergence_stops_before_it_is_saved(tmp_path, monkeypatch, capsys):
     assert code == 2
     assert re.search(r"error: the (loss|gradient_norm) is (nan|inf) at step \d+; .*optimizer\.learning_rate", err)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+# One step of an update that overflows: its loss and gradient are as finite as those of any other first step.
+OVERFLOW = [text for text in LENET if "warmup" not in text] + ["--config.epochs=0.0127"]
+OVERFLOW += [f"--config.{text}" for text in ("schedule.name=constant", "optimizer.name=rmsprop")]
+OVERFLOW += ["--config.optimizer.learning_rate=3e38"]
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
+    arguments = ["--config", f"{DIGITS}:lenet", "--workdir", tmp_path, *OVERFLOW]
+    code, out, err = run(monkeypatch, capsys, train.main, *arguments)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == (
+        "error: the loss of the evaluation is nan: the weights are finite, the network's output is not. Checkpoints "
+        "from before it are kept. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new "
+        "workdir."
+    )
+    assert [list(r) for r in records(tmp_path) if "eval/loss" in r] == []
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "weight", "reason"),
+    [
+        (np.nan, 1.0, "nan: the weights are finite, the network's output is not."),
+        (np.inf, 1.0, "inf: the weights are finite, the network's output is not."),
+        (np.nan, np.nan, "nan: values of ['params']['k'] are not finite."),
+        (np.nan, -np.inf, "nan: values of ['params']['k'] are not finite."),
+    ],
+)
+def test_what_is_not_finite_in_an_evaluation_is_named(one_device, loss, weight, reason):
+    batch = {"images": np.zeros((2, 1, 1, 1), np.uint8), "labels": np.zeros(2, np.int32)}
+    split = SimpleNamespace(num_images=2, on_bad_image="stop", batches=lambda: (b for b in [batch]))
+    sums = {"loss": metrics.Sum(np.float32(loss), np.float32(2))}
+    variables = {"params": {"a": jax.numpy.ones(3), "k": jax.numpy.array([1.0, weight])}}
+    with pytest.raises(ValueError, match=f"^the loss of the evaluation is {re.escape(reason)}"):
+        evaluate.evaluate(lambda variables, batch: (sums, None), variables, split, one_device)
+
+
+BRIEF = [*LENET, "--config.epochs=0.1019", "--config.schedule.warmup_epochs=0"]  # 8 steps
+BRIEF += ["--config.log_every_steps=2", "--config.checkpoint_every_epochs=0.02545"]  # each two
+
+
+def test_records_are_on_the_disk_before_the_checkpoint_that_they_are_of(tmp_path, monkeypatch, capsys):
+    """By the size of the file that was last synced, and its size where a save begins."""
+    path, synced, seen = tmp_path / "metrics.jsonl", {}, []
+    fsync, save = os.fsync, train.checkpoint.save
+
+    def noting_fsync(descriptor):
+        fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    def noting_save(manager, state, *rest):
+        assert records(tmp_path)[-1]["step"] == int(state.step)
+        seen.append((synced.get(path.stat().st_ino), path.stat().st_size))
+        save(manager, state, *rest)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(train.checkpoint, "save", noting_save)
+    arguments = ["--config", f"{DIGITS}:lenet", "--workdir", tmp_path, *BRIEF]
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments)
+    assert code == 0, err
+    assert len(seen) == 4
+    assert [on_disk for on_disk, _ in seen] == [size for _, size in seen]
+    assert synced[path.stat().st_ino] == path.stat().st_size
+
+
+@pytest.mark.parametrize("renamed", [True, False], ids=["renamed", "removed"])
+def test_a_workdir_that_is_gone_ends_the_run(tmp_path, monkeypatch, capsys, renamed):
+    """At the next record; it is not made again, as Orbax would."""
+    workdir = tmp_path / "w"
+    monkeypatch.setattr(
+        progress.RunProgress,
+        "compiled",
+        lambda self, step: workdir.rename(tmp_path / "elsewhere") if renamed else shutil.rmtree(workdir),
+    )
+    code, out, err = run(monkeypatch, capsys, train.main, "--config", f"{DIGITS}:lenet", "--workdir", workdir, *BRIEF)
+    assert (code, out) == (2, "")
+    assert re.match(f"error: workdir {workdir} was removed, renamed or closed to this run", err.splitlines()[-1]), err
+    assert [path.name for path in tmp_path.iterdir()] == (["elsewhere"] if renamed else [])
+
+
+def test_a_full_disk_is_one_line(whole, tmp_path):
+    """By a limit on the size of files: the records fail, and the checkpoint that is being written.
+
+    After a run of the same programs, which then are not compiled again.
+    """
+    limit = 3600  # bytes: more than config.json has, and than ten records
+    frequent = ["--config.log_every_steps=1", "--config.checkpoint_every_epochs=0.1274"]  # each ten steps
+    command = [sys.executable, "-W", "ignore::UserWarning", str(ROOT / "train.py"), "--config", DIGITS]
+    process = subprocess.run(
+        [*command, "--workdir", str(tmp_path), *SMALL, *frequent],
+        env=environment(2),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    said = [line for line in process.stderr.splitlines() if not line.startswith("step ")]
+    assert (process.returncode, len(said)) == (2, 2), process.stderr
+    assert re.match(rf"error: (a checkpoint could not be written to )?{tmp_path}/", said[1]), said
+    assert (tmp_path / "metrics.jsonl").stat().st_size <= limit
+    steps = [r["step"] for r in progress.read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= 10
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+def test_what_a_disk_refuses_is_no_defect(monkeypatch, capsys, number):
+    def refused(argv):
+        raise OSError(number, os.strerror(number), "some/file")
+
+    assert run(monkeypatch, capsys, refused) == (2, "", f"error: some/file: {os.strerror(number)}.\n")

@@ -7,6 +7,7 @@ data is the step.
 """
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ from xception_flax.ranges import check_range
 from xception_flax.state import TrainState
 
 PyTree = Any
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax' own, but that what fails at its end is said as other failed saves are."""
+
+    def close(self) -> None:
+        under_way = sys.exception()
+        try:
+            super().close()
+        except Exception as error:
+            if under_way is None:  # which is the reason, and this mostly its consequence
+                raise _failed_save(self, error) from error
 
 
 def open_manager(
@@ -52,7 +65,7 @@ def open_manager(
         cleanup_tmp_directories=not read_only,
         read_only=read_only,
     )
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+    return _Manager((workdir / "checkpoints").absolute(), options=options)
 
 
 def has_steps(workdir: Path) -> bool:
@@ -74,13 +87,19 @@ def save(
       metrics: of an evaluation of this state, if there was one.
 
     Raises:
-      ValueError: this save or the one before it failed (a full disk, say).
+      ValueError: this save or the one before it failed (a full disk, say), or the weights are not finite.
     """
     step = int(state.step)
     if step in manager.all_steps():
         return
-    items = _items(state)
-    sums = {name: {k: int(v) for k, v in _checksums(item).items()} for name, item in items.items()}
+    items, sums = _items(state), {}
+    for name, item in items.items():
+        sums[name], not_finite = _inspect(item)
+        if name in WEIGHTS and not_finite:
+            raise ValueError(
+                f"{_places(name, not_finite)} after step {step}; checkpoints from before it are kept. Lower "
+                "optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir."
+            )
     args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     args["meta"] = ocp.args.JsonSave(naming.stored(meta | {"checksums": sums}))
     try:
@@ -137,7 +156,7 @@ def restore_state(manager: ocp.CheckpointManager, abstract_state: TrainState, st
     """Reads the whole state of `step`, each array onto the devices that `abstract_state` says.
 
     Raises:
-      ValueError: the checkpoint is damaged, incomplete or of another network.
+      ValueError: the checkpoint is damaged, incomplete or of another network, or its weights are not finite.
     """
     items = _restore(manager, _items(abstract_state), step)
     return TrainState(
@@ -154,7 +173,7 @@ def restore_variables(manager: ocp.CheckpointManager, abstract_variables: PyTree
     """Reads only the variables of `step`: `weights` is 'raw' or 'ema'.
 
     Raises:
-      ValueError: the checkpoint is damaged, has no such weights or is of another network.
+      ValueError: the checkpoint is damaged, has no such weights or is of another network, or they are not finite.
     """
     return _restore(manager, {weights: abstract_variables}, step)[weights]
 
@@ -187,9 +206,12 @@ def _restore(manager: ocp.CheckpointManager, abstract_items: dict[str, PyTree], 
     except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
         raise _unreadable(manager, step, error) from None
     for name in abstract_items:
-        for path, checksum in _checksums(items[name]).items():
-            if int(checksum) != expected[name].get(path):
+        sums, not_finite = _inspect(items[name])
+        for path, checksum in sums.items():
+            if checksum != expected[name].get(path):
                 raise _unreadable(manager, step, ValueError(f"the values of {name}{path} have changed on disk"))
+        if name in WEIGHTS and not_finite:
+            raise _unreadable(manager, step, ValueError(_places(name, not_finite)))
     return {name: items[name] for name in abstract_items}
 
 
@@ -206,16 +228,41 @@ def _unreadable(manager: ocp.CheckpointManager, step: int, error: Exception) -> 
 # Checksums -----------------------------------------------------------------------------------------
 
 
-def _checksums(tree: PyTree) -> dict[str, jax.Array]:
+# Items that are weights: what is not finite in them is in all that is computed with them.
+WEIGHTS = ("raw", "ema")
+
+
+def _checksums(tree: PyTree) -> dict[str, int]:
     """A uint32 a leaf, by its path. Orbax stores no checksum of data: a flipped bit would go unseen."""
+    return _inspect(tree)[0]
+
+
+def _inspect(tree: PyTree) -> tuple[dict[str, int], list[str]]:
+    """The checksums, and the paths of the leaves with values that are not finite: one program, one pass."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get(_checksum_all([leaf for _, leaf in leaves]))
-    return {jax.tree_util.keystr(path): value for (path, _), value in zip(leaves, sums, strict=True)}
+    paths = [jax.tree_util.keystr(path) for path, _ in leaves]
+    sums, finite = jax.device_get(_inspect_all([leaf for _, leaf in leaves]))
+    not_finite = [path for path, is_finite in zip(paths, finite, strict=True) if not is_finite]
+    return dict(zip(paths, map(int, sums), strict=True)), not_finite
+
+
+def not_finite(tree: PyTree) -> list[str]:
+    """Returns the paths of the leaves with values that are not finite."""
+    return _inspect(tree)[1]
+
+
+def _places(name: str, paths: list[str]) -> str:
+    others = f" and {len(paths) - 1} other arrays" if len(paths) > 1 else ""
+    return f"values of {name}{paths[0]}{others} are not finite"
 
 
 @jax.jit
-def _checksum_all(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_checksum(leaf) for leaf in leaves]
+def _inspect_all(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    return [_checksum(leaf) for leaf in leaves], [_is_finite(leaf) for leaf in leaves]
+
+
+def _is_finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(True)
 
 
 def _checksum(x: jax.Array) -> jax.Array:

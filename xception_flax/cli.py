@@ -78,6 +78,8 @@ def start(arguments: argparse.Namespace) -> None:
     To be called before JAX touches a device.
     """
     absl_logging.set_verbosity(absl_logging.ERROR)
+    if not os.environ.get("XCEPTION_FLAX_TRACEBACK"):
+        _say_failed_saves_once()
     logging.getLogger("jax").setLevel(logging.ERROR)
     compilation_cache.enable()
     by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
@@ -104,6 +106,26 @@ def start(arguments: argparse.Namespace) -> None:
         # preference for a feature, misses it in the CPU and logs an error at each program out of the
         # cache, kilobytes long and without consequence (jax-ml/jax#38445). Real errors are raised too.
         jax.config.update("jax_logging_level", "CRITICAL")
+
+
+def _say_failed_saves_once() -> None:
+    """Leaves a failed save to the one error that is raised of it: before that threads print a thousand lines.
+
+    Orbax logs each of its threads, asyncio each task that nobody asked for its end, and TensorStore's results come to
+    event loops that are closed, or to an interpreter that is ending.
+    """
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+    def unraisable(what: "sys.UnraisableHookArgs") -> None:
+        if str(what.exc_value) != "Event loop is closed" and not isinstance(what.exc_value, ImportError):
+            sys.__unraisablehook__(what)
+
+    sys.unraisablehook = unraisable
+
+
+# Of the file system, whatever wrote: no space or quota left, a broken disk, one that has become read-only.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
@@ -134,7 +156,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         complain(str(error))
         code = 2
     except OSError as error:
-        if error.errno != errno.ENOSPC or os.environ.get("XCEPTION_FLAX_TRACEBACK"):
+        if error.errno not in DISK_ERRORS or os.environ.get("XCEPTION_FLAX_TRACEBACK"):
             raise
         complain(f"{error.filename or 'a file, or what the output goes to'}: {error.strerror}.")
         code = 2

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,6 +67,7 @@ def evaluate(
 
     Raises:
       data.InputError: none of the images can be decoded.
+      ValueError: the loss is not finite.
     """
     totals = metrics.Accumulator()
     with contextlib.closing(split.batches()) as batches:
@@ -76,8 +78,21 @@ def evaluate(
                 on_batch(batch, logits)
     if not (count := round(totals.count("loss"))):
         raise data.InputError(f"none of the {split.num_images:,} images to evaluate on can be decoded.")
+    means = totals.means()
+    if not math.isfinite(means["loss"]):
+        wrong = checkpoint.not_finite(variables)
+        raise ValueError(
+            f"the loss of the evaluation is {means['loss']}: "
+            + (
+                f"values of {wrong[0]} are not finite"
+                if wrong
+                else "the weights are finite, the network's output is not"
+            )
+            + ". Checkpoints from before it are kept. Lower optimizer.learning_rate or clip gradients "
+            "(optimizer.clip_norm), in a new workdir."
+        )
     bad = {"bad_images": split.num_images - count} if split.on_bad_image == "replace" else {}
-    return totals.means() | {"count": count} | bad
+    return means | {"count": count} | bad
 
 
 class Mistakes:

@@ -113,7 +113,9 @@ def predict(
                     images[i] = image
             scores = np.asarray(forward(run.variables, sharding.global_batch(mesh, {"images": images})["images"]))
             for path, image, row in zip(paths[start:], prepared, scores, strict=False):
-                yield path, image if isinstance(image, ValueError) else row
+                if not isinstance(image, ValueError):
+                    image = row if np.isfinite(row).all() else ValueError("the network's output for it is not finite.")
+                yield path, image
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path]:

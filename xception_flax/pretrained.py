@@ -7,7 +7,6 @@ compute with it what it was trained for; the classifier alone may differ, and th
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from jax.sharding import Mesh
 
 from xception_flax import checkpoint as checkpoints
 from xception_flax import keras_weights, metrics, models, state, timm_weights, weight_files
+from xception_flax.files import file_errors, read_config
 from xception_flax.lookup import suggest
 
 Place = tuple[str, ...]  # of an array: ('params', 'predictions', 'kernel')
@@ -128,9 +128,9 @@ def load(
       std: the same.
 
     Raises:
-      ValueError: there are none; an array has no place, another shape or is missing, but for the
-        classifier, where its classes are others (of a file they are known by their number); or the
-        recipe has the network compute something else than the weights are for.
+      ValueError: there are none; an array has no place, another shape, values that are not finite or is
+        missing, but for the classifier, where its classes are others (of a file they are known by their
+        number); or the recipe has the network compute something else than the weights are for.
     """
     shapes = flatten_dict(state.abstract_variables(model, image_shape, mesh))
     if weights == "random":
@@ -149,6 +149,7 @@ def load(
     elif form:
         library, values = _from_file(path, form, shapes)
         origin = {"file": str(path.absolute()), "sha256": _digest(path, "sha256")}
+        _check_finite(path, values, shapes)
         fields = XCEPTION_FIELDS[library] if type(model) is models.MODELS["xception"] else {}
         published = _digest(path, "md5") in {md5 for files in KERAS_FILES.values() for _, md5 in files}
         _check_settings(path, model, fields, normalize, PUBLISHED_NORMALIZE if published else {})
@@ -178,17 +179,23 @@ def restore_run(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None 
       ValueError: no such checkpoint or weights, or a damaged one.
     """
     config = workdir / "config.json"
-    if not config.is_file() or not checkpoints.has_steps(workdir):
-        raise ValueError(f"{workdir} has no checkpoint; expected the workdir of a run of train.py{_hint(workdir)}.")
-    recipe = json.loads(config.read_text())
-    size, channels = recipe["data"]["image_size"], recipe["data"]["channels"]
-    kept = recipe["step"]["ema_decay"] > 0
+    with file_errors(workdir, "read"):
+        if not config.is_file() or not checkpoints.has_steps(workdir):
+            raise ValueError(f"{workdir} has no checkpoint; expected the workdir of a run of train.py{_hint(workdir)}.")
+    recipe = read_config(config)
+    try:
+        size, channels = recipe["data"]["image_size"], recipe["data"]["channels"]
+        kept = recipe["step"]["ema_decay"] > 0
+        model = models.create_model(**recipe["model"])
+        abstract = state.abstract_variables(model, (size, size, channels), mesh)
+        best_metric = metrics.BEST[recipe["metrics"]["name"]]
+        recipe["normalize"]["mean"], recipe["normalize"]["std"]  # which are compared later
+    except Exception as error:  # whatever is wrong with it, and there is no end to what may be
+        lines = str(error).strip().splitlines() or [""]
+        raise ValueError(f"{config} is no recipe of a network: {type(error).__name__}: {lines[0][:300]}") from error
     if weights == "ema" and not kept:
         raise ValueError(f"{workdir} keeps no averaged weights (step.ema_decay is 0); take raw.")
     weights = weights or ("ema" if kept else "raw")
-    model = models.create_model(**recipe["model"])
-    abstract = state.abstract_variables(model, (size, size, channels), mesh)
-    best_metric = metrics.BEST[recipe["metrics"]["name"]]
     with checkpoints.open_manager(workdir, best_metric=best_metric, read_only=True) as manager:
         step = checkpoints.find_step(manager, checkpoint)
         class_names = tuple(checkpoints.read_meta(manager, step)["class_names"])
@@ -288,6 +295,18 @@ def _from_run(
         if theirs != ours:
             raise ValueError(f"{path}: {'/'.join(place)} is {theirs} there, and {ours} in the network of this recipe.")
     return values
+
+
+def _check_finite(path: Path, values: Mapping[Place, np.ndarray], shapes: Mapping[Place, Any]) -> None:
+    """Raises ValueError where an array has a NaN or an infinity once it is of the network's type."""
+    for place, value in values.items():
+        dtype = shapes[place].dtype
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(value.astype(dtype)).all()
+        if not finite:
+            raise ValueError(
+                f"{path}: values of {'/'.join(place)} are not finite (in {dtype}); take another file of weights."
+            )
 
 
 def _fits(bias: np.ndarray | jax.Array | None, shapes: Mapping[Place, Any]) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import socket
 import sys
 import threading
 import time
@@ -25,9 +26,12 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-from tensorboardX import SummaryWriter
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from xception_flax import naming
+from xception_flax.files import file_errors, write_whole
 
 T = TypeVar("T")
 
@@ -153,7 +157,8 @@ class RunProgress:
 
     On a terminal there is a bar with step, images/s, loss and the time that is left; elsewhere a
     line at each record. `metrics.jsonl` and the events in `tensorboard/` go on where the checkpoint
-    does: records of steps after it, from a run that was cut off, are removed.
+    does: records of steps after it, from a run that was cut off, are removed. What else is in
+    `metrics.jsonl` stays as it is.
 
     Of the time of a run all is recorded once: `train/first_step_seconds`, which is compilation for the
     most part; then, for each step, `train/step_seconds`, of which the host waited
@@ -186,6 +191,9 @@ class RunProgress:
           peak_images_per_second: that all devices could train on, if they did nothing but the network's
             multiply-adds at their peak; the rate's share of it is recorded as `train/mfu`. None where it
             is not known.
+
+        Raises:
+          ValueError: a file cannot be read or written. So does whatever records.
         """
         self._enabled = enabled
         self._total_steps, self._batch_size, self._num_images = total_steps, batch_size, num_images
@@ -198,8 +206,9 @@ class RunProgress:
         if not enabled:
             return
         self._console = _console()
-        self._file = open_metrics(workdir / "metrics.jsonl", start_step)
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._path = workdir / "metrics.jsonl"
+        self._events = Events(workdir / "tensorboard", start_step)
+        self._file, strange = open_metrics(self._path, start_step)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -212,15 +221,26 @@ class RunProgress:
         )
         self._task = self._bar.add_task("training", total=total_steps, completed=start_step, state="compiling")
         self._bar.start()
+        if strange:
+            lines = "a line that is no record" if len(strange) == 1 else f"{len(strange):,} lines that are no records"
+            self.say(f"{self._path} has {lines}, the first is line {strange[0]:,}; left as they are.")
 
     def __enter__(self) -> "RunProgress":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._enabled:
-            self._bar.stop()
-            self._events.close()
-            self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if not self._enabled:
+            return
+        self._bar.stop()
+        try:
+            self.sync()
+        except ValueError:  # which is not to take the place of an error that is under way
+            if kind is None:
+                raise
+        finally:
+            for file in (self._events, self._file):
+                with contextlib.suppress(OSError):  # of what `sync` has failed to write
+                    file.close()
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -301,13 +321,57 @@ class RunProgress:
         if self._enabled:
             self._record(step, {"checkpoint/blocking_seconds": self._pauses.pop("checkpoint")})
 
+    def sync(self) -> None:
+        """Has the records on the disk, and not in the system's memory alone: to go before what they are of is kept."""
+        if self._enabled:
+            with file_errors(self._path, "written"):
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
     def _record(self, step: int, values: Mapping[str, Any]) -> None:
-        self._file.write(to_json({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if not isinstance(value, str):
-                self._events.add_scalar(name, value, step)
-        self._events.flush()
+        with file_errors(self._path, "written"):
+            self._file.write(to_json({"step": step, **values}).encode() + b"\n")
+            self._file.flush()
+        self._events.add(step, {name: value for name, value in values.items() if not isinstance(value, str)})
+
+
+class Events:
+    """A file of events, as TensorBoard reads them, written by who adds them.
+
+    tensorboardX's own `SummaryWriter` writes by a thread, which dies of a full disk: the queue before it then
+    fills, and the run waits for ever.
+    """
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        """Begins a file in `folder`; what older ones have of steps after `start_step` counts no more.
+
+        Raises:
+          ValueError: it cannot be written. So does `add`.
+        """
+        now = time.time()
+        # Absolute: of a relative name tensorboardX may take the beginning for a protocol.
+        self._path = folder.absolute() / f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}"
+        with file_errors(self._path, "written"):
+            folder.mkdir(exist_ok=True)
+            self._file = RecordWriter(str(self._path))
+        self._write(
+            Event(wall_time=now, file_version="brain.Event:2"),
+            Event(wall_time=now, step=start_step + 1, session_log=SessionLog(status=SessionLog.START)),
+        )
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of a step by their names."""
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, *events: Event) -> None:
+        with file_errors(self._path, "written"):
+            for event in events:
+                self._file.write(event.SerializeToString())
+            self._file.flush()
 
 
 def to_json(values: Mapping[str, Any]) -> str:
@@ -322,22 +386,64 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+TEXTS = ("eval/weights",)  # values of a record that are no numbers
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a metrics.jsonl; a last line that was cut off is left out."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """Returns the records of a metrics.jsonl: values by their names, numbers or None but for `TEXTS`.
+
+    Lines that are no records are left out: the last one may have been cut off, and the file is the user's too.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    return [record for line in _lines(path) if (record := _parse_record(line)) is not None]
 
 
-def open_metrics(path: Path, start_step: int) -> Any:
-    """Opens metrics.jsonl to go on after `start_step`; later records, of a run cut off, are removed."""
+def open_metrics(path: Path, start_step: int) -> tuple[Any, list[int]]:
+    """Opens metrics.jsonl to go on after `start_step`, where later records, of a run cut off, are removed.
+
+    A last line that was cut off goes too. All else stays as it is, byte for byte.
+
+    Returns:
+      The file, and the numbers of the lines that stay and are no records.
+
+    Raises:
+      ValueError: it cannot be read or written.
+    """
+    strange: list[int] = []
+
+    def kept() -> Iterator[bytes]:
+        for number, line in enumerate(_lines(path), 1):
+            record, is_whole = _parse_record(line), line.endswith(b"\n")
+            if record is None and is_whole:
+                strange.append(number)
+            if is_whole if record is None else record["step"] <= start_step:
+                yield line if is_whole else line + b"\n"
+
     if path.exists():
-        kept = [r for r in read_metrics(path) if r["step"] <= start_step]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(partial, path)
-    return path.open("a")
+        write_whole(path, kept())
+    with file_errors(path, "written"):
+        return path.open("ab"), strange
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with file_errors(path, "read"), path.open("rb") as file:
+        yield from file
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None where there is none."""
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
+        return None
+
+    def is_right(name: str, value: Any) -> bool:
+        if isinstance(value, str):
+            return name in TEXTS
+        return value is None or (type(value) in (int, float) and abs(value) <= sys.float_info.max)
+
+    return record if all(is_right(name, value) for name, value in record.items()) else None

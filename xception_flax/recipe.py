@@ -9,6 +9,7 @@ import ast
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import importlib.util
 import inspect
 import os
@@ -29,6 +30,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from xception_flax import checkpoint, data, metrics, mixing, models, naming, optimizers, pretrained, sharding, steps
+from xception_flax.files import check_kind, file_errors, read_config, write_whole
 from xception_flax.lookup import cut, suggest, written
 from xception_flax.ranges import check_number, check_range
 
@@ -455,6 +457,10 @@ def _parse_value(key: str, text: str, annotation: Any) -> Any:
 
 # Workdir -------------------------------------------------------------------------------------------
 
+# What a run writes there, by `claim`, `progress`, `checkpoint`, `pictures` and `profiling`.
+FILES = (".lock", "config.json", "metrics.jsonl", "curves.png")
+FOLDERS = ("checkpoints", "tensorboard", "profile")
+
 
 def to_json(config: ConfigDict) -> str:
     """The recipe as JSON text, keys sorted."""
@@ -468,10 +474,12 @@ def read(workdir: Path) -> ConfigDict:
       ValueError: there is none, or it is not one of this version.
     """
     path = workdir / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{workdir} is no workdir of a run: it has no config.json.")
+    with file_errors(path, "read"):
+        if not path.is_file():
+            raise ValueError(f"{workdir} is no workdir of a run: it has no config.json.")
+    recipe = read_config(path)
     try:
-        return resolve(naming.from_json(path.read_text()))
+        return resolve(recipe)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -503,11 +511,15 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     _check_place(workdir)
     try:
         existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+        if not existing.is_dir():
+            wrong = "is a file" if existing == workdir else f"lies in {existing}, which is a file"
+            raise ValueError(f"workdir {workdir} {wrong}; expected a folder, or a name that is free.")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
     except OSError as error:
         raise _not_writable(workdir, error) from None
-    if not existing.is_dir():
-        wrong = "is a file" if existing == workdir else f"lies in {existing}, which is a file"
-        raise ValueError(f"workdir {workdir} {wrong}; expected a folder, or a name that is free.")
+    for name in FILES + FOLDERS:
+        check_kind(workdir / name, folder=name in FOLDERS)
     if not (workdir / "config.json").is_file():
         foreign = [name for name in ("checkpoints", "metrics.jsonl", "curves.png") if (workdir / name).exists()]
         if foreign:
@@ -521,11 +533,6 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
             + "\n  ".join(changed)
             + (f"\n{how_to_train_on(workdir)}" if _could_train_on(workdir, changed) else "")
         )
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise _not_writable(workdir, error) from None
 
 
 def _check_place(workdir: Path) -> None:
@@ -581,13 +588,35 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
             ) from None
         except OSError:  # no such locks here: as many shared file systems do without, so do we
             pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with file_errors(workdir / ".lock", "written"):
+            file.truncate(0)
+            file.write(_holder())
+            file.flush()
         check_workdir(workdir, config)  # once more: another run may have begun here and ended since
         if not (workdir / "config.json").exists():
             remember(workdir, config)
         yield
+
+
+def check_claim(workdir: Path) -> None:
+    """Raises ValueError where `workdir` is no longer what this process claimed: removed, renamed, or another run's.
+
+    To be asked before something is written there: Orbax makes the folder again where it is gone.
+    """
+    try:
+        holder = (workdir / ".lock").read_text(errors="replace")
+    except OSError as error:
+        raise ValueError(
+            f"workdir {workdir} was removed, renamed or closed to this run while it was going on "
+            f"(.lock: {error.strerror}). Put it back, and the same command goes on from its newest checkpoint."
+        ) from None
+    if holder != _holder():
+        raise ValueError(f"workdir {workdir} now belongs to {holder or 'another run'}, by its .lock; this run ends.")
+
+
+@functools.cache  # the name of a host may change, and its claims stay
+def _holder() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _not_writable(workdir: Path, error: OSError) -> ValueError:
@@ -596,6 +625,4 @@ def _not_writable(workdir: Path, error: OSError) -> ValueError:
 
 def remember(workdir: Path, config: ConfigDict) -> None:
     """Writes `config.json`, whole or not at all."""
-    partial = workdir / "config.json.partial"
-    partial.write_text(to_json(config))
-    os.replace(partial, workdir / "config.json")
+    write_whole(workdir / "config.json", [to_json(config).encode()])

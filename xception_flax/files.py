@@ -1,0 +1,79 @@
+"""Files of a run: written whole or not at all, and an error of the file system is a line that names the file."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from xception_flax import naming
+
+
+@contextlib.contextmanager
+def file_errors(path: Path, what: str) -> Iterator[None]:
+    """Makes one line of what the file system refuses within: which file, and why.
+
+    Args:
+      path: of the file that is read or written.
+      what: it cannot be: 'read' or 'written'.
+
+    Raises:
+      ValueError: an OSError was raised.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path} cannot be {what}: {error.strerror or error}.") from error
+
+
+def write_whole(path: Path, content: Iterable[bytes]) -> None:
+    """Writes a file whole or not at all: all of it is on the disk before it takes the name.
+
+    Raises:
+      ValueError: it cannot be written; what had the name before still has it.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with file_errors(path, "written"):
+            with partial.open("wb") as file:
+                file.writelines(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns what a config.json holds, with no look at its keys.
+
+    Raises:
+      ValueError: it cannot be read, is no JSON or holds something else than keys and values.
+    """
+    with file_errors(path, "read"):
+        content = path.read_bytes()
+    try:
+        values = json.loads(content)
+        if not isinstance(values, dict):
+            raise ValueError(f"expected keys and values in braces, got {content[:40]!r}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}. The command that began the run writes it anew in another workdir; copy it "
+            "from there."
+        ) from None
+    return naming.restored(values)
+
+
+def check_kind(path: Path, *, folder: bool = False) -> None:
+    """Raises ValueError where there is something else of that name than a file, or folder, to read and write."""
+    if not os.path.lexists(path):
+        return
+    expected = "folder" if folder else "file"
+    if not (path.is_dir() if folder else path.is_file()):
+        found = "a link to nothing" if not path.exists() else "a folder" if path.is_dir() else f"no {expected}"
+        raise ValueError(f"{path} is {found}, expected a {expected} or nothing; move it away.")
+    if not os.access(path, os.R_OK | os.W_OK | (os.X_OK if folder else 0)):
+        raise ValueError(f"{path} cannot be read and written by this user; change its permissions or its owner.")
