@@ -28,7 +28,7 @@ import typeguard
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from xception_flax import checkpoint, data, metrics, mixing, models, optimizers, pretrained, sharding, steps
+from xception_flax import checkpoint, data, disk, metrics, mixing, models, optimizers, pretrained, sharding, steps
 from xception_flax.lookup import suggest
 
 
@@ -511,7 +511,5 @@ def _not_writable(workdir: Path, error: OSError) -> ValueError:
 
 
 def remember(workdir: Path, config: ConfigDict) -> None:
-    """Writes `config.json`, whole or not at all."""
-    partial = workdir / "config.json.partial"
-    partial.write_text(to_json(config))
-    os.replace(partial, workdir / "config.json")
+    """Writes `config.json`, whole or not at all, and a power cut does not undo it."""
+    disk.replace_text(workdir / "config.json", to_json(config))
