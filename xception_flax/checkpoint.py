@@ -32,8 +32,8 @@ PyTree = Any
 # /gs/ and /s3/ are buckets, to TensorStore `gs:` is one, and what is not UTF-8 cannot be given to it.
 PLAIN_PATH = re.compile(r"(?!/\w\w/)[\w/.,=+@ -]{1,1000}")
 
-# A reader beside a run looks again where the step that it chose is being removed.
-READ_AGAIN_TIMES, READ_AGAIN_SECONDS = 20, 0.5
+# Where a reader finds the step that it chose damaged, the run may be removing it: it looks again.
+READ_TIMES, READ_AGAIN_SECONDS = 20, 0.5
 
 
 class Checkpoints(ocp.CheckpointManager):
@@ -41,7 +41,6 @@ class Checkpoints(ocp.CheckpointManager):
 
     Attributes:
       folder: by its own name; `directory` is the same by a plain path.
-      score: of the metrics of an evaluation; the highest is the best.
       verified: whether a step has been saved, and all of it read from the disk.
     """
 
@@ -53,7 +52,6 @@ class Checkpoints(ocp.CheckpointManager):
         read_only: bool,
     ) -> None:
         self.folder = folder
-        self.score = score
         self.verified = False
         self._saving: dict[str, PyTree] = {}
         self._descriptor: int | None = None
@@ -62,8 +60,6 @@ class Checkpoints(ocp.CheckpointManager):
             best_fn=score,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
-            # What is read is found by its name alone: a step may be removed meanwhile.
-            lightweight_initialize=read_only,
             # In the background it leaves threads behind where it fails, which wait for it for five minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             temporary_path_class=_make_step_folder(self._check),
@@ -198,12 +194,20 @@ def open_manager(
         kept.append(policies.BestN(get_metric_fn=score, n=keep_best, keep_checkpoints_without_metrics=False))
     folder = (workdir / "checkpoints").absolute()
     try:
-        return Checkpoints(folder, score, policies.AnyPreservationPolicy(kept), read_only)
+        manager = Checkpoints(folder, score, policies.AnyPreservationPolicy(kept), read_only)
     except Exception as error:  # it reads the metrics of all steps
         for step in _steps(folder):
             if damage := _damage(folder / str(step)):
                 raise _unreadable(folder, step, damage) from error
         raise ValueError(f"the checkpoints in {folder} cannot be opened: {error}.") from error
+    for step in manager.all_steps():
+        metrics = manager.metrics(step)
+        if metrics is not None and not (
+            isinstance(metrics, dict) and isinstance(metrics.get(best_metric), int | float)
+        ):
+            manager.close()
+            raise _unreadable(folder, step, f"metrics/metrics has no {best_metric}")
+    return manager
 
 
 def has_steps(workdir: Path) -> bool:
@@ -275,7 +279,7 @@ def find_step(manager: Checkpoints, which: str) -> int:
     """Returns the step that 'latest', 'best' or a number means.
 
     Raises:
-      ValueError: there is no such checkpoint, or its metrics are damaged.
+      ValueError: there is no such checkpoint.
     """
     steps = sorted(manager.all_steps())
     if not steps:
@@ -283,16 +287,10 @@ def find_step(manager: Checkpoints, which: str) -> int:
     if which == "latest":
         return steps[-1]
     if which == "best":
-        scores = {}
-        for step in steps:
-            try:
-                if (metrics := manager.metrics(step)) is not None:
-                    scores[step] = manager.score(metrics)
-            except Exception as error:
-                raise _damaged(manager, step, error) from None
-        if not scores:
+        best = manager.best_step()
+        if best is None or manager.metrics(best) is None:
             raise ValueError(f"no checkpoint in {manager.folder} has been evaluated; take latest or a step.")
-        return max(scores, key=lambda step: (scores[step], step))
+        return best
     if not which.isdecimal() or int(which) not in steps:
         raise ValueError(
             f"no checkpoint {which!r} in {manager.folder}; take latest, best or a step of: "
@@ -344,19 +342,19 @@ def read_variables(
     Raises:
       ValueError: there is no such checkpoint, or the reasons of `restore_variables`.
     """
-    tried = None
-    for _ in range(READ_AGAIN_TIMES):
-        with open_manager(workdir, best_metric=best_metric, read_only=True) as manager:
-            step = find_step(manager, which)
-            try:
+    tried = set()
+    while True:
+        step = None
+        try:
+            with open_manager(workdir, best_metric=best_metric, read_only=True) as manager:
+                step = find_step(manager, which)
                 return step, read_meta(manager, step), restore_variables(manager, abstract_variables, weights, step)
-            except ValueError:
-                # Several processes read in step, and none alone can begin again.
-                if step == tried or jax.process_count() > 1:
-                    raise
-        tried = step
+        except ValueError:
+            # Another step than before: that one was being removed. Of several processes none can begin again alone.
+            if step in tried or len(tried) == READ_TIMES or jax.process_count() > 1:
+                raise
+        tried.add(step)
         time.sleep(READ_AGAIN_SECONDS)
-    raise ValueError(f"the checkpoints in {workdir} are removed faster than they can be read; take best, or a copy.")
 
 
 def read_meta(manager: Checkpoints, step: int) -> dict[str, Any]:

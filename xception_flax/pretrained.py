@@ -171,11 +171,8 @@ def restore_run(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None 
     model = models.create_model(**recipe["model"])
     abstract = state.abstract_variables(model, (size, size, channels), mesh)
     best_metric = metrics.BEST[recipe["metrics"]["name"]]
-    with checkpoints.open_manager(workdir, best_metric=best_metric, read_only=True) as manager:
-        step = checkpoints.find_step(manager, checkpoint)
-        class_names = tuple(checkpoints.read_meta(manager, step)["class_names"])
-        variables = checkpoints.restore_variables(manager, abstract, weights, step)
-    return Run(model, variables, recipe, class_names, step, weights)
+    step, meta, variables = checkpoints.read_variables(workdir, checkpoint, weights, abstract, best_metric=best_metric)
+    return Run(model, variables, recipe, tuple(meta["class_names"]), step, weights)
 
 
 # Files ---------------------------------------------------------------------------------------------
