@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -193,20 +194,23 @@ def open_manager(
     if keep_best:  # both rules at once: `max_to_keep` with `best_fn` would delete the newest
         kept.append(policies.BestN(get_metric_fn=score, n=keep_best, keep_checkpoints_without_metrics=False))
     folder = (workdir / "checkpoints").absolute()
+    steps = _steps(folder)
     try:
         manager = Checkpoints(folder, score, policies.AnyPreservationPolicy(kept), read_only)
+        if not read_only:  # or the first save would find out
+            with tempfile.TemporaryFile(dir=folder):
+                pass
     except Exception as error:  # it reads the metrics of all steps
-        for step in _steps(folder):
+        for step in steps:
             if damage := _damage(folder / str(step)):
                 raise _unreadable(folder, step, damage) from error
         raise ValueError(f"the checkpoints in {folder} cannot be opened: {error}.") from error
     for step in manager.all_steps():
-        metrics = manager.metrics(step)
-        if metrics is not None and not (
-            isinstance(metrics, dict) and isinstance(metrics.get(best_metric), int | float)
-        ):
-            manager.close()
-            raise _unreadable(folder, step, f"metrics/metrics has no {best_metric}")
+        if (folder / str(step) / "metrics").is_dir():
+            metrics = manager.metrics(step)
+            if not isinstance(metrics, dict) or not isinstance(metrics.get(best_metric), int | float):
+                manager.close()
+                raise _damaged(manager, step, ValueError(f"metrics/metrics has no {best_metric}"))
     return manager
 
 
@@ -368,7 +372,7 @@ def read_meta(manager: Checkpoints, step: int) -> dict[str, Any]:
     except Exception as error:
         raise _damaged(manager, step, error) from None
     if not isinstance(meta, dict) or not {"class_names", "checksums"} <= meta.keys():
-        raise _unreadable(manager.folder, step, "its meta is not of this program")
+        raise _damaged(manager, step, ValueError("meta/metadata is not of this program"))
     if meta.get("step", step) != step:  # older ones do not say it
         raise _unreadable(manager.folder, step, _of_another_step(meta["step"]))
     return meta
@@ -404,17 +408,19 @@ JSON_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "metadata", "met
 
 
 def _damage(folder: Path) -> str | None:
-    """Says which file of a step is empty or no JSON, as after a power cut; None where that is seen of none."""
+    """Says which file of a step is empty or not what it should be; None where that is seen of none."""
     try:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder)
             if not path.stat().st_size:
                 return f"{name} is empty"
-            if path.name in JSON_FILES:
+            if path.name in JSON_FILES or path.parent.name == "array_metadatas":
                 try:
-                    json.loads(path.read_bytes())
+                    described = isinstance(json.loads(path.read_bytes()), dict)
                 except ValueError:
-                    return f"{name} is no JSON"
+                    described = False
+                if not described:
+                    return f"{name} is no JSON object"
     except OSError as error:  # or it is being removed
         return f"{error.filename} cannot be read: {error.strerror}"
     return None
