@@ -202,15 +202,15 @@ def _evaluate_checkpoint(
         steps.create_normalizer(**config.normalize),
         mesh,
     )
-    best_metric = metrics.BEST[config.metrics.name]
-    with checkpoint.open_manager(
-        arguments.workdir, best_metric=best_metric, **config.checkpoint, read_only=True
-    ) as manager:
-        step = checkpoint.find_step(manager, arguments.checkpoint)
-        class_names = checkpoint.read_meta(manager, step)["class_names"]
-        data.check_class_names(class_names, split)
-        abstract = state.abstract_variables(model, split.image_shape, mesh)
-        variables = checkpoint.restore_variables(manager, abstract, weights, step)
+    step, meta, variables = checkpoint.read_variables(
+        arguments.workdir,
+        arguments.checkpoint,
+        weights,
+        state.abstract_variables(model, split.image_shape, mesh),
+        best_metric=metrics.BEST[config.metrics.name],
+    )
+    class_names = meta["class_names"]
+    data.check_class_names(class_names, split)
 
     mistakes = Mistakes(class_names) if picture is not None else None
     results = evaluate(eval_step, variables, split, mesh, on_batch=mistakes)

@@ -196,11 +196,8 @@ def restore_run(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None 
     if weights == "ema" and not kept:
         raise ValueError(f"{workdir} keeps no averaged weights (step.ema_decay is 0); take raw.")
     weights = weights or ("ema" if kept else "raw")
-    with checkpoints.open_manager(workdir, best_metric=best_metric, read_only=True) as manager:
-        step = checkpoints.find_step(manager, checkpoint)
-        class_names = tuple(checkpoints.read_meta(manager, step)["class_names"])
-        variables = checkpoints.restore_variables(manager, abstract, weights, step)
-    return Run(model, variables, recipe, class_names, step, weights)
+    step, meta, variables = checkpoints.read_variables(workdir, checkpoint, weights, abstract, best_metric=best_metric)
+    return Run(model, variables, recipe, tuple(meta["class_names"]), step, weights)
 
 
 def _hint(folder: Path) -> str:

@@ -624,5 +624,5 @@ def _not_writable(workdir: Path, error: OSError) -> ValueError:
 
 
 def remember(workdir: Path, config: ConfigDict) -> None:
-    """Writes `config.json`, whole or not at all."""
+    """Writes `config.json`, whole or not at all, and a power cut does not undo it."""
     write_whole(workdir / "config.json", [to_json(config).encode()])

@@ -25,7 +25,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.naming import ShardedFileTemplate
 from tensorflow_datasets.core.utils.shard_utils import ShardConfig, get_shard_boundaries
 
-from xception_flax import naming
+from xception_flax import files, naming
 
 # Of a file: no image is larger, and a record must be below protobuf's 2 GiB. TFDS' number of shards counts on
 # it too: where images are gigabytes it finds none, and looks for ever.
@@ -257,7 +257,7 @@ def write(layout: Layout, shards: Sequence[Shard], num_threads: int, advance: Ca
 
         partial = shard.path.with_name(shard.path.name + ".partial")
         file_adapters.ArrayRecordFileAdapter.write_examples(partial, records())
-        _sync(partial)
+        files.sync(partial)
         os.replace(partial, shard.path)
 
     with futures.ThreadPoolExecutor(num_threads) as executor:
@@ -289,15 +289,7 @@ def complete(layout: Layout) -> None:
     )
     layout.info.write_to_directory(layout.incomplete)
     for path in layout.incomplete.iterdir():
-        _sync(path)
-    _sync(layout.incomplete)
+        files.sync(path)
+    files.sync(layout.incomplete)
     os.rename(layout.incomplete, layout.directory)
-    _sync(layout.directory.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.sync(layout.directory.parent)
