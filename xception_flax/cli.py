@@ -17,7 +17,7 @@ from typing import NoReturn
 import jax
 from absl import logging as absl_logging
 
-from xception_flax import allocator, compilation_cache
+from xception_flax import allocator, compilation_cache, hosts
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,12 +73,11 @@ def start(arguments: argparse.Namespace) -> None:
     """
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("jax").setLevel(logging.ERROR)
-    compilation_cache.enable()
     by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if any(value is not None for value in by_hand):
         if None in by_hand or arguments.distributed:
             raise ValueError("--coordinator, --num-processes and --process-id go together, without --distributed.")
-        jax.distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+        hosts.connect(*by_hand)
     elif arguments.distributed:
         try:
             jax.distributed.initialize()
@@ -87,10 +86,12 @@ def start(arguments: argparse.Namespace) -> None:
                 f"--distributed finds no cluster (TPU pod, Slurm) here: {str(error).rstrip('.')}. Leave it out on "
                 "one machine, or give --coordinator, --num-processes and --process-id."
             ) from None
+        hosts.watch()
     try:
         platform = jax.devices()[0].platform
     except RuntimeError as error:
         raise ValueError(f"JAX finds no device to run on: {str(error).splitlines()[0]}") from None
+    compilation_cache.enable()
     if platform == "cpu":
         allocator.keep_freed_memory()
     if platform == "cpu" and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # which is JAX's own choice
@@ -105,30 +106,43 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
     A ValueError that a `raise` statement of this project raises is about what the user gave;
     anything else is a defect and keeps its traceback, as everything does with
-    XCEPTION_FLAX_TRACEBACK=1.
+    XCEPTION_FLAX_TRACEBACK=1. Of several processes none is left waiting for one that failed.
     """
+    try:
+        code, message = _outcome(main)
+    except Exception as error:
+        hosts.end(1, "".join(traceback.format_exception(error)))
+        raise
+    if message is None:
+        hosts.leave()
+    else:
+        hosts.end(code, message)
+        if message:
+            print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _outcome(main: Callable[[list[str]], int]) -> tuple[int, str | None]:
+    """Returns the exit code, and what to say where the command failed: '' for nothing."""
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
+        return code, None
     except BrokenPipeError:
         if not _nobody_reads(sys.stdout.fileno()):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be flushed
-        code = 128 + signal.SIGPIPE
+        return 128 + signal.SIGPIPE, ""
     except ValueError as error:
         if os.environ.get("XCEPTION_FLAX_TRACEBACK") or not _raised_by_us(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        return 2, f"error: {error}"
     except OSError as error:
         if error.errno != errno.ENOSPC or os.environ.get("XCEPTION_FLAX_TRACEBACK"):
             raise
-        print(f"error: {error.filename or 'a file, or what the output goes to'}: {error.strerror}.", file=sys.stderr)
-        code = 2
+        return 2, f"error: {error.filename or 'a file, or what the output goes to'}: {error.strerror}."
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = 128 + signal.SIGINT
-    sys.exit(code)
+        return 128 + signal.SIGINT, "\ninterrupted"
 
 
 def _nobody_reads(pipe: int) -> bool:

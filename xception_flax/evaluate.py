@@ -19,7 +19,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xception_flax import checkpoint, cli, data, metrics, models, pictures, progress, recipe, sharding, state, steps
+from xception_flax import (
+    checkpoint,
+    cli,
+    data,
+    hosts,
+    metrics,
+    models,
+    pictures,
+    progress,
+    recipe,
+    sharding,
+    state,
+    steps,
+)
 
 EXAMPLES = """\
   python -m xception_flax.evaluate --workdir runs/digits
@@ -148,6 +161,7 @@ def _evaluate_checkpoint(
     arguments: argparse.Namespace, config: recipe.ConfigDict, picture: Path | None
 ) -> tuple[dict, dict[str, str], Callable[[], None] | None]:
     """Returns the results, the rows of the table, and what draws the picture."""
+    hosts.agree("recipe", lambda: recipe.alike(config) | hosts.software())
     mesh = sharding.create_mesh(**config.mesh)
     batch_size = arguments.batch_size
     if batch_size is None:
@@ -165,6 +179,7 @@ def _evaluate_checkpoint(
         process_count=jax.process_count(),
         processes_per_host=sharding.processes_per_host(),
     )
+    hosts.agree("data", lambda: {"--batch-size": batch_size, "--weights": weights} | split.identity())
     eval_step = steps.make_eval_step(
         model,
         steps.create_loss(**config.loss),
@@ -177,7 +192,9 @@ def _evaluate_checkpoint(
         arguments.workdir, best_metric=best_metric, **config.checkpoint, read_only=True
     ) as manager:
         step = checkpoint.find_step(manager, arguments.checkpoint)
-        class_names = checkpoint.read_meta(manager, step)["class_names"]
+        meta = checkpoint.read_meta(manager, step)
+        hosts.agree("checkpoint", lambda: {"the checkpoint": {"step": step, "meta": meta}})
+        class_names = meta["class_names"]
         data.check_class_names(class_names, split)
         abstract = state.abstract_variables(model, split.image_shape, mesh)
         variables = checkpoint.restore_variables(manager, abstract, weights, step)

@@ -8,6 +8,7 @@ and to resume at a step is arithmetic.
 import contextlib
 import ctypes
 import dataclasses
+import hashlib
 import multiprocessing
 import os
 import re
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
+from typing import Any
 
 import grain
 import numpy as np
@@ -101,6 +103,27 @@ class Split:
             "labels": ((self.batch_size, *label.shape), label.dtype),
         }
         return shapes | ({"mask": ((self.batch_size,), np.dtype(np.float32))} if self.masked else {})
+
+    def identity(self) -> dict[str, Any]:
+        """What two hosts have in common that have the same data; of the examples 16, spread over the split.
+
+        Raises:
+          InputError: one of them cannot be read.
+        """
+        digest = hashlib.sha256()
+        for index in np.linspace(0, self.num_images - 1, 16).astype(int):
+            try:
+                example = self.source[int(index)]
+            except OSError as error:
+                raise InputError(f"the data cannot be read: {error}.") from error
+            digest.update(bytes(example["image"]))
+            digest.update(np.asarray(example["label"]).tobytes())
+        split = "the training data" if self.train else "the evaluation data"
+        return {
+            f"the number of images of {split}": self.num_images,
+            f"the list of classes of {split}": self.class_names,
+            f"the content of {split} (SHA-256 of samples)": digest.hexdigest()[:16],
+        }
 
     def check_transforms(self) -> None:
         """Prepares example 0.
