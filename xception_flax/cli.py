@@ -79,14 +79,7 @@ def start(arguments: argparse.Namespace) -> None:
             raise ValueError("--coordinator, --num-processes and --process-id go together, without --distributed.")
         hosts.connect(*by_hand)
     elif arguments.distributed:
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:  # of JAX's kinds of clusters it is none, or one that is not set up
-            raise ValueError(
-                f"--distributed finds no cluster (TPU pod, Slurm) here: {str(error).rstrip('.')}. Leave it out on "
-                "one machine, or give --coordinator, --num-processes and --process-id."
-            ) from None
-        hosts.watch()
+        hosts.connect_cluster()
     try:
         platform = jax.devices()[0].platform
     except RuntimeError as error:

@@ -15,18 +15,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 
-START_SECONDS = 300  # that a process waits for the others; JAX's own limit
+START_SECONDS = 300  # that a process waits for the others; JAX's own default
+JAX_START_SECONDS = START_SECONDS + 30  # JAX ends the process with a stack in place of a sentence: it must come later
 LOOK_SECONDS = 2  # between two looks at what the others say, and two signs of life
 SILENT_SECONDS = 75  # without a sign of life a process counts as dead; JAX itself takes 100 and says it in a stack
 FAREWELL_SECONDS = 15  # that a process which ends waits for the others to hear of it
-SHARED_SECONDS = 60  # that a file may take to be seen by all: a client of NFS may believe an old listing so long
+SHARED_SECONDS = 30  # that a new folder may take to be seen by all: so long NFS may say that there is none
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "simplejpeg", "pillow")
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
@@ -34,6 +35,9 @@ SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_
 MAX_NAMED = 5  # differences in an error message
 MAX_LETTERS = 80  # of each value
 
+_EACH_HOST = (
+    "Start the same command on every host, with --coordinator each with its own --process-id; see what is said there."
+)
 _WORD, _SIGN, _HEARD = (f"xception_flax/{name}" for name in ("word", "sign", "heard"))
 
 
@@ -61,17 +65,43 @@ def connect(coordinator: str, num_processes: int, process_id: int) -> None:
     address = (host.strip("[]"), int(port))
     if process_id == 0 and (reason := _cannot_listen(address[1])):
         raise ValueError(f"process 0 cannot listen on port {port}: {reason}; take another --coordinator on all hosts.")
-    give_up = threading.Timer(START_SECONDS, _nobody_came, (address, num_processes, process_id))
-    give_up.daemon = True
-    give_up.start()
-    try:
-        # JAX's own end of waiting is in C++, with a stack in place of a sentence: it must come later.
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, initialization_timeout=START_SECONDS + FAREWELL_SECONDS
-        )
-    finally:
-        give_up.cancel()
+    with _bounded(lambda: _nobody_came(address, num_processes, process_id)):
+        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=JAX_START_SECONDS)
     watch()
+
+
+def connect_cluster() -> None:
+    """Joins the processes that the cluster (TPU pod, Slurm) says there are; otherwise as `connect`.
+
+    Raises:
+      ValueError: JAX finds no cluster here.
+    """
+    with _bounded(lambda: f"this process has waited {START_SECONDS} s for the others of the cluster. {_EACH_HOST}"):
+        try:
+            jax.distributed.initialize(initialization_timeout=JAX_START_SECONDS)
+        except ValueError as error:  # of JAX's kinds of clusters it is none, or one that is not set up
+            raise ValueError(
+                f"--distributed finds no cluster (TPU pod, Slurm) here: {str(error).rstrip('.')}. Leave it out on "
+                "one machine, or give --coordinator, --num-processes and --process-id."
+            ) from None
+    watch()
+
+
+@contextlib.contextmanager
+def _bounded(reason: Callable[[], str]) -> Iterator[None]:
+    """Ends the process with a sentence where what is within takes longer than `START_SECONDS`."""
+
+    def give_up() -> None:
+        _say(f"error: {reason()}")
+        os._exit(2)
+
+    timer = threading.Timer(START_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _cannot_listen(port: int) -> str | None:
@@ -80,23 +110,19 @@ def _cannot_listen(port: int) -> str | None:
         with socket.create_server(("", port)):
             return None
     except OSError as error:
-        return error.strerror
+        return os.strerror(error.errno)
 
 
-def _nobody_came(address: tuple[str, int], num_processes: int, process_id: int) -> NoReturn:
+def _nobody_came(address: tuple[str, int], num_processes: int, process_id: int) -> str:
     where = f"{address[0]}:{address[1]}"
-    others = "process 1 has" if num_processes == 2 else f"not all of the processes 1 to {num_processes - 1} have"
+    others = "process 1 has not" if num_processes == 2 else f"not all of the processes 1 to {num_processes - 1} have"
     missing = f"{others} come to {where}"
     if process_id:
         try:
             socket.create_connection(address, timeout=5).close()
         except OSError as error:
             missing = f"process 0 does not answer at {where}: {error.strerror or error}"
-    _say(
-        f"error: process {process_id} of {num_processes} has waited {START_SECONDS} s; {missing}. "
-        "Start the same command on every host, each with its own --process-id, and see what is said there."
-    )
-    os._exit(2)
+    return f"process {process_id} of {num_processes} has waited {START_SECONDS} s; {missing}. {_EACH_HOST}"
 
 
 # Alike ---------------------------------------------------------------------------------------------
@@ -175,15 +201,15 @@ def check_shared(folder: Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    file, first = folder / ".shared", jax.process_index() == 0
-    token = secrets.token_hex() if first else ""
+    first = jax.process_index() == 0
+    name = f".shared-{secrets.token_hex(8)}" if first else ""  # no client of NFS can remember that it is not there
     if first:
-        file.write_text(token)
-    token = _gather("token", token)[0]
+        (folder / name).touch()
+    file = folder / _gather("name", name)[0]
     deadline = time.monotonic() + SHARED_SECONDS
-    while (seen := _content(file)) != token and time.monotonic() < deadline:
+    while not (seen := file.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    blind = [i for i, sees in enumerate(_gather("shared", str(seen == token))) if sees != "True"]
+    blind = [i for i, sees in enumerate(_gather("shared", str(seen))) if sees != "True"]
     if first:
         file.unlink()
     if blind:
@@ -191,13 +217,6 @@ def check_shared(folder: Path) -> None:
             f"{folder} is not one folder for all: {_processes(blind)} cannot see there what process 0 wrote "
             f"{SHARED_SECONDS} s before. Take a folder of a file system that all hosts share."
         )
-
-
-def _content(file: Path) -> str | None:
-    try:
-        return file.read_text()
-    except OSError:
-        return None
 
 
 # Ending --------------------------------------------------------------------------------------------
@@ -215,6 +234,7 @@ def end(code: int, message: str) -> None:
     """
     if not _is_several():
         return
+    _ending.acquire()
     reason = message.removeprefix("error: ") if message.startswith("error: ") else message.strip().rpartition("\n")[2]
     _tell(code, reason or "nobody reads its output")
     word = _word()
@@ -257,25 +277,27 @@ class _Watch:
             self._thread.join()
 
     def _run(self) -> None:
-        me, signs = _client_state().process_id, _Signs(_client_state().num_processes)
+        me, signs = _client_state().process_id, Signs(_client_state().num_processes)
         for number in range(2**62):
             try:
                 _client().key_value_set(f"{_SIGN}/{me}", str(number), allow_overwrite=True)
                 if me == 0 and (silent := signs.silent(dict(_client().key_value_dir_get(_SIGN)), time.monotonic())):
+                    _ending.acquire()
                     _tell(2, _died(silent))
                     _say(f"error: {_died(silent)}")
                     _leave(2, dead=len(silent))
                 word = _word()
-            except Exception:  # the coordinator has gone, and JAX says so: nothing can be told any more
-                return
+            except Exception:  # the coordinator cannot be reached: JAX ends the process where that lasts
+                word = None
             if word is not None and word[1] != me:
+                _ending.acquire()
                 _say(_of_another(*word[1:]))
                 _leave(word[0])
             if self._stopped.wait(LOOK_SECONDS):
                 return
 
 
-class _Signs:
+class Signs:
     """When each process has given its last sign of life, by the clock of the one that looks."""
 
     def __init__(self, num_processes: int) -> None:
@@ -293,6 +315,7 @@ class _Signs:
 
 
 _watching = _Watch()
+_ending = threading.Lock()  # never let go: of two threads that find an end one says it
 
 
 def _of_another(process: int, reason: str) -> str:
