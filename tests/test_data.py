@@ -9,6 +9,7 @@ import itertools
 import os
 import pickle
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -305,6 +306,29 @@ def test_a_bounded_number_of_batches_is_made_ahead(tmp_path, num_threads, num_wo
         while seen != (seen := len(list(tmp_path.iterdir()))):
             time.sleep(1.0)
         assert 10 * batches <= seen <= 10 * (batches + 1)  # and the one that was taken
+
+
+def test_shared_memory_outlives_nobody():
+    """SIGKILL of the whole group: what workers had handed over is freed by Python's tracker, which is not in it."""
+    script = """
+import time
+from multiprocessing import shared_memory
+from xception_flax.data import pipeline
+with pipeline._signals_held():
+    memory = shared_memory.SharedMemory(create=True, size=10)
+print(memory.name, flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        memory = Path("/dev/shm", process.stdout.readline().strip())
+        assert memory.is_file()
+        os.killpg(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while memory.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("batch_size", [16, 100, 360, 400])
