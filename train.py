@@ -29,6 +29,7 @@ from xception_flax import (
     cli,
     costs,
     data,
+    hosts,
     metrics,
     naming,
     pictures,
@@ -82,6 +83,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
       ValueError: the recipe cannot be run here; nothing has been written.
     """
     recipe.check_workdir(workdir, config)
+    hosts.agree("recipe", lambda: recipe.alike(config) | hosts.software())
     first_host = jax.process_index() == 0
     mesh = sharding.create_mesh(**config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
@@ -99,6 +101,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     if len(train_data.class_names) < 2:
         raise ValueError(f"the data has one class only, {train_data.class_names[0]!r}; expected two or more.")
     data.check_class_names(train_data.class_names, eval_data)
+    hosts.agree("data", lambda: train_data.identity() | eval_data.identity())
     if config.model.num_classes != len(train_data.class_names):
         raise ValueError(
             f"model.num_classes is {config.model.num_classes}, but the data has {len(train_data.class_names)} classes; "
@@ -146,6 +149,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     with contextlib.ExitStack() as stack:
         if first_host:
             stack.enter_context(recipe.claim(workdir, config))
+        hosts.check_shared(workdir)
         manager = stack.enter_context(
             checkpoint.open_manager(workdir, best_metric=metrics.BEST[config.metrics.name], **config.checkpoint)
         )
@@ -155,6 +159,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
             "num_images": train_data.num_images,
         }
         start_step = manager.latest_step() or 0
+        begins_with = initial.meta() if initial else None
+        hosts.agree("start", lambda: {"the newest checkpoint": start_step, "the initial weights": begins_with})
         if start_step:
             saved = checkpoint.read_meta(manager, start_step)
             check_same_data(saved, meta, workdir)
@@ -210,7 +216,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         in_flight: collections.deque = collections.deque()
         stack.enter_context(save_where_input_ends(manager, lambda: train_state, in_flight, meta))
         batches = stack.enter_context(contextlib.closing(train_data.batches(start_step)))
-        stop = stack.enter_context(signals.StopRequest()) if jax.process_count() == 1 else None
+        stop = stack.enter_context(signals.StopRequest(several_processes=jax.process_count() > 1))
         totals = metrics.Accumulator()
         for step in range(start_step + 1, total_steps + 1):
             with profile.step(step, in_flight):
@@ -227,7 +233,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 report.compiled(step)
                 allocator.release_free_memory()
 
-            stopping = stop.signal is not None if stop else manager.reached_preemption(step)
+            stopping = stop.signal is not None if jax.process_count() == 1 else manager.reached_preemption(step)
             last = step == total_steps
             evaluating = last or is_due(step, config.eval_every_epochs)
             saving = last or stopping or is_due(step, config.checkpoint_every_epochs)
@@ -262,7 +268,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         checkpoint.check_saves(manager, wait=True)
         if step < total_steps:
             report.say(f"stopped at step {step}, checkpoint written; the same command goes on from there")
-            return 128 + (stop.signal if stop else signal.SIGTERM)
+            return 128 + (stop.signal or signal.SIGTERM)  # of several processes one alone may have got it
 
     if first_host:
         progress.show_table(

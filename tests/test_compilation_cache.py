@@ -55,6 +55,22 @@ def test_what_jax_was_told_has_precedence(settings, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_several_processes_have_what_they_can_share(settings, tmp_path, monkeypatch):
+    """On CPUs nothing; elsewhere the folder that JAX was told of, and not the user's own, which may be each host's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert compilation_cache.enable() is None
+    assert jax.config.jax_compilation_cache_dir is None
+    jax.config.update("jax_compilation_cache_dir", "/shared")
+    assert compilation_cache.enable() == Path("/shared")
+    assert jax.config.jax_enable_compilation_cache
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert compilation_cache.enable() is None
+    assert not jax.config.jax_enable_compilation_cache
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_place_there_is_none(settings, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -175,6 +176,28 @@ def test_digits_splits_are_fixed_and_apart():
 # Order ---------------------------------------------------------------------------------------------
 
 
+def test_the_identity_of_a_split_is_its_data():
+    """Not how it is read; other are another last label, first pixel and order of classes."""
+    split = data.load("digits", train=True, batch_size=8, image_size=8, channels=1)
+    source, identity = split.source, split.identity()
+    assert dataclasses.replace(split, num_threads=7, process_index=1, process_count=2).identity() == identity
+    assert identity["the number of images of the training data"] == 1257
+    labels, images = source.labels.copy(), source.images.copy()
+    labels[-1] += 1
+    images[0, 3, 3] ^= 1
+    content, classes = (
+        "the content of the training data (SHA-256 of samples)",
+        "the list of classes of the training data",
+    )
+    for changed, key in (
+        ({"labels": labels}, content),
+        ({"images": images}, content),
+        ({"class_names": source.class_names[::-1]}, classes),
+    ):
+        other = dataclasses.replace(split, source=dataclasses.replace(source, **changed)).identity()
+        assert [k for k in identity if other[k] != identity[k]] == [key]
+
+
 def test_an_epoch_has_every_image_once_and_the_next_another_order():
     options = dict(train_transforms="resize", image_size=8, batch_size=419)  # 3 batches an epoch
     epochs = [np.concatenate([b["images"] for b in take(3, start, **options)]) for start in (0, 3)]
@@ -287,6 +310,29 @@ def test_a_bounded_number_of_batches_is_made_ahead(tmp_path, num_threads, num_wo
         while seen != (seen := len(list(tmp_path.iterdir()))):
             time.sleep(1.0)
         assert 10 * batches <= seen <= 10 * (batches + 1)  # and the one that was taken
+
+
+def test_shared_memory_outlives_nobody():
+    """SIGKILL of the whole group: what workers had handed over is freed by Python's tracker, which is not in it."""
+    script = """
+import time
+from multiprocessing import shared_memory
+from xception_flax.data import pipeline
+with pipeline._signals_held():
+    memory = shared_memory.SharedMemory(create=True, size=10)
+print(memory.name, flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        memory = Path("/dev/shm", process.stdout.readline().strip())
+        assert memory.is_file()
+        os.killpg(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while memory.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("batch_size", [16, 100, 360, 400])

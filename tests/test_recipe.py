@@ -530,6 +530,19 @@ def test_a_workdir_that_is_gone_is_noticed(tmp_path):
             recipe.check_claim(workdir)
 
 
+def test_hosts_may_differ_in_how_they_read_and_in_nothing_else():
+    config = recipe.load(DIGITS)
+    alike = recipe.alike(config)
+    keys = {f"{group}.{key}" for group, keys in config.items() if isinstance(keys, ConfigDict) for key in keys}
+    keys |= {key for key, value in config.items() if not isinstance(value, ConfigDict)}
+    assert {f"recipe key {key}" for key in keys - {"data.num_threads", "data.num_workers"}} == set(alike)
+    assert recipe.alike(recipe.load(DIGITS, ["--config.data.num_threads=3", "--config.data.num_workers=1"])) == alike
+    for change in ("data.on_bad_image=replace", "log_every_steps=7", "mesh.fsdp=2"):
+        key, _, value = change.partition("=")
+        other = recipe.alike(recipe.load(DIGITS, [f"--config.{change}"]))
+        assert [(k, str(other[k])) for k in alike if other[k] != alike[k]] == [(f"recipe key {key}", value)]
+
+
 def test_a_workdir_is_claimed_by_one_at_a_time(tmp_path, monkeypatch):
     """The lock is the kernel's: a process that is killed leaves none; where there are no locks, none is needed."""
     config = recipe.load(DIGITS)

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import train
-from xception_flax import cli, data, evaluate, metrics, ops, pretrained, progress, sharding
+from xception_flax import cli, data, evaluate, metrics, ops, pretrained, progress, sharding, signals
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -437,6 +437,21 @@ with signals.StopRequest():
     assert (code, err) == (128 + signal.SIGTERM, "\ninterrupted\n")
 
 
+def test_of_several_processes_one_hands_ctrl_c_on():
+    """To JAX's handler of SIGTERM, once; the second Ctrl-C is the end, by the other's test."""
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        with signals.StopRequest(several_processes=True) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert got == [signal.SIGTERM] * 2
+            assert stop.signal == signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def start_two(workdir: Path) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -451,14 +466,14 @@ def start_two(workdir: Path) -> list[subprocess.Popen]:
 def test_two_processes_are_one(whole, tmp_path, monkeypatch, capsys):
     """Two hosts of one device each see what one host of two sees: the same losses, and one checkpoint.
 
-    On the way one of them gets SIGTERM, as a preempted host does: both save the same step, say so by
-    their exit code, and go on from there.
+    On the way one of them gets Ctrl-C, which it hands to JAX as SIGTERM, a preempted host's: both save the
+    same step, say so by their exit code, and go on from there.
     """
     hosts = start_two(tmp_path)
     wait_until(lambda: len(records(tmp_path)) >= 2, hosts[0])
-    hosts[1].send_signal(signal.SIGTERM)
+    hosts[1].send_signal(signal.SIGINT)
     stopped = [finish(host) for host in hosts]
-    assert [code for code, _, _ in stopped] == [128 + signal.SIGTERM] * 2, stopped
+    assert [code for code, _, _ in stopped] == [128 + signal.SIGTERM, 128 + signal.SIGINT], stopped
     assert "checkpoint written" in stopped[0][2]
 
     hosts = start_two(tmp_path)

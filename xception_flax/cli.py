@@ -18,7 +18,7 @@ from typing import NoReturn
 import jax
 from absl import logging as absl_logging
 
-from xception_flax import allocator, compilation_cache, naming
+from xception_flax import allocator, compilation_cache, hosts, naming
 from xception_flax.lookup import written
 
 
@@ -81,24 +81,18 @@ def start(arguments: argparse.Namespace) -> None:
     if not os.environ.get("XCEPTION_FLAX_TRACEBACK"):
         _say_failed_saves_once()
     logging.getLogger("jax").setLevel(logging.ERROR)
-    compilation_cache.enable()
     by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if any(value is not None for value in by_hand):
         if None in by_hand or arguments.distributed:
             raise ValueError("--coordinator, --num-processes and --process-id go together, without --distributed.")
-        jax.distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+        hosts.connect(*by_hand)
     elif arguments.distributed:
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:  # of JAX's kinds of clusters it is none, or one that is not set up
-            raise ValueError(
-                f"--distributed finds no cluster (TPU pod, Slurm) here: {str(error).rstrip('.')}. Leave it out on "
-                "one machine, or give --coordinator, --num-processes and --process-id."
-            ) from None
+        hosts.connect_cluster()
     try:
         platform = jax.devices()[0].platform
     except RuntimeError as error:
         raise ValueError(f"JAX finds no device to run on: {str(error).splitlines()[0]}") from None
+    compilation_cache.enable()
     if platform == "cpu":
         allocator.keep_freed_memory()
     if platform == "cpu" and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # which is JAX's own choice
@@ -133,42 +127,62 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
     A ValueError that a `raise` statement of this project raises is about what the user gave;
     anything else is a defect and keeps its traceback, as everything does with
-    XCEPTION_FLAX_TRACEBACK=1.
+    XCEPTION_FLAX_TRACEBACK=1. Of several processes none is left waiting for one that failed.
     """
+    _make_streams_lenient()
+    try:
+        code, message = _outcome(main)
+    except Exception as error:
+        hosts.end(1, "".join(traceback.format_exception(error)))
+        raise
+    if message is None:
+        hosts.leave()
+    else:
+        hosts.end(code, message)
+        if message:
+            print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _make_streams_lenient() -> None:
+    """What cannot be printed is no reason to lose what was computed."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by `>&-`
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-    # Letters that the terminal's or the pipe's encoding lacks are no reason to lose what was computed.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # letters that its encoding lacks
+
+
+def _outcome(main: Callable[[list[str]], int]) -> tuple[int, str | None]:
+    """Returns the exit code, and what to say where the command failed: '' for nothing."""
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
+        return code, None
     except BrokenPipeError:
         if not _nobody_reads(sys.stdout.fileno()):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be flushed
-        code = 128 + signal.SIGPIPE
+        return 128 + signal.SIGPIPE, ""
     except ValueError as error:
         if os.environ.get("XCEPTION_FLAX_TRACEBACK") or not _raised_by_us(error):
             raise
-        complain(str(error))
-        code = 2
+        return 2, _complaint(str(error))
     except OSError as error:
         if error.errno not in DISK_ERRORS or os.environ.get("XCEPTION_FLAX_TRACEBACK"):
             raise
-        complain(f"{error.filename or 'a file, or what the output goes to'}: {error.strerror}.")
-        code = 2
+        return 2, _complaint(f"{error.filename or 'a file, or what the output goes to'}: {error.strerror}.")
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = 128 + signal.SIGINT
-    sys.exit(code)
+        return 128 + signal.SIGINT, "\ninterrupted"
 
 
 def complain(message: str) -> None:
     """Prints a message about what the user gave, of one line or more, on standard error."""
-    print("\n".join(map(naming.harmless, f"error: {message}".split("\n"))), file=sys.stderr)
+    print(_complaint(message), file=sys.stderr)
+
+
+def _complaint(message: str) -> str:
+    return "\n".join(map(naming.harmless, f"error: {message}".split("\n")))
 
 
 def _nobody_reads(pipe: int) -> bool:

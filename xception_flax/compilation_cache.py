@@ -15,14 +15,24 @@ MIN_FREE_BYTES = 2**30  # on the disk: the last of it is not for a cache
 def enable() -> Path | None:
     """Sets JAX's cache of compiled programs up, before anything is compiled; returns its folder, None for none.
 
+    To be called when the processes of a run have been connected.
+
     What JAX itself has been told has precedence: JAX_COMPILATION_CACHE_DIR names another folder, and
     JAX_ENABLE_COMPILATION_CACHE=false, or an empty name, switches it off. A cache is never worth an
     error: there is none where the folder cannot be written or the disk is nearly full.
 
     JAX's key of an entry has the program, the versions, the flags and the features of devices and of
     the CPU, so that one folder serves every machine that shares it.
+
+    The processes of a run must have one program, and only the first writes entries. On CPUs JAX's key is another in
+    each process, so that the first would read what all others compile; and a program that was read starts its
+    collectives in another order: there several processes have no cache. Elsewhere they have the one that JAX was told
+    of, which is to be shared by all; a user's own folder may be another on each host.
     """
     if not jax.config.jax_enable_compilation_cache:
+        return None
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
         return None
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # JAX's own second leaves out small programs, and there are many: the first checkpoint of eight devices
@@ -32,6 +42,8 @@ def enable() -> Path | None:
         if not chosen:  # JAX would make no cache of an empty name, but folders in the working directory
             jax.config.update("jax_compilation_cache_dir", None)
         return Path(chosen) if chosen else None
+    if jax.process_count() > 1:
+        return None
     if sys.platform == "darwin" and jaxlib.version.__version_info__ < (0, 10):
         return None  # reading a large program back crashes there
     try:

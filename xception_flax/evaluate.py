@@ -24,6 +24,7 @@ from xception_flax import (
     checkpoint,
     cli,
     data,
+    hosts,
     metrics,
     models,
     naming,
@@ -178,6 +179,7 @@ def _evaluate_checkpoint(
     arguments: argparse.Namespace, config: recipe.ConfigDict, picture: Path | None
 ) -> tuple[dict, dict[str, str], Callable[[], None] | None]:
     """Returns the results, the rows of the table, and what draws the picture."""
+    hosts.agree("recipe", lambda: recipe.alike(config) | hosts.software())
     mesh = sharding.create_mesh(**config.mesh)
     batch_size = arguments.batch_size
     if batch_size is None:
@@ -195,6 +197,7 @@ def _evaluate_checkpoint(
         process_count=jax.process_count(),
         processes_per_host=sharding.processes_per_host(),
     )
+    hosts.agree("data", lambda: {"--batch-size": batch_size, "--weights": weights} | split.identity())
     eval_step = steps.make_eval_step(
         model,
         steps.create_loss(**config.loss),
@@ -209,6 +212,7 @@ def _evaluate_checkpoint(
         state.abstract_variables(model, split.image_shape, mesh),
         best_metric=metrics.BEST[config.metrics.name],
     )
+    hosts.agree("checkpoint", lambda: {"the checkpoint": {"step": step, "meta": meta}})
     class_names = meta["class_names"]
     data.check_class_names(class_names, split)
 

@@ -135,6 +135,9 @@ OPERATIONAL = (
 )
 OPERATIONAL_GROUPS = ("mesh", "checkpoint")
 
+# Keys that each host of a run may have of its own.
+PER_HOST = ("data.data_dir", "data.num_threads", "data.num_workers")
+
 MAX_TEXT = 4096  # characters of a value: as many bytes as Linux takes for a path
 
 
@@ -494,6 +497,12 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
         and key not in OPERATIONAL
         and key.partition(".")[0] not in OPERATIONAL_GROUPS
     ]
+
+
+def alike(config: ConfigDict) -> dict[str, Any]:
+    """The keys of a resolved recipe that all hosts of a run must have alike, by the name that a message gives them."""
+    flat = _flatten(json.loads(to_json(config)))
+    return {f"recipe key {key}": value for key, value in flat.items() if key not in PER_HOST}
 
 
 def _flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

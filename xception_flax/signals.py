@@ -24,14 +24,16 @@ def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
 
 
 class StopRequest:
-    """Whether SIGTERM or Ctrl-C has asked to stop; a context manager, for a run of one process.
+    """Whether SIGTERM or Ctrl-C has asked to stop; a context manager.
 
     The first signal lets the step in hand end and a checkpoint be written; the second stops at
-    once. With several processes JAX has its own handler, which makes all hosts stop at one step.
+    once. With several processes JAX has its own handler of SIGTERM, in C++, which makes all hosts
+    stop at one step: there Ctrl-C is handed to it, and only a second Ctrl-C is seen here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, several_processes: bool = False) -> None:
         self.signal: int | None = None
+        self._numbers = (signal.SIGINT,) if several_processes else (signal.SIGTERM, signal.SIGINT)
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -41,7 +43,7 @@ class StopRequest:
         os.set_blocking(self._tell, False)
         threading.Thread(target=self._watch, args=(told,), daemon=True).start()
         self._old_tell = signal.set_wakeup_fd(self._tell)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self._numbers:
             self._old[number] = signal.signal(number, self._handle)
         return self
 
@@ -52,12 +54,14 @@ class StopRequest:
         os.close(self._tell)  # ends the thread
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None and signal.SIGTERM not in self._numbers:
+            os.kill(os.getpid(), signal.SIGTERM)
         self.signal = number
 
     def _watch(self, told: int) -> None:
         with open(told, "rb", buffering=0) as pipe:
             numbers = (byte[0] for byte in iter(lambda: pipe.read(1), b""))
-            requests = (number for number in numbers if number in (signal.SIGTERM, signal.SIGINT))
+            requests = (number for number in numbers if number in self._numbers)
             if next(requests, None) is None:
                 return
             first = time.monotonic()

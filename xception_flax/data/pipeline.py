@@ -8,6 +8,7 @@ and to resume at a step is arithmetic.
 import contextlib
 import ctypes
 import dataclasses
+import hashlib
 import multiprocessing
 import os
 import re
@@ -15,7 +16,8 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
+from typing import Any
 
 import grain
 import numpy as np
@@ -105,6 +107,27 @@ class Split:
             "labels": ((self.batch_size, *label.shape), label.dtype),
         }
         return shapes | ({"mask": ((self.batch_size,), np.dtype(np.float32))} if self.masked else {})
+
+    def identity(self) -> dict[str, Any]:
+        """What two hosts have in common that have the same data; of the examples 16, spread over the split.
+
+        Raises:
+          InputError: one of them cannot be read.
+        """
+        digest = hashlib.sha256()
+        for index in np.linspace(0, self.num_images - 1, 16).astype(int):
+            try:
+                example = self.source[int(index)]
+            except OSError as error:
+                raise InputError(f"the data cannot be read: {error}.") from error
+            digest.update(bytes(example["image"]))
+            digest.update(np.asarray(example["label"]).tobytes())
+        split = "the training data" if self.train else "the evaluation data"
+        return {
+            f"the number of images of {split}": self.num_images,
+            f"the list of classes of {split}": self.class_names,
+            f"the content of {split} (SHA-256 of samples)": digest.hexdigest()[:16],
+        }
 
     def check_transforms(self) -> None:
         """Prepares example 0.
@@ -357,16 +380,41 @@ def _signals_held() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    # Python's tracker of shared memory would lift the mask, were it first started within. What is in the queues
-    # at the end it removes, and would call that a leak.
-    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    resource_tracker.ensure_running()
-    sys.warnoptions.pop()
+    _start_tracker()  # which would lift the mask, were it first started within
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_tracker() -> None:
+    """Starts Python's tracker of shared memory, in a session of its own.
+
+    What is in the queues at the end it removes, and would call that a leak. SIGKILL of the trainer's whole group would
+    take it along, where Python starts it, and leave all of that in /dev/shm for good.
+    """
+    start = util.spawnv_passfds
+
+    def start_apart(path: str, arguments: list[str], files: list[int]) -> int:
+        inheritable = {file: os.get_inheritable(file) for file in files}
+        try:
+            for file in files:
+                os.set_inheritable(file, True)
+            return os.posix_spawn(path, arguments, os.environ, setsid=True)
+        except NotImplementedError:  # an old C library
+            return start(path, arguments, files)
+        finally:
+            for file, before in inheritable.items():
+                os.set_inheritable(file, before)
+
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    util.spawnv_passfds = start_apart  # Python has no option for it
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        util.spawnv_passfds = start
+        sys.warnoptions.pop()
 
 
 def _start_worker(worker_index: int, worker_count: int) -> None:
