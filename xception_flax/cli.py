@@ -20,6 +20,9 @@ from absl import logging as absl_logging
 from xception_flax import allocator, compilation_cache
 from xception_flax.lookup import shown
 
+# Of images there are no more, and an array of so many has a size in bytes that 64 bits hold: it is refused as too large.
+MAX_COUNT = 10**10
+
 
 class _Parser(argparse.ArgumentParser):
     """Errors as every other mistake of a user's: one line."""
@@ -45,8 +48,8 @@ def positive(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {shown(text)}")
-    if number >= 2**31:
-        raise argparse.ArgumentTypeError(f"must be at most {2**31 - 1:,}, got {shown(text)}")
+    if number > MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_COUNT:,}, got {shown(text)}")
     return number
 
 
