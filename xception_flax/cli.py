@@ -20,7 +20,7 @@ from absl import logging as absl_logging
 from xception_flax import allocator, compilation_cache
 from xception_flax.lookup import shown
 
-# Of images there are no more, and an array of so many has a size in bytes that 64 bits hold: it is refused as too large.
+# Of images there are no more, and of an array of so many the bytes fit 64 bits: it is refused as too large.
 MAX_COUNT = 10**10
 
 
