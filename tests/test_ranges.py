@@ -396,7 +396,7 @@ def test_counts_of_a_command_have_a_range():
     assert cli.positive("0012") == 12
     for text, message in [
         ("0", "must be a positive integer, got '0'"),
-        ("2147483648", "must be at most 2,147,483,647, got '2147483648'"),
+        ("10000000001", "must be at most 10,000,000,000, got '10000000001'"),
         ("9" * 5000, "must be a positive integer, got '9{59} "),
     ]:
         with pytest.raises(argparse.ArgumentTypeError, match=message):

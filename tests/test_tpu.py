@@ -36,6 +36,8 @@ def test_slices(name: str, chips: int, rings: tuple[bool, ...]) -> None:
         ("v5e:2xfour", "no slice"),
         ("v5e:0x4", "no slice"),
         ("v5p:4x4x6", "no slice"),
+        ("v4:4x4x400", "no slice"),
+        ("v5e:" + "9" * 5000 + "x9", "no slice"),
     ],
 )
 def test_no_slices(name: str, words: str) -> None:

@@ -717,6 +717,11 @@ def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
         (["--wrokdir=x"], "unknown argument '--wrokdir=x'"),
         (["--coordinator", "localhost:1"], "--coordinator, --num-processes and --process-id go together"),
         (["--num-processes", "2", "--process-id", "1"], "--coordinator, --num-processes and --process-id go together"),
+        (["--workdir", "/"], "workdir '/' is the root of all folders; take a folder that is for this run alone"),
+        (["--workdir", ""], "argument --workdir: must be a path, got ''"),
+        (["--config.step.accumulation_steps=0"], "step.accumulation_steps must be at least 1, got 0"),
+        (["--config.model.width=1e9"], r"model.width=1000000000.0 makes a layer of 3.2e\+10 channels; at most"),
+        (["--config.model.width=2000"], "parameters, averages and optimizer take .* GB on each device, which has"),
         (["--config.model.fc_layers=(64,-3)"], r"fc_layers must be positive integers, got \(64, -3\)"),
     ],
 )  # fmt: skip

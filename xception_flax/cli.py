@@ -21,6 +21,9 @@ from absl import logging as absl_logging
 from xception_flax import allocator, compilation_cache, hosts, naming
 from xception_flax.lookup import written
 
+# Of images there are no more, and of an array of so many the bytes fit 64 bits: it is refused as too large.
+MAX_COUNT = 10**10
+
 
 class _Parser(argparse.ArgumentParser):
     """Errors as every other mistake of a user's: one line."""
@@ -46,8 +49,8 @@ def positive(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {written(text)}")
-    if number >= 2**31:
-        raise argparse.ArgumentTypeError(f"must be at most {2**31 - 1:,}, got {written(text)}")
+    if number > MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_COUNT:,}, got {written(text)}")
     return number
 
 

@@ -501,7 +501,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
 
 def alike(config: ConfigDict) -> dict[str, Any]:
     """The keys of a resolved recipe that all hosts of a run must have alike, by the name that a message gives them."""
-    flat = _flatten(json.loads(to_json(config)))
+    flat = _flatten(naming.from_json(to_json(config)))
     return {f"recipe key {key}": value for key, value in flat.items() if key not in PER_HOST}
 
 

@@ -97,7 +97,11 @@ def make_init(
 
 
 def abstract_variables(model: nn.Module, image_shape: tuple[int, int, int], mesh: Mesh) -> dict[str, PyTree]:
-    """Returns shape, type and sharding of what `model.apply` takes, without memory."""
+    """Returns shape, type and sharding of what `model.apply` takes, without memory.
+
+    Raises:
+      ValueError: the model does not take such images, or is of float64 while JAX has it switched off.
+    """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return _placed(mesh, jax.eval_shape(partial(_init_variables, model), jax.random.key(0), images))
 

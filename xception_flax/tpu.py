@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from xception_flax.devices import PEAK_FLOPS_PER_SECOND as _PEAKS
-from xception_flax.lookup import suggest
+from xception_flax.lookup import shown, suggest
 
 GIB = 2**30
 
@@ -105,11 +105,12 @@ def parse_slice(name: str) -> Slice:
             f"unknown TPU {generation!r} in topology {name!r}; {suggest(generation, CHIPS)} As in v5e:2x4."
         )
     chip = CHIPS[generation]
-    sides = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape) else ()
+    # No side has three digits: a v5p pod, the largest, is 16x20x28.
+    sides = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9][0-9]?(x[1-9][0-9]?)+", shape) else ()
     cubes = chip.shapes is _CUBES and len(sides) == 3 and all(side % 4 == 0 for side in sides)
     if shape not in chip.shapes and not cubes:
         more = ", and larger ones whose sides divide by 4" if chip.shapes is _CUBES else ""
-        raise ValueError(f"there is no slice {name!r}; of {generation} there are: {', '.join(chip.shapes)}{more}.")
+        raise ValueError(f"there is no slice {shown(name)}; of {generation} there are: {', '.join(chip.shapes)}{more}.")
     return Slice(name, chip, sides)
 
 
