@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import collections
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from xception_flax import (
     costs,
     data,
     metrics,
+    naming,
     pictures,
     pretrained,
     profiling,
@@ -120,6 +120,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     profiled = recipe.profiled_steps(config.profile)
     if profiled and profiled[-1] > total_steps:
         raise ValueError(f"profile={config.profile} is not within the {total_steps} steps of this run.")
+    sharding.check_memory(mesh, abstract_state)
     # Traced from shapes, before anything is compiled or written: what does not fit together shows here.
     abstract_batch = sharding.abstract_batch(mesh, train_data.batch_shapes)
     jax.eval_shape(train_step, abstract_state, abstract_batch)
@@ -136,7 +137,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
         )
 
     # A run that goes on has its own; one that begins finds out before anything is written.
-    initial = None if checkpoint.has_steps(workdir) else load_initial()
+    initial = None
+    if not checkpoint.has_steps(workdir):
+        train_data.check_max_value()
+        initial = load_initial()
 
     # Workdir, checkpoint.
     with contextlib.ExitStack() as stack:
@@ -146,7 +150,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             checkpoint.open_manager(workdir, best_metric=metrics.BEST[config.metrics.name], **config.checkpoint)
         )
         meta = {
-            "recipe": json.loads(recipe.to_json(config)),
+            "recipe": naming.from_json(recipe.to_json(config)),
             "class_names": list(train_data.class_names),
             "num_images": train_data.num_images,
         }
@@ -159,7 +163,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
             recipe.remember(workdir, config)  # the mesh or the place of the data may be new
         if start_step >= total_steps:
             if first_host:
-                print(f"{workdir}: this run is finished ({total_steps} steps); nothing to do.")
+                print(f"{naming.shown(workdir)}: this run is finished ({total_steps} steps); nothing to do.")
+                print(recipe.how_to_train_on(workdir))
                 draw_curves(workdir)
             return 0
         # The step is compiled while the state is made or read.
@@ -192,8 +197,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(train_state.params))
         report.say(
             f"{config.model.name}, {parameters:,} parameters, {train_data.num_images:,} images, {total_steps} steps of "
-            f"{config.batch_size} on {mesh.size} x {device_kind}, {workdir}"
+            f"{config.batch_size} on {mesh.size} x {device_kind}, {naming.shown(workdir)}"
         )
+        if unread := data.unread_of((train_data.source, eval_data.source)):
+            report.say(unread)
         if start_step:
             report.say(f"going on from the checkpoint of step {start_step}")
         elif config.init.weights != "random":
@@ -266,7 +273,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 **{k: progress.percent(v) for k, v in results.items() if k not in progress.NO_SHARES},
                 "evaluated": f"split {config.data.eval_split!r}, {results['count']:,} images, {weights} weights",
                 **bad_images(workdir, results),
-                "curves": str(workdir / "curves.png"),
+                "curves": naming.shown(workdir / "curves.png"),
             },
         )
         draw_curves(workdir)  # last: nothing that happens to the picture hides the results
@@ -338,7 +345,7 @@ def draw_curves(workdir: Path) -> None:
     """Draws curves.png from metrics.jsonl."""
     records = progress.read_metrics(workdir / "metrics.jsonl")
     with file_errors(workdir / "curves.png", "written"):
-        pictures.draw_curves(records, str(workdir), workdir / "curves.png")
+        pictures.draw_curves(records, naming.shown(workdir), workdir / "curves.png")
 
 
 if __name__ == "__main__":

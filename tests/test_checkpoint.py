@@ -1,10 +1,15 @@
 """Checkpoints: everything comes back bit for bit, onto any mesh, and damage is seen."""
 
 import json
+import os
+import shutil
+import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from xception_flax import checkpoint, sharding
@@ -246,5 +251,273 @@ def test_checksums_see_a_change_and_a_swap_and_no_sharding():
 
 
 def test_bad_options_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"keep_latest must be at least 1 and checkpoint.keep_best not negative"):
+    with pytest.raises(ValueError, match=r"checkpoint\.keep_latest must be at least 1, got 0"):
         open_manager(tmp_path, keep_latest=0)
+
+
+# Of whatever a stranger's disk and its names are ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lr=[0.1]", "a*b", "a?b", "back\\slash", "gs:", "~", "a #%$ b", "line\nbreak", "cafe\u0301", "caf\udce9"],
+    ids=ascii,
+)
+def test_a_folder_of_any_name_keeps_its_checkpoints(tmp_path, one_device, name):
+    """Orbax merges its files by a glob on the whole path: with a bracket in it they were lost without a word."""
+    for other in ("axb", "lr=0"):  # which the patterns match too
+        (tmp_path / other / "checkpoints").mkdir(parents=True)
+    workdir = tmp_path / name
+    with open_manager(workdir, keep_latest=1) as manager:
+        for step in (1, 2):
+            checkpoint.save(manager, make_state(one_device, step), META, {"top1": 0.5 / step})
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2"]
+    with open_manager(workdir, read_only=True) as manager:
+        state = make_state(one_device, 2)
+        assert checkpoint.find_step(manager, "best") == 1
+        assert_equal(checkpoint.restore_state(manager, abstract(state), 2), state)
+        (workdir / "checkpoints" / "2" / "meta" / "metadata").unlink()
+        with pytest.raises(ValueError, match=r"to go on from step 1\.$") as error:
+            checkpoint.read_meta(manager, 2)
+    assert str(error.value).startswith(f"checkpoint {workdir}/checkpoints/2 cannot be used: ")
+    assert "/proc/" not in str(error.value)
+
+
+def test_a_bucket_is_no_local_folder():
+    """To etils /gs/ and /s3/ are buckets, wherever they are mounted; a long path has no room for Orbax' own names."""
+    plain = ["/runs/1", "/data/lr=0.1,b=2/x_y-z", "/gsx/a", "/home/a b/caf\u00e9"]
+    assert [bool(checkpoint.PLAIN_PATH.fullmatch(path)) for path in plain] == [True] * 4
+    others = ["/gs/runs", "/s3/runs", "/a/gs:/b", "/a[1]", "/a\\b", "/a*", "/a?", "/caf\udce9", "/" + "x/" * 600]
+    assert [bool(checkpoint.PLAIN_PATH.fullmatch(path)) for path in others] == [False] * 9
+
+
+def test_a_step_gets_its_name_when_the_disk_has_all_of_it(tmp_path, one_device, monkeypatch):
+    """Each file and folder of a step is synced after its last change and before the renaming; then the parent; then
+    the older step is removed."""
+    events = []
+    sync, rename, remove = os.fsync, os.rename, shutil.rmtree
+
+    def fsync(descriptor):
+        sync(descriptor)
+        events.append(("sync", os.fstat(descriptor).st_ino, os.fstat(descriptor).st_ctime_ns))
+
+    def renamed(source, target, **options):
+        step = Path(target).name.isdecimal() and Path(target).parent.name == "checkpoints"
+        if step:
+            events.append(("content", *((p.stat().st_ino, p.stat().st_ctime_ns) for p in Path(source).rglob("*"))))
+        rename(source, target, **options)
+        if step:
+            events.append(("rename", Path(target).name))
+
+    def removed(path, *args, **options):
+        events.append(("remove", Path(path).name))
+        remove(path, *args, **options)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    with open_manager(tmp_path, keep_latest=1, keep_best=0) as manager:
+        for step in (1, 2):
+            checkpoint.save(manager, make_state(one_device, step), META, {"top1": 0.5})
+            checkpoint.check_saves(manager, wait=True)
+    folder = (tmp_path / "checkpoints").stat().st_ino
+    for step in ("1", "2"):
+        at = events.index(("rename", step))
+        _, *content = events[at - 1]
+        synced = {event[1:] for event in events[:at] if event[0] == "sync"}
+        assert len(content) > 20
+        assert set(content) <= synced
+        assert events[at + 1][:2] == ("sync", folder)
+    assert events.index(("remove", "1")) > at + 1
+
+
+def files_of(folder, *items):
+    return [path for item in items for path in sorted((folder / item).rglob("*")) if path.is_file()]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("how", ["lost", "emptied", "other values"])
+def test_a_step_that_is_not_kept_is_no_checkpoint(tmp_path, one_device, monkeypatch, how, step):
+    """Of the first all values are read back, of the later ones what describes them; older ones stay."""
+    sync_tree = checkpoint.files.sync_tree
+
+    def break_it(folder):
+        sync_tree(folder)
+        if not folder.name.startswith(str(step)):
+            return
+        if how == "lost":
+            shutil.rmtree(folder / "raw" / "d")
+        elif how == "emptied":
+            (folder / "optimizer" / "manifest.ocdbt").write_bytes(b"")
+        else:
+            meta = json.loads((folder / "meta" / "metadata").read_text())
+            meta["checksums"]["ema"]["['params']['bias']"] ^= 1
+            (folder / "meta" / "metadata").write_text(json.dumps(meta))
+
+    monkeypatch.setattr(checkpoint.files, "sync_tree", break_it)
+    reasons = {
+        "lost": "raw was written and cannot be read: ",
+        "emptied": r"it was written, but optimizer/manifest\.ocdbt is empty; those before it are kept\.$",
+        "other values": r"ema was written and is read with other values; those before it are kept\.$",
+    }
+    with open_manager(tmp_path, keep_latest=1) as manager:
+        for now in range(1, step):
+            checkpoint.save(manager, make_state(one_device, now), META, {"top1": 0.5})
+        checkpoint.save(manager, make_state(one_device, step), META, {"top1": 0.6})
+        if how == "other values" and step == 2:  # which only reading all of it would tell
+            checkpoint.check_saves(manager, wait=True)
+            return
+        with pytest.raises(ValueError, match=rf"a checkpoint could not be written to .*checkpoints: {reasons[how]}"):
+            checkpoint.check_saves(manager, wait=True)
+    with open_manager(tmp_path, read_only=True) as manager:
+        assert sorted(manager.all_steps()) == list(range(1, step))
+
+
+def test_sums_on_the_host_are_those_of_the_devices():
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float64, jnp.bfloat16, np.int32, np.uint8, np.bool_):
+        for shape in ((), (3,), (4, 5, 6), (0, 3)):
+            x = (50 * rng.normal(size=shape)).astype(dtype)
+            with jax.enable_x64(True):
+                assert checkpoint._checksum_on_host(np.asarray(x)) == int(checkpoint._checksums({"x": x})["['x']"])
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory, one_device):
+    """A workdir with the evaluated steps 1, the best, and 2."""
+    workdir = tmp_path_factory.mktemp("run")
+    with open_manager(workdir) as manager:
+        for step in (1, 2):
+            checkpoint.save(manager, make_state(one_device, step), META, {"top1": 0.5 / step})
+    return workdir
+
+
+def read(workdir, which, state):
+    return checkpoint.read_variables(workdir, which, "raw", abstract(state).variables("raw"), best_metric="top1")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("meta/metadata", b"", "meta/metadata is empty"),
+        ("meta/metadata", b'{"class_names"', "meta/metadata is no JSON object"),
+        ("meta/metadata", b"[3]", "meta/metadata is no JSON object"),
+        ("meta/metadata", b"{}", "meta/metadata is not of this program"),
+        ("meta/metadata", None, "File {step}/meta/metadata not found."),
+        ("metrics/metrics", b"", "metrics/metrics is empty"),
+        ("metrics/metrics", b"null", "metrics/metrics is no JSON object"),
+        ("metrics/metrics", b'{"loss": 1.0}', "metrics/metrics has no top1"),
+        ("raw/_METADATA", b"", "raw/_METADATA is empty"),
+        ("raw/array_metadatas/process_0", b"", "raw/array_metadatas/process_0 is empty"),
+        ("raw/manifest.ocdbt", b"", "raw/manifest.ocdbt is empty"),
+    ],
+)
+def test_what_is_damaged_is_named(tmp_path, two_steps, one_device, monkeypatch, file, content, reason):
+    """To a run that goes on and to those who read it, each file of which nothing or half is left."""
+    monkeypatch.setattr(checkpoint, "READ_AGAIN_SECONDS", 0)
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    step = tmp_path / "checkpoints" / "2"
+    (step / file).unlink() if content is None else (step / file).write_bytes(content)
+    line = f"checkpoint {step} cannot be used: {reason.format(step=step)}; move this folder away to go on from step 1."
+    state = make_state(one_device, 2)
+    with pytest.raises(ValueError) as error, open_manager(tmp_path) as manager:  # noqa: PT011
+        checkpoint.restore_state(manager, abstract(state), manager.latest_step())
+    assert str(error.value) == line
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        read(tmp_path, "latest", state)
+    assert str(error.value) == line
+    shutil.rmtree(step)
+    assert read(tmp_path, "latest", state)[0] == 1
+
+
+def test_a_renamed_step_is_not_believed(tmp_path, two_steps, one_device):
+    """Nor one of before its meta said the step: there the optimizer's own tells."""
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    renamed = tmp_path / "checkpoints" / "300"
+    (tmp_path / "checkpoints" / "2").rename(renamed)
+    state = make_state(one_device, 2)
+    line = (
+        f"checkpoint {renamed} cannot be used: it is of step 2: the folder was renamed; give it its name again; "
+        "move this folder away to go on from step 1."
+    )
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        read(tmp_path, "300", state)
+    assert str(error.value) == line
+    with open_manager(tmp_path) as manager:
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            checkpoint.read_meta(manager, manager.latest_step())
+        assert str(error.value) == line
+        meta = json.loads((renamed / "meta" / "metadata").read_text())
+        assert meta.pop("step") == 2
+        (renamed / "meta" / "metadata").write_text(json.dumps(meta))
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            checkpoint.restore_state(manager, abstract(state), 300)
+        assert str(error.value) == line
+
+
+def test_a_checkpoint_without_its_step_in_meta_is_read(tmp_path, two_steps, one_device):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    del meta["step"]
+    path.write_text(json.dumps(meta))
+    state = make_state(one_device, 2)
+    assert read(tmp_path, "latest", state)[0] == 2
+    with open_manager(tmp_path) as manager:
+        assert_equal(checkpoint.restore_state(manager, abstract(state), 2), state)
+
+
+def test_a_reader_looks_again_where_its_step_is_removed(tmp_path, two_steps, one_device, monkeypatch):
+    """The run saves step 3 and removes step 2 between the choice of a reader and its reading, half of it or all."""
+    monkeypatch.setattr(checkpoint, "READ_AGAIN_SECONDS", 0)
+    state = make_state(one_device, 3)
+    find_step = checkpoint.find_step
+    for gone in ("2/meta", "2"):
+        workdir = tmp_path / gone.replace("/", "_")
+        shutil.copytree(two_steps, workdir)
+        chosen = []
+
+        def find_and_lose(manager, which, workdir=workdir, chosen=chosen, gone=gone):
+            chosen.append(find_step(manager, which))
+            if len(chosen) == 1:
+                with open_manager(workdir) as run:
+                    checkpoint.save(run, state, META, None)
+                shutil.rmtree(workdir / "checkpoints" / gone)
+            return chosen[-1]
+
+        monkeypatch.setattr(checkpoint, "find_step", find_and_lose)
+        step, _, variables = read(workdir, "latest", state)
+        assert (step, chosen) == (3, [2, 3])
+        np.testing.assert_array_equal(variables["params"]["bias"], state.params["bias"])
+        with pytest.raises(ValueError, match=r"no checkpoint '5' .*; take latest, best or a step of: "):
+            read(workdir, "5", state)
+
+
+def test_a_failed_save_leaves_no_thread(tmp_path, one_device, monkeypatch):
+    """Orbax makes folders in the background by default: six threads then waited 300 s for one that was not made."""
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, make_state(one_device, 1), META, None)
+        checkpoint.check_saves(manager, wait=True)
+        before = set(threading.enumerate())
+        mkdir = os.mkdir
+
+        def refuse(path, *args, **options):
+            if ocp.path.atomicity.TMP_DIR_SUFFIX in str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            mkdir(path, *args, **options)
+
+        monkeypatch.setattr(os, "mkdir", refuse)
+        with pytest.raises(ValueError, match=r"a checkpoint could not be written to .*Permission denied.* are kept\.$"):
+            checkpoint.save(manager, make_state(one_device, 2), META, None)
+        for thread in set(threading.enumerate()) - before:
+            thread.join(timeout=5)
+        assert {t for t in threading.enumerate() if not t.daemon} <= before
+
+
+def test_a_folder_that_cannot_be_read_or_made_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    for attempt in (open_manager, checkpoint.has_steps):
+        with pytest.raises(
+            ValueError, match=rf"the checkpoints in {tmp_path}/checkpoints cannot be read: Not a directory"
+        ):
+            attempt(tmp_path)

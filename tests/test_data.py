@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import itertools
+import json
 import os
 import pickle
 import shutil
@@ -13,15 +14,18 @@ import struct
 import subprocess
 import sys
 import time
+import unicodedata
+import zipfile
 from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
 from xception_flax import data
-from xception_flax.data import pipeline, sources, transforms
+from xception_flax.data import decoding, pipeline, sources, transforms
 
 
 def png(image: np.ndarray) -> bytes:
@@ -400,10 +404,12 @@ def test_a_chain_that_ends_in_another_size_is_refused():
         ({"batch_size": 15, "process_count": 2}, "batch_size=15 must be a positive multiple of the 2 processes"),
         ({"batch_size": 1258}, "batch_size=1258 is more than the 1257 images of split 'train'; take at most 1257"),
         ({"channels": 2}, "data.channels must be 1 or 3, got 2"),
-        ({"image_size": 0}, "data.image_size must be positive"),
-        ({"num_threads": 0}, "data.num_threads must be at least 1"),
-        ({"num_workers": -2}, "data.num_workers at least 0, or -1 .* got -1, -2"),
-        ({"min_decoded_side": -1}, "data.min_decoded_side must be 0"),
+        ({"image_size": 0}, r"data.image_size must be in \[1, 10,000\], got 0"),
+        ({"num_threads": 0}, r"data.num_threads .* must be in \[1, 1,024\], got 0"),
+        ({"num_workers": -2}, r"data.num_workers .* must be in \[-1, 256\], got -2"),
+        ({"min_decoded_side": -1}, r"data.min_decoded_side \(0: off\) must be in \[0, 10,000\], got -1"),
+        ({"max_value": 254}, r"data.max_value must be in \[255, 65,535\], got 254"),
+        ({"max_value": 65536}, r"data.max_value must be in \[255, 65,535\], got 65536"),
         ({"on_bad_image": "skip"}, "unknown data.on_bad_image 'skip'; there are: replace, stop"),
         ({"train_split": "tran"}, "unknown split of digits 'tran'; did you mean 'train'"),
         ({"source": "folder", "data_dir": "/nowhere"}, "/nowhere is no directory; expected the folders"),
@@ -525,9 +531,127 @@ def test_links_to_images_are_followed_and_broken_ones_named(tmp_path):
         sources.folder("train", data_dir=str(tmp_path))
 
 
+def touch(directory: Path, *names: str) -> Path:
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).touch()
+    return directory
+
+
+def test_every_suffix_of_what_decodes_is_read(tmp_path):
+    """Pillow's own list for its formats and for JPEG, but for .pfm, which has 32 bits; in capitals too."""
+    PIL.Image.init()
+    formats = {"JPEG", *decoding.FORMATS}
+    suffixes = {suffix for suffix, form in PIL.Image.registered_extensions().items() if form in formats} - {".pfm"}
+    assert {".jpe", ".jfif", ".ppm", ".apng"} <= suffixes <= set(sources.IMAGE_SUFFIXES)
+    touch(tmp_path, *(f"train/cat/{i}{s}" for i, s in enumerate([*suffixes, *map(str.upper, suffixes)])))
+    files = sources.folder("train", data_dir=str(tmp_path))
+    assert (len(files), files.unread) == (2 * len(suffixes), ())
+
+
+def test_what_is_not_read_is_counted_and_named(tmp_path):
+    touch(tmp_path, *(f"{name}/{i}.jpg" for name in ("cat", "dog") for i in range(20)))
+    touch(tmp_path, *(f"cat/{i}.heic" for i in range(9)), "dog/a.AVIF", "dog/b.avif", "dog/label", "about.txt")
+    touch(tmp_path, "stray.png", "cat/.b.jpg", ".cache/cat/c.png")
+    touch(tmp_path, ".DS_Store", "cat/._0.jpg", "cat/Thumbs.db", ".git/config", "dog/desktop.ini")  # not worth a word
+    touch(tmp_path, "__MACOSX/cat/._0.jpg", "lost+found/0")
+    (tmp_path / "cat" / ".all").symlink_to(tmp_path / "dog")
+    os.mkfifo(tmp_path / "cat" / "pipe.jpg")
+    train, val = (sources.folder(split, data_dir=str(tmp_path), val_fraction=0.5) for split in ("train", "val"))
+    assert len(train) + len(val) == 40
+    assert train.unread == val.unread
+    expected = (
+        "17 of 57 files are not read: 9 .heic (cat/0.heic), 2 hidden (cat/.b.jpg), 2 .avif (dog/a.AVIF), 1 no regular "
+        f"file (cat/pipe.jpg), 1 without a suffix (dog/label), 1 .txt ({tmp_path.name}/about.txt), 1 outside of a "
+        f"class ({tmp_path.name}/stray.png)."
+    )
+    assert data.unread_of([train, val]) == data.unread_of([val, train]) == expected
+    assert data.unread_of([sources.digits("train")]) == ""
+    touch(tmp_path, "cat/@eaDir/0.jpg/small.jpg")  # a NAS of Synology
+    assert "3 hidden" in data.unread_of([sources.folder("train", data_dir=str(tmp_path))])
+    shutil.rmtree(tmp_path / "cat" / "@eaDir")
+    touch(tmp_path, *(f"cat/a.{kind}" for kind in ("b", "c", "d")))
+    assert data.unread_of([sources.folder("train", data_dir=str(tmp_path)), val]).endswith(", 2 of other kinds.")
+
+    for name in ("cat", "dog"):
+        for path in (tmp_path / name).glob("*.jpg"):
+            path.unlink()
+    with pytest.raises(
+        ValueError, match=r"neither CLASS/\*\.jpg nor train/.* \.pnm\. 18 of 18 files are not .*9 \.heic"
+    ):
+        sources.folder("train", data_dir=str(tmp_path))
+    touch(tmp_path, "dog/0.jpg")
+    with pytest.raises(ValueError, match=r"cat has no image .*its folder must go\. 12 of 12 files are not .*9 \.heic"):
+        sources.folder("train", data_dir=str(tmp_path))
+
+
+def test_names_that_break_lines_are_spelled():
+    unread = [sources.Unread("cat/a\n.jpg\n", ".jpg\n"), sources.Unread(os.fsdecode(b"cat/\xe9.txt"), ".txt")]
+    expected = r"2 of 5 files are not read: 1 '.jpg\n' ('cat/a\n.jpg\n'), 1 .txt ('cat/\udce9.txt')."
+    assert sources.describe_unread(unread, 3) == expected
+
+
+def test_a_folder_without_classes_beside_splits_is_not_read(tmp_path):
+    """Test images without labels, as competitions give them, and other people's files."""
+    touch(tmp_path, "train/cat/a.jpg", "train/dog/b.jpg", "val/cat/c.jpg", "val/dog/d.jpg")
+    touch(tmp_path, "test/e.jpg", "test/f.jpg", "notes/1/g.xml", "val/h.jpg")
+    assert sources.folder_splits(str(tmp_path)) == ("train", "val")
+    splits = [sources.folder(split, data_dir=str(tmp_path)) for split in ("train", "val")]
+    assert [len(split) for split in splits] == [2, 2]
+    expected = "4 of 8 files are not read: 3 outside of a class (test/e.jpg), 1 .xml (1/g.xml)."
+    assert data.unread_of(splits) == expected
+    with pytest.raises(ValueError, match=r"test has images, and no folders that say of which class they are; expected"):
+        sources.folder("test", data_dir=str(tmp_path))
+    touch(tmp_path, "train/i.jpg")  # a class called train, with a folder in it?
+    for call in (sources.folder_splits, lambda data_dir: sources.folder("val", data_dir=data_dir)):
+        with pytest.raises(ValueError, match=r"images in train, and a folder in train \(cat\); expected either"):
+            call(str(tmp_path))
+
+
+def test_other_names_of_splits_are_read_where_they_are_asked_for(tmp_path):
+    touch(tmp_path, "training/cat/a.jpg", "testing/cat/b.jpg")
+    assert [len(sources.folder(split, data_dir=str(tmp_path))) for split in ("training", "testing")] == [1, 1]
+    with pytest.raises(ValueError, match="folders in testing, training, none of which is called train"):
+        sources.folder("train", data_dir=str(tmp_path))
+
+
+def test_a_copy_with_decomposed_names_is_the_same_data(tmp_path):
+    """As macOS and some archives write them: the same split, order and classes, each file opened by its own name."""
+    for form in ("NFC", "NFD"):
+        for name in ("café", "cafz", "zürich"):  # decomposed, 'café' would come before 'cafz'; composed, behind
+            names = [unicodedata.normalize(form, f"{name}/{'éa'[i % 2]}ö{i}.jpg") for i in range(30)]
+            touch(tmp_path / form, *names)
+    read = {form: sources.folder("train", data_dir=str(tmp_path / form)) for form in ("NFC", "NFD")}
+    assert read["NFC"].class_names == read["NFD"].class_names == ("cafz", "caf\xe9", "z\xfcrich")
+    names = {form: [os.path.relpath(path, tmp_path / form) for path in files.paths] for form, files in read.items()}
+    assert names["NFC"] != names["NFD"]
+    assert names["NFC"] == [unicodedata.normalize("NFC", name) for name in names["NFD"]]
+    assert 60 < len(read["NFC"]) < 90
+    assert read["NFC"].labels == read["NFD"].labels
+    assert read["NFD"][0]["image"] == b""
+    composed = [int(hashlib.sha256(f"\xe9\xf6{i}.jpg".encode()).hexdigest()[:16], 16) / 2**64 for i in range(0, 30, 2)]
+    of_cafz = [name for name in names["NFC"] if name.startswith("cafz/\xe9")]
+    assert len(of_cafz) == sum(value >= 0.1 for value in composed)
+
+    touch(tmp_path / "split", "entrai\u0302nement/cat/a.jpg")
+    assert len(sources.folder("entra\xeenement", data_dir=str(tmp_path / "split"))) == 1
+    assert sources.folder_splits(str(tmp_path / "split"), "entra\xeenement") == ("entra\xeenement",)
+    touch(tmp_path / "NFC", "cafe\u0301/a.jpg")
+    with pytest.raises(
+        ValueError, match=r"two folders of the name caf\xe9, written 'cafe\\u0301' and 'caf\\xe9'; make"
+    ):
+        sources.folder("train", data_dir=str(tmp_path / "NFC"))
+
+
 def test_splits_of_other_classes_are_refused(prepared):
     split = data.load(source="digits", train=False, batch_size=8, image_size=8)
     data.check_class_names(list("0123456789"), split)
+    with pytest.raises(
+        ValueError, match=r"has 10 classes, and not the 10 that .*; another order: 0 where 1 is expected"
+    ):
+        data.check_class_names(list("1023456789"), split)
+    accented = dataclasses.replace(split, source=dataclasses.replace(split.source, class_names=("caf\xe9", "x")))
+    data.check_class_names(["cafe\u0301", "x"], accented)  # as an older checkpoint may have it
     with pytest.raises(
         ValueError, match=r"has 10 classes, and not the 3 that are expected; missing: x; not expected: 2, 3"
     ):
@@ -548,6 +672,15 @@ def test_mistakes_in_idx_files_are_refused(prepared, tmp_path):
     whole = gzip.compress(bytes(1000))
     images.write_bytes(whole[:12] + bytes([whole[12] ^ 255]) + whole[13:])
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz: not a readable IDX file"):
+        sources.fashion_mnist("train", data_dir=str(tmp_path))
+    images.write_bytes(gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2, 2, 2) + b"0123456"))
+    with pytest.raises(ValueError, match=r"expected 8 bytes of \(2, 2, 2\), got 7; it has been cut"):
+        sources.fashion_mnist("train", data_dir=str(tmp_path))
+    images.write_bytes(gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2, 2, 2) + bytes(10**7)))
+    with pytest.raises(ValueError, match=r"expected 8 bytes of \(2, 2, 2\), got more\.$"):
+        sources.fashion_mnist("train", data_dir=str(tmp_path))
+    images.write_bytes(gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2**31, 2**31, 2) + b"abc"))
+    with pytest.raises(ValueError, match=r"ubyte\.gz holds 8,589,934,592\.0 GiB by its header, and of memory"):
         sources.fashion_mnist("train", data_dir=str(tmp_path))
     images.write_bytes(gzip.compress(struct.pack(">HBBI", 0, 8, 1, 3) + b"abc"))
     with pytest.raises(ValueError, match="expected an IDX file of bytes with 3 dimensions"):
@@ -576,12 +709,31 @@ def test_mistakes_in_arrays_are_refused(tmp_path):
         (dict(train_images=images / 255, train_labels=labels), r"must be uint8 \[N, H, W\]"),
         (dict(train_images=images, train_labels=labels[:2]), "with a label each"),
         (dict(train_images=images, train_labels=np.eye(3, dtype=int) * 2), "must be 0 or 1, got 0 to 2"),
-        (dict(train_images=images, train_labels=labels * 1.0), "must be integers"),
+        (dict(train_images=images, train_labels=labels * 0.5), r"must be integers, .* got 0\.5\.$"),
+        (dict(train_images=images, train_labels=labels.astype(complex)), r"must be integers, .* got complex128 \(3,\)"),
+        (dict(train_images=images, train_labels=["a", "b", "c"]), r"must be integers, .* got <U1 \(3,\)"),
+        (dict(train_images=images, train_labels=np.zeros((3, 0), int)), r"must be integers, .* got int64 \(3, 0\)"),
+        (dict(train_images=images, train_labels=labels * 4.0 - 1), r"numbers of classes, from 0 on, got -1\.$"),
+        (dict(train_images=images, train_labels=labels * 1e300), r"must be the numbers of classes, got 2e\+300\.$"),
+        (dict(train_images=images, train_labels=[0, 1, -(2**63)]), "from 0 on, got -9223372036854775808"),
+        (dict(train_images=images, train_labels=[0, 1, 2**62]), "4,611,686,018,427,387,905 classes, .* of 3 images"),
+        (dict(train_images=images, train_labels=np.uint64([0, 1, 2**64 - 1])), "18,446,744,073,709,551,616 classes"),
+        (dict(train_images=images, train_labels=np.zeros((3, 2**20 + 1), bool)), "1,048,577 classes, .* of 3 images"),
+        (dict(train_images=images, train_labels=labels, class_names=list("abb")), "class_names must differ, got 'b' 2"),
+        (dict(train_images=images, train_labels=labels, class_names=["\xe9", "e\u0301", "f"]), "got '\xe9' 2 times"),
+        (dict(train_images=images, train_labels=labels, class_names=[]), r"must be a list of names, .* \(0,\)"),
+        (dict(train_images=images, train_labels=labels, class_names=[["a"], ["b"], ["c"]]), "list of names, .* <U1"),
+        (
+            dict(train_images=np.zeros((3, 3, 8, 8), np.uint8), train_labels=labels),
+            "come last: np.moveaxis.images, 1, -1",
+        ),
+        (dict(train_images=np.zeros((3, 8, 8, 4), np.uint8), train_labels=labels), "1 or 3 channels, got 4 of "),
+        (dict(train_images=np.zeros((3, 0, 8), np.uint8), train_labels=labels), r"got uint8 \(3, 0, 8\)"),
         (dict(train_images=images, train_labels=labels, class_names=["a", "b"]), "must be in 0 to 1, got 0 to 2"),
         (dict(train_images=images, train_labels=np.eye(3, dtype=int), class_names=["a", "b"]), "2 class_names, got 3"),
         (dict(train_images=images[:0], train_labels=labels[:0]), "train_images has no image"),
         (dict(train_images=images, train_labels=np.array(1)), "with a label each, got .* and labels \\(\\)"),
-        (dict(train_images=images, train_labels=np.array([0, None, 2])), "is not a readable .npz file .Object arrays"),
+        (dict(train_images=images, train_labels=np.array([0, None, 2])), "train_labels is an array of Python objects"),
     ]:
         with pytest.raises(ValueError, match=message):
             sources.arrays("train", path=write(**content))
@@ -597,6 +749,73 @@ def test_mistakes_in_arrays_are_refused(tmp_path):
         (tmp_path / "a.npz").write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.npz is not a readable \.npz file \([^\n]+\)\.$"):
             sources.arrays("train", path=str(tmp_path / "a.npz"))
+
+
+def test_labels_are_taken_in_every_form_that_means_one_thing(tmp_path):
+    path, images = str(tmp_path / "a.npz"), np.zeros((3, 8, 8), np.uint8)
+
+    def read(labels, **names):
+        np.savez(path, train_images=images, train_labels=labels, **names)
+        found = sources.arrays("train", path=path)
+        return found.labels.dtype, found.labels.tolist(), found.class_names
+
+    expected = (np.int32, [0, 2, 1], ("0", "1", "2"))
+    for labels in (
+        [0, 2, 1],
+        [[0], [2], [1]],
+        [0.0, 2.0, 1.0],
+        np.array([0, 2, 1], ">i8"),
+        np.array([[0], [2], [1]], ">f4"),
+    ):
+        assert read(np.asarray(labels)) == expected
+    rows = np.eye(3)[[0, 2, 1]]
+    for labels in (rows, rows > 0, rows.astype(">i2")):
+        assert read(labels) == (np.uint8, rows.tolist(), ("0", "1", "2"))
+    assert read(np.array([True, False, True])) == (np.int32, [1, 0, 1], ("0", "1"))
+    assert read(np.array([[1], [0], [1]]), class_names=[b"no", "d\xe9j\xe0 vu".encode()]) == (
+        np.int32,
+        [1, 0, 1],
+        ("no", "d\xe9j\xe0 vu"),
+    )
+    assert read([9, 0, 1])[2] == tuple("0123456789")  # few images of many classes, to evaluate on
+
+
+def test_an_npz_file_is_believed_before_it_is_read(tmp_path, monkeypatch):
+    """A header that claims what is not there, and an array larger than memory."""
+    path = tmp_path / "a.npz"
+
+    def write(shape, content):
+        header, labels = io.BytesIO(), io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        np.save(labels, np.zeros(4, int))
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("train_images.npy", header.getvalue() + content)
+            archive.writestr("train_labels.npy", labels.getvalue())
+
+    for shape, content, message in [
+        ((2**34, 8, 8), b"abc", r"\(17179869184, 8, 8\) by its header, 1,099,511,627,776 bytes, and has 3; the file"),
+        ((4, 8, 8), bytes(255), "by its header, 256 bytes, and has 255; the file is damaged"),
+        ((-4, 8, 8), bytes(256), "by its header, -256 bytes, and has 256"),
+    ]:
+        write(shape, content)
+        with pytest.raises(ValueError, match=message):
+            sources.arrays("train", path=str(path))
+    write((2**28, 8, 8), b"")
+    with zipfile.ZipFile(path, "a") as archive:  # whose own list claims it too
+        archive.writestr("more", b"")
+        archive.filelist[0].file_size += 2**34
+    with pytest.raises(
+        ValueError, match=r"holds 16\.0 GiB by its header, in \d\d\d bytes, as no images do; it is damaged"
+    ):
+        sources.arrays("train", path=str(path))
+    write((4, 1000, 1000), bytes(4_000_000))
+    assert path.stat().st_size < 10_000
+    assert sources.arrays("train", path=str(path)).images.shape == (4, 1000, 1000)
+    assert sources._free_memory() > 2**27
+    monkeypatch.setattr(sources, "_free_memory", lambda: 2**21)
+    monkeypatch.setattr(np, "load", None)
+    with pytest.raises(ValueError, match=r"a\.npz holds 0\.0 GiB by its header, and of memory 0\.0 GiB are free; data"):
+        sources.arrays("train", path=str(path))
 
 
 # TensorFlow Datasets -------------------------------------------------------------------------------
@@ -667,6 +886,24 @@ def test_mistakes_with_tfds_are_refused(prepared, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             sources.tfds(**keywords)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(2**62, "4,611,686,018,427,387,904 classes, .* of 40 images"), (None, "says nothing of its")],
+)
+def test_a_number_of_classes_that_cannot_be_is_refused(prepared, tmp_path, number, message):
+    """Of a data set that names no class."""
+    directory = tmp_path / "small_digits" / "1.2.3"
+    shutil.copytree(prepared["tfds"]["data_dir"], directory)
+    (directory / "label.labels.txt").unlink()
+    description = json.loads((directory / "features.json").read_text())
+    label = description["featuresDict"]["features"]["label"]["classLabel"]
+    label.pop("numClasses")
+    label |= {} if number is None else {"numClasses": str(number)}
+    (directory / "features.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=message):
+        sources.tfds("train", data_dir=str(directory))
 
 
 def test_tfds_in_a_format_without_random_access_is_refused(prepared, tmp_path):

@@ -1,6 +1,7 @@
 """Decoding against Pillow's own reading, what is refused, and what becomes of it in a batch."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import struct
@@ -16,7 +17,7 @@ from PIL import Image
 
 from benchmarks import photos
 from xception_flax import data
-from xception_flax.data.decoding import MAX_PIXELS, BadImageError, decode
+from xception_flax.data.decoding import MAX_PIXELS, BadImageError, decode, largest_value
 
 PHOTO = photos.photo("chelsea.png")[:150, :200]
 COLOR = Image.fromarray(PHOTO)
@@ -112,6 +113,69 @@ def test_sixteen_bits_of_gray_become_the_upper_eight(form):
     content = encode(Image.fromarray(gray.astype(np.uint16) * 256 + 200), form)
     np.testing.assert_array_equal(decode(content, 1)[..., 0], gray)
     np.testing.assert_array_equal(decode(content, 3), np.repeat(gray[..., None], 3, -1))
+
+
+VALUES = np.arange(4096, dtype=np.uint16).reshape(64, 64)  # all that 12 bits have
+COLORS = np.stack([VALUES, VALUES[::-1], VALUES.T], -1)
+
+
+def pnm(values: np.ndarray, largest: int) -> bytes:
+    height, width = values.shape[:2]
+    return f"P{5 if values.ndim == 2 else 6}\n{width} {height}\n{largest}\n".encode() + values.astype(">u2").tobytes()
+
+
+WIDE = {
+    "PNG": (encode(Image.fromarray(VALUES), "PNG"), VALUES),
+    "TIFF": (encode(Image.fromarray(VALUES), "TIFF"), VALUES),
+    "PGM": (pnm(VALUES, 65535), VALUES),
+    "PNG of colours": (cv2.imencode(".png", COLORS[..., ::-1])[1].tobytes(), COLORS),
+    "PNG of colours with alpha": (
+        cv2.imencode(".png", np.dstack([COLORS[..., ::-1], np.full_like(VALUES, 65535)]))[1].tobytes(),
+        COLORS,
+    ),
+    "TIFF of colours": (cv2.imencode(".tiff", COLORS[..., ::-1])[1].tobytes(), COLORS),
+    "PPM": (pnm(COLORS, 65535), COLORS),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_twelve_of_sixteen_bits_are_scaled_by_what_is_white(name):
+    """4,095 becomes 255, as its upper 8 of 12 bits are; without a word of it 16 shades would be left."""
+    content, values = WIDE[name]
+    values = values if values.ndim == 3 else np.repeat(values[..., None], 3, -1)
+    np.testing.assert_array_equal(decode(content, 3, max_value=4095), values >> 4)
+    assert np.abs(decode(content, 3).astype(int) - (values >> 8)).max() <= (name == "PPM")  # which Pillow rounds
+    np.testing.assert_array_equal(decode(content, 3, max_value=65535), decode(content, 3))
+    np.testing.assert_array_equal(decode(content, 3, max_value=9999), values.astype(int) * 256 // 10_000)
+    assert largest_value(content) == 4095
+    with pytest.raises(BadImageError, match=r"it has values up to 4,095, more than data\.max_value=4094\."):
+        decode(content, 3, max_value=4094)
+
+
+def test_a_white_that_a_file_names_is_taken():
+    """PNM's header names its largest value, a TIFF of 12 bits a value has no other."""
+    np.testing.assert_array_equal(
+        decode(pnm(VALUES, 4095), 1)[..., 0], np.round(VALUES / 4095 * 65535).astype(int) >> 8
+    )
+    assert np.abs(decode(pnm(COLORS, 4095), 3) - COLORS / 4095 * 255).max() <= 1
+    packed = np.unpackbits(VALUES.astype(">u2").view(np.uint8).reshape(-1, 16 // 8), axis=1)[:, 4:]
+    tags = [(256, 64), (257, 64), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 64), (279, 6144)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    content = struct.pack("<2sHI", b"II", 42, 8 + 6144) + np.packbits(packed).tobytes()
+    content += struct.pack("<H", len(tags)) + entries + bytes(4)
+    np.testing.assert_array_equal(decode(content, 1)[..., 0], VALUES >> 4)
+    assert largest_value(content) == 65535
+
+
+def test_of_eight_bits_there_is_nothing_to_scale():
+    for name in ("JPEG", "PNG", "PNG gray with alpha", "GIF", "WebP", "BMP", "TIFF of CMYK"):
+        np.testing.assert_array_equal(decode(GOOD[name], 3, max_value=4095), decode(GOOD[name], 3))
+        assert largest_value(GOOD[name]) is None
+    damaged = WIDE["PNG of colours"][0]
+    damaged = damaged[:3000] + bytes(4) + damaged[3004:]
+    for call in (largest_value, lambda content: decode(content, 3, max_value=4095)):
+        with pytest.raises(BadImageError, match="cannot be decoded"):
+            call(damaged)
 
 
 def test_pixels_are_taken_as_they_are():
@@ -284,6 +348,26 @@ def test_replace_masks_and_keeps_its_place(folder, num_workers):
     assert mask.tolist() == [1] * 7 + [0, 1, 0, 1, 1] + [0] * 3  # the last three are padding
     assert not images[[7, 9]].any()
     assert labels[:12].tolist() == [0] * 6 + [1] * 6
+
+
+def test_nobody_trains_on_near_black_without_a_word(tmp_path):
+    """A run begins on images of 16 bits where they use the upper half, or where it is said what is white."""
+    for split, i in itertools.product(("train", "test"), range(40)):
+        path = tmp_path / split / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(JPEG if i % 4 == 1 else encode(Image.fromarray(np.minimum(VALUES, 3000)), "PNG"))
+    split = load(tmp_path, train=True, num_threads=1)
+    with pytest.raises(
+        ValueError, match=r"up to 3,000 of 65,535 \(in 25 .*than 11 of 255 .*data\.max_value=4095; by 65535"
+    ):
+        split.check_max_value()
+    for max_value, brightest in ((4095, 3000 >> 4), (65535, 3000 >> 8)):
+        dataclasses.replace(split, max_value=max_value).check_max_value()
+        with contextlib.closing(load(tmp_path, train=False, max_value=max_value).batches()) as batches:
+            assert next(batches)["images"].max() == brightest
+    (tmp_path / "train" / "a" / "00.png").write_bytes(encode(Image.fromarray(VALUES * 16), "PNG"))
+    split.check_max_value()
+    data.load("digits", train=True, batch_size=5, image_size=8, channels=1).check_max_value()
 
 
 def test_in_training_a_mask_is_there_only_where_bad_images_are_replaced(folder):

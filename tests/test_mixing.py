@@ -132,8 +132,8 @@ def test_soft_labels():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mixup_alpha": -0.1}, "mix.mixup_alpha must be a number that is not negative, got -0.1"),
-        ({"cutmix_alpha": float("nan")}, "mix.cutmix_alpha must be a number that is not negative, got nan"),
+        ({"mixup_alpha": -0.1}, "mix.mixup_alpha must be 0 or positive, got -0.1"),
+        ({"cutmix_alpha": float("nan")}, "mix.cutmix_alpha must be 0 or positive, and finite, got nan"),
         ({"probability": 1.5}, r"mix.probability must be in \[0, 1\], got 1.5"),
         ({"switch_probability": -1.0}, r"mix.switch_probability must be in \[0, 1\], got -1.0"),
     ],

@@ -1,6 +1,7 @@
 """What the command says of images is what the network says of them, and of files that are none."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.py")
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """Some steps on digits: better than chance, far from perfect."""
-    small = ["data.image_size=32", "batch_size=64", "epochs=6"]
+    small = ["data.image_size=32", "batch_size=64", "epochs=6", "data.max_value=4095"]
     small += ["schedule.warmup_epochs=0.2", "step.ema_decay=0.5", "eval_every_epochs=6", "checkpoint_every_epochs=6"]
     folder = tmp_path_factory.mktemp("run")
     assert train.train(recipe.load(f"{DIGITS}:lenet", [f"--config.{text}" for text in small]), folder) == 0
@@ -28,10 +29,10 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """The digits of split 'validation' as files, with their classes."""
+    """The digits of split 'validation' as files, with their classes; every second of 12 bits in 16."""
     folder, source = tmp_path_factory.mktemp("digits"), sources.digits("validation")
     for i, image in enumerate(source.images):
-        cv2.imwrite(str(folder / f"{i:03}.png"), image)
+        cv2.imwrite(str(folder / f"{i:03}.png"), image.astype(np.uint16) * 16 + 9 if i % 2 else image)
     return folder, source.labels
 
 
@@ -60,18 +61,23 @@ def test_it_predicts_what_evaluate_counts(workdir, digits, monkeypatch, capsys):
 
 def test_a_bad_file_is_named_and_the_others_are_predicted(workdir, digits, tmp_path, monkeypatch, capsys):
     folder, _ = digits
-    good, bad = folder / "000.png", tmp_path / "bad.jpg"
+    bad = tmp_path / "bad.jpg"
     bad.write_text("no image")
     (empty := tmp_path / "empty").mkdir()
-    code, out, err = run(monkeypatch, capsys, "--workdir", workdir, bad, good, "--top", 2)
+    (empty / "a.heic").touch()
+    shutil.copytree(empty, some := tmp_path / "some")
+    good = shutil.copy(folder / "000.png", some)
+    code, out, err = run(monkeypatch, capsys, "--workdir", workdir, bad, some, "--top", 2)
     assert code == 2
+    said, err = err.split("\n", 1)
+    assert said == f"{some}: 1 of 2 files is not read: 1 .heic (some/a.heic)."
     assert f"{workdir}, step 118, ema weights" in out
     (row,) = (line for line in out.splitlines() if str(good) in line)
     assert row.count(" %") == 2
     assert err.startswith(f"error: {bad}: the image cannot be decoded: 8 bytes that are no JPEG")
     for arguments, message in [
         ([tmp_path / "no.jpg"], r"no.jpg is not there; expected an image or a folder"),
-        ([empty], r"has no image \(of .jpg"),
+        ([empty], r".pnm). 1 of 1 files is not read: 1 .heic (empty/a.heic)."),
         ([good, "--weights", "raw", "--checkpoint", "3"], "no checkpoint '3' in"),
         ([good, "--top", "0"], "must be a positive integer"),
     ]:

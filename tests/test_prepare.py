@@ -419,7 +419,7 @@ def test_mistakes_with_a_folder(folder, tmp_path, capsys, monkeypatch):
     for hole in holes:
         hole.unlink()
     (folder / "n01440764" / os.fsdecode(b"\xff.jpg")).write_bytes(b"")
-    assert re.search(r"error: b'.*\\xff\.jpg': TFDS takes no file name that is not UTF-8; rename it", message(folder))
+    assert re.search(r"error: .*\\xff\.jpg: TFDS takes no file name that is not UTF-8; rename it", message(folder))
     (folder / "n01440764" / os.fsdecode(b"\xff.jpg")).unlink()
 
     # Begun, and then the images changed.
@@ -514,6 +514,105 @@ def test_check_finds_what_is_wrong(folder, tmp_path, capsys):
         assert {short(name) for name in names} == same
 
 
+def test_check_looks_at_the_splits_that_training_has(folder, tmp_path, capsys, monkeypatch):
+    """Copies of training images among those held out; of a folder as of the data set that is made of it."""
+    for split in ("train", "val"):
+        assert len(sources.folder(split, data_dir=str(folder), val_fraction=0.3)) == {"train": 32, "val": 8}[split]
+    held_out = sources.folder("val", data_dir=str(folder), val_fraction=0.3).paths[:6]
+    taken = 0
+    for i in range(100):  # names of copies that are of split train
+        (copy := Path(held_out[taken]).with_name(f"copy{i}.jpg")).write_bytes(Path(held_out[taken]).read_bytes())
+        if str(copy) in sources.folder("val", data_dir=str(folder), val_fraction=0.3).paths:
+            copy.unlink()
+        elif (taken := taken + 1) == len(held_out):
+            break
+    paths = sources.folder("train", data_dir=str(folder), val_fraction=0.3).paths[-5:]
+    (folder / "again").mkdir()
+    for path in paths:
+        shutil.copy(path, folder / "again")  # under their own names they are of split train too
+    run("folder", folder, "--data-dir", tmp_path / "tfds", "--val-fraction", "0.3")
+    dataset = tmp_path / "tfds" / "my_photos" / "1.0.0"
+    for arguments in ([folder, "--val-fraction", "0.3"], [dataset]):
+        capsys.readouterr()
+        run("check", *arguments)
+        out = capsys.readouterr().out
+        assert re.findall(r"(\w+)\n +images +(\d+)", out) == [("train", "43"), ("val", "8")]
+        assert "11 files are there more than once, 6 of them in more than one split" in out
+        shown = re.findall(r"^  (train|val): .* = (train|val): ", out, re.MULTILINE)
+        assert [len(set(splits)) for splits in shown] == [2] * 6 + [1] * 4  # the worse first, of eleven ten
+    message = fail(capsys, monkeypatch, "check", dataset, "--val-fraction", "0.3")
+    assert message == f"error: {dataset} is a data set, which has its splits; leave out --val-fraction."
+
+
+def test_what_is_not_read_is_said(folder, tmp_path, capsys):
+    for name in ("a.heic", "b.heic", "c", ".DS_Store"):
+        (folder / "n01440764" / name).write_bytes(b"")
+    run("folder", folder, "--data-dir", tmp_path / "tfds")
+    expected = "3 of 43 files are not read: 2 .heic (n01440764/a.heic), 1 without a suffix (n01440764/c)."
+    assert f"{folder}: {expected}\n" in capsys.readouterr().err
+    run("check", folder, "--json", tmp_path / "report.json")
+    assert capsys.readouterr().out.endswith(f"\n\n{expected}\n")
+    assert json.loads((tmp_path / "report.json").read_text())["unread"] == [
+        {"path": str(folder / "n01440764" / name), "why": why}
+        for name, why in (("a.heic", ".heic"), ("b.heic", ".heic"), ("c", "without a suffix"))
+    ]
+    run("check", tmp_path / "tfds" / "my_photos" / "1.0.0", "--json", tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["unread"] == []
+
+
+def test_names_are_prepared_in_one_form(folder, tmp_path):
+    """Of a copy that macOS has made, the same records; a name that is there in both forms is there twice."""
+    (folder / "n01440764").rename(folder / "caf\xe9")
+    shutil.copytree(folder, copy := tmp_path / "copy")
+    (copy / "caf\xe9").rename(copy / "cafe\u0301")
+    run("folder", folder, "--data-dir", tmp_path / "a", "--name", "same")
+    run("folder", copy, "--data-dir", tmp_path / "b", "--name", "same")
+    one, other = (contents(tmp_path / place / "same" / "1.0.0") for place in "ab")
+    assert {name for name in one if one[name] != other[name]} == {records.PREPARED}
+    for name in ("\xe4.jpg", "a\u0308.jpg"):
+        (folder / "caf\xe9" / name).write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"caf\xe9/\xe4\.jpg is there twice in split '(train|val)'; each image needs its own"
+    ):
+        prepare.main(["folder", str(folder), "--data-dir", str(tmp_path / "c")])
+
+
+def test_check_says_what_is_white_in_sixteen_bits(tmp_path, capsys):
+    for i in range(20):
+        (path := tmp_path / "ab"[i % 2] / f"{i}.png").parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(path), np.full((4, 4), i * 210, np.uint16))
+    run("check", tmp_path)
+    out = capsys.readouterr().out
+    assert re.findall(r"16 bits +(\d+) images, of values up to (\S+)\n", out) == [("17", "3,990"), ("3", "1,680")]
+    assert "\n16 bits with little in the upper ones: train by --config.data.max_value=4095\n" in out
+    cv2.imwrite(str(tmp_path / "b" / "19.png"), np.full((4, 4), 40_000, np.uint16))
+    run("check", tmp_path, "--json", tmp_path / "report.json")
+    assert "max_value" not in capsys.readouterr().out
+    wide = {
+        name: split["sixteen_bits"]
+        for name, split in json.loads((tmp_path / "report.json").read_text())["splits"].items()
+    }
+    assert wide == {"train": {"images": 17, "largest": 40_000}, "val": {"images": 3, "largest": 1680}}
+
+
+def test_check_and_training_agree_on_a_folder(folder, tmp_path, capsys):
+    """With images of no class beside the splits: both read the splits, and say what is left out."""
+    (folder / "train").mkdir()
+    for place in list(folder.iterdir())[:]:
+        if place.name != "train":
+            place.rename(folder / "train" / place.name)
+    (folder / "test").mkdir()
+    (folder / "test" / "1.jpg").write_bytes(b"")
+    assert len(sources.folder("train", data_dir=str(folder))) == 40
+    run("check", folder)
+    assert capsys.readouterr().out.endswith("\n1 of 41 files is not read: 1 outside of a class (test/1.jpg).\n")
+    shutil.copytree(folder / "train" / "n01440764", folder / "test" / "n01440764")
+    assert prepare.main(["check", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert re.findall(r"(\w+)\n +images +(\d+)\n +classes +(\d)", out) == [("test", "10", "1"), ("train", "40", "4")]
+    assert out.endswith("\nother classes than training's: split test\n")
+
+
 @pytest.mark.parametrize("damage", ["a bit flipped", "cut in half", "removed"])
 def test_a_damaged_data_set_is_an_error_of_its_record(folder, tmp_path, capsys, damage):
     """`check` counts its records; training names one, saves what it has, and does not take it for a bad image."""
@@ -554,7 +653,8 @@ def test_check_takes_a_folder_under_any_name(folder, tmp_path, capsys, monkeypat
             folder.rename(tmp_path / name)
         monkeypatch.chdir(place)
         run("check", name)
-        assert re.search(r"images +40\n +classes +4, with", capsys.readouterr().out)
+        found = re.findall(r"(\w+)\n +images +(\d+)\n +classes +4, with", capsys.readouterr().out)
+        assert found == [("train", "38"), ("val", "2")]
 
 
 def test_check_of_images_with_several_classes(images, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -50,6 +51,15 @@ def write_as_published(keras_model: keras.Model, path: Path) -> Path:
     return path
 
 
+def without_names(path: Path) -> None:
+    """Makes a file of today's Keras one of 3.3.3 or 3.5.0, which have been seen to write the same but for the names."""
+    with h5py.File(path, "r+") as file:
+        groups = []
+        file.visititems(lambda place, item: groups.append(item) if place.endswith("/vars") else None)
+        for group in groups:
+            del group.attrs["name"]
+
+
 @pytest.fixture(scope="module")
 def keras_file(keras_model, tmp_path_factory) -> Path:
     return write_as_published(keras_model, tmp_path_factory.mktemp("keras") / "narrow.h5")
@@ -79,14 +89,16 @@ def assert_equal(found: dict, expected: dict) -> None:
 # Formats -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["published", "weights of Keras 3", "model as HDF5"])
+@pytest.mark.parametrize("layout", ["published", "weights of Keras 3", "weights of Keras 3.5", "model as HDF5"])
 def test_every_file_of_keras_is_read(model, keras_model, one_device, tmp_path, layout):
     """Each array, bit for bit, as `get_weights()` has it; a classifier only where it is for as many classes."""
-    path = tmp_path / ("w.weights.h5" if layout == "weights of Keras 3" else "w.h5")
+    path = tmp_path / ("w.weights.h5" if layout.startswith("weights") else "w.h5")
     if layout == "published":
         write_as_published(keras_model, path)
     else:
-        (keras_model.save_weights if layout == "weights of Keras 3" else keras_model.save)(path)
+        (keras_model.save_weights if layout.startswith("weights") else keras_model.save)(path)
+    if layout == "weights of Keras 3.5":
+        without_names(path)
     layers = [(layer.name, layer.get_weights()) for layer in keras_model.layers]
     ten = model.clone(num_classes=10)
     expected = flatten_dict(keras_weights.from_keras(layers, shapes_of(ten)))
@@ -100,6 +112,29 @@ def test_every_file_of_keras_is_read(model, keras_model, one_device, tmp_path, l
     assert_equal(found.arrays, {place: value for place, value in expected.items() if place not in CLASSIFIER})
     assert set(found.random) == set(CLASSIFIER)
     assert found.meta()["arrays"] == len(expected) - 2
+
+
+def test_layers_without_names_are_not_guessed(model, keras_model, one_device, tmp_path):
+    """Another network (Inception V3 has equal layers side by side), parts of two, and one layer more."""
+    whole, path = tmp_path / "whole.weights.h5", tmp_path / "w.weights.h5"
+    keras_model.save_weights(whole)
+    without_names(whole)
+    message = (
+        r"3\.5 wrote no names of layers into it.* With Keras 3\.6 or newer: model\.load_weights\(FILE\), model\.save_w"
+    )
+    with pytest.raises(ValueError, match=message):
+        keras_weights.read_layers(whole, {"params": {"stem_conv1": {}, "predictions": {}}})
+    for verb, source, place in [
+        ("move", "layers/conv2d_5", "layers/block/layers/conv2d_5"),
+        ("copy", "layers/conv2d_5", "layers/conv2d_6"),
+        ("copy", "layers/dense", "layers/dense_1"),
+        ("move", "layers/conv2d_5", "conv2d_5"),
+    ]:
+        shutil.copy(whole, path)
+        with h5py.File(path, "r+") as file:
+            getattr(file, verb)(source, place)
+        with pytest.raises(ValueError, match=message):
+            load(path, model, one_device)
 
 
 def test_keras_own_file_without_classifier(one_device, tmp_path):
@@ -259,6 +294,31 @@ def test_a_run_is_weights_to_begin_with(run, model, one_device):
             load(workdir, **dict(model=model, mesh=one_device) | options)
 
 
+# What they expect of images -------------------------------------------------------------------------
+
+
+def test_the_normalization_of_ones_own_file_is_the_recipes(model, keras_file, one_device, monkeypatch):
+    """Keras' guides train on [0, 1] too: nothing in the file says it. Of a published file it is known."""
+    digest = hashlib.sha256(keras_file.read_bytes()).hexdigest()
+    for options, images in [
+        (dict(mean=(0.0,), std=(255.0,)), "(x - 0) / 255"),
+        (dict(mean=(123.675, 116.28, 103.53), std=(58.4,) * 3), "(x - (123.675, 116.28, 103.53)) / 58.4"),
+    ]:
+        found = load(keras_file, model, one_device, **options)
+        assert str(found) == (
+            f"initial weights: 234 arrays of file {keras_file}, sha256 {digest}; taken to be for images as {images}; "
+            "left random: params/predictions/bias, params/predictions/kernel"
+        )
+        assert found.origin == {"file": str(keras_file), "sha256": digest}
+    published = (("", hashlib.md5(keras_file.read_bytes()).hexdigest()),)
+    monkeypatch.setitem(pretrained.KERAS_FILES, "xception", published)
+    with pytest.raises(
+        ValueError, match=r"set --config\.normalize\.mean=\(127\.5,\) --config\.normalize\.std=\(127\.5,\)$"
+    ):
+        load(keras_file, model, one_device, mean=(0.0,), std=(255.0,))
+    assert "taken to be" not in str(load(keras_file, model, one_device))
+
+
 # Mistakes ------------------------------------------------------------------------------------------
 
 
@@ -295,8 +355,8 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
     (tmp_path / "text.npz").write_text("no weights")
     with h5py.File(tmp_path / "empty.h5", "w"):
         pass
-    for name in ("w.pth", "w.keras", "w.onnx"):
-        (tmp_path / name).write_text("")
+    (tmp_path / "tf.ckpt.index").write_bytes(b"")
+    (tmp_path / "unread.ckpt").write_bytes(b"\x80\x02")
     for weights, options, message in [
         ("kears", {}, r"init\.weights: kears is neither a file nor a folder; .*; did you mean 'keras'"),
         (tmp_path, {}, r"has no checkpoint; expected the workdir of a run of train\.py"),
@@ -305,10 +365,10 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
         (tmp_path / "empty.h5", {}, r"empty\.h5 has no layers with weights in it; expected a file of Keras"),
         (tmp_path / "text.safetensors", {}, r"text\.safetensors cannot be read as weights of timm: "),
         (tmp_path / "text.npz", {}, r"text\.npz cannot be read as weights of timm: "),
-        (tmp_path / "w.pth", {}, r"must be \.h5 \(Keras\).*; torch, which alone reads this, writes one by safetensors"),
-        (tmp_path / "w.keras", {}, r"; Keras writes one by model\.save_weights\('model\.weights\.h5'\)"),
-        (tmp_path / "w.onnx", {}, r"w\.onnx must be \.h5 \(Keras\), \.safetensors or \.npz \(timm\), or a workdir\.$"),
-        (keras_file, dict(mean=(0.0,), std=(1.0,)), r"set --config\.normalize\.mean=\(127\.5,\) --config\.norm"),
+        (tmp_path / "unread.ckpt", {}, r"must be \.h5 \(Keras\).*; torch, which alone reads this, writes one"),
+        (tmp_path / "tf.ckpt", {}, r"tf\.ckpt is a checkpoint of TensorFlow \(tf\.ckpt\.index\), and is not read"),
+        ("a" * 5000, {}, r"^init\.weights: 'a{200}' cannot be opened: \[Errno 36\] File name too long"),
+        ("~no one/w.h5", {}, r"^init\.weights: '~no one/w\.h5' cannot be opened: "),
         (keras_file, dict(model=model.clone(padding="SYMMETRIC")), r"set --config\.model\.padding=SAME$"),
         (
             keras_file,
@@ -324,6 +384,34 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             load(weights, **dict(model=model, mesh=one_device) | options)
+
+
+def test_a_folder_that_is_no_workdir_is_named(one_device, tmp_path):
+    rewrite = "load it into the model with Keras, and write model.save_weights('model.weights.h5')"
+    run = tmp_path / "run"
+    for file in (
+        "saved/saved_model.pb",
+        "tf/model.index",
+        "orbax/_METADATA",
+        "hub/model.safetensors",
+        "run/config.json",
+    ):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    (run / "checkpoints" / "236" / "raw").mkdir(parents=True)
+    for folder, message in {
+        "": "",
+        "saved": f"; this is a SavedModel of TensorFlow: {rewrite}",
+        "tf": f"; this has a checkpoint of TensorFlow: {rewrite}",
+        "orbax": "; this is a checkpoint of Orbax, and not of such a run",
+        "hub": f", or a file; give {tmp_path}/hub/model.safetensors",
+        "run/checkpoints": f": this is within one; give {run}",
+        "run/checkpoints/236": f": this is within one; give {run} and 236 as its checkpoint",
+        "run/checkpoints/236/raw": f": this is within one; give {run} and 236 as its checkpoint",
+    }.items():
+        expected = f"{tmp_path / folder} has no checkpoint; expected the workdir of a run of train.py{message}."
+        with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+            pretrained.restore_run(tmp_path / folder, one_device, "latest")
 
 
 @pytest.mark.parametrize(("value", "fields"), [(np.nan, {}), (1e39, {}), (7e4, {"param_dtype": "float16"})])

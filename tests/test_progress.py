@@ -70,6 +70,40 @@ def test_columns_are_aligned_and_never_cut(monkeypatch, capsys):
     ]
 
 
+def test_what_others_called_a_thing_is_shown_as_it_stands(tmp_path, monkeypatch, capsys):
+    """Rich reads `[red]` as a colour, `[/x]` as an error, `:cat:` as a picture; a terminal what follows ESC."""
+    name = "[red][/x] :cat: {task} 100%"
+    monkeypatch.setenv("COLUMNS", "40")
+    progress.show_table(name, {"猫": "a\x1b[31m", "name": "b\nc"})
+    assert capsys.readouterr().out == f"\n{name}\n  猫    a\\x1b[31m\n  name  b\\nc\n"  # 猫 takes up two columns
+    progress.show_columns(name, {"name": [name + "\n"]})
+    assert capsys.readouterr().out.split() == [*name.split(), "name", *f"{name}\\n".split()]
+    for terminal in (False, True):
+        if terminal:
+            monkeypatch.setenv("FORCE_COLOR", "1")
+        with progress.waiting(name + "\x1b]0;"):
+            pass
+        with progress.counting(name + "\r", 10, "images") as advance:
+            advance(10)
+        with run(tmp_path) as report:
+            report.say(name + "\x07")
+        err = capsys.readouterr().err
+        assert rf"{name}\x1b]0;: 0 s" in err
+        assert rf"{name}\r: 10 images in 0:00" in err
+        assert rf"{name}\x07" in err
+        assert "\x1b]0;" not in err
+
+
+def test_a_bar_on_the_terminal_takes_nothing_from_a_file(monkeypatch, capsys):
+    """Standard error a terminal, standard output a file: `predict --json > FILE`, where rows are printed meanwhile."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for step in progress.stepping("predicting", range(3)):
+        print(step)
+    out, err = capsys.readouterr()
+    assert out == "0\n1\n2\n"
+    assert "predicting" in err
+
+
 def test_a_resumed_run_continues_the_records_of_its_checkpoint(tmp_path):
     """Records after step 20 came from steps that are done again; a line cut off by a kill goes too."""
     with run(tmp_path) as report:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -139,6 +140,8 @@ def test_int_is_a_float_and_none_where_it_may_be():
         ("mesh.fsdp=-1", ("mesh", "fsdp"), -1),
         ("profile=10:12", ("profile",), "10:12"),
         ("profile=", ("profile",), ""),
+        ("batch_size=1_000", ("batch_size",), 1000),
+        ("batch_size=0x10", ("batch_size",), 16),
     ],
 )
 def test_overrides(override, key, value):
@@ -189,11 +192,65 @@ def test_another_choice_drops_the_keys_of_the_old_one():
         ("--config.model.name=resnet", "unknown model.name 'resnet'"),
         ("--config.batch_size", "unknown argument '--config.batch_size'; .* --config.KEY=VALUE"),
         ("--batch_size=3", "unknown argument '--batch_size=3'"),
+        ("--config.=3", "unknown argument '--config.=3'"),
+        ("--config..=3", r"unknown recipe group '' in --config\.\.; there are: "),
+        ("--config.model.=3", r"unknown recipe key 'model\.' with model\.name='xception'; there are: "),
+        ("--config.model.width.x=3", r"unknown recipe group 'model\.width' in --config\.model\.width\.x; did you mean"),
+        ("--config.batch_size=", "recipe key 'batch_size' must be int, got ''"),
+        # What Python's own parser gives up on, in each of its ways.
+        ("--config.batch_size=" + "(" * 10_000, r"recipe key 'batch_size' must be int, got '\({59} \.\.\. \({29}'"),
+        ("--config.batch_size=" + "-" * 20_000 + "1", "recipe key 'batch_size' must be int, got '-{59} "),
+        ("--config.batch_size={[]: 1}", r"recipe key 'batch_size' must be int, got '{\[\]: 1}'"),
+        ("--config.batch_size=" + "9" * 5000, "recipe key 'batch_size' must be int, got '9{59} "),
+        (
+            "--config.batch_size=0x" + "f" * 5000,
+            "'batch_size' must be an integer of 64 bits, got a value of type int that",
+        ),
+        ("--config.batch_size=9223372036854775808", "must be an integer of 64 bits, got 9223372036854775808"),
+        ("--config.epochs=1e400", "recipe key 'epochs' must be a finite number, got inf"),
+        (
+            "--config.epochs=1e-320",
+            r"'epochs' must not be nearer to 0 than 1\.2e-38, float32's smallest number, got 1e-320",
+        ),
+        (
+            "--config.epochs=1e300",
+            r"recipe key 'epochs' must be at most 3\.4e\+38, float32's largest number, got 1e\+300",
+        ),
+        ("--config.epochs=nan", "recipe key 'epochs' must be float, got 'nan'"),
+        ("--config.normalize.mean=(1.0, 1e400)", r"recipe key 'normalize\.mean' must be a finite number, got inf"),
+        ("--config.normalize.mean=(1.0, 'a')", r"'normalize\.mean' must be Sequence\[float\], got \(1.0, 'a'\)"),
+        ("--config.model.fc_layers=(8, True)", r"'model\.fc_layers' must be Sequence\[int\], got \(8, True\)"),
+        ("--config.model.fc_layers=", r"'model\.fc_layers' must be Sequence\[int\], got ''"),
+        ("--config.model.fc_layers=b'ab'", r"'model\.fc_layers' must be Sequence\[int\], got b'ab'"),
+        ("--config.profile=1:" + "9" * 4000, r"recipe key 'profile' must be FIRST:LAST, got '1:9{57} "),
+        (
+            "--config.init.weights=" + "x" * 5000,
+            r"'init\.weights' must be a text of at most 4,096 characters, none of them",
+        ),
+        ("--config.data.train_split=a\0b", r"none of them NUL, got 'a\\x00b'"),
     ],
 )
 def test_bad_overrides_are_refused(override, message):
     with pytest.raises(ValueError, match=message):
         recipe.load(DIGITS, [override])
+
+
+def test_of_a_key_given_twice_the_last_counts():
+    """As on any command line, so that a script's own can be overridden in their turn."""
+    assert recipe.load(DIGITS, ["--config.seed=3", "--config.seed=4"]).seed == 4
+
+
+def test_an_override_of_a_group_that_is_none(tmp_path):
+    path = write(tmp_path / "r.py", f"{CONFIG}.model = 3\n    return config\n")
+    with pytest.raises(ValueError, match="recipe key 'model' must be a group of keys, got 3"):
+        recipe.load(path, ["--config.model.width=1"])
+
+
+def test_not_a_number_is_refused_wherever_it_comes_from():
+    """No override can say it: 'nan' is text. A recipe can."""
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"'optimizer.learning_rate' must be a finite number, got {value}"):
+            recipe.resolve(minimal(optimizer={"name": "sgd", "learning_rate": value}))
 
 
 def test_only_some_groups_may_change_afterwards():
@@ -217,6 +274,13 @@ def test_one_group_is_resolved_as_in_a_recipe():
 # Files ---------------------------------------------------------------------------------------------
 
 
+CONFIG = """
+from ml_collections import ConfigDict, config_dict
+def get_config():
+    config = ConfigDict(dict(batch_size=8, epochs=1.0))
+    config"""
+
+
 def test_mistakes_with_recipe_files(tmp_path):
     for text, message in [
         ("def get_config(:\n", r"r\.py, line 1: .*: def get_config\(:"),
@@ -226,10 +290,35 @@ def test_mistakes_with_recipe_files(tmp_path):
         ("def get_config():\n    return {}\n", r"get_config\(\) must return a ConfigDict, got dict"),
         ("def get_config(size):\n    return {}\n", r"r\.py needs an argument: --config .*r\.py:SIZE"),
         ("def get_config():\n    return int('x')\n", r"r\.py, line 2: invalid literal for int\(\)"),
+        ("get_config = 3\n", r"r\.py: get_config must be a function that returns a ConfigDict, got 3\.$"),
+        ("import sys\nsys.exit(0)\n", r"r\.py, line 2: SystemExit: 0$"),  # which is no end of a training
+        ("def get_config():\n    raise SystemExit('x')\n", r"r\.py, line 2: SystemExit: x$"),
+        ("x = 1\0\n", r"r\.py: source code string cannot contain null bytes$"),
+        ("x = " + "(" * 1000, r"r\.py, line 1: too many nested parentheses: x = \({56} \.\.\. \({30}$"),
+        (f"{CONFIG}.x = config\n    return config\n", "recipe key 'batch_size' is missing|unknown recipe key 'x'"),
+        (f"{CONFIG}.model = 3\n    return config\n", "recipe key 'model' must be a group of keys, got 3"),
+        (
+            f"{CONFIG}.model = dict(name=['lenet'])\n    return config\n",
+            r"unknown model\.name \['lenet'\]; did you mean",
+        ),
+        (
+            f"{CONFIG}.seed = config_dict.required_placeholder(int)\n    return config\n",
+            r"r\.py: RequiredValueError: None value found in required reference$",
+        ),
+        (
+            f"{CONFIG}.profile = x = []\n    for _ in range(5000): x.append([]); x = x[0]\n    return config\n",
+            "'profile' must be str, got a value of type list that",
+        ),
         ("import os\nos.nothing\n", r"r\.py, line 2: AttributeError: module 'os' has no attribute 'nothing'"),
     ]:
         with pytest.raises(ValueError, match=message):
             recipe.load(write(tmp_path / "r.py", text))
+    os.mkfifo(tmp_path / "fifo.py")
+    for path in (tmp_path / "fifo.py", "/dev/zero", tmp_path / ("x" * 300), "/x\0/y"):  # none of them is opened
+        with pytest.raises(ValueError, match=r"^no recipe file '/"):
+            recipe.load(str(path))
+    with pytest.raises(ValueError, match=r"^no recipe file 'x{59} \.\.\. x{29}'; "):
+        recipe.load("x" * 5000)
     with pytest.raises(
         ValueError, match=r"no recipe file '.*/digts\.py'; did you mean '\S*/configs/digits\.py'\? There"
     ):
@@ -288,6 +377,51 @@ def test_a_workdir_remembers_and_refuses_another_recipe(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)another recipe.*optimizer.learning_rate: 0.003 -> 0.1.*seed: 0 -> 3"):
         recipe.check_workdir(tmp_path / "w", other)
     assert (tmp_path / "w" / "config.json").read_bytes() == before
+
+
+def test_how_to_train_on_is_said_where_it_is_possible(tmp_path):
+    """The run has a checkpoint, and the other recipe computes the same with its weights."""
+    workdir = tmp_path / "my run"
+    recipe.claim(workdir, recipe.load(DIGITS)).__enter__()
+    longer = recipe.load(DIGITS, ["--config.epochs=72"])
+    changed = (
+        f"{workdir} holds a run of another recipe; nothing was changed. Take a new workdir, or the old values:\n"
+        "  epochs: 36.0 -> 72"
+    )
+    advice = (
+        f"\nTo train its weights for more epochs, take a new workdir and --config.init.weights='{workdir}': that run "
+        "begins with them (the averaged ones, where there are), its optimizer, schedule and steps anew."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(changed)}$"):
+        recipe.check_workdir(workdir, longer)
+    (workdir / "checkpoints" / "20").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"^{re.escape(changed + advice)}$"):
+        recipe.check_workdir(workdir, longer)
+    for override in ("model.width=0.5", "normalize.mean=(0.0,)"):
+        with pytest.raises(ValueError, match=r"^((?!To train its weights)[\s\S])*$"):
+            recipe.check_workdir(workdir, recipe.load(DIGITS, ["--config.epochs=72", f"--config.{override}"]))
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path, monkeypatch):
+    config = recipe.load(DIGITS)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(ROOT)
+    for path, what in [
+        ("/", "the root of all folders"),
+        ("//tmp/..", "the root of all folders"),
+        (str(tmp_path / "link"), "your home folder"),
+        (".", "this program's folder"),
+        ("tests/..", "this program's folder"),
+    ]:
+        with pytest.raises(ValueError, match=f"^workdir '{path}' is {what}; take a folder that is for this run alone"):
+            recipe.check_workdir(Path(path), config)
+    assert not any((tmp_path / "home").iterdir())
+    recipe.check_workdir(tmp_path / "home" / "run", config)
+    recipe.check_workdir(Path("runs"), config)
+    recipe.remember(tmp_path / "home", config)  # a run that was begun there goes on
+    recipe.check_workdir(tmp_path / "home", config)
 
 
 def test_bad_workdirs_are_refused(tmp_path):

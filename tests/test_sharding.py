@@ -39,7 +39,8 @@ def test_bad_meshes_are_refused(sizes, advice):
         (20, 1, "batch_size=20 does not divide over 8 devices; it must be a multiple of 8: take 16 or 24"),
         (4, 1, "multiple of 8: take 8"),
         (0, 1, "a positive multiple of 8: take 8"),
-        (24, 2, "over 8 devices x 2 accumulation steps; it must be a multiple of 16: take 16 or 32"),
+        (24, 0, "step.accumulation_steps must be at least 1, got 0"),
+        (24, 2, "over 8 devices x step.accumulation_steps=2; it must be a multiple of 16: take 16 or 32"),
     ],
 )
 def test_batch_that_does_not_divide_is_refused(batch_size, accumulation_steps, message):
@@ -49,6 +50,26 @@ def test_batch_that_does_not_divide_is_refused(batch_size, accumulation_steps, m
 
 def test_batch_that_divides_is_taken():
     sharding.check_batch_size(48, sharding.create_mesh(), 3)
+
+
+def test_a_state_that_fits_no_device_is_refused(monkeypatch):
+    """Of eight virtual CPUs each has an eighth of the host's memory: here 1 MB, for 1.05 MB or half of it."""
+    monkeypatch.setattr(sharding.allocator, "memory_bytes", lambda: 8_000_000)
+
+    def state(mesh):
+        shapes = {"kernel": jax.ShapeDtypeStruct((512, 512), np.float32)}
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            shapes,
+            sharding.state_shardings(mesh, shapes),
+        )
+
+    split, whole = sharding.create_mesh(fsdp=2), sharding.create_mesh()
+    sharding.check_memory(split, state(split))
+    with pytest.raises(
+        ValueError, match=r"take 0\.00105 GB on each device, which has 0\.001 GB; .*model\.width.*mesh\.fsdp"
+    ):
+        sharding.check_memory(whole, state(whole))
 
 
 def test_state_rule():

@@ -93,6 +93,15 @@ def test_captions():
     assert show_data.captions({"labels": np.uint8([[1, 0, 1], [0, 0, 0]])}, names) == ["tabby, go-kart", ""]
 
 
+def test_images_that_would_be_black_are_refused(tmp_path):
+    for i in range(40):
+        (path := tmp_path / "ab"[i % 2] / f"{i}.png").parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(path), np.full((8, 8), 1000, np.uint16))
+    recipe_of = f"{Path(DIGITS).with_name('folder.py')}:{tmp_path}"
+    with pytest.raises(ValueError, match=r"up to 1,000 of 65,535 .*than 3 of 255 .*--config\.data\.max_value=1023; by"):
+        show_data.main(["--config", recipe_of, "--output", str(tmp_path / "a.png"), "--config.batch_size=8"])
+
+
 def test_a_wrong_file_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"sheet.pgn is no name of a picture; expected one that ends in \.png"):
         show_data.main(["--config", DIGITS, "--output", str(tmp_path / "sheet.pgn"), "--config.data.eval_split=x"])

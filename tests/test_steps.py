@@ -331,9 +331,9 @@ def test_normalizer(rng):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: steps.create_loss("softmx"), "unknown loss 'softmx'; did you mean 'softmax'"),
+        (lambda: steps.create_loss("softmx"), "unknown loss.name 'softmx'; did you mean 'softmax'"),
         (lambda: steps.create_loss("softmax", label_smoothing=1.0), r"label_smoothing must be in \[0, 1\), got 1.0"),
-        (lambda: steps.create_loss("softmax", weight_decay=-1.0), "weight_decay must not be negative"),
+        (lambda: steps.create_loss("softmax", weight_decay=-1.0), "weight_decay must be 0 or positive, got -1.0"),
     ],
 )
 def test_bad_losses_are_refused(call, message):

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import train
-from xception_flax import cli, data, evaluate, metrics, ops, progress
+from xception_flax import cli, data, evaluate, metrics, ops, pretrained, progress, sharding
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -585,8 +585,9 @@ def test_evaluate_by_choice(whole, monkeypatch, capsys):
     [
         (["--workdir", "/nowhere"], "is no workdir of a run"),
         (["--checkpoint", "3"], "no checkpoint '3' in .*; take latest, best or a step of"),
+        (["--checkpoint", "9" * 5000], r"no checkpoint '9{59} \.\.\. 9{29}' in .*; take latest, best or a step of"),
         (["--split", "tset"], "unknown split of digits 'tset'; did you mean 'test'"),
-        (["--batch-size", "0"], "batch_size=0 does not divide"),
+        (["--batch-size", "0"], "--batch-size: must be a positive integer, got '0'"),
         (["--picture", "/nowhere/m.png"], "/nowhere/m.png cannot be written: No such file .*name another file"),
         (["--batch-size", "12"], "batch_size=12 does not divide over 8 devices"),
         (["--config.model.width=1"], "--config.model.width cannot be changed here"),
@@ -761,12 +762,17 @@ def test_another_recipe_in_an_old_workdir_is_refused(whole, monkeypatch, capsys)
 
 
 def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
-    """The directory of a folder may move; its classes and its number of images may not change."""
+    """The directory of a folder may move; its classes and its number of images may not change.
+
+    What is not read in it is said; on images that would be nearly black no run begins.
+    """
     image = cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes()
-    for name, count in (("a", 4), ("b", 5)):
-        for path in (f"{name}/{split}/{c}/{i}.png" for split in ("train", "val") for c in "xy" for i in range(count)):
+    dark = cv2.imencode(".png", np.full((40, 40), 4000, np.uint16))[1].tobytes()
+    for name, count in (("a", 4), ("b", 5), ("dark", 4)):
+        for path in (f"{name}/{split}/{c}/{i}.png" for split in ("train", "val") for c in "xé" for i in range(count)):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / path).write_bytes(image)
+            (tmp_path / path).write_bytes(dark if name == "dark" else image)
+    (tmp_path / "a" / "train" / "x" / "0.heic").touch()
 
     def command(name):
         overrides = ["--config.model.name=lenet", "--config.data.image_size=32"]
@@ -775,7 +781,25 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
         arguments = ["--config", recipe, "--workdir", str(tmp_path / "w"), *overrides, *once]
         return run(monkeypatch, capsys, train.main, *arguments)
 
-    assert command("a")[0] == 0
+    code, _, err = command("dark")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the images of 16 bits have values up to 4,000 of 65,535" in err
+    assert not (tmp_path / "w").exists()
+    code, _, err = command("a")
+    assert code == 0
+    assert "\n1 of 17 files is not read: 1 .heic (x/0.heic).\n" in err
+
+    # Older checkpoints have the names of classes as they were on their disk.
+    (meta,) = (tmp_path / "w" / "checkpoints").glob("*/meta/metadata")
+    content = json.loads(meta.read_text())
+    assert content["class_names"] == ["x", "\xe9"]
+    meta.write_text(json.dumps(content | {"class_names": ["x", "e\u0301"]}))
+    code, out, _ = command("a")
+    assert (code, "this run is finished (1 steps); nothing to do." in out) == (0, True)
+    code, out, _ = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path / "w")
+    assert code == 0
+    assert "not read" not in out  # of its split all is
+    assert pretrained.restore_run(tmp_path / "w", sharding.create_mesh(), "latest").class_names == ("x", "\xe9")
     code, _, err = command("b")
     assert code == 2
     assert "error: the data has changed since" in err

@@ -1,6 +1,7 @@
 """The host's memory allocator, set for arrays as large as a network on a CPU has."""
 
 import ctypes
+import os
 import sys
 
 # Of malloc.h: parameters of mallopt(3).
@@ -27,6 +28,11 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1), mallopt(_M_ARENA_MAX, 1)])
+
+
+def memory_bytes() -> int:
+    """Memory of this host, in bytes: what all of its processes have together."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def release_free_memory() -> bool:

@@ -1,42 +1,181 @@
-"""Checkpoints by Orbax: one folder a step, with everything in it, verified when read.
+"""Checkpoints by Orbax: one folder a step, with everything in it, verified when written and when read.
 
 `workdir/checkpoints/STEP/` has the items `raw` (parameters and batch statistics), `ema` (their
 averages, where the recipe keeps them), `optimizer` and `meta` (JSON: the recipe, the class names,
-a checksum of every array). What only evaluates reads one of the first two. The position in the
-data is the step.
+the step, a checksum of every array). What only evaluates reads one of the first two. The position in
+the data is the step.
 """
 
+import asyncio
+import json
 import math
+import os
+import re
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
 from orbax.checkpoint import checkpoint_managers as policies
 
+from xception_flax import files, naming
+from xception_flax.lookup import written
+from xception_flax.ranges import check_range
 from xception_flax.state import TrainState
 
 PyTree = Any
 
+# A path that all libraries below read as it is written. To Orbax `[`, `*` and a backslash are patterns; to etils
+# /gs/ and /s3/ are buckets, to TensorStore `gs:` is one, and what is not UTF-8 cannot be given to it.
+PLAIN_PATH = re.compile(r"(?!/\w\w/)[\w/.,=+@ -]{1,1000}")
 
-class _Manager(ocp.CheckpointManager):
-    """Orbax' own, but that what fails at its end is said as other failed saves are."""
+# Where a reader finds the step that it chose damaged, the run may be removing it: it looks again.
+READ_TIMES, READ_AGAIN_SECONDS = 20, 0.5
+
+
+class Checkpoints(ocp.CheckpointManager):
+    """Orbax' manager, of the folder of checkpoints of a workdir.
+
+    Attributes:
+      folder: by its own name; `directory` is the same by a plain path.
+      verified: whether a step has been saved, and all of it read from the disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        score: Callable[[dict[str, float]], float],
+        preserved: policies.PreservationPolicy,
+        read_only: bool,
+    ) -> None:
+        self.folder = folder
+        self.verified = False
+        self._saving: dict[str, PyTree] = {}
+        self._descriptor: int | None = None
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preserved,
+            best_fn=score,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            # In the background it leaves threads behind where it fails, which wait for it for five minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            temporary_path_class=_make_step_folder(self._check),
+        )
+        if not PLAIN_PATH.fullmatch(str(folder)) and (not read_only or folder.is_dir()):
+            folder = self._plain(folder)
+        try:
+            super().__init__(folder, options=options)
+        except BaseException:
+            self._close_folder()
+            raise
 
     def close(self) -> None:
+        """Raises ValueError where a save that was under way has failed, unless another error is on its way."""
         under_way = sys.exception()
         try:
             super().close()
         except Exception as error:
             if under_way is None:  # which is the reason, and this mostly its consequence
                 raise _failed_save(self, error) from error
+        finally:
+            self._close_folder()
+
+    def message(self, error: Exception) -> str:
+        """The first line of an error, with the folder's own name."""
+        lines = str(error).replace(str(self.directory), str(self.folder)).strip().splitlines()
+        return lines[0][:300] if lines else type(error).__name__
+
+    def expect(self, items: dict[str, PyTree]) -> None:
+        """Tells what the next steps have in them."""
+        self._saving = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), items)
+
+    def _plain(self, folder: Path) -> Path:
+        """Returns another path to `folder`: that of its descriptor in this process."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        plain = Path(f"/proc/self/fd/{self._descriptor}")
+        if not plain.is_dir():  # no Linux
+            self._close_folder()
+            raise ValueError("its path is no plain one; take another, of letters, digits and . , = + @ _ -")
+        return plain
+
+    def _close_folder(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _check(self, folder: Path) -> None:
+        """Raises ValueError where the step in `folder` is not what was saved.
+
+        All of the first one is read and compared, of the later ones the files that describe it. In a thread,
+        by the first process alone: nothing here waits for another or touches a device.
+        """
+        if damage := _damage(folder):
+            raise ValueError(f"it was written, but {damage}")
+        handler = ocp.StandardCheckpointHandler()
+        if not self.verified:
+            files.forget(folder)
+        expected = json.loads((folder / "meta" / "metadata").read_bytes())["checksums"]
+        for name, template in self._saving.items():
+            path = self.directory / folder.name / name
+            try:
+                if self.verified:
+                    handler.metadata(path)
+                    continue
+                read = handler.restore(path, args=ocp.args.StandardRestore(template))
+            except Exception as error:
+                raise ValueError(f"{name} was written and cannot be read: {self.message(error)}") from error
+            leaves = jax.tree_util.tree_leaves_with_path(read)
+            if {jax.tree_util.keystr(at): _checksum_on_host(leaf) for at, leaf in leaves} != expected[name]:
+                raise ValueError(f"{name} was written and is read with other values")
+        self.verified = True
+
+
+def _make_step_folder(check: Callable[[Path], None]) -> type[ocp.path.atomicity.AtomicRenameTemporaryPath]:
+    """Returns the kind of folder that Orbax writes a step into.
+
+    It gets the number of the step when the disk has all that is in it, and `check` has been there;
+    only then are older steps removed. Orbax writes a last file where it renames the folder: so that
+    renames to a second temporary name, after which nothing is written any more.
+    """
+    suffix = ocp.path.atomicity.TMP_DIR_SUFFIX
+
+    class StepFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
+        @classmethod
+        def from_final(cls, final_path, **options):
+            if final_path.name.isdecimal():  # else it is an item in a step
+                final_path = final_path.parent / (final_path.name + suffix)
+            return super().from_final(final_path, **options)
+
+        def get_final(self):
+            written = super().get_final()
+            return written.parent / written.name.removesuffix(suffix)
+
+        async def finalize(self):
+            await super().finalize()
+            written, final = Path(super().get_final()), Path(self.get_final())
+            if written != final:
+                await asyncio.to_thread(commit, written, final)
+
+    def commit(written: Path, final: Path) -> None:
+        files.sync_tree(written)
+        check(written)
+        os.rename(written, final)
+        files.sync(final.parent)
+
+    return StepFolder
 
 
 def open_manager(
     workdir: Path, *, best_metric: str, keep_latest: int = 2, keep_best: int = 1, read_only: bool = False
-) -> ocp.CheckpointManager:
+) -> Checkpoints:
     """Returns the manager of a workdir's checkpoints; a context manager, which waits for saves at its end.
 
     Args:
@@ -45,12 +184,12 @@ def open_manager(
       keep_latest: checkpoints to keep, the newest.
       keep_best: checkpoints to keep beside them, those with the highest `best_metric`.
       read_only: save and remove nothing, for a look into a run that may still be going on.
+
+    Raises:
+      ValueError: the folder cannot be read or made, or a checkpoint's metrics are damaged.
     """
-    if keep_latest < 1 or keep_best < 0:
-        raise ValueError(
-            "checkpoint.keep_latest must be at least 1 and checkpoint.keep_best not negative, "
-            f"got {keep_latest} and {keep_best}."
-        )
+    check_range("checkpoint.keep_latest", keep_latest, 1)
+    check_range("checkpoint.keep_best", keep_best, 0)
 
     def score(metrics: dict[str, float]) -> float:
         value = metrics[best_metric]
@@ -59,23 +198,47 @@ def open_manager(
     kept = [policies.LatestN(keep_latest)]
     if keep_best:  # both rules at once: `max_to_keep` with `best_fn` would delete the newest
         kept.append(policies.BestN(get_metric_fn=score, n=keep_best, keep_checkpoints_without_metrics=False))
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(kept),
-        best_fn=score,
-        cleanup_tmp_directories=not read_only,
-        read_only=read_only,
-    )
-    return _Manager((workdir / "checkpoints").absolute(), options=options)
+    folder = (workdir / "checkpoints").absolute()
+    steps = _steps(folder)
+    try:
+        manager = Checkpoints(folder, score, policies.AnyPreservationPolicy(kept), read_only)
+        if not read_only:  # or the first save would find out
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except Exception as error:  # it reads the metrics of all steps
+        for step in steps:
+            if damage := _damage(folder / str(step)):
+                raise _unreadable(folder, step, damage) from error
+        raise ValueError(f"the checkpoints in {folder} cannot be opened: {error}.") from error
+    for step in manager.all_steps():
+        if (folder / str(step) / "metrics").is_dir():
+            metrics = manager.metrics(step)
+            if not isinstance(metrics, dict) or not isinstance(metrics.get(best_metric), int | float):
+                manager.close()
+                raise _damaged(manager, step, ValueError(f"metrics/metrics has no {best_metric}"))
+    return manager
 
 
 def has_steps(workdir: Path) -> bool:
-    """Whether there is any checkpoint in `workdir`, found without opening or making anything."""
-    folder = workdir / "checkpoints"
-    return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+    """Whether there is any checkpoint in `workdir`, found without opening or making anything.
+
+    Raises:
+      ValueError: the folder cannot be read.
+    """
+    return bool(_steps(workdir / "checkpoints"))
+
+
+def _steps(folder: Path) -> list[int]:
+    try:
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ValueError(f"the checkpoints in {folder} cannot be read: {error.strerror}.") from None
 
 
 def save(
-    manager: ocp.CheckpointManager,
+    manager: Checkpoints,
     state: TrainState,
     meta: dict[str, Any],
     metrics: dict[str, float] | None,
@@ -101,14 +264,15 @@ def save(
                 "optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir."
             )
     args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-    args["meta"] = ocp.args.JsonSave(meta | {"checksums": sums})
+    args["meta"] = ocp.args.JsonSave(naming.stored(meta | {"step": step, "checksums": sums}))
+    manager.expect(items)
     try:
         manager.save(step, args=ocp.args.Composite(**args), metrics=metrics)
     except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
         raise _failed_save(manager, error) from error
 
 
-def check_saves(manager: ocp.CheckpointManager, *, wait: bool = False) -> None:
+def check_saves(manager: Checkpoints, *, wait: bool = False) -> None:
     """Raises ValueError where a save in the background has failed (a full disk, say).
 
     Args:
@@ -120,15 +284,13 @@ def check_saves(manager: ocp.CheckpointManager, *, wait: bool = False) -> None:
         raise _failed_save(manager, error) from error
 
 
-def _failed_save(manager: ocp.CheckpointManager, error: Exception) -> ValueError:
-    lines = str(error).strip().splitlines()
+def _failed_save(manager: Checkpoints, error: Exception) -> ValueError:
     return ValueError(
-        f"a checkpoint could not be written to {manager.directory}: "
-        f"{lines[0][:300] if lines else type(error).__name__}; those before it are kept."
+        f"a checkpoint could not be written to {manager.folder}: {manager.message(error)}; those before it are kept."
     )
 
 
-def find_step(manager: ocp.CheckpointManager, which: str) -> int:
+def find_step(manager: Checkpoints, which: str) -> int:
     """Returns the step that 'latest', 'best' or a number means.
 
     Raises:
@@ -136,29 +298,32 @@ def find_step(manager: ocp.CheckpointManager, which: str) -> int:
     """
     steps = sorted(manager.all_steps())
     if not steps:
-        raise ValueError(f"{manager.directory} has no checkpoint yet.")
+        raise ValueError(f"{manager.folder} has no checkpoint yet.")
     if which == "latest":
         return steps[-1]
     if which == "best":
         best = manager.best_step()
         if best is None or manager.metrics(best) is None:
-            raise ValueError(f"no checkpoint in {manager.directory} has been evaluated; take latest or a step.")
+            raise ValueError(f"no checkpoint in {manager.folder} has been evaluated; take latest or a step.")
         return best
-    if not which.isdecimal() or int(which) not in steps:
+    if which not in map(str, steps):  # as text: Python reads no number of more than 4,300 digits
         raise ValueError(
-            f"no checkpoint {which!r} in {manager.directory}; take latest, best or a step of: "
+            f"no checkpoint {written(which)} in {manager.folder}; take latest, best or a step of: "
             f"{', '.join(map(str, steps))}."
         )
     return int(which)
 
 
-def restore_state(manager: ocp.CheckpointManager, abstract_state: TrainState, step: int) -> TrainState:
+def restore_state(manager: Checkpoints, abstract_state: TrainState, step: int) -> TrainState:
     """Reads the whole state of `step`, each array onto the devices that `abstract_state` says.
 
     Raises:
-      ValueError: the checkpoint is damaged, incomplete or of another network, or its weights are not finite.
+      ValueError: the checkpoint is damaged, incomplete, of another network or of another step, or its weights are not
+        finite.
     """
     items = _restore(manager, _items(abstract_state), step)
+    if (saved := int(items["optimizer"]["step"])) != step:
+        raise _unreadable(manager.folder, step, _of_another_step(saved))
     return TrainState(
         step=items["optimizer"]["step"],
         opt_state=items["optimizer"]["opt_state"],
@@ -169,21 +334,61 @@ def restore_state(manager: ocp.CheckpointManager, abstract_state: TrainState, st
     )
 
 
-def restore_variables(manager: ocp.CheckpointManager, abstract_variables: PyTree, weights: str, step: int) -> PyTree:
+def restore_variables(manager: Checkpoints, abstract_variables: PyTree, weights: str, step: int) -> PyTree:
     """Reads only the variables of `step`: `weights` is 'raw' or 'ema'.
 
     Raises:
-      ValueError: the checkpoint is damaged, has no such weights or is of another network, or they are not finite.
+      ValueError: the checkpoint is damaged, has no such weights, is of another network or of another step, or they are
+        not finite.
     """
     return _restore(manager, {weights: abstract_variables}, step)[weights]
 
 
-def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """Reads the JSON values of `step`."""
+def read_variables(
+    workdir: Path, which: str, weights: str, abstract_variables: PyTree, *, best_metric: str
+) -> tuple[int, dict[str, Any], PyTree]:
+    """Reads (step, meta, variables) of a run that may be going on, and removing older checkpoints.
+
+    Args:
+      workdir: of the run.
+      which: 'latest', 'best' or the number of a step.
+      weights: 'raw' or 'ema'.
+      abstract_variables: as for `restore_variables`.
+      best_metric: as for `open_manager`.
+
+    Raises:
+      ValueError: there is no such checkpoint, or the reasons of `restore_variables`.
+    """
+    tried = set()
+    while True:
+        step = None
+        try:
+            with open_manager(workdir, best_metric=best_metric, read_only=True) as manager:
+                step = find_step(manager, which)
+                return step, read_meta(manager, step), restore_variables(manager, abstract_variables, weights, step)
+        except ValueError:
+            # Another step than before: that one was being removed. Of several processes none can begin again alone.
+            if step in tried or len(tried) == READ_TIMES or jax.process_count() > 1:
+                raise
+        tried.add(step)
+        time.sleep(READ_AGAIN_SECONDS)
+
+
+def read_meta(manager: Checkpoints, step: int) -> dict[str, Any]:
+    """Reads the JSON values of `step`.
+
+    Raises:
+      ValueError: they are damaged, or of another step.
+    """
     try:
-        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        meta = naming.restored(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
     except Exception as error:
-        raise _unreadable(manager, step, error) from None
+        raise _damaged(manager, step, error) from None
+    if not isinstance(meta, dict) or not {"class_names", "checksums"} <= meta.keys():
+        raise _damaged(manager, step, ValueError("meta/metadata is not of this program"))
+    if meta.get("step", step) != step:  # older ones do not say it
+        raise _unreadable(manager.folder, step, _of_another_step(meta["step"]))
+    return meta
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
@@ -196,31 +401,59 @@ def _items(state: TrainState) -> dict[str, PyTree]:
     return items
 
 
-def _restore(manager: ocp.CheckpointManager, abstract_items: dict[str, PyTree], step: int) -> dict[str, PyTree]:
+def _restore(manager: Checkpoints, abstract_items: dict[str, PyTree], step: int) -> dict[str, PyTree]:
     expected = read_meta(manager, step)["checksums"]
     args = {name: ocp.args.StandardRestore(item) for name, item in abstract_items.items()}
     try:
         items = manager.restore(step, args=ocp.args.Composite(**args))
     except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
-        raise _unreadable(manager, step, error) from None
+        raise _damaged(manager, step, error) from None
     for name in abstract_items:
         sums, not_finite = _inspect(items[name])
         for path, checksum in sums.items():
             if checksum != expected[name].get(path):
-                raise _unreadable(manager, step, ValueError(f"the values of {name}{path} have changed on disk"))
+                raise _unreadable(manager.folder, step, f"the values of {name}{path} have changed on disk")
         if name in WEIGHTS and not_finite:
-            raise _unreadable(manager, step, ValueError(_places(name, not_finite)))
+            raise _unreadable(manager.folder, step, _places(name, not_finite))
     return {name: items[name] for name in abstract_items}
 
 
-def _unreadable(manager: ocp.CheckpointManager, step: int, error: Exception) -> ValueError:
-    lines = str(error).strip().splitlines()
-    others = [s for s in manager.all_steps() if s != step]
+# Damage --------------------------------------------------------------------------------------------
+
+JSON_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "metadata", "metrics")
+
+
+def _damage(folder: Path) -> str | None:
+    """Says which file of a step is empty or not what it should be; None where that is seen of none."""
+    try:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder)
+            if not path.stat().st_size:
+                return f"{name} is empty"
+            if path.name in JSON_FILES or path.parent.name == "array_metadatas":
+                try:
+                    described = isinstance(json.loads(path.read_bytes()), dict)
+                except ValueError:
+                    described = False
+                if not described:
+                    return f"{name} is no JSON object"
+    except OSError as error:  # or it is being removed
+        return f"{error.filename} cannot be read: {error.strerror}"
+    return None
+
+
+def _damaged(manager: Checkpoints, step: int, error: Exception) -> ValueError:
+    return _unreadable(manager.folder, step, _damage(manager.folder / str(step)) or manager.message(error))
+
+
+def _of_another_step(saved: int) -> str:
+    return f"it is of step {saved}: the folder was renamed; give it its name again"
+
+
+def _unreadable(folder: Path, step: int, reason: str) -> ValueError:
+    others = [other for other in _steps(folder) if other != step]
     advice = f"move this folder away to go on from step {max(others)}" if others else "there is no other"
-    return ValueError(
-        f"checkpoint {manager.directory / str(step)} cannot be used: "
-        f"{lines[0][:300] if lines else type(error).__name__}; {advice}."
-    )
+    return ValueError(f"checkpoint {folder / str(step)} cannot be used: {reason}; {advice}.")
 
 
 # Checksums -----------------------------------------------------------------------------------------
@@ -279,3 +512,13 @@ def _checksum(x: jax.Array) -> jax.Array:
     for axis, size in enumerate(x.shape):
         position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     return jnp.sum(bits * (2 * position * jnp.uint32(2654435761) + 1), dtype=jnp.uint32)
+
+
+def _checksum_on_host(x: np.ndarray) -> int:
+    """The same of an array in the host's memory, by NumPy: it needs no device."""
+    x = np.ascontiguousarray(x).reshape(-1)
+    if x.dtype == np.bool_:
+        x = x.view(np.uint8)
+    bits = x.view(f"uint{8 * min(x.dtype.itemsize, 4)}").astype(np.uint32)
+    position = np.arange(bits.size, dtype=np.uint32)
+    return int(np.sum(bits * (2 * position * np.uint32(2654435761) + np.uint32(1)), dtype=np.uint32))

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import io
 import logging
 import os
 import re
@@ -17,7 +18,8 @@ from typing import NoReturn
 import jax
 from absl import logging as absl_logging
 
-from xception_flax import allocator, compilation_cache
+from xception_flax import allocator, compilation_cache, naming
+from xception_flax.lookup import written
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,6 +31,8 @@ class _Parser(argparse.ArgumentParser):
 
 def directory(text: str) -> Path:
     """The type of an argument that names a folder."""
+    if not text:  # of an unset variable in a script; it would be the working directory
+        raise argparse.ArgumentTypeError("must be a path, got ''")
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is no path of a file system; mount the bucket and give its path")
     return Path(text)
@@ -41,7 +45,9 @@ def positive(text: str) -> int:
     except ValueError:
         number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {written(text)}")
+    if number >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be at most {2**31 - 1:,}, got {written(text)}")
     return number
 
 
@@ -129,6 +135,13 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     anything else is a defect and keeps its traceback, as everything does with
     XCEPTION_FLAX_TRACEBACK=1.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by `>&-`
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    # Letters that the terminal's or the pipe's encoding lacks are no reason to lose what was computed.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -140,17 +153,22 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except ValueError as error:
         if os.environ.get("XCEPTION_FLAX_TRACEBACK") or not _raised_by_us(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        complain(str(error))
         code = 2
     except OSError as error:
         if error.errno not in DISK_ERRORS or os.environ.get("XCEPTION_FLAX_TRACEBACK"):
             raise
-        print(f"error: {error.filename or 'a file, or what the output goes to'}: {error.strerror}.", file=sys.stderr)
+        complain(f"{error.filename or 'a file, or what the output goes to'}: {error.strerror}.")
         code = 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
     sys.exit(code)
+
+
+def complain(message: str) -> None:
+    """Prints a message about what the user gave, of one line or more, on standard error."""
+    print("\n".join(map(naming.harmless, f"error: {message}".split("\n"))), file=sys.stderr)
 
 
 def _nobody_reads(pipe: int) -> bool:

@@ -20,7 +20,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xception_flax import checkpoint, cli, data, metrics, models, pictures, progress, recipe, sharding, state, steps
+from xception_flax import (
+    checkpoint,
+    cli,
+    data,
+    metrics,
+    models,
+    naming,
+    pictures,
+    progress,
+    recipe,
+    sharding,
+    state,
+    steps,
+)
 
 EXAMPLES = """\
   python -m xception_flax.evaluate --workdir runs/digits
@@ -114,7 +127,9 @@ def main(argv: list[str]) -> int:
         "--picture", type=Path, metavar="FILE", help="of what is wrong; default: WORKDIR/mistakes_SPLIT.png"
     )
     parser.add_argument("--split", help="split of the data set, default: the recipe's data.eval_split")
-    parser.add_argument("--batch-size", type=int, help="default: the recipe's; the result does not depend on it")
+    parser.add_argument(
+        "--batch-size", type=cli.positive, metavar="N", help="default: the recipe's; the result does not depend on it"
+    )
     parser.add_argument(
         "--config.KEY=VALUE",
         dest="ignored",
@@ -137,7 +152,7 @@ def main(argv: list[str]) -> int:
     with cli.out_of_memory(OUT_OF_MEMORY):
         results, rows, draw = _evaluate_checkpoint(arguments, config, picture)
     if jax.process_index() == 0:
-        progress.show_table(f"{arguments.workdir}", rows)
+        progress.show_table(naming.shown(arguments.workdir), rows)
         print(progress.to_json(results), flush=True)
         if draw is not None:  # last: nothing that happens to the picture loses the results
             draw()
@@ -187,21 +202,22 @@ def _evaluate_checkpoint(
         steps.create_normalizer(**config.normalize),
         mesh,
     )
-    best_metric = metrics.BEST[config.metrics.name]
-    with checkpoint.open_manager(
-        arguments.workdir, best_metric=best_metric, **config.checkpoint, read_only=True
-    ) as manager:
-        step = checkpoint.find_step(manager, arguments.checkpoint)
-        class_names = checkpoint.read_meta(manager, step)["class_names"]
-        data.check_class_names(class_names, split)
-        abstract = state.abstract_variables(model, split.image_shape, mesh)
-        variables = checkpoint.restore_variables(manager, abstract, weights, step)
+    step, meta, variables = checkpoint.read_variables(
+        arguments.workdir,
+        arguments.checkpoint,
+        weights,
+        state.abstract_variables(model, split.image_shape, mesh),
+        best_metric=metrics.BEST[config.metrics.name],
+    )
+    class_names = meta["class_names"]
+    data.check_class_names(class_names, split)
 
     mistakes = Mistakes(class_names) if picture is not None else None
     results = evaluate(eval_step, variables, split, mesh, on_batch=mistakes)
     rows = {
         "checkpoint": f"step {step}, {weights} weights",
         "data": f"{config.data.source}, split {config.data.eval_split!r}, {results['count']:,} images",
+        **({"not read": unread} if (unread := data.unread_of([split.source])) else {}),
         **({"bad images": f"{results['bad_images']:,}, left out"} if "bad_images" in results else {}),
         "transforms": config.data.eval_transforms,
         **{k: progress.percent(v) for k, v in results.items() if k not in progress.NO_SHARES},
@@ -211,7 +227,9 @@ def _evaluate_checkpoint(
     if mistakes is not None:
         wrong, drawn = round((1 - results["top1"]) * results["count"]), len(mistakes.images)
         which = f"the first {drawn} in" if drawn < wrong else "see"
-        rows["wrong"] = f"{wrong:,} {'image' if wrong == 1 else 'images'}, {which} {picture}" if wrong else "no image"
+        rows["wrong"] = (
+            f"{wrong:,} {'image' if wrong == 1 else 'images'}, {which} {naming.shown(picture)}" if wrong else "no image"
+        )
         title = (
             f"{wrong:,} of {results['count']:,} wrong ({progress.percent(results['top1'])} right)"
             + (f", the first {drawn}" if drawn < wrong else "")

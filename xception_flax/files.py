@@ -1,11 +1,14 @@
-"""Files of a run: written whole or not at all, and an error of the file system is a line that names the file."""
+"""Files of a run: written whole or not at all, which no power cut undoes; an error is a line that names the file."""
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from xception_flax import naming
 
 
 @contextlib.contextmanager
@@ -36,9 +39,9 @@ def write_whole(path: Path, content: Iterable[bytes]) -> None:
         with file_errors(path, "written"):
             with partial.open("wb") as file:
                 file.writelines(content)
-                file.flush()
-                os.fsync(file.fileno())
+            sync(partial)
             os.replace(partial, path)
+            sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -62,7 +65,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} is damaged: {error}. The command that began the run writes it anew in another workdir; copy it "
             "from there."
         ) from None
-    return values
+    return naming.restored(values)
 
 
 def check_kind(path: Path, *, folder: bool = False, access: int = os.R_OK | os.W_OK) -> None:
@@ -82,3 +85,37 @@ def check_kind(path: Path, *, folder: bool = False, access: int = os.R_OK | os.W
     if not os.access(path, access | (os.W_OK | os.X_OK if folder else 0)):
         needed = "read and written" if folder or access & os.W_OK else "read"
         raise ValueError(f"{path} cannot be {needed} by this user; change its permissions or its owner.")
+
+
+# On the disk ---------------------------------------------------------------------------------------
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk has what is in a file, or the names that are in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems know no such call for folders: there is nothing to wait for there.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Waits until the disk has all files and folders in and below `folder`, and itself."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            sync(path)
+    sync(folder)
+
+
+def forget(folder: Path) -> None:
+    """Drops from memory what the disk has of the files below `folder`, so that reading them reads the disk."""
+    if not hasattr(os, "posix_fadvise"):  # macOS
+        return
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from xception_flax import weight_files
+from xception_flax.weight_files import MAX_BYTES, Layers
+
 PyTree = Any
 
 # What Keras numbers, in its order.
@@ -34,6 +37,12 @@ INCEPTION_V3_NUMBERED = (
 
 _NUMBERED_CONV = re.compile(r"conv(?:olution)?2d(?:_(\d+))?$")
 _NUMBERED_NORM = re.compile(r"batch_?normalization(?:_(\d+))?$")
+
+# Ours of Xception, and where Keras 3 keeps a layer: its class, and its rank among those of its class.
+_XCEPTION_LAYER = re.compile(r"block(?P<block>\d+)_(?P<kind>conv|sepconv|residual)(?P<i>\d*)(?P<bn>_bn)?")
+_PLACE = re.compile(
+    r"(?P<parent>/(?:.*/)?layers)/(?P<keras_class>conv2d|separable_conv2d|batch_normalization|dense)(?:_(?P<rank>\d+))?"
+)
 
 
 class Weight(NamedTuple):
@@ -83,36 +92,68 @@ def _our_names(keras_names: Sequence[str], variables: Mapping[str, PyTree]) -> d
     return names
 
 
-def read_layers(path: Path) -> list[tuple[str, list[np.ndarray]]]:
+def read_layers(path: Path, template: Mapping[str, PyTree], max_bytes: int = MAX_BYTES) -> Layers:
     """Returns (name, arrays) of each layer in a file that Keras wrote, as `from_keras` takes them.
 
     Any of `model.save('x.h5')`, `model.save_weights('x.weights.h5')` (Keras 3) and
     `model.save_weights('x.h5')` (Keras 1 and 2, and the published weights).
 
+    Args:
+      template: variables of our model, or their shapes: what tells layers apart where Keras wrote no names.
+      max_bytes: of all arrays together.
+
     Raises:
       ValueError: it is no such file, or a damaged one.
     """
-    import h5py  # here: other commands need not pay for it
-
     try:
-        with h5py.File(path) as file:
-            top = file.get("model_weights", file)
-            if "layer_names" in top.attrs:  # Keras 1 and 2
-                groups = (
-                    (str(np.char.decode(name)) if isinstance(name, bytes) else name, top[name])
-                    for name in top.attrs["layer_names"]
-                )
-                layers = [(name, [group[w][()] for w in group.attrs["weight_names"]]) for name, group in groups]
-            else:  # Keras 3: a group 'vars' a layer, which knows the layer's name
-                found: list[h5py.Group] = []
-                file.visititems(lambda name, item: found.append(item) if name.rpartition("/")[2] == "vars" else None)
-                layers = [(group.attrs["name"], [group[str(i)][()] for i in range(len(group))]) for group in found]
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as weights of Keras: {str(error).strip(chr(34))}.") from None
-    layers = [(name, arrays) for name, arrays in layers if arrays]
+        layers = [(name, arrays) for name, arrays in weight_files.read(path, "hdf5", max_bytes) if arrays]
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as weights of Keras: {error}.") from None
     if not layers:
         raise ValueError(f"{path} has no layers with weights in it; expected a file of Keras' model.save_weights().")
+    if any(name.startswith("/") for name, _ in layers):
+        names = _names_by_rank([name for name, _ in layers], template, path)
+        layers = [(names[name], arrays) for name, arrays in layers]
     return layers
+
+
+def _names_by_rank(places: Sequence[str], template: Mapping[str, PyTree], path: Path) -> dict[str, str]:
+    """Our name of each layer of Xception by its place in a file of Keras 3.0 to 3.5, which wrote no names.
+
+    A place is a class and how many of that class come before in `model.layers`: '/layers/conv2d_3'. Those
+    are in the order of their distance from the output. No two of one class in Xception are equally far, so
+    that every version of Keras has one order; in Inception V3 many are.
+
+    Raises:
+      ValueError: it is another network, or not the whole of this one.
+    """
+    found, dense, parents = [], [], set()
+    for place in places:
+        match = _PLACE.fullmatch(place)
+        if match and match["keras_class"] == "dense":
+            dense.append(place)
+        else:
+            found.append((match["keras_class"], int(match["rank"] or 0), place) if match else (place, 0, place))
+            parents.add(match["parent"] if match else place)
+    ours = sorted(_class_and_order(name) for name in template["params"] if name != "predictions")
+    if [layer[0] for layer in sorted(found)] != [layer[0] for layer in ours] or len(parents) > 1 or len(dense) > 1:
+        raise ValueError(
+            f"{path}: Keras 3.0 to 3.5 wrote no names of layers into it, and by their order only those of the whole "
+            "Xception can be told apart. With Keras 3.6 or newer: model.load_weights(FILE), "
+            "model.save_weights('new.weights.h5')."
+        )
+    names = {theirs[-1]: layer[-1] for theirs, layer in zip(sorted(found), ours, strict=True)}
+    return names | dict.fromkeys(dense, "predictions")
+
+
+def _class_and_order(name: str) -> tuple[str, int, int, int, str]:
+    """Keras' class of a layer of Xception of ours, and what sorts those of a class as Keras does."""
+    match = _XCEPTION_LAYER.fullmatch(name)
+    if match is None:
+        return name, 0, 0, 0, name
+    kind = ("conv", "sepconv", "residual").index(match["kind"])
+    keras_class = "batch_normalization" if match["bn"] else ("conv2d", "separable_conv2d", "conv2d")[kind]
+    return keras_class, int(match["block"]), kind, int(match["i"] or 0), name
 
 
 def from_keras(layers: Iterable[tuple[str, Sequence[np.ndarray]]], template: Mapping[str, PyTree]) -> dict[str, PyTree]:

@@ -3,6 +3,7 @@
 `mask` is 1 for an example that counts and 0 for padding.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xception_flax.lookup import lookup
+from xception_flax.ranges import check_range
 
 
 class Sum(NamedTuple):
@@ -110,8 +112,7 @@ def multi_label(*, k: int = 100, class_weights: str | None = None) -> MetricFunc
       k: predictions that count.
       class_weights: path of a `.npy` file with `[num_classes]` weights; None weights all alike.
     """
-    if k < 1:
-        raise ValueError(f"metrics.k must be at least 1, got {k}.")
+    check_range("metrics.k", k, 1)
     weights = None if class_weights is None else _load_weights(class_weights)
 
     def compute(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, Sum]:
@@ -133,6 +134,8 @@ def multi_label(*, k: int = 100, class_weights: str | None = None) -> MetricFunc
 
 
 def _load_weights(path: str) -> np.ndarray:
+    if not os.path.isfile(path):  # nor a pipe, which would be waited for
+        raise ValueError(f"metrics.class_weights: {path} is no readable .npy file (no such file).")
     try:
         weights = np.load(path, allow_pickle=False).astype(np.float32)
     except (OSError, ValueError, AttributeError) as error:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from xception_flax.ranges import check_range
+
 Batch = dict[str, jax.Array]
 Mix = Callable[[jax.Array, Batch], Batch]
 
@@ -46,12 +48,10 @@ def make_mixing(
     Raises:
       ValueError: a value out of its range.
     """
-    for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
-        if not 0 <= alpha < float("inf"):
-            raise ValueError(f"mix.{name} must be a number that is not negative, got {alpha}.")
-    for name, value in (("probability", probability), ("switch_probability", switch_probability)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"mix.{name} must be in [0, 1], got {value}.")
+    check_range("mix.mixup_alpha", mixup_alpha, 0)
+    check_range("mix.cutmix_alpha", cutmix_alpha, 0)
+    check_range("mix.probability", probability, 0, 1)
+    check_range("mix.switch_probability", switch_probability, 0, 1)
     if not mixup_alpha and not cutmix_alpha:
         return None
     if not mixup_alpha or not cutmix_alpha:

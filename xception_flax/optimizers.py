@@ -5,7 +5,6 @@ Durations are in epochs or in images, never in steps: a recipe keeps its meaning
 size.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import optax
 
 from xception_flax.layers import is_classifier
 from xception_flax.lookup import lookup
+from xception_flax.ranges import check_range
 
 PyTree = Any
 Schedule = Callable[[jax.Array | int], jax.Array]
@@ -47,7 +47,7 @@ def exponential(
     """Factor `decay_rate ** (images seen / every)`.
 
     Args:
-      decay_rate: factor of one decay; the paper: 0.94 on ImageNet, 0.9 on JFT (section 4.2).
+      decay_rate: factor of one decay, above 0 and at most 1; the paper: 0.94 on ImageNet, 0.9 on JFT (section 4.2).
       every_epochs: epochs between two decays (ImageNet: 2). Exactly one of this and `every_images`.
       every_images: images between two decays (JFT: 3,000,000).
       staircase: decay at once after each interval, not a little at each step.
@@ -57,9 +57,13 @@ def exponential(
             "schedule 'exponential' takes exactly one of every_epochs and every_images, "
             f"got every_epochs={every_epochs}, every_images={every_images}."
         )
-    every = every_epochs * run.num_images if every_images is None else every_images
-    if every <= 0:
-        raise ValueError(f"schedule 'exponential': the interval must be positive, got {every:g} images.")
+    check_range("schedule.decay_rate", decay_rate, 0, 1, above=True)
+    if every_images is None:
+        check_range("schedule.every_epochs", every_epochs, 0, above=True)
+        every = every_epochs * run.num_images
+    else:
+        check_range("schedule.every_images", every_images, 1)
+        every = every_images
     interval_steps = every / run.batch_size
 
     def factor(step: jax.Array | int) -> jax.Array:
@@ -71,7 +75,9 @@ def exponential(
 
 
 def cosine(run: Run, *, warmup_epochs: float = 0.0, final_factor: float = 0.0) -> Schedule:
-    """Linear warm-up from 0 to 1, then half a cosine down to `final_factor` (Loshchilov & Hutter 2017)."""
+    """Linear warm-up from 0 to 1, then half a cosine down to `final_factor`, 0 to 1 (Loshchilov & Hutter 2017)."""
+    check_range("schedule.warmup_epochs", warmup_epochs, 0)
+    check_range("schedule.final_factor", final_factor, 0, 1)
     warmup_steps = round(warmup_epochs * run.num_images / run.batch_size)
     if warmup_steps >= run.total_steps:
         raise ValueError(
@@ -129,6 +135,8 @@ def sgd(
     `decoupled_weight_decay` subtracts `learning_rate * decay * p` beside the momentum (SGDW); the
     paper's weight decay is in the loss instead.
     """
+    check_range("optimizer.momentum", momentum, 0, 1, below=True)
+    check_range("optimizer.decoupled_weight_decay", decoupled_weight_decay, 0)
     return optax.chain(
         optax.trace(momentum, nesterov=nesterov),
         optax.add_decayed_weights(decoupled_weight_decay, decay_mask),
@@ -148,6 +156,9 @@ def rmsprop(
     Most other libraries start `s` at 0 and add epsilon outside the root. Decay and epsilon are not
     in the paper; the defaults are Inception V3's.
     """
+    check_range("optimizer.decay", decay, 0, 1, below=True)
+    check_range("optimizer.momentum", momentum, 0, 1, below=True)
+    check_range("optimizer.epsilon", epsilon, 0, above=True)
     return optax.rmsprop(
         learning_rate, decay=decay, eps=epsilon, initial_scale=1.0, eps_in_sqrt=True, momentum=momentum
     )
@@ -162,6 +173,10 @@ def adamw(
     decoupled_weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019); decay is `learning_rate * decoupled_weight_decay * p`."""
+    check_range("optimizer.beta1", beta1, 0, 1, below=True)
+    check_range("optimizer.beta2", beta2, 0, 1, below=True)
+    check_range("optimizer.epsilon", epsilon, 0, above=True)
+    check_range("optimizer.decoupled_weight_decay", decoupled_weight_decay, 0)
     return optax.adamw(learning_rate, beta1, beta2, epsilon, weight_decay=decoupled_weight_decay, mask=decay_mask)
 
 
@@ -188,13 +203,14 @@ def create_optimizer(
       clip_norm: gradients longer than this (global L2 norm, all parameters together) are shortened
         to it; None leaves them.
       **options: the optimizer's own keywords.
+
+    Raises:
+      ValueError: unknown name, or a value out of its range.
     """
-    if learning_rate < 0:
-        raise ValueError(f"optimizer.learning_rate must not be negative, got {learning_rate}.")
-    if not 0 <= backbone_factor < math.inf:
-        raise ValueError(f"optimizer.backbone_factor must be finite and not negative, got {backbone_factor}.")
-    if clip_norm is not None and clip_norm <= 0:
-        raise ValueError(f"optimizer.clip_norm must be positive, or None for no clipping, got {clip_norm}.")
+    check_range("optimizer.learning_rate", learning_rate, 0)
+    check_range("optimizer.backbone_factor", backbone_factor, 0)
+    if clip_norm is not None:
+        check_range("optimizer.clip_norm (None: no clipping)", clip_norm, 0, above=True)
 
     def rate(step: jax.Array | int) -> jax.Array:
         return learning_rate * schedule(step)

@@ -1,6 +1,5 @@
 """Pictures for people: the curves of a run, the images a network got wrong, the images it learns from."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from xception_flax import naming
+from xception_flax.lettering import Lettering, embedded
+
+matplotlib.rcParams["text.usetex"] = False  # which a user's own settings may ask for, and names are no LaTeX
+
+COLUMN_INCHES, CAPTION_SIZE, TITLE_SIZE = 1.75, 9, 10  # of an image; of letters, in points
+CAPTION_POINTS = 72 * COLUMN_INCHES - 8  # what a caption may take up
+
 TRAIN_COLOR, EVAL_COLOR, RATE_COLOR = "#4c78a8", "#e45756", "#72b7b2"
 
 
 def check_path(path: Path) -> None:
     """Raises ValueError where no picture can be written to `path`; leaves no file."""
-    kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
+    kinds = sorted({*FigureCanvasAgg.get_supported_filetypes()} - {"pgf"})  # which LaTeX would have to read
     if path.suffix.lower().removeprefix(".") not in kinds:
         raise ValueError(f"{path} is no name of a picture; expected one that ends in .png (or .{', .'.join(kinds)}).")
     try:
@@ -58,7 +65,9 @@ def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) ->
     for axes in (loss, score):
         if axes.lines:
             axes.legend(frameon=False)
-    figure.suptitle(title)
+    lettering = Lettering([title])
+    lines = lettering.wrap(lettering.drawable(title), 12 * 72, 12)
+    lettering.write(figure.suptitle, "\n".join(lines), 12)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -86,8 +95,8 @@ def draw_mistakes(
 
     Args:
       images: uint8 `[H, W, C]` each; may be empty.
-      truths: names of the true classes.
-      predictions: names of the predicted classes.
+      truths: names of the true classes, as they are in the data.
+      predictions: names of the predicted classes, likewise.
       confidences: probability of each prediction, 0 to 1.
       title: of the whole picture; may have several lines.
       path: of the PNG file.
@@ -95,11 +104,21 @@ def draw_mistakes(
     Raises:
       ValueError: the file cannot be written.
     """
+    truths, predictions = ([naming.shown(name) for name in names] for names in (truths, predictions))
+    lettering = Lettering([title, *truths, *predictions])
+
+    def fitted(names: Sequence[str], beside: str) -> list[str]:
+        names = [lettering.drawable(name) for name in names]
+        short = lettering.cut(names, CAPTION_POINTS - lettering.width(beside, CAPTION_SIZE), CAPTION_SIZE)
+        return [embedded(short[name]) for name in names]
+
     captions = [
-        f"is {short(truth)}\nsaid {short(prediction)} ({100 * confidence:.0f} %)"
-        for truth, prediction, confidence in zip(truths, predictions, confidences, strict=True)
+        f"is {truth}\nsaid {prediction} ({100 * confidence:.0f} %)"
+        for truth, prediction, confidence in zip(
+            fitted(truths, "is "), fitted(predictions, "said  (100 %)"), confidences, strict=True
+        )
     ]
-    draw_images(images, captions, title, path)
+    _draw_images(images, captions, title, path, lettering)
 
 
 def draw_images(images: Sequence[np.ndarray], captions: Sequence[str], title: str, path: Path) -> None:
@@ -107,19 +126,27 @@ def draw_images(images: Sequence[np.ndarray], captions: Sequence[str], title: st
 
     Args:
       images: uint8 `[H, W, C]` each; may be empty.
-      captions: of each; lines over 21 letters are cut.
+      captions: of each; lines that are wider than their image are cut.
       title: of the whole picture; may have several lines.
       path: of the PNG file.
 
     Raises:
       ValueError: the file cannot be written.
     """
+    _draw_images(images, captions, title, path, Lettering([title, *captions]))
+
+
+def _draw_images(
+    images: Sequence[np.ndarray], captions: Sequence[str], title: str, path: Path, lettering: Lettering
+) -> None:
     columns = max(1, min(8, len(images)))
     rows = -(-len(images) // columns)
     # As wide as the images, and at least as wide as the title: 35 letters are less than 3.5 inches.
-    width = max(1.75 * columns, 3.5)
-    lines = [part for line in title.split("\n") for part in textwrap.wrap(line, int(width * 10))]
-    captions = ["\n".join(short(line, 21) for line in caption.split("\n")) for caption in captions]
+    width = max(COLUMN_INCHES * columns, 3.5)
+    lines = lettering.wrap(lettering.drawable(title), 72 * width - 8, TITLE_SIZE)
+    captions = [lettering.drawable(caption) for caption in captions]
+    short = lettering.cut([line for c in captions for line in c.split("\n")], CAPTION_POINTS, CAPTION_SIZE)
+    captions = ["\n".join(short[line] for line in caption.split("\n")) for caption in captions]
     height = 1.7 + 0.17 * max((caption.count("\n") + 1 for caption in captions), default=1)
     figure, grid = plt.subplots(
         max(1, rows),
@@ -132,16 +159,11 @@ def draw_images(images: Sequence[np.ndarray], captions: Sequence[str], title: st
         axes.axis("off")
     for axes, image, caption in zip(grid.flat, images, captions, strict=False):
         axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
-        axes.set_title(caption, fontsize=9)
-    figure.suptitle("\n".join(lines), fontsize=10)
+        lettering.write(axes.set_title, caption, CAPTION_SIZE)
+    lettering.write(figure.suptitle, "\n".join(lines), TITLE_SIZE)
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
         raise _not_writable(path, error) from None
     finally:
         plt.close(figure)
-
-
-def short(name: str, letters: int = 16) -> str:
-    """The name, cut to so many letters."""
-    return name if len(name) <= letters else name[: letters - 1] + "…"

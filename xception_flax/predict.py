@@ -15,10 +15,9 @@ from pathlib import Path
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
-from rich.progress import track
+from rich.cells import cell_len
 
-from xception_flax import cli, pretrained, progress, recipe, sharding, steps
+from xception_flax import cli, naming, pretrained, progress, recipe, sharding, steps
 from xception_flax.data import sources, transforms
 from xception_flax.data.decoding import BadImageError
 from xception_flax.data.pipeline import prepare_image
@@ -26,6 +25,8 @@ from xception_flax.data.pipeline import prepare_image
 EXAMPLES = """\
   python -m xception_flax.predict --workdir runs/photos cat.jpg dog.png
   python -m xception_flax.predict --workdir runs/photos holiday/ --json > holiday.jsonl"""
+
+MAX_WIDTH = 60  # columns of a terminal, for the files; one that is longer does not move the rows of all others
 
 OUT_OF_MEMORY = "Take a smaller --batch-size; the result does not depend on it."
 
@@ -48,20 +49,23 @@ def main(argv: list[str]) -> int:
     with cli.out_of_memory(OUT_OF_MEMORY):
         mesh = sharding.create_mesh()
         run = pretrained.restore_run(arguments.workdir, mesh, arguments.checkpoint, arguments.weights)
-        unreadable, rows = {}, []
+        width = min(max(cell_len(naming.shown(path)) for path in paths), MAX_WIDTH)
+        readable = unreadable = 0
+        # What is known of an image is printed at once: nothing that happens to another loses it.
         for path, scores in predict(run, config, paths, mesh, arguments.batch_size):
             if isinstance(scores, ValueError):
-                unreadable[path] = scores
+                cli.complain(f"{naming.shown(path)}: {scores}")
+                unreadable += 1
                 continue
             best = {run.class_names[i]: float(scores[i]) for i in np.argsort(-scores, kind="stable")[: arguments.top]}
             if arguments.json:
-                print(progress.to_json({"image": str(path), "classes": best}), flush=True)
-            else:
-                rows.append((str(path), "  ".join(f"{name} {progress.percent(p)}" for name, p in best.items())))
-    if rows:
-        progress.show_table(f"{arguments.workdir}, step {run.step}, {run.weights} weights", dict(rows))
-    for path, error in unreadable.items():
-        print(f"error: {path}: {error}", file=sys.stderr)
+                print(progress.to_json({"image": naming.decoded(path), "classes": best}), flush=True)
+                continue
+            if not readable:
+                progress.show_title(f"{naming.shown(arguments.workdir)}, step {run.step}, {run.weights} weights")
+            row = "  ".join(f"{naming.shown(name)} {progress.percent(p)}" for name, p in best.items())
+            progress.show_row(naming.shown(path), row, width)
+            readable += 1
     return 2 if unreadable else 0
 
 
@@ -89,7 +93,8 @@ def predict(
     def prepare(path: Path) -> np.ndarray | ValueError:
         try:
             rng = np.random.default_rng(0)  # which no transform of an evaluation has a use for
-            return prepare_image(path.read_bytes(), chain, image_shape, config.data.min_decoded_side, rng)
+            content, read = path.read_bytes(), config.data
+            return prepare_image(content, chain, image_shape, read.min_decoded_side, rng, read.max_value)
         except OSError as error:
             return ValueError(f"{error.strerror}.")
         except BadImageError as error:
@@ -99,10 +104,8 @@ def predict(
     def forward(variables: dict, images: jax.Array) -> jax.Array:
         return to_probabilities(run.model.apply(variables, normalize(images), train=False))
 
-    console = Console(stderr=True)
-    starts = range(0, len(paths), batch_size)
     with ThreadPoolExecutor() as threads:
-        for start in track(starts, "predicting", console=console, transient=True, disable=not console.is_terminal):
+        for start in progress.stepping("predicting", range(0, len(paths), batch_size)):
             prepared = list(threads.map(prepare, paths[start : start + batch_size]))
             images = np.zeros((batch_size, *image_shape), np.uint8)  # as many each time: one program
             for i, image in enumerate(prepared):
@@ -123,9 +126,14 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
     """
     for path in paths:
         if path.is_dir():
-            found = sources.images_in(path, below=True)
+            found, others = sources.list_files(path)
+            unread = sources.describe_unread(others, len(found))
             if not found:
-                raise ValueError(f"{path} has no image (of {', '.join(sources.IMAGE_SUFFIXES)}).")
+                raise ValueError(
+                    f"{path} has no image (of {', '.join(sources.IMAGE_SUFFIXES)}).{unread and f' {unread}'}"
+                )
+            if unread:
+                print(f"{naming.shown(path)}: {unread}", file=sys.stderr)
             yield from found
         elif path.exists():
             yield path

@@ -18,9 +18,10 @@ if __name__ == "__main__":
 import argparse
 import collections
 import hashlib
-import json
 import os
 import re
+import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
@@ -29,8 +30,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from xception_flax import cli, progress
-from xception_flax.data import decoding, imagenet, records, sources
+from xception_flax import cli, naming, progress
+from xception_flax.data import MAX_THREADS, decoding, imagenet, records, sources
 
 EXAMPLES = """\
   python -m xception_flax.prepare imagenet --tars downloads --data-dir /data/tfds --hashes
@@ -56,12 +57,7 @@ def main(argv: list[str]) -> int:
         "source", type=cli.directory, metavar="SRC", help="with CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg"
     )
     command.add_argument("--name", help="of the data set; default: the folder's, in small letters")
-    command.add_argument(
-        "--val-fraction",
-        type=_fraction,
-        metavar="SHARE",
-        help="of SRC/CLASS/*.jpg, which a hash of each file's name decides, as in training on a folder; default: 0.1",
-    )
+    _add_val_fraction(command, "SRC")
     _add_output(command)
 
     command = commands.add_parser("check", help="reads every image", allow_abbrev=False)
@@ -70,9 +66,20 @@ def main(argv: list[str]) -> int:
         "dataset", type=cli.directory, metavar="DATASET", help="NAME/VERSION of a prepared data set, or a folder"
     )
     command.add_argument("--json", type=Path, metavar="FILE", help="write the report there, with all names")
+    _add_val_fraction(command, "DATASET")
     _add_threads(command)
     arguments = parser.parse_args(argv)
     return arguments.function(arguments)
+
+
+def _add_val_fraction(command: argparse.ArgumentParser, of: str) -> None:
+    command.add_argument(
+        "--val-fraction",
+        type=_fraction,
+        metavar="SHARE",
+        help=f"of {of}/CLASS/*.jpg, which a hash of each file's name decides, as in training on a folder; "
+        f"default: {sources.VAL_FRACTION}",
+    )
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:
@@ -85,11 +92,18 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 def _add_threads(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--num-threads",
-        type=cli.positive,
+        type=_threads,
         default=min(16, os.cpu_count() or 1),
         metavar="N",
         help="that read at a time; default: %(default)s",
     )
+
+
+def _threads(text: str) -> int:
+    number = cli.positive(text)
+    if number > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_THREADS:,}, got {text}")
+    return number
 
 
 def _fraction(text: str) -> float:
@@ -122,18 +136,17 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
     name = arguments.name or re.sub(r"\W+", "_", source.name.lower()).strip("_")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"--name must be of small letters, digits and _, and begin with a letter; got {name!r}.")
-    fraction = {} if arguments.val_fraction is None else {"val_fraction": arguments.val_fraction}
     _check_directory(source)
-    there = sources.folder_splits(str(source))
-    if there and fraction:
-        raise ValueError(f"{source} has folders of splits ({', '.join(there)}) already; leave out --val-fraction.")
+    there, fraction = _folder_splits(source, arguments.val_fraction)
     unreadable = [split for split in there if not re.fullmatch(r"[\w-]+", split) or split == "all"]
     if unreadable:
         raise ValueError(
             f"{source}: TFDS reads no split {unreadable[0]!r}; rename the folder, by letters, digits, _ and -, "
             "and not 'all', which is all of them."
         )
-    files = {split: sources.folder(split, data_dir=str(source), **fraction) for split in there or ("train", "val")}
+    files = {
+        split: sources.folder(split, data_dir=str(source), val_fraction=fraction) for split in there or ("train", "val")
+    }
     class_names = _common_classes(source, files)
     if len(class_names) < 2:
         raise ValueError(f"{source} has one class only, {class_names[0]!r}; expected two or more.")
@@ -143,12 +156,23 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
             f"{source}: TFDS reads no class {unreadable[0]!r}; rename the folder, without white space around its "
             "name or line breaks."
         )
-    unreadable = [path for of_split in files.values() for path in of_split.paths if not _is_utf8(path)]
+    unreadable = [
+        path for of_split in files.values() for path in of_split.paths if not naming.is_unicode(naming.decoded(path))
+    ]
     if unreadable:
-        raise ValueError(f"{os.fsencode(unreadable[0])}: TFDS takes no file name that is not UTF-8; rename it.")
+        raise ValueError(f"{naming.shown(unreadable[0])}: TFDS takes no file name that is not UTF-8; rename it.")
+    if unread := sources.unread_of(files.values()):
+        print(f"{naming.shown(source)}: {unread}", file=sys.stderr)
     splits = {
         split: [
-            records.EncodedImage(Path(path).relative_to(source).as_posix(), label, path, 0, os.stat(path).st_size)
+            records.EncodedImage(
+                # One name on every system, and the path as it is on this one.
+                naming.composed(naming.decoded(Path(path).relative_to(source))),
+                label,
+                path,
+                0,
+                os.stat(path).st_size,
+            )
             for path, label in zip(of_split.paths, of_split.labels, strict=True)
         ]
         for split, of_split in files.items()
@@ -170,6 +194,14 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
     return _prepare(info, splits, arguments, str(source))
 
 
+def _folder_splits(directory: Path, val_fraction: float | None) -> tuple[tuple[str, ...], float]:
+    """The splits that have a folder there; and where none has one, the share of 'val'."""
+    there = sources.folder_splits(str(directory))
+    if there and val_fraction is not None:
+        raise ValueError(f"{directory} has folders of splits ({', '.join(there)}) already; leave out --val-fraction.")
+    return there, val_fraction or sources.VAL_FRACTION
+
+
 def _check_directory(path: Path) -> None:
     if not path.is_dir():
         raise ValueError(f"{path} is no directory; expected the folders CLASS/*.jpg or train/CLASS/*.jpg there.")
@@ -186,10 +218,6 @@ def _common_classes(directory: Path, splits: Mapping[str, sources.Source]) -> tu
     return class_names
 
 
-def _is_utf8(path: str) -> bool:
-    return os.fsencode(path).decode(errors="replace") == path
-
-
 def _prepare(
     info: tfds.core.DatasetInfo,
     splits: Mapping[str, Sequence[records.EncodedImage]],
@@ -198,7 +226,7 @@ def _prepare(
 ) -> int:
     layout = records.create_layout(info, splits, arguments.data_dir, origin)
     if records.is_complete(layout):
-        print(f"{layout.directory} is prepared; nothing to do.")
+        print(f"{naming.shown(layout.directory)} is prepared; nothing to do.")
         return 0
     with records.claim(layout) as missing:
         total = sum(shard.num_bytes for shard in layout.shards)
@@ -214,13 +242,13 @@ def _prepare(
     classes = f"{num_classes:,}" + (f", {empty:,} without an image" if empty else "")
     rows = {split: f"{len(images):,} images" for split, images in splits.items()} | {"classes": classes}
     progress.show_table(
-        f"{layout.directory}",
+        naming.shown(layout.directory),
         rows
         | {
             # Without the version TFDS takes its own data set of that name, where it has one.
             "train by": f"--config.data.source=tfds --config.data.name={info.name}:{info.version} "
-            f"--config.data.data_dir={layout.directory.parent.parent}",
-            "read all by": f"python -m xception_flax.prepare check {layout.directory}",
+            f"--config.data.data_dir={shlex.quote(str(layout.directory.parent.parent))}",
+            "read all by": f"python -m xception_flax.prepare check {shlex.quote(str(layout.directory))}",
         },
     )
     return 0
@@ -232,7 +260,8 @@ def _prepare(
 class Checked(NamedTuple):
     """What is known of an image after it was read; height and width are 0 where it cannot be decoded.
 
-    Of a record that cannot be read nothing is known: no classes, and no bytes.
+    Of a record that cannot be read nothing is known: no classes, and no bytes. `largest` is the largest value of an
+    image of 16 bits, None of others.
     """
 
     name: str
@@ -241,11 +270,13 @@ class Checked(NamedTuple):
     digest: bytes
     height: int
     width: int
+    largest: int | None = None
 
 
 def check(arguments: argparse.Namespace) -> int:
-    splits = _open(arguments.dataset.expanduser().absolute())
-    class_names = _common_classes(arguments.dataset, splits)
+    splits = _open(arguments.dataset.expanduser().absolute(), arguments.val_fraction)
+    of_training = {split: source for split, source in splits.items() if split in ("train", "val")} or splits
+    class_names = _common_classes(arguments.dataset, of_training)
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise ValueError(f"--json: {arguments.json.parent} is no directory.")
     if arguments.json is not None:
@@ -265,12 +296,19 @@ def check(arguments: argparse.Namespace) -> int:
                 for image in executor.map(lambda i, source=source: _read(source, i), block):
                     images[split].append(image)
                     advance(1)
-    report = {split: _describe(found, class_names) for split, found in images.items()}
+    report = {split: _describe(found, splits[split].class_names) for split, found in images.items()}
     repeated = _repeated(images)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"splits": report, "repeated": repeated}, indent=1) + "\n")
+        unread = sorted({file for source in splits.values() for file in getattr(source, "unread", ())})
+        content = {"splits": report, "repeated": repeated, "unread": [file._asdict() for file in unread]}
+        arguments.json.write_text(naming.to_json(content, indent=1) + "\n")
     _show(report, repeated)
-    return 1 if any(described["undecodable"] for described in report.values()) else 0
+    if unread := sources.unread_of(splits.values()):
+        print(f"\n{unread}")
+    other = [split for split, source in splits.items() if source.class_names != class_names]
+    if other:  # of no matter to training, but `evaluate` will refuse them
+        print(f"\nother classes than training's: split {', '.join(other)}")
+    return 1 if other or any(described["undecodable"] for described in report.values()) else 0
 
 
 def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]]) -> None:
@@ -288,33 +326,44 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
         for what in ("bytes", "pixels"):
             low, middle, high = described[what]
             rows[what] = f"{low:,} to {high:,}, median {middle:,}"
+        if wide := described["sixteen_bits"]:
+            rows["16 bits"] = f"{wide['images']:,} images, of values up to {wide['largest']:,}"
         progress.show_table(split, rows)
-    across = sum(len({name.partition(": ")[0] for name in names}) > 1 for names in repeated)
+    largest = max((wide["largest"] for split in report.values() if (wide := split["sixteen_bits"])), default=None)
+    if largest is not None and decoding.is_dark(largest):
+        print(f"\n16 bits with little in the upper ones: train by --config.data.max_value={decoding.white(largest)}")
+
+    def is_across(names: Sequence[str]) -> bool:
+        return len({name.partition(": ")[0] for name in names}) > 1
+
+    across = sum(map(is_across, repeated))
     print(f"\n{len(repeated):,} files are there more than once, {across:,} of them in more than one split")
-    for names in repeated[:10]:
-        print(f"  {' = '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+    for names in sorted(repeated, key=is_across, reverse=True)[:10]:  # those first, which are worse
+        print(f"  {' = '.join(map(naming.shown, names[:5]))}{' ...' if len(names) > 5 else ''}")
     undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
     if undecodable:
         print(f"\n{len(undecodable):,} image{'s' * (len(undecodable) > 1)} cannot be read or decoded")
         for name in undecodable[:20]:
-            print(f"  {name}")
+            print(f"  {naming.shown(name)}")
         if len(undecodable) > 20:
             print("  ... (all by --json FILE)")
 
 
-def _open(directory: Path) -> dict[str, sources.Source]:
-    """The splits of a prepared data set, or of a folder."""
+def _open(directory: Path, val_fraction: float | None) -> dict[str, sources.Source]:
+    """The splits of a prepared data set, or of a folder, as training has them; where it is small one may be empty."""
     _check_directory(directory)
     if (directory / "dataset_info.json").exists():
+        if val_fraction is not None:
+            raise ValueError(f"{directory} is a data set, which has its splits; leave out --val-fraction.")
         names = tfds.builder_from_directory(directory).info.splits
         return {split: sources.tfds(split, data_dir=str(directory)) for split in names}
     for pattern in ("*/dataset_info.json", "*/*/dataset_info.json"):
         if below := next(directory.glob(pattern), None):
             raise ValueError(f"{directory} has data sets below it; give one version of one, as {below.parent}.")
-    splits = sources.folder_splits(str(directory))
+    splits, fraction = _folder_splits(directory, val_fraction)
     if splits:
         return {split: sources.folder(split, data_dir=str(directory)) for split in splits}
-    return {"all": sources.classes_in(directory)}
+    return sources.split_by_names(sources.classes_in(directory), fraction)
 
 
 def _read(source: sources.Source, index: int) -> Checked:
@@ -322,24 +371,32 @@ def _read(source: sources.Source, index: int) -> Checked:
         example = source[index]
     except (sources.InputError, OSError):
         return Checked(f"record {index}", (), 0, b"", 0, 0)
-    content, name, label = example["image"], str(example.get("name", index)), np.asarray(example["label"])
+    content, name, label = (
+        example["image"],
+        naming.decoded(str(example.get("name", index))),
+        np.asarray(example["label"]),
+    )
     classes = np.flatnonzero(label) if label.ndim else label[None]
     try:
         height, width = decoding.decode(content, 3).shape[:2]
+        largest = decoding.largest_value(content)
     except decoding.BadImageError:
-        height = width = 0
-    return Checked(name, tuple(classes.tolist()), len(content), hashlib.sha256(content).digest(), height, width)
+        height, width, largest = 0, 0, None
+    digest = hashlib.sha256(content).digest()
+    return Checked(name, tuple(classes.tolist()), len(content), digest, height, width, largest)
 
 
 def _describe(images: Sequence[Checked], class_names: Sequence[str]) -> dict[str, Any]:
     labels = np.array([label for image in images for label in image.classes], int)
     counts = np.bincount(labels, minlength=len(class_names))
+    largest = [image.largest for image in images if image.largest is not None]
     return {
         "images": len(images),
         "classes": dict(zip(class_names, counts.tolist(), strict=True)),
         "undecodable": [image.name for image in images if not image.height],
         "bytes": _spread(image.num_bytes for image in images if image.num_bytes),
         "pixels": _spread(image.height * image.width for image in images if image.height),
+        "sixteen_bits": {"images": len(largest), "largest": max(largest)} if largest else None,
     }
 
 

@@ -4,8 +4,10 @@ Nothing is downloaded. Every array of the network must be there with its shape, 
 compute with it what it was trained for; the classifier alone may differ, and then stays random.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from xception_flax import checkpoint as checkpoints
-from xception_flax import keras_weights, metrics, models, state, timm_weights
+from xception_flax import keras_weights, metrics, models, state, timm_weights, weight_files
 from xception_flax.files import file_errors, read_config
 from xception_flax.lookup import suggest
 
@@ -39,8 +41,9 @@ KERAS_FILES = {  # network: (name, MD5) with the classifier, then without
 }
 FROM_SCRATCH = "to train from scratch set --config.init.weights=random"
 
-# Both publish networks that take [-1, 1]; what else of Xception is no array (see `models/xception.py`).
+# What the published files take, [-1, 1]. Of any other file only who trained it knows.
 PUBLISHED_NORMALIZE = {"mean": (127.5,), "std": (127.5,)}
+# What else of Xception is no array (see `models/xception.py`). A library's layers are the library's network.
 XCEPTION_FIELDS = {
     "keras": {"padding": "SAME", "bn_epsilon": 1e-3},
     "timm": {"padding": "SYMMETRIC", "bn_epsilon": 1e-5},
@@ -59,11 +62,13 @@ class Pretrained(NamedTuple):
       arrays: by place, each where it belongs on the devices; what `state.make_init`'s `init` takes.
       random: places in the network that the weights have no array for: the classifier's, or all.
       origin: what the weights are, as JSON.
+      taken_for: what they are taken to expect, where nothing but the recipe says so.
     """
 
     arrays: dict[Place, jax.Array]
     random: tuple[Place, ...]
     origin: dict[str, Any]
+    taken_for: str = ""
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint remembers of it."""
@@ -72,7 +77,8 @@ class Pretrained(NamedTuple):
     def __str__(self) -> str:
         origin = ", ".join(f"{key} {value}" for key, value in self.origin.items())
         random = ", ".join("/".join(place) for place in self.random) or "none"
-        return f"initial weights: {len(self.arrays)} arrays of {origin}; left random: {random}"
+        taken_for = f"; taken to be for {self.taken_for}" if self.taken_for else ""
+        return f"initial weights: {len(self.arrays)} arrays of {origin}{taken_for}; left random: {random}"
 
 
 class Run(NamedTuple):
@@ -117,7 +123,8 @@ def load(
       image_shape: `(H, W, C)` of one image.
       mesh: where they go.
       class_names: what the logits are to stand for.
-      mean: of the recipe's normalization, on the scale 0 to 255.
+      mean: of the recipe's normalization, on the scale 0 to 255: compared where it is known what the weights
+        expect, and else believed.
       std: the same.
 
     Raises:
@@ -128,26 +135,37 @@ def load(
     shapes = flatten_dict(state.abstract_variables(model, image_shape, mesh))
     if weights == "random":
         return Pretrained({}, tuple(shapes), {"weights": "random"})
-    path = _published(model) if weights == "keras" else Path(weights).expanduser()
-    normalize = {"mean": mean, "std": std}
-    if path.is_dir():
+    normalize, taken_for = {"mean": mean, "std": std}, ""
+    try:
+        path = _published(model) if weights == "keras" else Path(weights).expanduser()
+        is_dir, form = path.is_dir(), weight_files.recognize(path) if path.is_file() else None
+    except (OSError, RuntimeError) as error:  # the latter: ~ of nobody
+        raise ValueError(f"init.weights: {weights[:200]!r} cannot be opened: {error}.") from None
+    if is_dir:
         run = restore_run(path, mesh, checkpoint)
         origin = {"workdir": str(path.absolute()), "step": run.step, "weights": run.weights}
         _check_settings(path, model, _fields(run.model, model, path), normalize, run.recipe["normalize"])
         values = _from_run(run, shapes, tuple(class_names), path)
-    elif path.is_file():
+    elif form:
+        library, values = _from_file(path, form, shapes)
         origin = {"file": str(path.absolute()), "sha256": _digest(path, "sha256")}
-        library, values = _from_file(path, shapes)
         _check_finite(path, values, shapes)
         fields = XCEPTION_FIELDS[library] if type(model) is models.MODELS["xception"] else {}
-        _check_settings(path, model, fields, normalize, PUBLISHED_NORMALIZE)
+        published = _digest(path, "md5") in {md5 for files in KERAS_FILES.values() for _, md5 in files}
+        _check_settings(path, model, fields, normalize, PUBLISHED_NORMALIZE if published else {})
+        taken_for = "" if published else f"images as (x - {_number(mean)}) / {_number(std)}"
+    elif Path(f"{path}.index").is_file():
+        raise ValueError(
+            f"init.weights: {path} is a checkpoint of TensorFlow ({path.name}.index), and is not read; "
+            f"{weight_files.REWRITE_KERAS}."
+        )
     else:
         raise ValueError(
             f"init.weights: {path} is neither a file nor a folder; expected a file of weights, the workdir of a run or "
             f"a word; {suggest(weights, ('keras', 'random'))}"
         )
     arrays = {place: _placed(value, shapes[place].sharding) for place, value in values.items()}
-    return Pretrained(arrays, tuple(place for place in shapes if place not in arrays), origin)
+    return Pretrained(arrays, tuple(place for place in shapes if place not in arrays), origin, taken_for)
 
 
 def restore_run(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None = None) -> Run:
@@ -163,7 +181,7 @@ def restore_run(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None 
     config = workdir / "config.json"
     with file_errors(workdir, "read"):
         if not config.is_file() or not checkpoints.has_steps(workdir):
-            raise ValueError(f"{workdir} has no checkpoint; expected the workdir of a run of train.py.")
+            raise ValueError(f"{workdir} has no checkpoint; expected the workdir of a run of train.py{_hint(workdir)}.")
     recipe = read_config(config)
     try:
         size, channels = recipe["data"]["image_size"], recipe["data"]["channels"]
@@ -178,11 +196,28 @@ def restore_run(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None 
     if weights == "ema" and not kept:
         raise ValueError(f"{workdir} keeps no averaged weights (step.ema_decay is 0); take raw.")
     weights = weights or ("ema" if kept else "raw")
-    with checkpoints.open_manager(workdir, best_metric=best_metric, read_only=True) as manager:
-        step = checkpoints.find_step(manager, checkpoint)
-        class_names = tuple(checkpoints.read_meta(manager, step)["class_names"])
-        variables = checkpoints.restore_variables(manager, abstract, weights, step)
-    return Run(model, variables, recipe, class_names, step, weights)
+    step, meta, variables = checkpoints.read_variables(workdir, checkpoint, weights, abstract, best_metric=best_metric)
+    return Run(model, variables, recipe, tuple(meta["class_names"]), step, weights)
+
+
+def _hint(folder: Path) -> str:
+    """What a folder is that is no workdir, and what to do, for an error."""
+    for parent in folder.absolute().parents:
+        if (parent / "config.json").is_file() and checkpoints.has_steps(parent):
+            step = next((part for part in folder.absolute().relative_to(parent).parts if part.isdecimal()), None)
+            return f": this is within one; give {parent}" + (f" and {step} as its checkpoint" if step else "")
+    names = set()
+    with contextlib.suppress(OSError):  # it is not there, or nobody may look
+        names = set(os.listdir(folder))
+    if files := sorted(name for name in names if Path(name).suffix in (".h5", ".hdf5", ".safetensors", ".npz")):
+        return f", or a file; give {folder / files[0]}"
+    if "saved_model.pb" in names:
+        return f"; this is a SavedModel of TensorFlow: {weight_files.REWRITE_KERAS}"
+    if any(name.endswith(".index") for name in names):
+        return f"; this has a checkpoint of TensorFlow: {weight_files.REWRITE_KERAS}"
+    if names & {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"}:
+        return "; this is a checkpoint of Orbax, and not of such a run"
+    return ""
 
 
 # Files ---------------------------------------------------------------------------------------------
@@ -217,29 +252,25 @@ def _digest(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def _from_file(path: Path, shapes: Mapping[Place, Any]) -> tuple[str, dict[Place, np.ndarray]]:
+def _from_file(path: Path, form: str, shapes: Mapping[Place, Any]) -> tuple[str, dict[Place, np.ndarray]]:
     """Returns the library that wrote a file, and its arrays by place."""
-    if path.suffix in (".h5", ".hdf5"):
-        layers = keras_weights.read_layers(path)
+    # Float64 of twice the network, and then a classifier of any number of classes.
+    max_bytes = 16 * sum(math.prod(leaf.shape) for leaf in shapes.values()) + 2**29
+    if form == "hdf5":
+        layers = keras_weights.read_layers(path, unflatten_dict(shapes), max_bytes)
         if not _fits(dict(layers).get("predictions", [None])[-1], shapes):
             layers, shapes = [(name, a) for name, a in layers if name != "predictions"], _backbone(shapes)
         return "keras", flatten_dict(_converted(keras_weights.from_keras, layers, shapes, path))
-    if path.suffix in (".safetensors", ".npz"):
-        arrays, classifiers = timm_weights.read_state(path), ("fc.", "head.fc.")
-        if not _fits(next((arrays[f"{c}bias"] for c in classifiers if f"{c}bias" in arrays), None), shapes):
-            arrays, shapes = {n: a for n, a in arrays.items() if not n.startswith(classifiers)}, _backbone(shapes)
-        return "timm", flatten_dict(_converted(timm_weights.from_timm, arrays, shapes, path))
-    advice = {
-        **dict.fromkeys(
-            (".pth", ".pt", ".bin", ".ckpt"),
-            "; torch, which alone reads this, writes one by safetensors.torch.save_file(model.state_dict(), FILE)",
-        ),
-        ".keras": "; Keras writes one by model.save_weights('model.weights.h5')",
-    }
-    raise ValueError(
-        f"init.weights: {path} must be .h5 (Keras), .safetensors or .npz (timm), or a workdir"
-        f"{advice.get(path.suffix, '')}."
-    )
+    arrays, classifiers = timm_weights.read_state(path, form, max_bytes), ("fc.", "head.fc.")
+    if not _fits(next((arrays[f"{c}bias"] for c in classifiers if f"{c}bias" in arrays), None), shapes):
+        arrays, shapes = {n: a for n, a in arrays.items() if not n.startswith(classifiers)}, _backbone(shapes)
+    return "timm", flatten_dict(_converted(timm_weights.from_timm, arrays, shapes, path))
+
+
+def _number(values: Sequence[float]) -> str:
+    """One value for all channels, or one for each: '127.5', '(0, 1, 2)'."""
+    each = [f"{value:g}" for value in values]
+    return each[0] if len(set(each)) == 1 else f"({', '.join(each)})"
 
 
 def _converted(function: Callable[..., Any], theirs: Any, shapes: Mapping[Place, Any], path: Path) -> dict[str, Any]:

@@ -54,6 +54,11 @@ def create_program(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, int, 
     loss = steps.create_loss(**config.loss)
     compute_metrics = metrics.create_metrics(**config.metrics)
     total_steps = max(1, round(config.epochs * num_images / config.batch_size))
+    if total_steps >= 2**31:
+        raise ValueError(
+            f"epochs={config.epochs:g} of {num_images:,} images are {total_steps:.3g} steps of batch_size="
+            f"{config.batch_size:,}; a step is counted in 32 bits, up to {2**31 - 1:,}."
+        )
     run = optimizers.Run(config.batch_size, num_images, total_steps)
     schedule = optimizers.create_schedule(**config.schedule, run=run)
     tx, learning_rate = optimizers.create_optimizer(**config.optimizer, schedule=schedule)

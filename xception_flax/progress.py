@@ -11,8 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -29,15 +30,29 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from xception_flax import naming
 from xception_flax.files import file_errors, write_whole
+
+T = TypeVar("T")
 
 
 def show_table(title: str, rows: Mapping[str, str]) -> None:
     """Prints a table of two columns on standard output."""
-    width = max(map(len, rows))
-    print(f"\n{title}")
+    width = max(map(cell_len, rows))
+    show_title(title)
     for name, value in rows.items():
-        print(f"  {name:<{width}}  {value}")
+        show_row(name, value, width)
+
+
+def show_title(title: str) -> None:
+    """Prints the title of a table; the rows that follow come one by one."""
+    print(f"\n{naming.harmless(title)}", flush=True)
+
+
+def show_row(name: str, value: str, width: int) -> None:
+    """Prints a row of a table whose first column is so many columns of a terminal wide."""
+    name = naming.harmless(name)
+    print(f"  {name}{' ' * (width - cell_len(name))}  {naming.harmless(value)}", flush=True)
 
 
 def show_columns(title: str, columns: Mapping[str, Sequence[str]]) -> None:
@@ -46,8 +61,8 @@ def show_columns(title: str, columns: Mapping[str, Sequence[str]]) -> None:
     for i, header in enumerate(columns):
         table.add_column(header, justify="right" if i else "left", no_wrap=True)
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*map(Text, row))
-    print(f"\n{title}")
+        table.add_row(*(Text(naming.harmless(cell)) for cell in row))
+    show_title(title)
     # As wide as what is in it: a narrow terminal may break a line, but no number is cut.
     Console(width=10_000).print(table)
 
@@ -55,14 +70,15 @@ def show_columns(title: str, columns: Mapping[str, Sequence[str]]) -> None:
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Shows that `what` goes on and for how long, and leaves a line of it; on standard error."""
-    console, begun = Console(stderr=True, highlight=False), time.monotonic()
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    console, begun, what = _console(), time.monotonic(), naming.harmless(what)
+    spinner = SpinnerColumn("line" if console.options.ascii_only else "dots")
+    columns = spinner, TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     if not console.is_terminal:
-        console.print(f"{what} ...", markup=False, soft_wrap=True)
+        console.print(f"{what} ...", soft_wrap=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         bar.add_task(what, total=None)
         yield
-    console.print(f"{what}: {time.monotonic() - begun:.0f} s", markup=False, soft_wrap=True)
+    console.print(f"{what}: {time.monotonic() - begun:.0f} s", soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -80,8 +96,8 @@ def counting(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Cal
     Yields:
       What is told how much more is done; by any thread.
     """
-    console, begun, lock = Console(stderr=True, highlight=False), time.monotonic(), threading.Lock()
-    now_done, told = done, begun
+    console, begun, lock = _console(), time.monotonic(), threading.Lock()
+    now_done, told, what = done, begun, naming.harmless(what)
 
     def amount(number: float) -> str:
         return f"{number / 1e9:.2f} GB" if unit == "bytes" else f"{number:,.0f} {unit}"
@@ -97,14 +113,35 @@ def counting(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Cal
             elif time.monotonic() - told > 30:
                 told = time.monotonic()
                 left = _duration((total - now_done) / rate)
-                console.print(f"{what}: {amount(now_done)} of {amount(total)}, {left} left", markup=False)
+                console.print(f"{what}: {amount(now_done)} of {amount(total)}, {left} left", soft_wrap=True)
 
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn()
+    what_column, state_column = (
+        TextColumn(f"{{task.{key}}}", markup=False) for key in ("description", "fields[state]")
+    )
+    columns = what_column, BarColumn(), state_column, TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total, completed=done, state="")
         yield advance
     seconds = time.monotonic() - begun
-    console.print(f"{what}: {amount(now_done - done)} in {_duration(seconds)}", markup=False, soft_wrap=True)
+    console.print(f"{what}: {amount(now_done - done)} in {_duration(seconds)}", soft_wrap=True)
+
+
+def stepping(what: str, steps: Sequence[T]) -> Iterator[T]:
+    """Yields the steps, and on a terminal shows how many are done; on standard error."""
+    console = _console()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    # Rich sends to its own console, here standard error, what is printed meanwhile: right on a terminal, where the
+    # bar goes below it, and a loss where standard output goes to a file.
+    bar = Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()
+    )
+    with bar:
+        yield from bar.track(steps, description=naming.harmless(what))
+
+
+def _console() -> Console:
+    """Standard error, where what is printed is text as it stands: `[red]` and `:cat:` are names."""
+    return Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 NO_SHARES = ("loss", "count", "bad_images")  # of what an evaluation returns; all else is a share of 1
@@ -168,7 +205,7 @@ class RunProgress:
         self._paused_seconds = 0.0  # of all reasons, since the last record of training
         if not enabled:
             return
-        self._console = Console(stderr=True, highlight=False)
+        self._console = _console()
         self._path = workdir / "metrics.jsonl"
         self._events = Events(workdir / "tensorboard", start_step)
         self._file, strange = open_metrics(self._path, start_step)
@@ -208,7 +245,7 @@ class RunProgress:
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         if self._enabled:
-            self._console.print(text, markup=False, soft_wrap=True)
+            self._console.print(naming.harmless(text), soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Moves the bar; costs nothing worth a measurement."""
@@ -340,7 +377,7 @@ class Events:
 def to_json(values: Mapping[str, Any]) -> str:
     """One line of JSON; NaN and infinity, which JSON does not have, become null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    return json.dumps(finite, allow_nan=False)
+    return naming.to_json(finite, allow_nan=False)
 
 
 def _duration(seconds: float) -> str:

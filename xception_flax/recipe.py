@@ -12,9 +12,9 @@ import fcntl
 import functools
 import importlib.util
 import inspect
-import json
 import os
 import re
+import shlex
 import socket
 import tempfile
 import traceback
@@ -29,9 +29,10 @@ import typeguard
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from xception_flax import checkpoint, data, metrics, mixing, models, optimizers, pretrained, sharding, steps
+from xception_flax import checkpoint, data, metrics, mixing, models, naming, optimizers, pretrained, sharding, steps
 from xception_flax.files import check_kind, file_errors, read_config, write_whole
-from xception_flax.lookup import suggest
+from xception_flax.lookup import cut, suggest, written
+from xception_flax.ranges import check_number, check_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +59,10 @@ class Loop:
     profile: str = ""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("seed", "profile") and value <= 0:
-                raise ValueError(f"recipe key {field.name!r} must be positive, got {value}.")
+        for name in ("batch_size", "epochs", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs"):
+            check_range(f"recipe key {name!r}", getattr(self, name), 0, above=True)
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"recipe key 'seed' must be in [0, 2**32), got {self.seed}.")
+            raise ValueError(f"recipe key 'seed' must be in [0, 2**32), got {written(self.seed)}.")
         profiled_steps(self.profile)
 
 
@@ -75,11 +74,11 @@ def profiled_steps(profile: str) -> range:
     """
     if not profile:
         return range(0)
-    match = re.fullmatch(r"(\d+):(\d+)", profile)
+    match = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", profile)  # as many digits as the last step can have
     first, last = map(int, match.groups()) if match else (0, 0)
     if not 1 <= first <= last:
         raise ValueError(
-            f"recipe key 'profile' must be FIRST:LAST, got {profile!r}; 10:12 traces the steps 10, 11 and 12."
+            f"recipe key 'profile' must be FIRST:LAST, got {written(profile)}; 10:12 traces the steps 10, 11 and 12."
         )
     return range(first, last + 1)
 
@@ -136,6 +135,8 @@ OPERATIONAL = (
 )
 OPERATIONAL_GROUPS = ("mesh", "checkpoint")
 
+MAX_TEXT = 4096  # characters of a value: as many bytes as Linux takes for a path
+
 
 # Reading -------------------------------------------------------------------------------------------
 
@@ -145,7 +146,7 @@ def load(path_and_argument: str, overrides: Sequence[str] = (), groups: Sequence
 
     Args:
       path_and_argument: what follows the colon is handed to the recipe's `get_config`.
-      overrides: `('--config.model.width=0.5', ...)`.
+      overrides: `('--config.model.width=0.5', ...)`; of one key given twice the last counts.
       groups: those that the overrides may touch; None for all.
 
     Raises:
@@ -187,12 +188,12 @@ def _check_groups(overrides: Sequence[str], groups: Sequence[str]) -> None:
     for text in overrides:
         key, _ = _split_override(text)
         if key.partition(".")[0] not in groups:
-            raise ValueError(f"--config.{key} cannot be changed here; only keys of: {', '.join(groups)}.")
+            raise ValueError(f"{cut(f'--config.{key}')} cannot be changed here; only keys of: {', '.join(groups)}.")
 
 
 def _run_recipe(path_and_argument: str) -> dict[str, Any]:
     path, _, argument = path_and_argument.partition(":")
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # which, unlike Path's, is False where a path is too long to be one
         raise _no_recipe(path)
     spec = importlib.util.spec_from_file_location("recipe_" + Path(path).stem, path)
     if spec is None or spec.loader is None:
@@ -203,35 +204,45 @@ def _run_recipe(path_and_argument: str) -> dict[str, Any]:
         get_config = module.get_config
     except SyntaxError as error:
         raise ValueError(
-            f"recipe {error.filename or path}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}"
+            f"recipe {error.filename or path}{f', line {error.lineno}' if error.lineno else ''}: {error.msg}"
+            + (f": {cut(error.text.strip())}" if error.text else "")
         ) from None
     except AttributeError as error:
         if error.obj is not module:
             raise _failed(path, error) from None
         raise ValueError(f"recipe {path} has no function get_config().") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed(path, error) from None
 
-    parameters = inspect.signature(get_config).parameters.values()
+    try:
+        parameters = inspect.signature(get_config).parameters.values()
+    except (TypeError, ValueError):  # no function, or one that says nothing of its arguments
+        raise ValueError(
+            f"recipe {path}: get_config must be a function that returns a ConfigDict, got {written(get_config)}."
+        ) from None
     if argument and not parameters:
-        raise ValueError(f"recipe {path} takes no argument, got {path_and_argument!r}.")
+        raise ValueError(f"recipe {path} takes no argument, got {written(path_and_argument)}.")
     if not argument and any(p.default is p.empty for p in parameters):
         needed = ", ".join(p.name.upper() for p in parameters if p.default is p.empty)
         raise ValueError(f"recipe {path} needs an argument: --config {path}:{needed}")
     try:
         config = get_config(argument) if argument else get_config()
-    except Exception as error:
+        if isinstance(config, ConfigDict):
+            return config.to_dict()  # where a placeholder without a value shows
+    except (Exception, SystemExit) as error:
         raise _failed(path, error) from None
-    if not isinstance(config, ConfigDict):
-        raise ValueError(f"recipe {path}: get_config() must return a ConfigDict, got {type(config).__name__}.")
-    return config.to_dict()
+    raise ValueError(f"recipe {path}: get_config() must return a ConfigDict, got {type(config).__name__}.")
 
 
 def _no_recipe(path: str) -> ValueError:
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    files = [file for place in (".", "configs") for file in (folder / place).glob("*.py") if file.is_file()]
-    recipes = {file.stem: str(file) for file in files if b"def get_config(" in file.read_bytes()}
-    wrong = f"{path!r} is a folder, not a recipe file" if Path(path).is_dir() else f"no recipe file {path!r}"
+    is_folder = os.path.isdir(path or ".")
+    folder = Path(path) if is_folder else Path(path).parent
+    try:
+        files = [file for place in (".", "configs") for file in (folder / place).glob("*.py") if file.is_file()]
+        recipes = {file.stem: str(file) for file in files if b"def get_config(" in file.read_bytes()}
+    except (OSError, ValueError):  # a folder that cannot be read, or whose name is none
+        recipes = {}
+    wrong = f"{written(path)} is a folder, not a recipe file" if is_folder else f"no recipe file {written(path)}"
     if recipes:  # compared without what they have in common, the folder and the suffix
         return ValueError(f"{wrong}; {suggest(Path(path).stem, recipes, spell=recipes.__getitem__)}")
     if Path(path).is_absolute():
@@ -241,7 +252,7 @@ def _no_recipe(path: str) -> ValueError:
     )
 
 
-def _failed(path: str, error: Exception) -> ValueError:
+def _failed(path: str, error: Exception | SystemExit) -> ValueError:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame for frame in frames if Path(frame.filename).name == Path(path).name]
     # What a recipe raises itself, or a function of ours that it asks about its argument, is about that; all else is a
@@ -250,7 +261,7 @@ def _failed(path: str, error: Exception) -> ValueError:
     if isinstance(error, ValueError) and ours and (frames[-1].line or "").startswith("raise "):
         return ValueError(f"recipe {path}: {error}")
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return ValueError(f"recipe {path}, line {lines[-1].lineno if lines else None}: {kind}{error}")
+    return ValueError(f"recipe {path}{f', line {lines[-1].lineno}' if lines else ''}: {kind}{error}")
 
 
 # Resolving -----------------------------------------------------------------------------------------
@@ -268,7 +279,7 @@ def resolve(recipe: Mapping[str, Any]) -> ConfigDict:
     for name, group in GROUPS.items():
         values = recipe.get(name, {})
         if not isinstance(values, Mapping):
-            raise ValueError(f"recipe key {name!r} must be a group of keys, got {values!r}.")
+            raise ValueError(f"recipe key {name!r} must be a group of keys, got {written(values)}.")
         resolved[name] = _complete(f"{name}.", group, values)
     return ConfigDict(resolved, convert_dict=True)
 
@@ -280,8 +291,8 @@ def _parameters(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[st
         choice = values.get(group.selector, parameters[group.selector].default)
         if choice is inspect.Parameter.empty:
             raise ValueError(f"recipe key '{prefix}{group.selector}' is missing; {suggest('', group.table)}")
-        if choice not in group.table:
-            raise ValueError(f"unknown {prefix}{group.selector} {choice!r}; {suggest(choice, group.table)}")
+        if not isinstance(choice, str) or choice not in group.table:
+            raise ValueError(f"unknown {prefix}{group.selector} {written(choice)}; {suggest(choice, group.table)}")
         parameters = dict(inspect.signature(group.table[choice]).parameters) | parameters
     return {
         name: parameter
@@ -291,10 +302,10 @@ def _parameters(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[st
 
 
 def _unknown(prefix: str, key: str, group: Group, values: Mapping[str, Any], known: Sequence[str]) -> ValueError:
-    choice = values.get(group.selector)
+    choice = values.get(group.selector) if group.selector else None
     where = f" with {prefix}{group.selector}={choice!r}" if choice else ""
     known = [*known, *GROUPS] if group is LOOP else known
-    return ValueError(f"unknown recipe key '{prefix}{key}'{where}; {suggest(key, known)}")
+    return ValueError(f"unknown recipe key {written(f'{prefix}{key}')}{where}; {suggest(key, known)}")
 
 
 def _complete(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,17 +323,57 @@ def _complete(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[str,
             )
         if key in values and not _fits(value, parameter.annotation):
             raise _mistyped(prefix + key, parameter.annotation, value)
+        for leaf in _leaves(value):
+            _check_value(prefix + key, leaf)
         complete[key] = _canonical(value, parameter.annotation)
     return complete
 
 
+def _leaves(value: Any, depth: int = 3) -> Iterator[Any]:
+    """What a value is made of: itself, or all that its tuples and lists hold, down to a depth that no key has."""
+    if isinstance(value, list | tuple) and depth:
+        for element in value:
+            yield from _leaves(element, depth - 1)
+    else:
+        yield value
+
+
+def _check_value(key: str, value: Any) -> None:
+    """Raises ValueError for what no key has a meaning for, whatever its type and its own range."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"recipe key '{key}' must be an integer of 64 bits, got {written(value)}.")
+    if isinstance(value, int | float):
+        check_number(f"recipe key '{key}'", value)
+    if isinstance(value, str) and ("\0" in value or len(value) > MAX_TEXT):
+        raise ValueError(
+            f"recipe key '{key}' must be a text of at most {MAX_TEXT:,} characters, none of them NUL, "
+            f"got {written(value)}."
+        )
+
+
 def _fits(value: Any, annotation: Any) -> bool:
+    leaves = list(_leaves(value))
     # bool is an int to Python, and never to the author of a recipe.
-    if isinstance(value, bool) and annotation is not bool and bool not in typing.get_args(annotation):
+    if any(isinstance(leaf, bool) for leaf in leaves) and bool not in (annotation, *typing.get_args(annotation)):
         return False
+    # A text is a sequence to Python, and so are bytes and a range; a list here is one too many in another.
+    if any(isinstance(leaf, Sequence) and not isinstance(leaf, str) for leaf in leaves):
+        return False
+    if isinstance(value, str) and typing.get_origin(annotation) is Sequence:
+        return False
+    if annotation is DTypeLike:  # which is anything to typeguard, and None a float64 to NumPy
+        return value is not None and (isinstance(value, str) or _names_dtype(value))
     try:
-        typeguard.check_type(value, annotation)
+        typeguard.check_type(value, annotation, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
     except typeguard.TypeCheckError:
+        return False
+    return True
+
+
+def _names_dtype(value: Any) -> bool:
+    try:
+        np.dtype(value)
+    except (TypeError, ValueError):
         return False
     return True
 
@@ -335,7 +386,7 @@ def _canonical(value: Any, annotation: Any) -> Any:
 
 
 def _mistyped(key: str, annotation: Any, value: Any) -> ValueError:
-    return ValueError(f"recipe key '{key}' must be {_type_name(annotation)}, got {value!r}.")
+    return ValueError(f"recipe key '{key}' must be {_type_name(annotation)}, got {written(value)}.")
 
 
 def _type_name(annotation: Any) -> str:
@@ -354,11 +405,15 @@ def _override(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
         if key in GROUPS:
             raise ValueError(f"--config.{key} is a group; set one of its keys: --config.{key}.KEY=VALUE.")
         if dot and name not in GROUPS:
-            raise ValueError(f"unknown recipe group {name!r} in --config.{key}; {suggest(name, GROUPS)}")
+            raise ValueError(
+                f"unknown recipe group {written(name)} in {cut(f'--config.{key}')}; {suggest(name, GROUPS)}"
+            )
         group = GROUPS[name] if dot else LOOP
         values = recipe.setdefault(name, {}) if dot else recipe
+        if not isinstance(values, Mapping):
+            raise ValueError(f"recipe key {name!r} must be a group of keys, got {written(values)}.")
         if option == group.selector:
-            _select(name + dot, group, values, parsed[key])
+            _select(name + dot, group, values, _parse_value(key, parsed[key], str))
             continue
         parameters = _parameters(name + dot, group, values)
         if option not in parameters:
@@ -370,7 +425,7 @@ def _override(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
 def _split_override(text: str) -> tuple[str, str]:
     key, equals, value = text.removeprefix("--config.").partition("=")
     if not text.startswith("--config.") or not equals or not key:
-        raise ValueError(f"unknown argument {text!r}; a recipe's key is set by --config.KEY=VALUE.")
+        raise ValueError(f"unknown argument {written(text)}; a recipe's key is set by --config.KEY=VALUE.")
     return key, value
 
 
@@ -392,7 +447,7 @@ def _parse_value(key: str, text: str, annotation: Any) -> Any:
     literals = {"true": True, "false": False, "none": None}
     try:
         literal = literals[text.lower()] if text.lower() in literals else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # as ast's documentation lists them
         literal = text
     for value in (literal, text):
         if _fits(value, annotation):
@@ -410,7 +465,7 @@ REPLACED = ("config.json", "metrics.jsonl")  # by new files at each start, whoev
 
 def to_json(config: ConfigDict) -> str:
     """The recipe as JSON text, keys sorted."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    return naming.to_json(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def read(workdir: Path) -> ConfigDict:
@@ -432,7 +487,7 @@ def read(workdir: Path) -> ConfigDict:
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Lines 'key: old -> new' for every key that differs and changes the result."""
-    flat_old, flat_new = _flatten(json.loads(to_json(old))), _flatten(json.loads(to_json(new)))
+    flat_old, flat_new = (_flatten(naming.from_json(to_json(config))) for config in (old, new))
     return [
         f"{key}: {flat_old.get(key, '(none)')!r} -> {flat_new.get(key, '(none)')!r}"
         for key in sorted(flat_old | flat_new)
@@ -454,6 +509,7 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
 
     Writes nothing.
     """
+    _check_place(workdir)
     try:
         existing = next(path for path in (workdir, *workdir.parents) if path.exists())
         if not existing.is_dir():
@@ -477,7 +533,35 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
         raise ValueError(
             f"{workdir} holds a run of another recipe; nothing was changed. Take a new workdir, or the old values:\n  "
             + "\n  ".join(changed)
+            + (f"\n{how_to_train_on(workdir)}" if _could_train_on(workdir, changed) else "")
         )
+
+
+def _check_place(workdir: Path) -> None:
+    """Raises ValueError for a folder that an unset variable in a script, or a slip, names; a run in it goes on."""
+    here, program = os.path.realpath(workdir), Path(__file__).parent.parent
+    for place, what in (
+        ("/", "the root of all folders"),
+        ("~", "your home folder"),
+        (program, "this program's folder"),
+    ):
+        if here == os.path.realpath(os.path.expanduser(place)) and not (workdir / "config.json").is_file():
+            raise ValueError(f"workdir {str(workdir)!r} is {what}; take a folder that is for this run alone.")
+
+
+def how_to_train_on(workdir: Path) -> str:
+    """A sentence for whoever wants more epochs of a run: its recipe stays as it is, and its weights begin another."""
+    return (
+        "To train its weights for more epochs, take a new workdir and "
+        f"--config.init.weights={shlex.quote(str(workdir))}: that run begins with them (the averaged ones, where there "
+        "are), its optimizer, schedule and steps anew."
+    )
+
+
+def _could_train_on(workdir: Path, changed: Sequence[str]) -> bool:
+    """Whether what another recipe changes leaves the weights of the run in `workdir` as good."""
+    groups = {line.partition(":")[0].partition(".")[0] for line in changed}
+    return checkpoint.has_steps(workdir) and not groups & {"model", "normalize"}
 
 
 @contextlib.contextmanager
@@ -542,5 +626,5 @@ def _not_writable(workdir: Path, error: OSError) -> ValueError:
 
 
 def remember(workdir: Path, config: ConfigDict) -> None:
-    """Writes `config.json`, whole or not at all."""
+    """Writes `config.json`, whole or not at all, and a power cut does not undo it."""
     write_whole(workdir / "config.json", [to_json(config).encode()])

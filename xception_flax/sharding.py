@@ -17,6 +17,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from xception_flax import allocator
+from xception_flax.ranges import check_range
+
 PyTree = Any
 
 BATCH_AXES = ("data", "fsdp")
@@ -56,10 +59,11 @@ def create_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
     """Raises ValueError unless every device gets the same number of images in each part of a step."""
+    check_range("step.accumulation_steps", accumulation_steps, 1)
     parts = mesh.size * accumulation_steps
     if batch_size < 1 or batch_size % parts:
         factors = _devices(mesh.size) + (
-            f" x {accumulation_steps} accumulation steps" if accumulation_steps > 1 else ""
+            f" x step.accumulation_steps={accumulation_steps}" if accumulation_steps > 1 else ""
         )
         lower = batch_size // parts * parts
         near = f"{lower} or {lower + parts}" if lower > 0 else str(parts)
@@ -110,6 +114,24 @@ def state_shardings(mesh: Mesh, abstract_state: PyTree) -> PyTree:
         return replicated(mesh)
 
     return jax.tree.map(rule, abstract_state)
+
+
+def check_memory(mesh: Mesh, abstract_state: PyTree) -> None:
+    """Raises ValueError where a device's share of the state alone is more than its memory; of CPUs, the host's.
+
+    Args:
+      mesh: of devices that are there.
+      abstract_state: shape, type and sharding of each array.
+    """
+    leaves = jax.tree.leaves(abstract_state)
+    share = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    devices = mesh.local_devices
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit") or allocator.memory_bytes() // len(devices)
+    if share > memory:
+        raise ValueError(
+            f"parameters, averages and optimizer take {share / 1e9:,.3g} GB on each device, which has "
+            f"{memory / 1e9:,.3g} GB; take a smaller network (model.width), or split them by mesh.fsdp."
+        )
 
 
 def abstract_batch(mesh: Mesh, shapes: dict[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, jax.ShapeDtypeStruct]:

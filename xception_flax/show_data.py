@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from xception_flax import cli, data, mixing, pictures, progress, recipe
+from xception_flax import cli, data, mixing, naming, pictures, progress, recipe
 
 EXAMPLES = """\
   python -m xception_flax.show_data --config configs/digits.py --output digits.png
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, with this recipe perhaps
     train = arguments.split == "train"
     split = data.load(**config.data, batch_size=config.batch_size, seed=config.seed, train=train)
+    split.check_max_value()
     number = arguments.batches if train else min(arguments.batches, split.num_batches)
     shown = []
     with (
@@ -55,12 +56,12 @@ def main(argv: list[str]) -> int:
     pictures.draw_images(
         np.concatenate([b["images"] for b in shown]),
         [caption for b in shown for caption in captions(b, split.class_names)],
-        f"{arguments.config}, {'training' if train else 'evaluation'}: the first images of "
+        f"{naming.shown(arguments.config)}, {'training' if train else 'evaluation'}: the first images of "
         f"{len(shown)} batches of {config.batch_size}\n"
         + (config.data.train_transforms if train else config.data.eval_transforms),
         arguments.output,
     )
-    print(f"{arguments.output}: {sum(len(b['images']) for b in shown)} images")
+    print(f"{naming.shown(arguments.output)}: {sum(len(b['images']) for b in shown)} images")
     return 0
 
 
@@ -82,13 +83,15 @@ def first_images(batch: dict[str, np.ndarray], number: int) -> dict[str, np.ndar
 def captions(batch: dict[str, np.ndarray], class_names: Sequence[str]) -> list[str]:
     """The class of each image; of a mixed one a line for each of two, with their shares."""
 
-    def names(label: np.ndarray) -> str:
+    class_names = [naming.shown(name) for name in class_names]
+
+    def classes(label: np.ndarray) -> str:
         return ", ".join(class_names[i] for i in np.flatnonzero(label)) if label.ndim else class_names[label]
 
-    labels = [names(label) for label in batch["labels"]]
+    labels = [classes(label) for label in batch["labels"]]
     if "share" not in batch:
         return labels
-    minor = [names(label) for label in batch["minor_labels"]]
+    minor = [classes(label) for label in batch["minor_labels"]]
     return [
         a if share == 1 or a == b else f"{100 * share:.0f} % {a}\n{100 * (1 - share):.0f} % {b}"
         for a, b, share in zip(labels, minor, batch["share"], strict=True)

@@ -104,6 +104,11 @@ def abstract_variables(model: nn.Module, image_shape: tuple[int, int, int], mesh
 
 def _init_variables(model: nn.Module, key: jax.Array, images: jax.Array) -> dict[str, PyTree]:
     """`model.init`, always with both collections, and with moving statistics of the type that a step gives them."""
+    for field in ("dtype", "param_dtype"):
+        if (
+            jax.dtypes.canonicalize_dtype(wanted := getattr(model, field, jnp.float32)) != wanted
+        ):  # JAX would take another
+            raise ValueError(f"model.{field}={jnp.dtype(wanted)} needs JAX_ENABLE_X64=1 in the environment.")
     variables = {"batch_stats": {}} | dict(model.init(key, images, train=False))
     # linen begins in float32 where the model computes in float64: the first update would change the state's types.
     dtype = jnp.promote_types(model.dtype, jnp.float32)

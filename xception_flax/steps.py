@@ -12,10 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xception_flax import ops, sharding
 from xception_flax.fused import DEVICE_KINDS
-from xception_flax.lookup import lookup, suggest
+from xception_flax.lookup import lookup, suggest, written
 from xception_flax.metrics import MetricFunction, Sum, masked_sum
 from xception_flax.mixing import Mix, mixing_key, soft_labels
 from xception_flax.optimizers import backbone_mask, decay_mask
+from xception_flax.ranges import check_number, check_range
 from xception_flax.state import TrainState
 
 PyTree = Any
@@ -76,11 +77,9 @@ def create_loss(name: str, *, label_smoothing: float = 0.0, weight_decay: float 
     Raises:
       ValueError: unknown name, or a value out of its range.
     """
-    function = lookup(LOSSES, name, "loss")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"loss.label_smoothing must be in [0, 1), got {label_smoothing}.")
-    if weight_decay < 0:
-        raise ValueError(f"loss.weight_decay must not be negative, got {weight_decay}.")
+    function = lookup(LOSSES, name, "loss.name")
+    check_range("loss.label_smoothing", label_smoothing, 0, 1, below=True)
+    check_range("loss.weight_decay", weight_decay, 0)
 
     def penalty(params: PyTree) -> jax.Array:
         squares = jax.tree.map(
@@ -109,11 +108,21 @@ def create_normalizer(mean: Sequence[float], std: Sequence[float]) -> Callable[[
     Args:
       mean: a value a channel, or one for all; on the scale 0 to 255.
       std: the same, positive.
+
+    Raises:
+      ValueError: no value, not as many of both, or one out of its range.
     """
-    if not mean or len(mean) != len(std) or min(std) <= 0:
+    if not mean or len(mean) != len(std):
         raise ValueError(
             "normalize.mean and normalize.std need a value a channel (or one for all), std positive; "
-            f"got mean={tuple(mean)}, std={tuple(std)}."
+            f"got mean={written(tuple(mean))}, std={written(tuple(std))}."
+        )
+    for average, deviation in zip(mean, std, strict=True):
+        check_number("normalize.mean", average)
+        check_range("normalize.std", deviation, 0, above=True)
+        # Of the darkest and the brightest pixel: neither may be beyond float32.
+        check_number(
+            f"(255 - normalize.mean) / normalize.std, of {average} and {deviation},", (255 + abs(average)) / deviation
         )
     mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
 
@@ -167,12 +176,10 @@ def make_train_step(
       lowering: how operations are computed, see `ops.lowering`; 'fused' is for the Xception networks
         with a batch of which each TPU has a multiple of 16 images.
     """
-    if not 0 <= ema_decay < 1:
-        raise ValueError(f"step.ema_decay, the share kept, must be in [0, 1), got {ema_decay}.")
-    if accumulation_steps < 1:
-        raise ValueError(f"step.accumulation_steps must be at least 1, got {accumulation_steps}.")
+    check_range("step.ema_decay, the share kept,", ema_decay, 0, 1, below=True)
+    check_range("step.accumulation_steps", accumulation_steps, 1)
     if lowering not in ops.LOWERINGS:
-        raise ValueError(f"unknown step.lowering {lowering!r}; {suggest(lowering, ops.LOWERINGS)}")
+        raise ValueError(f"unknown step.lowering {written(lowering)}; {suggest(lowering, ops.LOWERINGS)}")
     if lowering == "fused" and (kind := mesh.devices.flat[0].device_kind) not in DEVICE_KINDS:
         raise ValueError(
             f"step.lowering='fused' has kernels for {', '.join(DEVICE_KINDS)} only, and this is a {kind}; leave it out."

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from xception_flax import weight_files
+from xception_flax.weight_files import MAX_BYTES
+
 PyTree = Any
 
 # Our layer -> timm's module, numbers of blocks and of convolutions filled in: timm counts blocks from
@@ -44,20 +47,19 @@ _LEGACY = {
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
-def read_state(path: Path) -> dict[str, np.ndarray]:
+def read_state(path: Path, form: str, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
     """Returns the arrays by name of a .safetensors or .npz file, as `from_timm` takes them.
 
-    Raises:
-      ValueError: it is neither, or a damaged one.
-    """
-    import safetensors.numpy  # here: other commands need not pay for it
+    Args:
+      form: 'safetensors' or 'npz'.
+      max_bytes: of all arrays together.
 
+    Raises:
+      ValueError: it is no such file, or a damaged one.
+    """
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.numpy.load_file(path)
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except Exception as error:  # zipfile, NumPy and safetensors have an exception each
+        return {name: array for name, (array,) in weight_files.read(path, form, max_bytes)}
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as weights of timm: {error}.") from None
 
 

@@ -3,15 +3,23 @@
 No module in here calls JAX: worker processes import them and must never open an accelerator.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from xception_flax import allocator
+from xception_flax.data.decoding import WHITE
 from xception_flax.data.pipeline import ON_BAD_IMAGE, InputError, Split, choose_threads, usable_cpus
-from xception_flax.data.sources import SOURCES
-from xception_flax.data.transforms import parse_transforms
-from xception_flax.lookup import lookup, suggest
+from xception_flax.data.sources import SOURCES, unread_of
+from xception_flax.data.transforms import MAX_SIDE, parse_transforms
+from xception_flax.lookup import cut, lookup, suggest, written
+from xception_flax.naming import composed
+from xception_flax.ranges import check_range
 
-__all__ = ["SOURCES", "InputError", "Split", "check_class_names", "load"]
+__all__ = ["SOURCES", "InputError", "Split", "check_class_names", "load", "unread_of"]
+
+# Beyond these more of them is a mistake, which would cost the machine its memory before it is seen.
+MAX_THREADS, MAX_WORKERS = 1024, 256
 
 
 def load(
@@ -33,6 +41,7 @@ def load(
     num_workers: int = -1,
     min_decoded_side: int = 0,
     on_bad_image: str = "stop",
+    max_value: int | None = None,
     **options: Any,
 ) -> Split:
     """Returns the batches of a data set, for training or for evaluation.
@@ -42,7 +51,7 @@ def load(
       train: which of the two: shuffled, endless and augmented, or in order, once and padded.
       batch_size: of the global batch.
       seed: of order and augmentation.
-      image_size: pixels a side of the square images that the network gets.
+      image_size: pixels a side of the square images that the network gets, at most 10,000.
       channels: 1 or 3.
       train_split: name of the split to train on, as the source has it.
       eval_split: name of the split to evaluate on.
@@ -58,6 +67,8 @@ def load(
         sides keep so many pixels: faster for large photos, and other values (see `decoding.decode`).
       on_bad_image: what to do with one that cannot be decoded: 'stop' names it and stops; 'replace' puts a
         black image with mask 0 in its place, which loss, gradient and metrics leave out and count.
+      max_value: of images of 16 bits, the value that becomes 255: 4095 where a camera or scanner of 12 bits wrote them;
+        None for 65,535, and a run does not begin where the images make no use of the upper half.
       **options: the source's own keywords, such as `data_dir`.
 
     Raises:
@@ -68,21 +79,29 @@ def load(
         raise ValueError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes.")
     if channels not in (1, 3):
         raise ValueError(f"data.channels must be 1 or 3, got {channels}.")
-    if image_size < 1:
-        raise ValueError(f"data.image_size must be positive, got {image_size}.")
-    if (num_threads != -1 and num_threads < 1) or num_workers < -1:
-        raise ValueError(
-            "data.num_threads must be at least 1 and data.num_workers at least 0, or -1 for what suits the CPUs; "
-            f"got {num_threads}, {num_workers}."
-        )
-    if min_decoded_side < 0:
-        raise ValueError(f"data.min_decoded_side must be 0 (off) or positive, got {min_decoded_side}.")
+    check_range("data.image_size", image_size, 1, MAX_SIDE)
+    if num_threads != -1:
+        check_range("data.num_threads (-1: what suits the CPUs)", num_threads, 1, MAX_THREADS)
+    check_range("data.num_workers (-1: what suits the CPUs)", num_workers, -1, MAX_WORKERS)
+    check_range("data.min_decoded_side (0: off)", min_decoded_side, 0, MAX_SIDE)
+    if max_value is not None:
+        check_range("data.max_value", max_value, 255, WHITE)
     if on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(f"unknown data.on_bad_image {on_bad_image!r}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
-    transforms = parse_transforms(train_transforms if train else eval_transforms, image_size)
+        raise ValueError(f"unknown data.on_bad_image {written(on_bad_image)}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
+    batch_bytes = batch_size // process_count * image_size**2 * channels
+    if batch_bytes > (memory := allocator.memory_bytes()):
+        raise ValueError(
+            f"batch_size={batch_size:,} of data.image_size={image_size:,} takes {batch_bytes / 1e9:,.0f} GB, and this "
+            f"host has {memory / 1e9:,.0f} GB; take less of either."
+        )
+    try:
+        transforms = parse_transforms(train_transforms if train else eval_transforms, image_size)
+    except ValueError as error:
+        raise ValueError(f"data.{'train' if train else 'eval'}_transforms: {error}") from None
     examples = function(train_split if train else eval_split, **options)
     if not len(examples):
         raise ValueError(f"source {source!r}: split {train_split if train else eval_split!r} has no images.")
+    _check_names(examples.class_names)
     if train and batch_size > len(examples):  # it would hold images twice, and an epoch would be less than a step
         raise ValueError(
             f"batch_size={batch_size} is more than the {len(examples)} images of split {train_split!r}; "
@@ -102,24 +121,41 @@ def load(
         num_workers=num_workers,
         min_decoded_side=min_decoded_side,
         on_bad_image=on_bad_image,
+        max_value=max_value,
     )
     split.check_transforms()
     return split
+
+
+def _check_names(class_names: Sequence[str]) -> None:
+    """Raises ValueError where two classes have one name: a table, a picture or a JSON would show one of them."""
+    twice = sorted(name for name, count in Counter(class_names).items() if count > 1)
+    if twice:
+        raise ValueError(
+            f"the data has {len(twice):,} names for more than one class each: {cut(', '.join(map(repr, twice)))}; "
+            "every class needs a name of its own."
+        )
 
 
 def check_class_names(expected: Sequence[str], split: Split) -> None:
     """Raises ValueError unless the classes of `split` are those, in the same order.
 
     Where they differ, the same number would mean another class: a folder that one split lacks
-    shifts all that follow it.
+    shifts all that follow it. They are compared in Unicode's composed form, in which sources have them.
     """
-    if tuple(expected) != split.class_names:
+    expected = tuple(map(composed, expected))
+    if expected != split.class_names:
         missing = sorted(set(expected) - set(split.class_names))[:5]
         extra = sorted(set(split.class_names) - set(expected))[:5]
+        moved = [pair for pair in zip(expected, split.class_names, strict=False) if pair[0] != pair[1]][:1]
+        order = (
+            "" if missing or extra or not moved else f"; another order: {moved[0][1]} where {moved[0][0]} is expected"
+        )
         raise ValueError(
             f"the data of {'training' if split.train else 'evaluation'} has {len(split.class_names)} classes, and not "
             f"the {len(expected)} that are expected"
             + (f"; missing: {', '.join(missing)}" if missing else "")
             + (f"; not expected: {', '.join(extra)}" if extra else "")
+            + order
             + ". Training, evaluation and checkpoint must have the same classes in the same order."
         )

@@ -21,8 +21,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from xception_flax import allocator
-from xception_flax.data.decoding import BadImageError, decode
+from xception_flax import allocator, naming
+from xception_flax.data.decoding import WHITE, BadImageError, decode, is_dark, largest_value, white
 from xception_flax.data.sources import Example, InputError, Source
 from xception_flax.data.transforms import Transform
 
@@ -37,6 +37,8 @@ BATCHES_AHEAD = 2
 # From here on a host has worker processes, one for so many threads: in one process more than that wait for
 # each other, for what Python does between two images.
 THREADS_PER_PROCESS = 8
+
+IMAGES_LOOKED_AT = 32  # by `Split.check_max_value`
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that a terminal or a batch system sends to a whole group
 
@@ -57,6 +59,7 @@ class Split:
       num_workers: processes beside this one; 0: threads of this one do it.
       min_decoded_side: see `decoding.decode`; 0: images are decoded whole.
       on_bad_image: 'stop' or 'replace'.
+      max_value: see `decoding.decode`.
     """
 
     source: Source
@@ -71,6 +74,7 @@ class Split:
     num_workers: int
     min_decoded_side: int = 0
     on_bad_image: str = "stop"
+    max_value: int | None = None
 
     @property
     def num_images(self) -> int:
@@ -109,14 +113,38 @@ class Split:
           ValueError: the transforms make another shape of it than `image_shape`.
         """
         try:
-            image = self.source[0]["image"]
-            prepare_image(
-                image, self.transforms, self.image_shape, self.min_decoded_side, np.random.default_rng(self.seed)
-            )
+            image, rng = self.source[0]["image"], np.random.default_rng(self.seed)
+            prepare_image(image, self.transforms, self.image_shape, self.min_decoded_side, rng, self.max_value)
         except (BadImageError, InputError, OSError):  # said where it is read, by the recipe's policy
             pass
         except ValueError as error:
             raise ValueError(f"data.{'train' if self.train else 'eval'}_transforms: {error}") from None
+
+    def check_max_value(self) -> None:
+        """Looks at some images, evenly spread over the split, where nobody has said which value of 16 bits is white.
+
+        A scanner of 12 bits writes 0 to 4,095 into 16, of which 0 to 15 of 255 would be left.
+
+        Raises:
+          ValueError: those of 16 bits have no value of the upper half.
+        """
+        if self.max_value is not None:
+            return
+        found = []
+        for index in np.unique(np.linspace(0, self.num_images - 1, IMAGES_LOOKED_AT).astype(int)):
+            try:
+                image = self.source[int(index)]["image"]
+                if isinstance(image, bytes) and (largest := largest_value(image)) is not None:
+                    found.append(largest)
+            except (BadImageError, InputError, OSError):  # said where it is read, by the recipe's policy
+                pass
+        if found and is_dark(largest := max(found)):
+            raise ValueError(
+                f"the images of 16 bits have values up to {largest:,} of {WHITE:,} (in {len(found)} that were "
+                f"looked at), so that no more than {largest >> 8} of 255 would be left. Say which value is white by "
+                f"--config.data.max_value={white(largest)}; by {WHITE} if they are that dark. "
+                "`python -m xception_flax.prepare check` says the largest value of all."
+            )
 
     @property
     def masked(self) -> bool:
@@ -142,7 +170,13 @@ class Split:
         examples = examples.seed(self.seed)
         if self.train:
             examples = examples.shuffle().repeat()  # another order each epoch
-        prepare = _Prepare(self.transforms, self.image_shape, self.min_decoded_side, self.on_bad_image == "replace")
+        prepare = _Prepare(
+            self.transforms,
+            self.image_shape,
+            self.min_decoded_side,
+            self.max_value,
+            replace=self.on_bad_image == "replace",
+        )
         examples = examples.random_map(prepare)
         # Hosts part after the random map, since an example's randomness comes from its place in the global
         # order, and in whole blocks, so that their shares make up the global batch in that order.
@@ -234,17 +268,18 @@ def prepare_image(
     image_shape: tuple[int, int, int],
     min_side: int,
     rng: np.random.Generator,
+    max_value: int | None,
 ) -> np.ndarray:
     """Decodes one image and applies the transforms; returns uint8 of `image_shape`.
 
     Args:
-      image: see `decoding.decode`, as for `min_side`.
+      image: see `decoding.decode`, as for `min_side` and `max_value`.
 
     Raises:
       BadImageError: it cannot be decoded, or a transform does not take it.
       ValueError: the transforms make another shape of it.
     """
-    image = decode(image, image_shape[-1], min_side)
+    image = decode(image, image_shape[-1], min_side, max_value)
     for transform in chain:
         try:
             image = transform(image, rng)
@@ -262,21 +297,32 @@ class _Prepare(grain.transforms.RandomMap):
     """Decodes and augments one example."""
 
     def __init__(
-        self, transforms: tuple[Transform, ...], image_shape: tuple[int, int, int], min_side: int, replace: bool
+        self,
+        transforms: tuple[Transform, ...],
+        image_shape: tuple[int, int, int],
+        min_side: int,
+        max_value: int | None,
+        *,
+        replace: bool,
     ) -> None:
         self._transforms = transforms
         self._image_shape = image_shape
         self._min_side = min_side
+        self._max_value = max_value
         self._replace = replace
 
     def random_map(self, example: Example, rng: np.random.Generator) -> Batch:
         prepared = {"labels": _label(example), "mask": example.get("mask", np.float32(1))}
         try:
-            image = prepare_image(example["image"], self._transforms, self._image_shape, self._min_side, rng)
+            image = prepare_image(
+                example["image"], self._transforms, self._image_shape, self._min_side, rng, self._max_value
+            )
         except BadImageError as error:
             if self._replace:
                 return prepared | {"images": np.zeros(self._image_shape, np.uint8), "mask": np.float32(0)}
-            raise BadImageError(f"{example['name']}: {error}" if "name" in example else str(error)) from None
+            raise BadImageError(
+                f"{naming.shown(example['name'])}: {error}" if "name" in example else str(error)
+            ) from None
         return prepared | {"images": image}
 
 

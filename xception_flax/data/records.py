@@ -12,7 +12,6 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
-import json
 import os
 import shutil
 from collections import Counter
@@ -25,6 +24,8 @@ from tensorflow_datasets.core import file_adapters, hashing
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.naming import ShardedFileTemplate
 from tensorflow_datasets.core.utils.shard_utils import ShardConfig, get_shard_boundaries
+
+from xception_flax import files, naming
 
 # Of a file: no image is larger, and a record must be below protobuf's 2 GiB. TFDS' number of shards counts on
 # it too: where images are gigabytes it finds none, and looks for ever.
@@ -123,7 +124,14 @@ class Layout:
         modified = functools.cache(lambda path: os.stat(path).st_mtime_ns)
         for shard in self.shards:
             for image in shard.images:
-                place = (image.name, image.label, image.path, image.offset, image.size, modified(image.path))
+                place = (
+                    image.name,
+                    image.label,
+                    naming.decoded(image.path),
+                    image.offset,
+                    image.size,
+                    modified(image.path),
+                )
                 digest.update(repr((shard.path.name, *place)).encode())
         return {"origin": self.origin, "list": digest.hexdigest()}
 
@@ -134,9 +142,12 @@ def create_layout(
     """Returns the shards that TFDS would write of these images, in its order.
 
     Raises:
-      ValueError: an empty split, two images of one name in it, or a file too large to be an image.
+      ValueError: an empty split, two images of one name in it, a file too large to be an image, or a directory whose
+        name is not UTF-8.
     """
     directory = data_dir.expanduser().absolute() / info.name / str(info.version)
+    if not naming.is_unicode(directory):
+        raise ValueError(f"{naming.shown(directory)}: TFDS takes no name of a folder that is not UTF-8; take another.")
     layout = Layout(info, {}, directory, origin)
     shards = {}
     for split, images in splits.items():
@@ -181,7 +192,7 @@ def claim(layout: Layout) -> Iterator[list[Shard]]:
       ValueError: the data set is there already, or another is or was being prepared in its place, or the
         disk has no room for it.
     """
-    incomplete, made_of = layout.incomplete, json.dumps(layout.made_of)
+    incomplete, made_of = layout.incomplete, naming.to_json(layout.made_of)
     _check_absent(layout)
     try:
         incomplete.mkdir(parents=True, exist_ok=True)
@@ -224,7 +235,7 @@ def _check_absent(layout: Layout) -> None:
 def is_complete(layout: Layout) -> bool:
     """Whether just this data set has been written before."""
     path = layout.directory / PREPARED
-    return path.exists() and path.read_text() == json.dumps(layout.made_of)
+    return path.exists() and path.read_text() == naming.to_json(layout.made_of)
 
 
 def write(layout: Layout, shards: Sequence[Shard], num_threads: int, advance: Callable[[int], None]) -> None:
@@ -246,7 +257,7 @@ def write(layout: Layout, shards: Sequence[Shard], num_threads: int, advance: Ca
 
         partial = shard.path.with_name(shard.path.name + ".partial")
         file_adapters.ArrayRecordFileAdapter.write_examples(partial, records())
-        _sync(partial)
+        files.sync(partial)
         os.replace(partial, shard.path)
 
     with futures.ThreadPoolExecutor(num_threads) as executor:
@@ -278,15 +289,7 @@ def complete(layout: Layout) -> None:
     )
     layout.info.write_to_directory(layout.incomplete)
     for path in layout.incomplete.iterdir():
-        _sync(path)
-    _sync(layout.incomplete)
+        files.sync(path)
+    files.sync(layout.incomplete)
     os.rename(layout.incomplete, layout.directory)
-    _sync(layout.directory.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.sync(layout.directory.parent)

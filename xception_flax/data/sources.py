@@ -10,20 +10,32 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import math
 import os
+import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from xception_flax import naming
 from xception_flax.lookup import lookup, suggest
+from xception_flax.naming import composed
 
 Example = dict[str, Any]
+
+
+# Classes without names are called by their numbers, of which one label may claim any. No data set has as many.
+MAX_UNNAMED_CLASSES = 2**20
+
+# How small an .npz file may make arrays of gigabytes. Deflate makes zeros 1,030 times smaller, the digits 2.5 times.
+MAX_RATIO = 500
 
 
 class InputError(ValueError):
@@ -124,18 +136,20 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
         )
     path = path if path.exists() else zipped
     try:
-        content = path.read_bytes() if path != zipped else gzip.decompress(path.read_bytes())
-        zero, kind, dims = struct.unpack(">HBB", content[:4])
-        shape = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
-        pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * dims)
-    except (OSError, EOFError, struct.error, ValueError, zlib.error) as error:
+        with gzip.open(path) if path == zipped else path.open("rb") as file:
+            zero, kind, dims = struct.unpack(">HBB", file.read(4))
+            shape = struct.unpack(f">{dims}I", file.read(4 * dims))
+            expected = math.prod(shape)
+            if (zero, kind, dims) == (0, 8, ndim):
+                _check_memory(path, expected)
+                pixels = np.frombuffer(file.read(expected + 1), np.uint8)
+    except (OSError, EOFError, struct.error, zlib.error) as error:
         raise ValueError(f"{path}: not a readable IDX file ({error}).") from None
     if (zero, kind, dims) != (0, 8, ndim):
         raise ValueError(f"{path}: expected an IDX file of bytes with {ndim} dimensions, got {shape}.")
-    if pixels.size != math.prod(shape):
-        raise ValueError(
-            f"{path}: expected {math.prod(shape):,} bytes of {shape}, got {pixels.size:,}; it has been cut."
-        )
+    if pixels.size != expected:
+        wrong = "more" if pixels.size > expected else f"{pixels.size:,}; it has been cut"
+        raise ValueError(f"{path}: expected {expected:,} bytes of {shape}, got {wrong}.")
     return pixels.reshape(shape)
 
 
@@ -237,10 +251,19 @@ def tfds(
             f"TFDS data set {builder.name!r} has no split {split!r} ({error}); "
             f"there are: {', '.join(sorted(builder.info.splits))}."
         ) from None
-    return TfdsSource(records, tuple(class_label.names), image_key, label_key, multi_label)
+    what = f"TFDS data set {builder.name!r}: feature {label_key!r}"
+    if not class_label.num_classes:
+        raise ValueError(f"{what} says nothing of its classes; expected their number, or their names.")
+    _check_num_classes(class_label.num_classes, len(records), what)
+    return TfdsSource(records, tuple(map(composed, class_label.names)), image_key, label_key, multi_label)
 
 
 def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
+    if data_dir is not None and not naming.is_unicode(data_dir):
+        raise ValueError(
+            f"data.data_dir: {naming.shown(data_dir)}: TFDS takes no name of a folder that is not UTF-8; rename it, or "
+            "make a link to it."
+        )
     if name is None:
         if data_dir is None:
             raise ValueError(
@@ -281,16 +304,42 @@ def _bucket(library: Any, url: str) -> Any:
 
 # Image folder --------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Of the formats that `decoding` reads; .mpo is a JPEG with more pictures behind the first.
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".bmp",
+    ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+
+# What file managers leave behind, which is not worth a word; so are hidden files, but for images. And the folders
+# of systems, which count as hidden: of archives, disks, and a NAS, which has a small copy of each image in its own.
+_NOISE = ("thumbs.db", "ehthumbs.db", "desktop.ini")
+_SYSTEM_FOLDERS = ("__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information")
+
+VAL_FRACTION = 0.1
+
+MAX_KINDS = 8  # of files that are not read, in a message
+
+
+class Unread(NamedTuple):
+    """A file in the folder of a data set that is no part of it.
+
+    Attributes:
+      path: of the file.
+      why: its suffix in small letters, 'without a suffix', 'hidden', 'no regular file', or 'outside of a class'.
+    """
+
+    path: str
+    why: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Encoded image files and their labels."""
+    """Encoded image files and their labels; and what lies beside them and is not read, file managers' own apart."""
 
     paths: tuple[str, ...]
     labels: tuple[int, ...]
     class_names: tuple[str, ...]
+    unread: tuple[Unread, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -303,12 +352,13 @@ class Files:
         }
 
 
-def folder(split: str, *, data_dir: str, val_fraction: float = 0.1) -> Files:
+def folder(split: str, *, data_dir: str, val_fraction: float = VAL_FRACTION) -> Files:
     """A folder of images, a folder a class; classes are numbered in the order of their names.
 
     Either `data_dir/split/CLASS/image.jpg`, or `data_dir/CLASS/image.jpg` alone: that has the splits
     'train' and 'val', which a hash of each file's name decides, so that a file keeps its split when
     others come or go and when it is moved to another class. Names that begin with '.' are left out.
+    Names are hashed, sorted and compared in Unicode's composed form: copies on other systems are the same data.
 
     Args:
       split: name of a folder, or 'train' or 'val'.
@@ -321,38 +371,54 @@ def folder(split: str, *, data_dir: str, val_fraction: float = 0.1) -> Files:
     directory = _directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
     if not 0 < val_fraction < 1:
         raise ValueError(f"data.val_fraction must be between 0 and 1, got {val_fraction}.")
-    top = _folders(directory)
-    by_name = not any(_folders(p) for p in top) and any(images_in(p) for p in top)
-    if not by_name:
-        if split not in (p.name for p in top) or images_in(directory / split):
-            folder_splits(data_dir)  # of both layouts at once it says so
-            if not any(images_in(p, below=True) for p in top):
-                raise ValueError(
-                    f"{directory} has neither CLASS/*.jpg nor {split}/CLASS/*.jpg in it; images are files that end in "
-                    f"{', '.join(IMAGE_SUFFIXES)}."
-                )
-            raise ValueError(f"{directory} has no folder for split {split!r}; {suggest(split, (p.name for p in top))}")
-        return classes_in(directory / split)
+    splits, places = folder_splits(data_dir, split), {composed(p.name): p for p in _folders(directory)}
+    place = places.get(composed(split))
+    if splits:
+        if place is None:
+            raise ValueError(f"{directory} has no folder for split {split!r}; {suggest(split, splits)}")
+        if composed(split) not in splits and images_in(place):
+            raise ValueError(
+                f"{place} has images, and no folders that say of which class they are; expected {place}/CLASS/*.jpg."
+            )
+        files, others = classes_in(place), _beside(directory, [places[name].name for name in splits])
+        return dataclasses.replace(files, unread=(*files.unread, *others))
+    if not any(images_in(p) for p in places.values()):
+        if place is not None:
+            return classes_in(place)
+        there = describe_unread(_beside(directory, ()), 0)
+        raise ValueError(
+            f"{directory} has neither CLASS/*.jpg nor {split}/CLASS/*.jpg in it; images are files that end in "
+            f"{', '.join(IMAGE_SUFFIXES)}.{there and f' {there}'}"
+        )
     lookup({"train": 0, "val": 1}, split, "split of a folder of classes")
     files = classes_in(directory)
-    chosen = [
-        (path, label)
-        for path, label in zip(files.paths, files.labels, strict=True)
-        if (_hash(os.path.basename(path)) < val_fraction) == (split == "val")
-    ]
-    none = set(files.labels) - {label for _, label in chosen}
+    chosen = split_by_names(files, val_fraction)[split]
+    none = set(files.labels) - set(chosen.labels)
     if split == "train" and none:
         raise ValueError(
             f"{directory / files.class_names[min(none)]}: by their names all {files.labels.count(min(none))} images "
             f"are of split 'val' (data.val_fraction={val_fraction:g}); take a smaller fraction, or add images."
         )
-    if not chosen:
+    if not len(chosen):
         raise ValueError(
             f"{directory}: no image is of split 'val' by the hash of its name (data.val_fraction={val_fraction:g}); "
             "take a larger fraction, or make folders train/CLASS and val/CLASS."
         )
-    paths, labels = zip(*chosen, strict=True)
-    return Files(paths, labels, files.class_names)
+    return chosen
+
+
+def split_by_names(files: Files, val_fraction: float) -> dict[str, Files]:
+    """Returns the splits 'train' and 'val' of images, as a hash of each file's name decides; either may be empty."""
+    splits = {}
+    for split in ("train", "val"):
+        chosen = [
+            (path, label)
+            for path, label in zip(files.paths, files.labels, strict=True)
+            if (_hash(os.path.basename(path)) < val_fraction) == (split == "val")
+        ]
+        paths, labels = zip(*chosen, strict=True) if chosen else ((), ())
+        splits[split] = dataclasses.replace(files, paths=paths, labels=labels)
+    return splits
 
 
 def classes_in(directory: Path) -> Files:
@@ -364,79 +430,188 @@ def classes_in(directory: Path) -> Files:
     classes = _folders(directory)
     if not classes:
         raise ValueError(f"{directory} has no folders of classes in it; expected {directory}/CLASS/*.jpg.")
-    paths, labels = [], []
+    paths, labels, unread = [], [], []
     for label, place in enumerate(classes):
-        files = images_in(place, below=True)
+        files, others = list_files(place)
         if not files:
+            there = describe_unread(others, 0)
             raise ValueError(
                 f"{place} has no image (of {', '.join(IMAGE_SUFFIXES)}); a class must have some, or its folder must go."
+                + (there and f" {there}")
             )
         paths.extend(map(str, files))
         labels.extend([label] * len(files))
-    return Files(tuple(paths), tuple(labels), tuple(p.name for p in classes))
+        unread.extend(others)
+    unread.extend(_beside(directory, [p.name for p in classes]))
+    names = tuple(composed(naming.decoded(p.name)) for p in classes)
+    return Files(tuple(paths), tuple(labels), names, tuple(unread))
 
 
-def folder_splits(data_dir: str) -> tuple[str, ...]:
+def folder_splits(data_dir: str, split: str = "train") -> tuple[str, ...]:
     """Returns the names of the splits that have a folder there; none where a hash of the names decides.
 
+    A split is a folder with images in folders of classes. Where 'train' is one, a folder without classes beside it
+    is none, and not read.
+
+    Args:
+      data_dir: the folder.
+      split: the name of one of them, where none is called 'train'.
+
     Raises:
-      ValueError: no such folder, folders in folders of which none is 'train', or both layouts at once: of
+      ValueError: no such folder, folders in folders of which none is that split, or both layouts at once: of
         which images would be left out.
     """
     directory = _directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
-    top = _folders(directory)
-    inner = [place for p in top for place in _folders(p)[:1]]
-    images = [p.name for p in top if inner and images_in(p)]
-    if images:
+    places = {composed(p.name): p for p in _folders(directory)}
+    inner = {name: folders for name, place in places.items() if (folders := _folders(place))}
+    known = next((name for name in ("train", composed(split)) if name in inner), None)
+    searched = [name for name in places if known in (None, name)] if inner else []
+    if images := [name for name in searched if images_in(places[name])]:
         more = f" and {len(images) - 5:,} more" if len(images) > 5 else ""
+        nested = known or next(iter(inner))
         raise ValueError(
-            f"{directory}: there are images in {', '.join(images[:5])}{more}, and a folder in {inner[0].parent.name} "
-            f"({inner[0].name}); expected either CLASS/*.jpg or SPLIT/CLASS/*.jpg, and nothing of the other."
+            f"{directory}: there are images in {', '.join(images[:5])}{more}, and a folder in {nested} "
+            f"({inner[nested][0].name}); expected either CLASS/*.jpg or SPLIT/CLASS/*.jpg, and nothing of the other."
         )
-    splits = tuple(place.parent.name for place in inner)
-    if splits and "train" not in splits:
+    if inner and known is None:
         raise ValueError(
-            f"{directory}: there are folders in {', '.join(splits[:5])}, none of which is called train; expected "
+            f"{directory}: there are folders in {', '.join(list(inner)[:5])}, none of which is called train; expected "
             "either CLASS/*.jpg or train/CLASS/*.jpg and val/CLASS/*.jpg."
         )
-    return splits
+    return tuple(name for name in inner if name == known or any(not why for _, why in _walk(places[name])))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
 def _folders(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
+    """The folders there in the order of their names, but for hidden ones.
+
+    Raises:
+      ValueError: it cannot be read, or two have names that look the same.
+    """
+    try:
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in entries if not _is_hidden(entry.name) and entry.is_dir()]
+    except OSError as error:
+        raise ValueError(f"{directory} cannot be read: {error.strerror}.") from None
+    names.sort(key=composed)
+    for one, other in itertools.pairwise(names):
+        if composed(one) == composed(other):
+            raise ValueError(
+                f"{directory} has two folders of the name {composed(one)}, written {one!a} and {other!a}; "
+                "make one of them."
+            )
+    return [directory / name for name in names]
 
 
-def images_in(directory: Path, *, below: bool = False) -> list[Path]:
-    """The image files there, or there and below, in order; names that begin with '.' are left out.
+def list_files(directory: Path, *, below: bool = True) -> tuple[list[Path], list[Unread]]:
+    """The image files there, and below, in the order of their names; and all others but for noise.
 
     Links to folders are followed, but no folder is entered twice.
 
     Raises:
       ValueError: one is a link to nothing, or a folder cannot be read.
     """
+    found = list(_walk(directory, below=below))
+    images, unread = [], [Unread(path, why) for path, why in found if why]
+    for path in (path for path, why in found if not why):
+        if os.path.isfile(path):
+            images.append(Path(path))
+        elif os.path.exists(path):
+            unread.append(Unread(path, "no regular file"))
+        else:
+            raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there; remove or mend it.")
+    return sorted(images, key=lambda path: composed(str(path)).split(os.sep)), unread
+
+
+def images_in(directory: Path) -> list[Path]:
+    """The image files right there; as `list_files`."""
+    return list_files(directory, below=False)[0]
+
+
+def _beside(directory: Path, read: Collection[str]) -> list[Unread]:
+    """What is in a folder, but not in those folders of it that are read."""
+    return [Unread(path, why or "outside of a class") for path, why in _walk(directory, left_out=read)]
+
+
+def _walk(directory: Path, *, below: bool = True, left_out: Collection[str] | None = None) -> Iterator[tuple[str, str]]:
+    """Yields each file there that is worth a word, and why it is none to read: '' for images.
+
+    Of hidden files and folders only images are. Links to folders are followed where all of it is read.
+
+    Args:
+      below: enter folders.
+      left_out: folders there not to enter.
+
+    Raises:
+      ValueError: a folder cannot be read.
+    """
+
+    def is_within_hidden(place: str) -> bool:
+        return any(map(_is_hidden, Path(place).relative_to(directory).parts))
 
     def unreadable(error: OSError) -> None:
-        raise ValueError(f"{error.filename} cannot be read: {error.strerror}.")
+        if left_out is None and not is_within_hidden(error.filename):
+            raise ValueError(f"{error.filename} cannot be read: {error.strerror}.")
 
-    found, seen = [], set()
-    for place, folders, names in os.walk(directory, onerror=unreadable, followlinks=True):
+    follow, seen = left_out is None, set()
+    for place, folders, names in os.walk(directory, onerror=unreadable, followlinks=follow):
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if below and not name.startswith("."))
-        found += [Path(place, name) for name in names if not name.startswith(".")]
-    found = [p for p in found if p.suffix.lower() in IMAGE_SUFFIXES]
-    files = [p for p in found if p.is_file()]
-    broken = [p for p in found if p.is_symlink() and not p.exists()] if len(files) < len(found) else []
-    if broken:
-        raise ValueError(f"{broken[0]} is a link to {os.readlink(broken[0])}, which is not there; remove or mend it.")
-    return sorted(files)
+        hidden = is_within_hidden(place)
+        if not hidden:
+            seen.add(real)
+        if left_out and place == str(directory):
+            folders[:] = [name for name in folders if name not in left_out]
+        # Hidden links are not followed: what they lead to might then count as seen.
+        folders[:] = sorted(
+            name
+            for name in folders
+            if below and not ((hidden or _is_hidden(name)) and os.path.islink(os.path.join(place, name)))
+        )
+        for name in sorted(names):
+            path, suffix = os.path.join(place, name), os.path.splitext(name)[1].lower()
+            if hidden or _is_hidden(name):  # macOS writes a '._' file beside each file on foreign disks
+                if suffix in IMAGE_SUFFIXES and not name.startswith("._") and os.path.exists(path):
+                    yield path, "hidden"
+            elif suffix in IMAGE_SUFFIXES:
+                yield path, ""
+            elif name.lower() not in _NOISE:
+                yield path, suffix or "without a suffix"
+
+
+def describe_unread(unread: Iterable[Unread], num_images: int) -> str:
+    """A sentence for people: how many files are not read, of which kinds, and one of each; '' where all are read.
+
+    Args:
+      num_images: that are read.
+    """
+    places = dict(unread)
+    if not places:
+        return ""
+    kinds = Counter(places.values()).most_common()
+    examples = {why: os.path.join(*Path(path).parts[-2:]) for path, why in reversed(places.items())}
+
+    parts = [f"{count:,} {naming.shown(why)} ({naming.shown(examples[why])})" for why, count in kinds[:MAX_KINDS]]
+    if kinds[MAX_KINDS:]:
+        parts.append(f"{sum(count for _, count in kinds[MAX_KINDS:]):,} of other kinds")
+    are = "are" if len(places) > 1 else "is"
+    return f"{len(places):,} of {len(places) + num_images:,} files {are} not read: {', '.join(parts)}."
+
+
+def unread_of(read: Iterable[Source]) -> str:
+    """Says what is not read of the folders that sources are of, as `describe_unread`; of other sources nothing."""
+    files = [source for source in read if isinstance(source, Files)]
+    unread = [file for source in files for file in source.unread]
+    return describe_unread(unread, len({path for source in files for path in source.paths})) if unread else ""
 
 
 def _hash(name: str) -> float:
     """A number in [0, 1) that looks drawn at random, and is the same for the same name everywhere."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
+    return int.from_bytes(hashlib.sha256(composed(name).encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
 
 
 # Arrays --------------------------------------------------------------------------------------------
@@ -445,52 +620,180 @@ def _hash(name: str) -> float:
 def arrays(split: str, *, path: str) -> Arrays:
     """Arrays of an .npz file: `{split}_images` uint8, `{split}_labels` integers `[N]` or 0/1 `[N, classes]`.
 
-    `class_names` in the file is optional; without it classes are called by their numbers.
+    Labels may be whole numbers of any type, and `[N, 1]`. `class_names` in the file is optional; without it classes
+    are called by their numbers.
+
+    Raises:
+      ValueError: no such file or array, or one of another kind, of which the message says what is expected; more
+        than there is memory for, by the header, before it is read.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # which, unlike Path's, is False where a path is too long to be one
         raise ValueError(f"data.path: {path} is no file; expected an .npz file.")
-    keys = (f"{split}_images", f"{split}_labels")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            there = tuple(file)
-            found = {key: file[key] for key in (*keys, "class_names") if key in there}
-    except (OSError, EOFError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a readable .npz file ({error}).") from None
-    for key in keys:
-        if key not in found:
-            raise ValueError(f"{path} has no array {key!r}; {suggest(key, there)}")
-    images, labels = (found[key] for key in keys)
-    names = tuple(map(str, np.atleast_1d(found["class_names"]))) if "class_names" in found else None
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[:1] != labels.shape[:1]:
+    needed = (f"{split}_images", f"{split}_labels")
+    found = _read_npz(path, needed, ("class_names",))
+    images, labels = (found[key] for key in needed)
+    wrong = images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:]
+    if wrong or images.shape[:1] != labels.shape[:1]:
         raise ValueError(
-            f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, C] with a label each, got "
+            f"{path}: {split}_images must be uint8 [N, H, W] or [N, H, W, C], 0 to 255, with a label each, got "
             f"{images.dtype} {images.shape} and labels {labels.shape}."
-        )
-    if labels.ndim not in (1, 2) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{path}: {split}_labels must be integers, [N] or [N, classes], got {labels.dtype} {labels.shape}."
         )
     if not len(images):
         raise ValueError(f"{path}: {split}_images has no image; it must have some.")
+    if images.ndim == 4 and images.shape[-1] not in (1, 3):
+        hint = "; their channels come last: np.moveaxis(images, 1, -1)" if images.shape[1] in (1, 3) else ""
+        raise ValueError(
+            f"{path}: {split}_images [N, H, W, C] must have 1 or 3 channels, got {images.shape[-1]} of "
+            f"{images.shape}{hint}."
+        )
+    labels = _whole_numbers(f"{path}: {split}_labels", labels)
     if labels.ndim == 2 and not np.isin(labels, (0, 1)).all():
-        raise ValueError(f"{path}: {split}_labels [N, classes] must be 0 or 1, got {labels.min()} to {labels.max()}.")
-    num_classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
-    names = names or tuple(map(str, range(num_classes)))
+        raise ValueError(
+            f"{path}: {split}_labels [N, classes] must be 0 or 1, got {labels.min()} to {labels.max()} of shape "
+            f"{labels.shape}; where an image has one class they are [N]."
+        )
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0:
+        raise ValueError(f"{path}: {split}_labels must be the numbers of classes, from 0 on, got {least}.")
+    num_classes = labels.shape[1] if labels.ndim == 2 else most + 1
+    names = _stated_names(path, found["class_names"]) if "class_names" in found else None
+    if names is None:
+        _check_num_classes(num_classes, len(images), f"{path}: {split}_labels")
+        names = tuple(map(str, range(num_classes)))
     if labels.ndim == 2 and len(names) != num_classes:
         raise ValueError(
             f"{path}: {split}_labels [N, classes] must have a column for each of the {len(names)} class_names, got "
             f"{num_classes}."
         )
-    if labels.ndim == 1 and (labels.min() < 0 or labels.max() >= len(names)):
+    if labels.ndim == 1 and most >= len(names):
         raise ValueError(
-            f"{path}: {split}_labels must be in 0 to {len(names) - 1}, got {labels.min()} to {labels.max()}."
+            f"{path}: {split}_labels must be in 0 to {len(names) - 1}, got {least} to {most}; there are {len(names)} "
+            "class_names."
         )
     return Arrays(images, labels.astype(np.int32 if labels.ndim == 1 else np.uint8), names)
 
 
+def _whole_numbers(what: str, labels: np.ndarray) -> np.ndarray:
+    """Labels `[N]` or `[N, classes]` as integers; `[N, 1]` becomes `[N]`."""
+    if labels.ndim not in (1, 2) or labels.dtype.kind not in "biuf" or not labels.size:
+        raise ValueError(f"{what} must be integers, [N] or [N, classes], got {labels.dtype} {labels.shape}.")
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.dtype.kind == "f":
+        if broken := labels[~(np.isfinite(labels) & (labels == np.round(labels)))].tolist()[:1]:
+            raise ValueError(f"{what} must be integers, [N] or [N, classes], got {broken[0]}.")
+        if np.abs(labels).max(initial=0) >= 2**53:  # of which not each whole number is a float
+            raise ValueError(f"{what} must be the numbers of classes, got {np.abs(labels).max():g}.")
+        return labels.astype(np.int64)
+    return labels.astype(np.uint8) if labels.dtype.kind == "b" else labels
+
+
+def _stated_names(path: str, names: np.ndarray) -> tuple[str, ...]:
+    names = np.atleast_1d(names)
+    if names.ndim != 1 or not len(names) or names.dtype.kind not in "USiu":
+        raise ValueError(f"{path}: class_names must be a list of names, one a class, got {names.dtype} {names.shape}.")
+    if names.dtype.kind == "S":
+        names = np.char.decode(names, "utf-8", "replace")
+    return _distinct(map(str, names.tolist()), f"{path}: class_names")
+
+
+def _distinct(names: Iterable[str], what: str) -> tuple[str, ...]:
+    """Names of classes in Unicode's composed form.
+
+    Raises:
+      ValueError: two are the same.
+    """
+    names = tuple(map(composed, names))
+    if len(set(names)) < len(names):
+        twice, count = Counter(names).most_common(1)[0]
+        raise ValueError(f"{what} must differ, got {twice!r} {count} times.")
+    return names
+
+
+def _check_num_classes(num_classes: int, num_images: int, what: str) -> None:
+    """Raises ValueError where classes that nobody has named are more than images, and than any data set has.
+
+    One wrong label would otherwise take all memory for their names.
+    """
+    if num_classes > max(num_images, MAX_UNNAMED_CLASSES):
+        raise ValueError(
+            f"{what}: {num_classes:,} classes, by the largest label or the columns, of {num_images:,} images cannot be "
+            "meant; expected the numbers of classes, from 0 on, or their names too."
+        )
+
+
+def _read_npz(path: str, needed: Sequence[str], optional: Sequence[str]) -> dict[str, np.ndarray]:
+    """Reads arrays of an .npz file, once their headers are found to be true and to fit into memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            files = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            keys = [key for key in (*needed, *optional) if key in files]
+            declared = {key: _declared(archive, files[key]) for key in keys}
+    except (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable .npz file ({error}).") from None
+    for key in needed:
+        if key not in files:
+            raise ValueError(f"{path} has no array {key!r}; {suggest(key, files)}")
+    for key, (dtype, shape, num_bytes) in declared.items():
+        if dtype.hasobject:
+            raise ValueError(
+                f"{path}: {key} is an array of Python objects, which is not read: they may be programs; make it one of "
+                "numbers, or of names."
+            )
+        if dtype.itemsize * math.prod(shape) != num_bytes:
+            raise ValueError(
+                f"{path}: {key} is {dtype} {shape} by its header, {dtype.itemsize * math.prod(shape):,} bytes, and has "
+                f"{num_bytes:,}; the file is damaged."
+            )
+    total, packed = sum(num_bytes for _, _, num_bytes in declared.values()), sum(files[k].compress_size for k in keys)
+    if total > 2**30 and total > MAX_RATIO * packed:
+        raise ValueError(
+            f"{path} holds {total / 2**30:,.1f} GiB by its header, in {packed:,} bytes, as no images do; it is "
+            "damaged, or made to fill memory."
+        )
+    _check_memory(path, total)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in keys}
+    except (OSError, EOFError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable .npz file ({error}).") from None
+
+
+def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[np.dtype, tuple[int, ...], int]:
+    """Type and shape of an array by its header, and the bytes that follow it by the archive's."""
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{info.filename} is of version {version}, expected 1.0 or 2.0")
+        read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
+        shape, _, dtype = read_header(file)
+        return dtype, shape, info.file_size - file.tell()
+
+
+def _check_memory(path: str | Path, num_bytes: int) -> None:
+    """Raises ValueError where so much does not fit into memory, before it is tried."""
+    if num_bytes > (free := _free_memory()):
+        raise ValueError(
+            f"{path} holds {num_bytes / 2**30:,.1f} GiB by its header, and of memory {free / 2**30:,.1f} GiB are free; "
+            "data sets of that size are read from files: by source 'folder' or 'tfds'."
+        )
+
+
+def _free_memory() -> int:
+    """Bytes that this process may take, as far as Linux and a container's limit say; elsewhere all of the machine."""
+    try:
+        available = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # there is none: 'max'
+        return available
+
+
 def _directory(path: str, content: str) -> Path:
-    directory = Path(path).expanduser().absolute()
-    if not directory.is_dir():
+    directory = Path(os.path.expanduser(path)).absolute()
+    if not os.path.isdir(directory):  # and neither raises, for a user or a path that cannot be
         raise ValueError(f"data.data_dir: {directory} is no directory; expected {content} there.")
     return directory
 

@@ -21,10 +21,19 @@ from xception_flax.data import colors
 from xception_flax.data.crops import SAMPLINGS
 from xception_flax.data.rand_augment import BILINEAR, MAX_MAGNITUDE, NEAREST, OPERATIONS
 from xception_flax.data.resampling import resample
-from xception_flax.lookup import lookup, suggest
+from xception_flax.lookup import cut, lookup, suggest, written
+from xception_flax.ranges import check_range
 
 Image = np.ndarray
 Transform = Callable[[Image, np.random.Generator], Image]
+
+# What a recipe may ask for, where the definitions set no end: beyond it a number is a mistake, which would cost memory
+# or time, or leave nothing of an image.
+MAX_SIDE = 10_000  # pixels of an image
+MAX_ASPECT = 1000
+MAX_SCALE = 100
+MAX_JITTER = 100
+MAX_OPS = 100  # of RandAugment
 
 cv2.setNumThreads(0)  # grain's threads and processes are the parallelism; two layers of it fight
 
@@ -41,7 +50,7 @@ def resize(
       kernel: 'bilinear' or 'bicubic'; see `resampling.resample`, for antialias too.
       antialias: False is TensorFlow's and OpenCV's habit, True that of PIL, torchvision and timm.
     """
-    _check("image_size", image_size, 1)
+    check_range("image_size", image_size, 1, MAX_SIDE)
     return resample(image, image_size, image_size, kernel, antialias)
 
 
@@ -55,8 +64,8 @@ def center_crop(
     antialias: bool = False,
 ) -> Image:
     """Takes the central square of `fraction` of the shorter side and scales it: crop first, as TensorFlow's recipes."""
-    _check("image_size", image_size, 1)
-    _check("fraction", fraction, 0, 1, above=True)
+    check_range("image_size", image_size, 1, MAX_SIDE)
+    check_range("fraction", fraction, 0, 1, above=True)
     height, width = image.shape[:2]
     side = max(1, round(fraction * min(height, width)))
     top, left = (height - side) // 2, (width - side) // 2
@@ -76,8 +85,8 @@ def resize_center_crop(
 
     Published figures of theirs are with `antialias=True`; a `crop_pct` of timm's is image_size / resize_size.
     """
-    _check("image_size", image_size, 1)
-    _check("resize_size", resize_size, image_size)
+    check_range("image_size", image_size, 1, MAX_SIDE)
+    check_range("resize_size", resize_size, image_size, MAX_SIDE)
     short = min(image.shape[:2])
     # Of a strip no more than its middle is scaled: all of it could fill the memory, to be cut off then.
     spare_height, spare_width = (max(0, side - 4 * short) // 2 for side in image.shape[:2])
@@ -105,14 +114,14 @@ def random_resized_crop(
 
     Args:
       min_area, max_area: shares of the image's area, 0 to 1.
-      max_aspect: at least 1; width / height of the rectangle is in [1 / max_aspect, max_aspect].
+      max_aspect: 1 to 1000; width / height of the rectangle is in [1 / max_aspect, max_aspect].
       sampling: 'torchvision' or 'tensorflow', whose rectangles are distributed otherwise; see `crops`.
       kernel, antialias: as for `resize`.
     """
-    _check("image_size", image_size, 1)
-    _check("max_area", max_area, 0, 1, above=True)
-    _check("min_area", min_area, 0, max_area, above=True)
-    _check("max_aspect", max_aspect, 1)
+    check_range("image_size", image_size, 1, MAX_SIDE)
+    check_range("max_area", max_area, 0, 1, above=True)
+    check_range("min_area", min_area, 0, max_area, above=True)
+    check_range("max_aspect", max_aspect, 1, MAX_ASPECT)
     box = lookup(SAMPLINGS, sampling, "sampling")
     top, left, height, width = box(rng, *image.shape[:2], min_area=min_area, max_area=max_area, max_aspect=max_aspect)
     return resample(image[top : top + height, left : left + width], image_size, image_size, kernel, antialias)
@@ -120,8 +129,8 @@ def random_resized_crop(
 
 def random_crop_with_padding(image: Image, rng: np.random.Generator, *, image_size: int, padding: int = 4) -> Image:
     """Adds `padding` black pixels at each side and takes a random square (He et al. 2015, section 4.2: CIFAR, 4)."""
-    _check("image_size", image_size, 1)
-    _check("padding", padding, 0)
+    check_range("image_size", image_size, 1, MAX_SIDE)
+    check_range("padding", padding, 0, image_size)
     height, width = (side + 2 * padding - image_size for side in image.shape[:2])
     if height < 0 or width < 0:
         raise ValueError(
@@ -145,12 +154,12 @@ def random_affine(
 ) -> Image:
     """Rotates, shifts and scales about the centre; what comes in from outside repeats the edge.
 
-    Angle uniform in +-max_degrees, shift uniform in +-max_shift (share of each side), logarithm of
-    the scale uniform in +-log(max_scale).
+    Angle uniform in +-max_degrees (0 to 180), shift uniform in +-max_shift (share of each side, 0 to 1),
+    logarithm of the scale uniform in +-log(max_scale) (1 to 100).
     """
-    _check("max_degrees", max_degrees, 0)
-    _check("max_shift", max_shift, 0)
-    _check("max_scale", max_scale, 1)
+    check_range("max_degrees", max_degrees, 0, 180)
+    check_range("max_shift", max_shift, 0, 1)
+    check_range("max_scale", max_scale, 1, MAX_SCALE)
     height, width = image.shape[:2]
     angle = rng.uniform(-max_degrees, max_degrees)
     scale = np.exp(rng.uniform(-1, 1) * np.log(max_scale))
@@ -180,13 +189,13 @@ def color_jitter(
     """Changes the four in random order, as `torchvision.transforms.ColorJitter` does.
 
     Args:
-      brightness, contrast, saturation: the factor is uniform in [max(0, 1 - value), 1 + value].
+      brightness, contrast, saturation: 0 to 100; the factor is uniform in [max(0, 1 - value), 1 + value].
       hue: 0 to 0.5; the turn is uniform in [-hue, hue] of the circle.
     """
     amounts = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
     for name, amount in amounts.items():
-        _check(name, amount, 0)
-    _check("hue", hue, 0, 0.5)
+        check_range(name, amount, 0, MAX_JITTER)
+    check_range("hue", hue, 0, 0.5)
     factors = {name: rng.uniform(max(0.0, 1 - amount), 1 + amount) for name, amount in amounts.items()}
     factors["hue"] = rng.uniform(-hue, hue)
     for i in rng.permutation(4):
@@ -205,12 +214,12 @@ def rand_augment(
     outside is black.
 
     Args:
-      num_ops: how many.
+      num_ops: how many, 0 to 100.
       magnitude: 0 to 30, of each; see `rand_augment.OPERATIONS`.
       kernel: 'nearest' or 'bilinear', of rotations and shears.
     """
-    _check("num_ops", num_ops, 0)
-    _check("magnitude", magnitude, 0, MAX_MAGNITUDE)
+    check_range("num_ops", num_ops, 0, MAX_OPS)
+    check_range("magnitude", magnitude, 0, MAX_MAGNITUDE)
     interpolation = lookup({"nearest": NEAREST, "bilinear": BILINEAR}, kernel, "kernel")
     for _ in range(num_ops):
         operation = _OPERATIONS[rng.integers(len(_OPERATIONS))]
@@ -241,16 +250,16 @@ def random_erasing(
     Args:
       probability: of covering anything; the paper's and torchvision's 0.5.
       min_area, max_area: shares of the image's area, 0 to 1; the paper has 0.02 and 0.4.
-      max_aspect: at least 1; the ratio is in [1 / max_aspect, max_aspect].
+      max_aspect: 1 to 1000; the ratio is in [1 / max_aspect, max_aspect].
       fill: 'noise', uniform 0 to 255 in every pixel and channel, which the paper found best; or 'gray',
         128: torchvision's zeros after normalization.
     """
-    _check("probability", probability, 0, 1)
-    _check("max_area", max_area, 0, 1, above=True)
-    _check("min_area", min_area, 0, max_area, above=True)
-    _check("max_aspect", max_aspect, 1)
+    check_range("probability", probability, 0, 1)
+    check_range("max_area", max_area, 0, 1, above=True)
+    check_range("min_area", min_area, 0, max_area, above=True)
+    check_range("max_aspect", max_aspect, 1, MAX_ASPECT)
     if fill not in ("noise", "gray"):
-        raise ValueError(f"unknown fill {fill!r}; {suggest(fill, ('noise', 'gray'))}")
+        raise ValueError(f"unknown fill {written(fill)}; {suggest(fill, ('noise', 'gray'))}")
     if rng.random() >= probability:
         return image
     height, width = image.shape[:2]
@@ -265,13 +274,6 @@ def random_erasing(
             covered[:] = rng.integers(256, size=covered.shape, dtype=np.uint8) if fill == "noise" else 128
             return image
     return image
-
-
-def _check(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """Raises ValueError unless low <= value <= high, or low < value where `above`."""
-    if not low <= value <= high or (above and value == low) or math.isinf(value):
-        bounds = f"above {low:g}" if above else f"at least {low:g}"
-        raise ValueError(f"{name} must be {bounds}{f' and at most {high:g}' if high < math.inf else ''}, got {value}.")
 
 
 # Chains --------------------------------------------------------------------------------------------
@@ -304,20 +306,22 @@ def parse_transforms(text: str, image_size: int) -> tuple[Transform, ...]:
 
 
 def _parse(call: str, image_size: int) -> Transform:
-    wrong = ValueError(f"a transform must be written as name or name(keyword=value), joined by '|'; got {call!r}.")
+    wrong = ValueError(
+        f"a transform must be written as name or name(keyword=value), joined by '|'; got {written(call)}."
+    )
     try:
         node = ast.parse(call, mode="eval").body
         name = node.func.id if isinstance(node, ast.Call) else node.id
         keywords = node.keywords if isinstance(node, ast.Call) else []
         if (isinstance(node, ast.Call) and node.args) or any(k.arg is None for k in keywords):
             raise wrong
-    except (SyntaxError, AttributeError):
+    except (SyntaxError, AttributeError, ValueError, RecursionError, MemoryError):  # the parser has all of them
         raise wrong from None
     transform = lookup(TRANSFORMS, name, "transform")
     parameters = dict(list(inspect.signature(transform).parameters.items())[2:])
-    options = {k.arg: _value(name, k, parameters) for k in keywords}
+    options = {k.arg: _value(call, name, k, parameters) for k in keywords}
     if len(options) < len(keywords):
-        raise ValueError(f"transform {call!r} gives a keyword twice.")
+        raise ValueError(f"transform {written(call)} gives a keyword twice.")
     if "image_size" in parameters:
         options.setdefault("image_size", image_size)
     for key, parameter in parameters.items():
@@ -327,22 +331,22 @@ def _parse(call: str, image_size: int) -> Transform:
     try:
         transform(np.zeros((image_size, image_size, 3), np.uint8), np.random.default_rng(0))
     except ValueError as error:
-        raise ValueError(f"transform {call!r}: {error}") from None
+        raise ValueError(f"transform {written(call)}: {error}") from None
     return transform
 
 
-def _value(name: str, keyword: ast.keyword, parameters: dict[str, inspect.Parameter]) -> Any:
+def _value(call: str, name: str, keyword: ast.keyword, parameters: dict[str, inspect.Parameter]) -> Any:
     if keyword.arg not in parameters:
         raise ValueError(f"transform {name!r} takes no {keyword.arg!r}; {suggest(keyword.arg, parameters)}")
     expected = parameters[keyword.arg].annotation
     words = {float: "a number", int: "an integer", bool: "True or False", str: "a string in quotes"}[expected]
     try:
         value = ast.literal_eval(keyword.value)
-    except (ValueError, TypeError):  # a name without quotes, most likely
-        value = ast.unparse(keyword.value)
-        expected = type(None)
+    except (ValueError, TypeError, RecursionError, MemoryError):  # a name without quotes, most likely
+        value = None
     kinds = (int, float) if expected is float else expected
     # bool is an int to Python, and never to the author of a recipe.
     if not isinstance(value, kinds) or (isinstance(value, bool) and expected is not bool):
-        raise ValueError(f"transform {name!r}: {keyword.arg} must be {words}, got {ast.unparse(keyword.value)}.")
-    return value
+        written = cut(ast.get_source_segment(call, keyword.value))
+        raise ValueError(f"transform {name!r}: {keyword.arg} must be {words}, got {written}.")
+    return value + 0 if isinstance(value, float) else value  # -0.0 is 0, and no end of an interval to NumPy

@@ -7,7 +7,7 @@ from functools import partial
 import flax.linen as nn
 import jax.numpy as jnp
 
-from xception_flax.lookup import lookup, suggest
+from xception_flax.lookup import lookup, suggest, written
 from xception_flax.models.aligned import ENTRY_FLOW, ENTRY_FLOW_71, AlignedXception
 from xception_flax.models.inception_v3 import InceptionV3
 from xception_flax.models.lenet import LeNet
@@ -28,6 +28,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "xception65p": partial(AlignedXception, entry_flow=ENTRY_FLOW, middle_repeats=16, preactivation=True),
     "lenet": LeNet,
 }
+
+# Of JAX's other floating-point types, of 8 bits and less, no convolution can be made.
+FLOAT_TYPES = tuple(map(jnp.dtype, ("bfloat16", "float16", "float32", "float64")))
 
 
 def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Module:
@@ -56,8 +59,8 @@ def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Mod
 def _float_type(field: str, value: object) -> jnp.dtype:
     try:
         dtype = jnp.dtype(value)
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):  # NumPy reads it as a list of fields, too
         dtype = None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"model.{field} must be a floating-point type such as 'bfloat16', got {value!r}.")
+    if dtype is None or dtype not in FLOAT_TYPES:  # None equals float64 to NumPy
+        raise ValueError(f"model.{field} must be one of {', '.join(map(str, FLOAT_TYPES))}, got {written(value)}.")
     return dtype

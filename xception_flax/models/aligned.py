@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 
 from xception_flax import ops
 from xception_flax.layers import Conv, DepthwiseConv, PointwiseConv, classifier_head
-from xception_flax.models.contract import check_fields, check_images, rate_at, scaled
+from xception_flax.lookup import written
+from xception_flax.models.contract import MAX_LAYERS, check_fields, check_images, check_widths, rate_at, scaled
 
 MIN_IMAGE_SIZE = 32  # pixels a side; five halvings leave one
 
@@ -75,15 +76,16 @@ class AlignedXception(nn.Module):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self)
-        pairs = all(
+        pairs = len(self.entry_flow) <= MAX_LAYERS and all(
             isinstance(block, Sequence) and len(block) == 2 and all(isinstance(n, int) and n >= 1 for n in block)
             for block in self.entry_flow
         )
         if not pairs or sorted(stride for _, stride in self.entry_flow if stride > 1) != [2, 2, 2]:
             raise ValueError(
-                f"entry_flow must be (channels, stride) of blocks with strides 1 or 2, three of them 2, "
-                f"got {self.entry_flow}."
+                f"model.entry_flow must be (channels, stride) of blocks with strides 1 or 2, three of them 2, "
+                f"got {written(self.entry_flow)}."
             )
+        check_widths("model.entry_flow", [channels for channels, _ in self.entry_flow])
 
     @property
     def strides(self) -> dict[str, int]:

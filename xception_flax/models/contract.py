@@ -1,36 +1,45 @@
 """What every network here keeps to: checks of its fields and its images, widths, strides traded for dilation."""
 
-import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 
 from xception_flax.layers import ACTIVATIONS
-from xception_flax.lookup import lookup
+from xception_flax.lookup import lookup, written
+from xception_flax.ranges import check_range
 
 OUTPUT_STRIDES = (8, 16, 32)
+
+# Far beyond any network, and still traced in seconds: a recipe that asks for more has a zero too many.
+MAX_LAYERS = 1000  # that one field can ask for
+MAX_CHANNELS = 2**24  # of one layer, classes too
 
 
 def check_fields(model: nn.Module) -> None:
     """Raises ValueError where a field that several networks share is out of its range."""
     fields = vars(model)
-    if model.num_classes < 0:
-        raise ValueError(f"num_classes must not be negative (0: no classifier), got {model.num_classes}.")
-    if not 0 <= model.dropout_rate < 1:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {model.dropout_rate}.")
-    if any(not isinstance(features, int) or features < 1 for features in fields.get("fc_layers", ())):
-        raise ValueError(f"fc_layers must be positive integers, got {tuple(model.fc_layers)}.")
+    check_range("model.num_classes (0: no classifier)", model.num_classes, 0, MAX_CHANNELS)
+    check_range("model.dropout_rate", model.dropout_rate, 0, 1, below=True)
+    check_widths("model.fc_layers", fields.get("fc_layers", ()))
     if fields.get("mid_activation") is not None:
-        lookup(ACTIVATIONS, model.mid_activation, "mid_activation")
-    for name in ("width", "width_multiple", "bn_epsilon"):
-        if not 0 < fields.get(name, 1) < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {fields[name]}.")
-    if fields.get("middle_repeats", 0) < 0:
-        raise ValueError(f"middle_repeats must not be negative, got {model.middle_repeats}.")
-    if not 0 <= fields.get("bn_decay", 0) < 1:
-        raise ValueError(f"bn_decay, the share kept, must be in [0, 1), got {model.bn_decay}.")
+        lookup(ACTIVATIONS, model.mid_activation, "model.mid_activation")
+    for name in ("width", "bn_epsilon"):
+        check_range(f"model.{name}", fields.get(name, 1.0), 0, above=True)
+    check_range("model.width_multiple", fields.get("width_multiple", 1), 1, MAX_CHANNELS)
+    check_range("model.middle_repeats", fields.get("middle_repeats", 0), 0, MAX_LAYERS)
+    check_range("model.bn_decay, the share kept,", fields.get("bn_decay", 0.0), 0, 1, below=True)
     if fields.get("output_stride", 32) not in OUTPUT_STRIDES:
-        raise ValueError(f"output_stride must be one of {OUTPUT_STRIDES}, got {model.output_stride}.")
+        raise ValueError(f"model.output_stride must be one of {OUTPUT_STRIDES}, got {written(model.output_stride)}.")
+
+
+def check_widths(name: str, widths: Sequence[int]) -> None:
+    """Raises ValueError unless these are numbers of channels, at most `MAX_LAYERS`."""
+    if any(not isinstance(width, int) or width < 1 for width in widths):
+        raise ValueError(f"{name} must be positive integers, got {written(tuple(widths))}.")
+    check_range(f"number of {name}", len(widths), 0, MAX_LAYERS)
+    for width in widths:
+        check_range(name, width, 1, MAX_CHANNELS)
 
 
 def check_images(images: jax.Array, min_size: int, network: str) -> None:
@@ -48,8 +57,17 @@ def check_images(images: jax.Array, min_size: int, network: str) -> None:
 
 
 def scaled(features: int, width: float, multiple: int = 8) -> int:
-    """The nearest multiple of `multiple` to `features * width`, and at least one multiple."""
-    return max(multiple, multiple * round(features * width / multiple))
+    """The nearest multiple of `multiple` to `features * width`, and at least one multiple.
+
+    Raises:
+      ValueError: it is more than `MAX_CHANNELS`.
+    """
+    channels = max(multiple, multiple * round(features * width / multiple))
+    if channels > MAX_CHANNELS:
+        raise ValueError(
+            f"model.width={width} makes a layer of {channels:.3g} channels; at most {MAX_CHANNELS:,} are possible."
+        )
+    return channels
 
 
 def rate_at(stride: int, output_stride: int) -> int:

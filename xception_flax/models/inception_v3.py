@@ -62,7 +62,9 @@ class InceptionV3(nn.Module):
         super().__post_init__()
         check_fields(self)
         if self.auxiliary and not self.num_classes:
-            raise ValueError("auxiliary=True builds a classifier, so num_classes must be at least 1, got 0.")
+            raise ValueError(
+                "model.auxiliary=True builds a classifier, so model.num_classes must be at least 1, got 0."
+            )
 
     @property
     def strides(self) -> dict[str, int]:

@@ -9,7 +9,10 @@ from jax.typing import DTypeLike
 
 from xception_flax import ops
 from xception_flax.layers import Conv, classifier_head
-from xception_flax.models.contract import check_fields, check_images, scaled
+from xception_flax.lookup import written
+from xception_flax.models.contract import check_fields, check_images, check_widths, scaled
+
+MAX_CONVOLUTIONS = 13  # each halves the image, and no image has more than 10,000 pixels a side
 
 
 class LeNet(nn.Module):
@@ -44,8 +47,9 @@ class LeNet(nn.Module):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self)
-        if not self.features or any(not isinstance(f, int) or f < 1 for f in self.features):
-            raise ValueError(f"features must be positive integers, at least one, got {tuple(self.features)}.")
+        check_widths("model.features", self.features)
+        if not 1 <= len(self.features) <= MAX_CONVOLUTIONS:
+            raise ValueError(f"model.features must be 1 to {MAX_CONVOLUTIONS} widths, got {written(self.features)}.")
 
     @property
     def strides(self) -> dict[str, int]:

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from xception_flax import ops
 from xception_flax.layers import Conv, PointwiseConv, SeparableConv, classifier_head, fused_separable_chain
+from xception_flax.lookup import written
 from xception_flax.models.contract import check_fields, check_images, rate_at, scaled
 
 MIN_IMAGE_SIZE = 32  # pixels a side; five halvings leave one
@@ -77,7 +78,7 @@ class Xception(nn.Module):
         super().__post_init__()
         check_fields(self)
         if self.padding not in ("SAME", "SYMMETRIC"):
-            raise ValueError(f"padding must be 'SAME' or 'SYMMETRIC', got {self.padding!r}.")
+            raise ValueError(f"model.padding must be 'SAME' or 'SYMMETRIC', got {written(self.padding)}.")
 
     @property
     def strides(self) -> dict[str, int]:
