@@ -468,7 +468,7 @@ def test_an_odd_config_json_is_a_line_for_all_who_read_it(tmp_path, one_device, 
     assert str(raised.value).startswith(str(path))
     with pytest.raises(ValueError, match=re.escape(str(raised.value))):
         recipe.check_workdir(tmp_path, recipe.load(DIGITS))
-    expected = str(raised.value) if "damaged" in message else f"{path} is no recipe of a network: "
+    expected = str(raised.value) if "is damaged: " in str(raised.value) else f"{path} is no recipe of a network: "
     with pytest.raises(ValueError, match=re.escape(expected)):
         pretrained.restore_run(tmp_path, one_device, "latest")
     assert path.read_bytes() == content

@@ -57,7 +57,7 @@ def read_config(path: Path) -> dict[str, Any]:
     with file_errors(path, "read"):
         content = path.read_bytes()
     try:
-        values = json.loads(content)
+        values = naming.restored(json.loads(content))
         if not isinstance(values, dict):
             raise ValueError(f"expected keys and values in braces, got {content[:40]!r}")
     except (ValueError, RecursionError) as error:
@@ -65,7 +65,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} is damaged: {error}. The command that began the run writes it anew in another workdir; copy it "
             "from there."
         ) from None
-    return naming.restored(values)
+    return values
 
 
 def check_kind(path: Path, *, folder: bool = False, access: int = os.R_OK | os.W_OK) -> None:
