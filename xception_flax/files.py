@@ -61,8 +61,9 @@ def read_config(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError(f"expected keys and values in braces, got {content[:40]!r}")
     except (ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
         raise ValueError(
-            f"{path} is damaged: {error}. The command that began the run writes it anew in another workdir; copy it "
+            f"{path} is damaged: {reason}. The command that began the run writes it anew in another workdir; copy it "
             "from there."
         ) from None
     return values
