@@ -260,6 +260,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 report.evaluation(step, results, weights)
             if saving:
                 with report.pause("checkpoint"):
+                    if first_host:
+                        recipe.check_claim(workdir)  # an evaluation may have taken an hour
                     report.sync()
                     checkpoint.save(manager, train_state, meta, results)
                 report.checkpoint(step)

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
 import train
-from xception_flax import cli, evaluate, predict, recipe
+from xception_flax import cli, evaluate, predict, pretrained, recipe
 from xception_flax.data import sources
 
 DIGITS = str(Path(__file__).parent.parent / "configs" / "digits.py")
@@ -86,3 +87,13 @@ def test_a_bad_file_is_named_and_the_others_are_predicted(workdir, digits, tmp_p
         assert message.replace("\\", "") in err
     code, _, err = run(monkeypatch, capsys, "--workdir", tmp_path, good)
     assert (code, err) == (2, f"error: {tmp_path} is no workdir of a run: it has no config.json.\n")
+
+
+def test_an_output_that_is_not_finite_is_an_error_of_its_image(workdir, digits, one_device):
+    """Finite weights may still be too large for an image."""
+    run = pretrained.restore_run(workdir, one_device, "latest")
+    run = run._replace(variables=jax.tree.map(lambda array: array * 1e30, run.variables))
+    path = digits[0] / "000.png"
+    ((found, error),) = predict.predict(run, recipe.read(workdir), [path], one_device, 1)
+    assert (found, str(error)) == (path, "the network's output for it is not finite.")
+    assert isinstance(error, ValueError)

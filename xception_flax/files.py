@@ -57,27 +57,35 @@ def read_config(path: Path) -> dict[str, Any]:
     with file_errors(path, "read"):
         content = path.read_bytes()
     try:
-        values = json.loads(content)
+        values = naming.restored(json.loads(content))
         if not isinstance(values, dict):
             raise ValueError(f"expected keys and values in braces, got {content[:40]!r}")
     except (ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
         raise ValueError(
-            f"{path} is damaged: {error}. The command that began the run writes it anew in another workdir; copy it "
+            f"{path} is damaged: {reason}. The command that began the run writes it anew in another workdir; copy it "
             "from there."
         ) from None
-    return naming.restored(values)
+    return values
 
 
-def check_kind(path: Path, *, folder: bool = False) -> None:
-    """Raises ValueError where there is something else of that name than a file, or folder, to read and write."""
+def check_kind(path: Path, *, folder: bool = False, access: int = os.R_OK | os.W_OK) -> None:
+    """Raises ValueError where there is something else of that name than a file, or folder, that can be used.
+
+    Args:
+      path: where nothing may be as well.
+      folder: whether it is to be one.
+      access: that is needed to a file, as for `os.access`.
+    """
     if not os.path.lexists(path):
         return
     expected = "folder" if folder else "file"
     if not (path.is_dir() if folder else path.is_file()):
         found = "a link to nothing" if not path.exists() else "a folder" if path.is_dir() else f"no {expected}"
         raise ValueError(f"{path} is {found}, expected a {expected} or nothing; move it away.")
-    if not os.access(path, os.R_OK | os.W_OK | (os.X_OK if folder else 0)):
-        raise ValueError(f"{path} cannot be read and written by this user; change its permissions or its owner.")
+    if not os.access(path, access | (os.W_OK | os.X_OK if folder else 0)):
+        needed = "read and written" if folder or access & os.W_OK else "read"
+        raise ValueError(f"{path} cannot be {needed} by this user; change its permissions or its owner.")
 
 
 # On the disk ---------------------------------------------------------------------------------------

@@ -463,6 +463,7 @@ def _parse_value(key: str, text: str, annotation: Any) -> Any:
 # What a run writes there, by `claim`, `progress`, `checkpoint`, `pictures` and `profiling`.
 FILES = (".lock", "config.json", "metrics.jsonl", "curves.png")
 FOLDERS = ("checkpoints", "tensorboard", "profile")
+REPLACED = ("config.json", "metrics.jsonl")  # by new files at each start, whoever the old ones belong to
 
 
 def to_json(config: ConfigDict) -> str:
@@ -528,7 +529,8 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     except OSError as error:
         raise _not_writable(workdir, error) from None
     for name in FILES + FOLDERS:
-        check_kind(workdir / name, folder=name in FOLDERS)
+        access = os.R_OK if name in REPLACED else os.R_OK | os.W_OK
+        check_kind(workdir / name, folder=name in FOLDERS, access=access)
     if not (workdir / "config.json").is_file():
         foreign = [name for name in ("checkpoints", "metrics.jsonl", "curves.png") if (workdir / name).exists()]
         if foreign:

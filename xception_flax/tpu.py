@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from xception_flax.devices import PEAK_FLOPS_PER_SECOND as _PEAKS
-from xception_flax.lookup import shown, suggest
+from xception_flax.lookup import suggest, written
 
 GIB = 2**30
 
@@ -110,7 +110,9 @@ def parse_slice(name: str) -> Slice:
     cubes = chip.shapes is _CUBES and len(sides) == 3 and all(side % 4 == 0 for side in sides)
     if shape not in chip.shapes and not cubes:
         more = ", and larger ones whose sides divide by 4" if chip.shapes is _CUBES else ""
-        raise ValueError(f"there is no slice {shown(name)}; of {generation} there are: {', '.join(chip.shapes)}{more}.")
+        raise ValueError(
+            f"there is no slice {written(name)}; of {generation} there are: {', '.join(chip.shapes)}{more}."
+        )
     return Slice(name, chip, sides)
 
 
