@@ -97,7 +97,12 @@ def test_a_run_on_them_from_its_data_to_its_predictions(folder, tmp_path, monkey
     """Trained, resumed, evaluated, drawn and predicted; the names come back from JSON as they are on the disk."""
     data_dir, names = folder
     small = ["model.name=lenet", "data.image_size=32", "batch_size=16", "epochs=1", "schedule.warmup_epochs=0"]
-    small += ["data.train_transforms=resize", "data.eval_transforms=resize", "data.train_split=train"]
+    small += [
+        "data.train_transforms=resize",
+        "data.eval_transforms=resize",
+        "step.ema_decay=0.0",
+        "optimizer.momentum=0.0",
+    ]
     overrides = [f"--config.{text}" for text in small]
     recipe_file = str(train.__file__).replace("train.py", "configs/folder.py")
     config = recipe.load(f"{recipe_file}:{data_dir}", overrides)
@@ -129,7 +134,7 @@ def test_a_run_on_them_from_its_data_to_its_predictions(folder, tmp_path, monkey
     code, out, err = run(monkeypatch, predict.main, "--workdir", workdir, data_dir, bad, data_dir / "   ")
     assert code == 2
     _, title, *rows = out.splitlines()
-    assert title.endswith(r"$x^$ \x1b[31m, step 4, ema weights")
+    assert title.endswith(r"$x^$ \x1b[31m, step 4, raw weights")
     assert len(rows) == 64 + 8
     assert err.startswith(rf"error: {tmp_path}/b\xe9d\n.png: the image cannot be decoded: 8 bytes")
 
