@@ -201,10 +201,10 @@ def open_manager(
     folder = (workdir / "checkpoints").absolute()
     steps = _steps(folder)
     try:
-        manager = Checkpoints(folder, score, policies.AnyPreservationPolicy(kept), read_only)
-        if not read_only:  # or the first save would find out
+        if folder.is_dir() and not read_only:  # or the first save would find out
             with tempfile.TemporaryFile(dir=folder):
                 pass
+        manager = Checkpoints(folder, score, policies.AnyPreservationPolicy(kept), read_only)
     except Exception as error:  # it reads the metrics of all steps
         for step in steps:
             if damage := _damage(folder / str(step)):
@@ -359,18 +359,17 @@ def read_variables(
     Raises:
       ValueError: there is no such checkpoint, or the reasons of `restore_variables`.
     """
-    tried = set()
+    said = set()
     while True:
-        step = None
         try:
             with open_manager(workdir, best_metric=best_metric, read_only=True) as manager:
                 step = find_step(manager, which)
                 return step, read_meta(manager, step), restore_variables(manager, abstract_variables, weights, step)
-        except ValueError:
-            # Another step than before: that one was being removed. Of several processes none can begin again alone.
-            if step in tried or len(tried) == READ_TIMES or jax.process_count() > 1:
+        except ValueError as error:
+            # Once more the same: nothing is being removed. Of several processes none can begin again alone.
+            if str(error) in said or len(said) == READ_TIMES or jax.process_count() > 1:
                 raise
-        tried.add(step)
+            said.add(str(error))
         time.sleep(READ_AGAIN_SECONDS)
 
 
