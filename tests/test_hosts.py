@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -87,7 +86,7 @@ from jax import monitoring
 from jax.experimental import multihost_utils
 from xception_flax import cli, hosts, lookup
 me, address = int(sys.argv[1]), sys.argv[2]
-hosts.START_SECONDS, hosts.SILENT_SECONDS, hosts.SHARED_SECONDS, hosts.LOOK_SECONDS = 2, 4, 0.5, 0.5
+hosts.SHARED_SECONDS = hosts.LOOK_SECONDS = 0.5
 def start():
     cli.start(argparse.Namespace(coordinator=address, num_processes=2, process_id=me, distributed=False))
 def refused(check, *arguments):
@@ -162,6 +161,7 @@ def test_a_workdir_of_each_hosts_own_and_one_that_is_killed(tmp_path):
     for i in "01":
         (tmp_path / i).mkdir()
     body = f"""
+hosts.SILENT_SECONDS = 8  # long enough for a busy machine
 start()
 refused(hosts.check_shared, pathlib.Path({str(tmp_path)!r}) / str(me))
 if me:
@@ -177,7 +177,7 @@ multihost_utils.process_allgather(np.zeros(7))
     assert code_of_1 == -signal.SIGKILL
     assert code == 2, err
     assert err == (
-        "error: nothing has been heard of process 1 for 4 s: killed, or the machine or the network is down; see what "
+        "error: nothing has been heard of process 1 for 8 s: killed, or the machine or the network is down; see what "
         "was said there last. The same command on all goes on from the last checkpoint.\n"
     )
     assert list(tmp_path.rglob("*")) == [tmp_path / "0", tmp_path / "1"]
@@ -188,11 +188,9 @@ multihost_utils.process_allgather(np.zeros(7))
     [(0, "process 1 has not come to ADDRESS"), (1, "process 0 does not answer at ADDRESS: Connection refused")],
 )
 def test_one_that_waits_for_nobody(number, reason):
-    began = time.monotonic()
-    ((code, _, err),) = run([number], "start()")
+    ((code, _, err),) = run([number], "hosts.START_SECONDS = 2\nstart()")
     assert (code, err) == (
         2,
         f"error: process {number} of 2 has waited 2 s; {reason}. Start the same command on every host, with "
         "--coordinator each with its own --process-id; see what is said there.\n",
     )
-    assert time.monotonic() - began > 2

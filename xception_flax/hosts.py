@@ -105,9 +105,11 @@ def _bounded(reason: Callable[[], str]) -> Iterator[None]:
 
 
 def _cannot_listen(port: int) -> str | None:
-    """Why, or None. JAX would say it in a stack."""
+    """Why, or None. JAX would say it in a stack. Bound and not listened on, so that nobody connects to this look."""
     try:
-        with socket.create_server(("", port)):
+        with socket.socket() as look:
+            look.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            look.bind(("", port))
             return None
     except OSError as error:
         return os.strerror(error.errno)
