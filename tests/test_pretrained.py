@@ -367,7 +367,7 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
         (tmp_path / "text.npz", {}, r"text\.npz cannot be read as weights of timm: "),
         (tmp_path / "unread.ckpt", {}, r"must be \.h5 \(Keras\).*; torch, which alone reads this, writes one"),
         (tmp_path / "tf.ckpt", {}, r"tf\.ckpt is a checkpoint of TensorFlow \(tf\.ckpt\.index\), and is not read"),
-        ("a" * 5000, {}, r"^init\.weights: 'a{200}' cannot be opened: \[Errno 36\] File name too long"),
+        ("a" * 5000, {}, r"^init\.weights: 'a{200}' cannot be opened: File name too long"),
         ("~no one/w.h5", {}, r"^init\.weights: '~no one/w\.h5' cannot be opened: "),
         (keras_file, dict(model=model.clone(padding="SYMMETRIC")), r"set --config\.model\.padding=SAME$"),
         (

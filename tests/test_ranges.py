@@ -84,6 +84,7 @@ ACCEPTED = {
     "None": (
         *("model.mid_activation", "model.towers", "metrics.class_weights", "optimizer.clip_norm"),
         "schedule.every_images",  # every_epochs is given
+        "data.max_value",  # 16 bits as they are
     ),
     # No profile; and of what no workdir is named, no checkpoint is asked for.
     "''": ("profile", "init.checkpoint"),
@@ -322,7 +323,7 @@ def test_extremes_in_a_chain(name):
         ("", {"batch_size": 2**40}, r"^batch_size=1,099,511,627,776 of data\.image_size=8 takes 70,369 GB, and this"),
         ("data", {"image_size": 10**6}, r"^data\.image_size must be in \[1, 10,000\], got 1000000\.$"),
         ("data", {"num_workers": 10**4}, r"^data\.num_workers \(-1: .*\) must be in \[-1, 256\], got 10000\.$"),
-        ("init", {"weights": LONG_NAME}, r"^init\.weights: x{300} is neither a file nor a folder; expected"),
+        ("init", {"weights": LONG_NAME}, r"^init\.weights: 'x{200}' cannot be opened: File name too long\.$"),
         ("init", {"weights": "~nobody/a"}, r"^init\.weights: \S*/a is neither a file nor a folder; expected"),
         ("normalize", {"std": (0.0,)}, r"^normalize\.std must be positive, got 0\.0\.$"),
         ("normalize", {"std": (2e-38,)}, r"^\(255 - normalize\.mean\) / normalize\.std, of 0\.0 and 2e-38, must be at"),
@@ -337,14 +338,6 @@ def test_messages(name, values, message, one_device):
 def test_an_infinite_rate_is_refused_without_a_recipe_too():
     with pytest.raises(ValueError, match=r"^optimizer\.learning_rate must be 0 or positive, and finite, got inf\.$"):
         optimizers.create_optimizer("sgd", math.inf, schedule=optimizers.constant(RUN))
-
-
-def test_two_classes_of_one_name_are_refused(tmp_path):
-    images, labels = np.zeros((8, 8, 8), np.uint8), np.arange(8) % 4
-    names = ["a", "b", "b", "a"]
-    np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, class_names=names)
-    with pytest.raises(ValueError, match=r"^the data has 2 names for more than one class each: 'a', 'b'; every class"):
-        data.load("arrays", path=str(tmp_path / "a.npz"), train=True, batch_size=8, image_size=8, channels=1)
 
 
 def test_float64_without_jaxs_switch_is_refused(one_device):

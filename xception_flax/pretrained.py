@@ -140,7 +140,8 @@ def load(
         path = _published(model) if weights == "keras" else Path(weights).expanduser()
         is_dir, form = path.is_dir(), weight_files.recognize(path) if path.is_file() else None
     except (OSError, RuntimeError) as error:  # the latter: ~ of nobody
-        raise ValueError(f"init.weights: {weights[:200]!r} cannot be opened: {error}.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"init.weights: {weights[:200]!r} cannot be opened: {reason}.") from None
     if is_dir:
         run = restore_run(path, mesh, checkpoint)
         origin = {"workdir": str(path.absolute()), "step": run.step, "weights": run.weights}

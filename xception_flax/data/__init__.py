@@ -3,7 +3,6 @@
 No module in here calls JAX: worker processes import them and must never open an accelerator.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from xception_flax.data.decoding import WHITE
 from xception_flax.data.pipeline import ON_BAD_IMAGE, InputError, Split, choose_threads, usable_cpus
 from xception_flax.data.sources import SOURCES, unread_of
 from xception_flax.data.transforms import MAX_SIDE, parse_transforms
-from xception_flax.lookup import cut, lookup, suggest, written
+from xception_flax.lookup import lookup, suggest, written
 from xception_flax.naming import composed
 from xception_flax.ranges import check_range
 
@@ -101,7 +100,6 @@ def load(
     examples = function(train_split if train else eval_split, **options)
     if not len(examples):
         raise ValueError(f"source {source!r}: split {train_split if train else eval_split!r} has no images.")
-    _check_names(examples.class_names)
     if train and batch_size > len(examples):  # it would hold images twice, and an epoch would be less than a step
         raise ValueError(
             f"batch_size={batch_size} is more than the {len(examples)} images of split {train_split!r}; "
@@ -125,16 +123,6 @@ def load(
     )
     split.check_transforms()
     return split
-
-
-def _check_names(class_names: Sequence[str]) -> None:
-    """Raises ValueError where two classes have one name: a table, a picture or a JSON would show one of them."""
-    twice = sorted(name for name, count in Counter(class_names).items() if count > 1)
-    if twice:
-        raise ValueError(
-            f"the data has {len(twice):,} names for more than one class each: {cut(', '.join(map(repr, twice)))}; "
-            "every class needs a name of its own."
-        )
 
 
 def check_class_names(expected: Sequence[str], split: Split) -> None:

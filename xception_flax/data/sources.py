@@ -255,7 +255,8 @@ def tfds(
     if not class_label.num_classes:
         raise ValueError(f"{what} says nothing of its classes; expected their number, or their names.")
     _check_num_classes(class_label.num_classes, len(records), what)
-    return TfdsSource(records, tuple(map(composed, class_label.names)), image_key, label_key, multi_label)
+    names = _distinct(class_label.names, f"TFDS data set {builder.name!r}: the names of classes")
+    return TfdsSource(records, names, image_key, label_key, multi_label)
 
 
 def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
@@ -701,7 +702,7 @@ def _distinct(names: Iterable[str], what: str) -> tuple[str, ...]:
     """Names of classes in Unicode's composed form.
 
     Raises:
-      ValueError: two are the same.
+      ValueError: two are the same: a table, a picture or a JSON would show one of them.
     """
     names = tuple(map(composed, names))
     if len(set(names)) < len(names):
