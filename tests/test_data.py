@@ -633,7 +633,7 @@ def test_what_is_not_read_is_counted_and_named(tmp_path):
 
 def test_names_that_break_lines_are_spelled():
     unread = [sources.Unread("cat/a\n.jpg\n", ".jpg\n"), sources.Unread(os.fsdecode(b"cat/\xe9.txt"), ".txt")]
-    expected = r"2 of 5 files are not read: 1 '.jpg\n' ('cat/a\n.jpg\n'), 1 .txt ('cat/\udce9.txt')."
+    expected = r"2 of 5 files are not read: 1 .jpg\n (cat/a\n.jpg\n), 1 .txt (cat/\xe9.txt)."
     assert sources.describe_unread(unread, 3) == expected
 
 
