@@ -170,7 +170,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         if start_step >= total_steps:
             if first_host:
                 print(f"{naming.shown(workdir)}: this run is finished ({total_steps} steps); nothing to do.")
-                print(recipe.how_to_train_on(workdir))
+                print(naming.harmless(recipe.how_to_train_on(workdir)))
                 draw_curves(workdir)
             return 0
         # The step is compiled while the state is made or read.

@@ -72,6 +72,7 @@ ACCEPTED = {
         *("optimizer.beta1", "optimizer.beta2", "optimizer.backbone_factor", "schedule.warmup_epochs"),
         *("schedule.final_factor", "mix.mixup_alpha", "mix.cutmix_alpha", "mix.probability", "mix.switch_probability"),
     ),
+    "inf": ("eval_every_epochs", "checkpoint_every_epochs"),  # at the end alone
     # A seed, a backbone without classifier, an entry and an exit flow alone, off, none.
     "0": (
         *("seed", "model.num_classes", "model.middle_repeats", "data.num_workers", "data.min_decoded_side"),
@@ -327,7 +328,7 @@ def test_extremes_in_a_chain(name):
         ("init", {"weights": "~nobody/a"}, r"^init\.weights: \S*/a is neither a file nor a folder; expected"),
         ("normalize", {"std": (0.0,)}, r"^normalize\.std must be positive, got 0\.0\.$"),
         ("normalize", {"std": (2e-38,)}, r"^\(255 - normalize\.mean\) / normalize\.std, of 0\.0 and 2e-38, must be at"),
-        ("schedule", {"name": "exponential", "every_images": 9, "decay_rate": 1.5}, r"decay_rate must be in \(0, "),
+        ("schedule", {"name": "exponential", "every_images": 9, "decay_rate": 0.0}, r"decay_rate must be positive"),
     ],
 )  # fmt: skip
 def test_messages(name, values, message, one_device):

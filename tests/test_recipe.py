@@ -574,3 +574,18 @@ with recipe.claim(pathlib.Path({str(tmp_path)!r}), recipe.load({DIGITS!r})):
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with recipe.claim(tmp_path, config), recipe.claim(tmp_path, config):
         pass
+
+
+def test_infinite_epochs_between_two_are_at_the_end_alone(tmp_path):
+    """JSON has no infinity. A config.json of an older version says it all the same, and is of the same recipe."""
+    config = recipe.load(DIGITS, ["--config.eval_every_epochs=inf", "--config.checkpoint_every_epochs=1e400"])
+    largest = 2.0**128 - 2.0**104  # of float32
+    assert (config.eval_every_epochs, config.checkpoint_every_epochs) == (largest, largest)
+    with recipe.claim(tmp_path, config):
+        pass
+    text = (tmp_path / "config.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["eval_every_epochs"] == largest
+    (tmp_path / "config.json").write_text(text.replace(str(largest), "Infinity"))
+    assert recipe.differences(recipe.read(tmp_path), config) == []
+    with pytest.raises(ValueError, match="'eval_every_epochs' must be float, got 'nan'"):
+        recipe.load(DIGITS, ["--config.eval_every_epochs=nan"])

@@ -324,7 +324,7 @@ def test_normalizer(rng):
     np.testing.assert_allclose(per_channel(images), (images - np.array([1, 2, 3])) / np.array([1, 2, 4]), rtol=1e-6)
     with pytest.raises(ValueError, match="mean has 3 values, but the images have 1 channels"):
         per_channel(images[..., :1])
-    with pytest.raises(ValueError, match="std positive"):
+    with pytest.raises(ValueError, match=r"normalize\.std must be positive, got 0\.0"):
         steps.create_normalizer((0.0,), (0.0,))
 
 

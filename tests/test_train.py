@@ -866,12 +866,13 @@ def test_a_defect_keeps_its_traceback(monkeypatch, defect):
 
 
 def test_what_does_not_fit_into_memory_is_two_lines(tmp_path, monkeypatch, capsys):
-    """No machine has room for an image of 4 PB; and an error that is none of memory keeps its traceback."""
-    large = [*SMALL, f"--config.data.image_size={2**26}"]
-    code, _, err = run(monkeypatch, capsys, train.main, "--config", DIGITS, "--workdir", tmp_path, *large)
+    """No machine has room for 32 PiB; and an error that is none of memory keeps its traceback."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", lambda *arguments: np.empty(2**55, np.uint8))
+        code, _, err = run(patch, capsys, train.main, "--config", DIGITS, "--workdir", tmp_path / "w")
     assert code == 2
     last = err.splitlines()[-2:]
-    assert re.match(r"error: it does not fit into memory: .*allocate 12\.0 PiB", last[0]), err
+    assert re.match(r"error: it does not fit into memory: .*allocate 32\.0 PiB", last[0]), err
     assert "Lower batch_size" in last[1]
     with (
         pytest.raises(ValueError, match=r"not fit into memory: .*Unable to allocate.*\nadvice"),

@@ -387,7 +387,8 @@ def read_meta(manager: Checkpoints, step: int) -> dict[str, Any]:
         raise _damaged(manager, step, ValueError("meta/metadata is not of this program"))
     if meta.get("step", step) != step:  # older ones do not say it
         raise _unreadable(manager.folder, step, _of_another_step(meta["step"]))
-    return meta
+    # Older runs have the names of their classes as they were on their disk, decomposed or not.
+    return meta | {"class_names": list(map(naming.composed, meta["class_names"]))}
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:

@@ -35,13 +35,13 @@ INCEPTION_V3_NUMBERED = (
     *(f"mixed{i}_{conv}" for i in (9, 10) for conv in _MIXED_8),
 )
 
-_NUMBERED_CONV = re.compile(r"conv(?:olution)?2d(?:_(\d+))?$")
-_NUMBERED_NORM = re.compile(r"batch_?normalization(?:_(\d+))?$")
+_NUMBERED_CONV = re.compile(r"conv(?:olution)?2d(?:_([0-9]{1,6}))?$")
+_NUMBERED_NORM = re.compile(r"batch_?normalization(?:_([0-9]{1,6}))?$")
 
 # Ours of Xception, and where Keras 3 keeps a layer: its class, and its rank among those of its class.
 _XCEPTION_LAYER = re.compile(r"block(?P<block>\d+)_(?P<kind>conv|sepconv|residual)(?P<i>\d*)(?P<bn>_bn)?")
 _PLACE = re.compile(
-    r"(?P<parent>/(?:.*/)?layers)/(?P<keras_class>conv2d|separable_conv2d|batch_normalization|dense)(?:_(?P<rank>\d+))?"
+    r"(?P<parent>/(?:.*/)?layers)/(?P<keras_class>conv2d|separable_conv2d|batch_normalization|dense)(?:_(?P<rank>[0-9]{1,6}))?"
 )
 
 
@@ -138,7 +138,7 @@ def _names_by_rank(places: Sequence[str], template: Mapping[str, PyTree], path: 
     ours = sorted(_class_and_order(name) for name in template["params"] if name != "predictions")
     if [layer[0] for layer in sorted(found)] != [layer[0] for layer in ours] or len(parents) > 1 or len(dense) > 1:
         raise ValueError(
-            f"{path}: Keras 3.0 to 3.5 wrote no names of layers into it, and by their order only those of the whole "
+            f"{path}: Keras before 3.6 wrote no names of layers into it, and by their order only those of the whole "
             "Xception can be told apart. With Keras 3.6 or newer: model.load_weights(FILE), "
             "model.save_weights('new.weights.h5')."
         )

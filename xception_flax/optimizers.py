@@ -57,7 +57,7 @@ def exponential(
             "schedule 'exponential' takes exactly one of every_epochs and every_images, "
             f"got every_epochs={every_epochs}, every_images={every_images}."
         )
-    check_range("schedule.decay_rate", decay_rate, 0, 1, above=True)
+    check_range("schedule.decay_rate", decay_rate, 0, above=True)
     if every_images is None:
         check_range("schedule.every_epochs", every_epochs, 0, above=True)
         every = every_epochs * run.num_images
@@ -77,7 +77,7 @@ def exponential(
 def cosine(run: Run, *, warmup_epochs: float = 0.0, final_factor: float = 0.0) -> Schedule:
     """Linear warm-up from 0 to 1, then half a cosine down to `final_factor`, 0 to 1 (Loshchilov & Hutter 2017)."""
     check_range("schedule.warmup_epochs", warmup_epochs, 0)
-    check_range("schedule.final_factor", final_factor, 0, 1)
+    check_range("schedule.final_factor", final_factor, 0)
     warmup_steps = round(warmup_epochs * run.num_images / run.batch_size)
     if warmup_steps >= run.total_steps:
         raise ValueError(

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import importlib.util
 import inspect
+import math
 import os
 import re
 import shlex
@@ -32,7 +33,7 @@ from ml_collections import ConfigDict
 from xception_flax import checkpoint, data, metrics, mixing, models, naming, optimizers, pretrained, sharding, steps
 from xception_flax.files import check_kind, file_errors, read_config, write_whole
 from xception_flax.lookup import cut, suggest, written
-from xception_flax.ranges import check_number, check_range
+from xception_flax.ranges import LARGEST, check_number, check_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Loop:
       epochs: length of the run, in passes over the training split; may be a fraction.
       seed: of initial weights, data order, augmentation, mixing and dropout.
       log_every_steps: steps between two lines of training metrics.
-      eval_every_epochs: epochs between two evaluations; the end is always evaluated.
-      checkpoint_every_epochs: epochs between two checkpoints; the end is always saved.
+      eval_every_epochs: epochs between two evaluations; the end is always evaluated, and at inf nothing else.
+      checkpoint_every_epochs: epochs between two checkpoints; the end is always saved, and at inf nothing else.
       profile: steps to trace into `workdir/profile`, as `FIRST:LAST`, both included; '' for none. The
         first step compiles, and its trace is large.
     """
@@ -137,6 +138,9 @@ OPERATIONAL_GROUPS = ("mesh", "checkpoint")
 
 # Keys that each host of a run may have of its own.
 PER_HOST = ("data.data_dir", "data.num_threads", "data.num_workers")
+
+# Keys of which infinity means something: at the end alone. JSON has none, so it becomes float32's largest number.
+ENDLESS = ("eval_every_epochs", "checkpoint_every_epochs")
 
 MAX_TEXT = 4096  # characters of a value: as many bytes as Linux takes for a path
 
@@ -326,6 +330,8 @@ def _complete(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[str,
             )
         if key in values and not _fits(value, parameter.annotation):
             raise _mistyped(prefix + key, parameter.annotation, value)
+        if prefix + key in ENDLESS and value == math.inf:
+            value = LARGEST
         for leaf in _leaves(value):
             _check_value(prefix + key, leaf)
         complete[key] = _canonical(value, parameter.annotation)
@@ -447,7 +453,7 @@ def _select(prefix: str, group: Group, values: dict[str, Any], choice: str) -> N
 
 def _parse_value(key: str, text: str, annotation: Any) -> Any:
     """The first reading of `text` that has the right type: a Python literal, else the text itself."""
-    literals = {"true": True, "false": False, "none": None}
+    literals = {"true": True, "false": False, "none": None, "inf": math.inf}
     try:
         literal = literals[text.lower()] if text.lower() in literals else ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # as ast's documentation lists them

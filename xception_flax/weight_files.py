@@ -224,14 +224,16 @@ def _dataset(group: Any, name: str, room: Room) -> np.ndarray:
     room.check(dataset.name, dataset.dtype, dataset.shape)
     if dataset.dtype.kind == "f" and dataset.id.get_type() != h5py.h5t.py_create(dataset.dtype):
         raise ValueError(f"{dataset.name} has numbers of a type of its own; expected those of IEEE 754")
-    # What was never written would be read as zeros.
-    whole = math.prod(
-        -(-n // chunk) for n, chunk in zip(dataset.shape, dataset.chunks or dataset.shape, strict=True) if n
-    )
-    stored = dataset.id.get_num_chunks() if dataset.chunks else dataset.id.get_storage_size() / dataset.nbytes
-    if dataset.size and stored < whole:
+    if dataset.size and not _is_whole(dataset):  # what was never written would be read as zeros
         raise ValueError(f"{dataset.name} has not all of its numbers in the file")
     return _native(dataset[()])
+
+
+def _is_whole(dataset: Any) -> bool:
+    if not dataset.chunks:
+        return dataset.id.get_storage_size() >= dataset.nbytes
+    chunks = math.prod(-(-n // chunk) for n, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+    return dataset.id.get_num_chunks() >= chunks
 
 
 def _vars(group: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:

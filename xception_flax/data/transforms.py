@@ -154,10 +154,10 @@ def random_affine(
 ) -> Image:
     """Rotates, shifts and scales about the centre; what comes in from outside repeats the edge.
 
-    Angle uniform in +-max_degrees (0 to 180), shift uniform in +-max_shift (share of each side, 0 to 1),
+    Angle uniform in +-max_degrees (0 to 360), shift uniform in +-max_shift (share of each side, 0 to 1),
     logarithm of the scale uniform in +-log(max_scale) (1 to 100).
     """
-    check_range("max_degrees", max_degrees, 0, 180)
+    check_range("max_degrees", max_degrees, 0, 360)
     check_range("max_shift", max_shift, 0, 1)
     check_range("max_scale", max_scale, 1, MAX_SCALE)
     height, width = image.shape[:2]
