@@ -80,7 +80,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
       The exit code: 0 at the end, 128 + N after signal N, with a checkpoint written.
 
     Raises:
-      ValueError: the recipe cannot be run here; nothing has been written.
+      ValueError: the recipe cannot be run here; nothing has been written but, at most, an empty run's config.json.
     """
     recipe.check_workdir(workdir, config)
     hosts.agree("recipe", lambda: recipe.alike(config) | hosts.software())
@@ -101,7 +101,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
     if len(train_data.class_names) < 2:
         raise ValueError(f"the data has one class only, {train_data.class_names[0]!r}; expected two or more.")
     data.check_class_names(train_data.class_names, eval_data)
-    hosts.agree("data", lambda: train_data.identity() | eval_data.identity())
+    begun = checkpoint.has_steps(workdir)
+    same = {"whether the workdir has checkpoints": begun}
+    hosts.agree("data", lambda: train_data.identity() | eval_data.identity() | same)
     if config.model.num_classes != len(train_data.class_names):
         raise ValueError(
             f"model.num_classes is {config.model.num_classes}, but the data has {len(train_data.class_names)} classes; "
@@ -141,7 +143,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
 
     # A run that goes on has its own; one that begins finds out before anything is written.
     initial = None
-    if not checkpoint.has_steps(workdir):
+    if not begun:
         train_data.check_max_value()
         initial = load_initial()
 
@@ -340,9 +342,9 @@ def check_finite(sums: dict[str, metrics.Sum], step: int) -> None:
 def check_same_data(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
     """Raises ValueError where the checkpoint was trained on other classes or another number of images."""
     for key in ("class_names", "num_images"):
-        if saved[key] != now[key]:
+        if saved.get(key) != now[key]:
             raise ValueError(
-                f"the data has changed since {workdir} was begun: {key} was {str(saved[key])[:200]}, now it is "
+                f"the data has changed since {workdir} was begun: {key} was {str(saved.get(key))[:200]}, now it is "
                 f"{str(now[key])[:200]}. Give the same data, or take a new workdir."
             )
 

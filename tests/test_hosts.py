@@ -183,6 +183,46 @@ multihost_utils.process_allgather(np.zeros(7))
     assert list(tmp_path.rglob("*")) == [tmp_path / "0", tmp_path / "1"]
 
 
+def test_a_death_is_said_where_the_next_collective_fails_of_it():
+    """gloo raises at once where a peer has gone, which says nothing of which one, nor what to do."""
+    body = """
+hosts.STILL_SECONDS = 3  # six signs of life
+start()
+multihost_utils.process_allgather(np.zeros(7))
+if me:
+    os.kill(os.getpid(), signal.SIGKILL)
+multihost_utils.process_allgather(np.zeros(7))
+"""
+    (code, _, err), (code_of_1, _, _) = run([0, 1], body)
+    assert code_of_1 == -signal.SIGKILL
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        "error: nothing has been heard of process 1 for 3 s: killed, or the machine or the network is down; see what "
+        "was said there last. The same command on all goes on from the last checkpoint.",
+    ), err
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_and_a_defect_are_said_by_the_other():
+    """An error that passes `jit` gets a note of JAX's behind it, which is no reason."""
+    body = """
+start()
+multihost_utils.process_allgather(np.zeros(7))
+if me:
+    {}
+multihost_utils.process_allgather(np.zeros(7))
+"""
+    wrong = body.format("jax.jit(lambda: jax.numpy.zeros(3) + jax.numpy.zeros(4))()")
+    (code, _, err), (code_of_1, _, err_of_1) = run([0, 1], wrong)
+    reason = "TypeError: add got incompatible shapes for broadcasting: (3,), (4,)."
+    assert (code, code_of_1) == (1, 1)
+    assert f"\n{reason}\n" in err_of_1
+    assert err.splitlines()[-1] == f"error: process 1 has failed, and ends all: {reason}"
+    (code, _, err), (code_of_1, _, _) = run([0, 1], body.format("os.kill(os.getpid(), signal.SIGINT)"))
+    assert (code, code_of_1) == (130, 130)
+    assert err.splitlines()[-1] == "error: process 1 has failed, and ends all: it was interrupted"
+
+
 @pytest.mark.parametrize(
     ("number", "reason"),
     [(0, "process 1 has not come to ADDRESS"), (1, "process 0 does not answer at ADDRESS: Connection refused")],

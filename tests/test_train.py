@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -452,13 +453,19 @@ def test_of_several_processes_one_hands_ctrl_c_on():
         signal.signal(signal.SIGTERM, before)
 
 
-def start_two(workdir: Path) -> list[subprocess.Popen]:
+def start_two(*workdirs: Path, overrides: Sequence[str] = ("", "")) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     seldom = ["--config.eval_every_epochs=2", "--config.checkpoint_every_epochs=2"]
     return [
-        start(workdir, "--coordinator", address, "--num-processes", "2", "--process-id", str(i), *seldom, devices=1)
+        start(
+            workdirs[i % len(workdirs)],
+            *("--coordinator", address, "--num-processes", "2", "--process-id", str(i)),
+            *seldom,
+            *filter(None, (overrides[i],)),
+            devices=1,
+        )
         for i in range(2)
     ]
 
@@ -495,6 +502,30 @@ def test_two_processes_are_one(whole, tmp_path, monkeypatch, capsys):
     code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path)
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["top1"] == pytest.approx(final[1]["eval/top1"], abs=1e-9)
+
+
+def test_processes_that_differ_do_not_begin(whole, tmp_path):
+    """By their seeds nothing is written; by their workdirs, of which one has a run in it, nothing either."""
+    seeds = ["--config.seed=0", "--config.seed=1"]
+    results = [finish(host) for host in start_two(tmp_path / "new", overrides=seeds)]
+    said = "error: the processes of this run are not alike: {}. Start the same on every host."
+    differ = said.format("recipe key seed is 0 on process 0, 1 on process 1")
+    assert [(code, err.splitlines()[-1]) for code, _, err in results] == [(2, differ)] * 2, results
+    assert list(tmp_path.iterdir()) == []
+
+    (tmp_path / "0").mkdir()
+    shutil.copytree(whole / "checkpoints", tmp_path / "0" / "checkpoints")
+    config = json.loads((whole / "config.json").read_text())
+    config |= {"eval_every_epochs": 2.0, "checkpoint_every_epochs": 2.0}
+    config["init"]["weights"] = str(whole)
+    (tmp_path / "0" / "config.json").write_text(json.dumps(config))
+    results = [
+        finish(host)
+        for host in start_two(tmp_path / "0", tmp_path / "1", overrides=[f"--config.init.weights={whole}"] * 2)
+    ]
+    differ = said.format("whether the workdir has checkpoints is true on process 0, false on process 1")
+    assert [(code, err.splitlines()[-1]) for code, _, err in results] == [(2, differ)] * 2, results
+    assert not (tmp_path / "1").exists()
 
 
 # Evaluation ----------------------------------------------------------------------------------------

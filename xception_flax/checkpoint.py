@@ -380,15 +380,26 @@ def read_meta(manager: Checkpoints, step: int) -> dict[str, Any]:
       ValueError: they are damaged, or of another step.
     """
     try:
-        meta = naming.restored(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     except Exception as error:
         raise _damaged(manager, step, error) from None
-    if not isinstance(meta, dict) or not {"class_names", "checksums"} <= meta.keys():
+    if not _is_meta(meta):
         raise _damaged(manager, step, ValueError("meta/metadata is not of this program"))
-    if meta.get("step", step) != step:  # older ones do not say it
-        raise _unreadable(manager.folder, step, _of_another_step(meta["step"]))
+    if "step" in meta:  # older ones do not say it, and have strings as they are
+        meta = naming.restored(meta)
+        if meta["step"] != step:
+            raise _unreadable(manager.folder, step, _of_another_step(meta["step"]))
     # Older runs have the names of their classes as they were on their disk, decomposed or not.
     return meta | {"class_names": list(map(naming.composed, meta["class_names"]))}
+
+
+def _is_meta(meta: Any) -> bool:
+    """Whether it has what is read of it, of the right types."""
+    if not isinstance(meta, dict):
+        return False
+    names, sums = meta.get("class_names"), meta.get("checksums")
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return named and isinstance(sums, dict) and all(isinstance(of_item, dict) for of_item in sums.values())
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
@@ -411,7 +422,7 @@ def _restore(manager: Checkpoints, abstract_items: dict[str, PyTree], step: int)
     for name in abstract_items:
         sums, not_finite = _inspect(items[name])
         for path, checksum in sums.items():
-            if checksum != expected[name].get(path):
+            if checksum != expected.get(name, {}).get(path):
                 raise _unreadable(manager.folder, step, f"the values of {name}{path} have changed on disk")
         if name in WEIGHTS and not_finite:
             raise _unreadable(manager.folder, step, _places(name, not_finite))

@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -113,6 +114,7 @@ def _say_failed_saves_once() -> None:
     """
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
     def unraisable(what: "sys.UnraisableHookArgs") -> None:
         if str(what.exc_value) != "Event loop is closed" and not isinstance(what.exc_value, ImportError):
@@ -136,7 +138,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     try:
         code, message = _outcome(main)
     except Exception as error:
-        hosts.end(1, "".join(traceback.format_exception(error)))
+        hosts.end(1, "".join(traceback.format_exception(error)), error)
         raise
     if message is None:
         hosts.leave()

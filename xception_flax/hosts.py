@@ -11,20 +11,26 @@ import hashlib
 import json
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import jax
 
+from xception_flax import signals
+
 START_SECONDS = 300  # that a process waits for the others; JAX's own default
 JAX_START_SECONDS = START_SECONDS + 30  # JAX ends the process with a stack in place of a sentence: it must come later
 LOOK_SECONDS = 2  # between two looks at what the others say, and two signs of life
+STILL_SECONDS = 10  # without one a process counts as dead where its death is what an error here looks like
 SILENT_SECONDS = 75  # without a sign of life a process counts as dead; JAX itself takes 100 and says it in a stack
 FAREWELL_SECONDS = 15  # that a process which ends waits for the others to hear of it
 SHARED_SECONDS = 30  # that a new folder may take to be seen by all: so long NFS may say that there is none
@@ -163,6 +169,7 @@ def software() -> dict[str, Any]:
         **{f"the version of {name}": metadata.version(name) for name in LIBRARIES},
         **{name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
         **{name: getattr(jax.config, name) for name in SETTINGS},
+        "--num-processes": _client_state().num_processes,
         "the kind of devices": jax.local_devices()[0].device_kind,
         "the number of local devices": jax.local_device_count(),
     }
@@ -224,7 +231,7 @@ def check_shared(folder: Path) -> None:
 # Ending --------------------------------------------------------------------------------------------
 
 
-def end(code: int, message: str) -> None:
+def end(code: int, message: str, error: BaseException | None = None) -> None:
     """Ends this process and all others where one of several fails; returns where there is one only.
 
     Where another has failed before, this is most likely what came of it, and the other's reason is the one that is
@@ -232,20 +239,50 @@ def end(code: int, message: str) -> None:
 
     Args:
       code: exit code of all of them.
-      message: what this process says: 'error: ...', or a traceback, of which the others say the last line.
+      message: what this process says: 'error: ...', or a traceback.
+      error: of a traceback, which the others say in short. It may be what another's death looks like from here: JAX
+        has no type of its own for that, so that a death is looked for first.
     """
     if not _is_several():
         return
     _ending.acquire()
-    reason = message.removeprefix("error: ") if message.startswith("error: ") else message.strip().rpartition("\n")[2]
-    _tell(code, reason or "nobody reads its output")
+    reason, dead = message.removeprefix("error: ").strip() or "nobody reads its output", []
+    if error is not None:  # JAX adds notes to errors, which come behind the error itself
+        reason = traceback.format_exception_only(error)[0].strip()
+    if error is not None and _word() is None and (dead := _standing_still()):
+        code, reason = 2, _died(dead, STILL_SECONDS)
+        message = f"error: {reason}"
+    _tell(code, reason)
     word = _word()
     if word is None or word[1] == jax.process_index() or word[2] == reason:
         _say(message)
     else:
         code = word[0]
         _say(_of_another(*word[1:]))
-    _leave(code)
+    _leave(code, dead=len(dead))
+
+
+def _standing_still() -> list[int]:
+    """The other processes that give no sign of life while this one looks for `STILL_SECONDS`."""
+    still = set(range(_client_state().num_processes)) - {_client_state().process_id}
+    deadline = time.monotonic() + STILL_SECONDS
+    try:
+        before = dict(_client().key_value_dir_get(_SIGN))
+        while still and time.monotonic() < deadline:
+            time.sleep(0.1)
+            now = dict(_client().key_value_dir_get(_SIGN))
+            still = {i for i in still if before.get(f"{_SIGN}/{i}") == now.get(f"{_SIGN}/{i}")}
+    except Exception:  # the coordinator has gone, and JAX ends this process
+        return []
+    return sorted(still)
+
+
+def interrupted(number: int, frame: FrameType | None = None) -> NoReturn:
+    """Handles Ctrl-C before the first step: ends this process, and the others with a word of it."""
+    signal.signal(number, signals.stop_at_once)  # where it comes again
+    _tell(128 + number, "it was interrupted")
+    _say("\ninterrupted")
+    _leave(128 + number)
 
 
 def leave() -> None:
@@ -259,6 +296,7 @@ def watch() -> None:
     """Lets a thread look whether another process has failed or died, which then ends this one too."""
     if _is_several():
         _watching.start()
+        signal.signal(signal.SIGINT, interrupted)
 
 
 class _Watch:
@@ -285,8 +323,8 @@ class _Watch:
                 _client().key_value_set(f"{_SIGN}/{me}", str(number), allow_overwrite=True)
                 if me == 0 and (silent := signs.silent(dict(_client().key_value_dir_get(_SIGN)), time.monotonic())):
                     _ending.acquire()
-                    _tell(2, _died(silent))
-                    _say(f"error: {_died(silent)}")
+                    _tell(2, _died(silent, SILENT_SECONDS))
+                    _say(f"error: {_died(silent, SILENT_SECONDS)}")
                     _leave(2, dead=len(silent))
                 word = _word()
             except Exception:  # the coordinator cannot be reached: JAX ends the process where that lasts
@@ -324,9 +362,9 @@ def _of_another(process: int, reason: str) -> str:
     return f"error: process {process} has failed, and ends all: {reason}"
 
 
-def _died(silent: list[int]) -> str:
+def _died(silent: list[int], seconds: float) -> str:
     return (
-        f"nothing has been heard of {_processes(silent)} for {SILENT_SECONDS} s: killed, or the machine or the "
+        f"nothing has been heard of {_processes(silent)} for {seconds:g} s: killed, or the machine or the "
         "network is down; see what was said there last. The same command on all goes on from the last checkpoint."
     )
 
@@ -353,7 +391,8 @@ def _leave(code: int, dead: int = 0) -> NoReturn:
             time.sleep(0.1)
     if state.process_id == 0:
         time.sleep(1)  # the coordinator is in this process: what it takes along aborts those that still ask it
-    sys.stdout.flush()
+    with contextlib.suppress(Exception):  # whoever reads it may have gone
+        sys.stdout.flush()
     os._exit(code)
 
 
@@ -369,7 +408,8 @@ def _gather(name: str, value: str) -> list[str]:
     """Returns the values of all processes, each of which must call it; waits for them."""
     state = _client_state()
     _client().key_value_set(f"xception_flax/{name}/{state.process_id}", value)
-    while len(found := _client().key_value_dir_get(f"xception_flax/{name}")) < state.num_processes:
+    # Not as many as this process was told of: that is one of the things to be compared.
+    while len(found := _client().key_value_dir_get(f"xception_flax/{name}")) < jax.process_count():
         time.sleep(0.05)
     return [value for _, value in sorted(found, key=lambda item: int(item[0].rpartition("/")[2]))]
 

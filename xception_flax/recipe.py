@@ -18,6 +18,7 @@ import re
 import shlex
 import socket
 import tempfile
+import time
 import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -615,13 +616,23 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
         yield
 
 
+CLAIM_AGAIN_SECONDS = 5.0
+
+
 def check_claim(workdir: Path) -> None:
     """Raises ValueError where `workdir` is no longer what this process claimed: removed, renamed, or another run's.
 
     To be asked before something is written there: Orbax makes the folder again where it is gone.
     """
+    lock = workdir / ".lock"
     try:
-        holder = (workdir / ".lock").read_text(errors="replace")
+        try:
+            holder = lock.read_text(errors="replace")
+        except FileNotFoundError:
+            raise
+        except OSError:  # a network file system has such moments; a run of days must not end by one
+            time.sleep(CLAIM_AGAIN_SECONDS)
+            holder = lock.read_text(errors="replace")
     except OSError as error:
         raise ValueError(
             f"workdir {workdir} was removed, renamed or closed to this run while it was going on "
