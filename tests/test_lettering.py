@@ -37,6 +37,12 @@ def drawn(text: str) -> plt.Text:
     return title
 
 
+def test_a_text_without_end_keeps_both_ends():
+    """Each letter that is left is measured."""
+    text = "a" * 10**6 + "b"
+    assert Lettering([text]).drawable(f"{text}\nc") == f"{'a' * 250}…{'a' * 249}b\nc"
+
+
 @pytest.mark.parametrize("text", ["$", "$$", "a_$x^$", r"\frac{ $\frac{$", "100 % # & ~ {}"])
 def test_no_text_is_mathematics(text):
     with plt.rc_context({"text.usetex": True, "text.parse_math": True}):

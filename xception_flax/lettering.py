@@ -20,6 +20,8 @@ from xception_flax import naming
 
 FONT = "DejaVu Sans"  # which Matplotlib brings along, for Latin, Greek, Cyrillic, Hebrew, Arabic and many signs
 
+MAX_LETTERS = 500  # of a line
+
 LEFT_TO_RIGHT = "\u200e"  # invisible: what stands beside it is not turned around with a Hebrew or Arabic neighbour
 _JOINER, _REGIONAL = "\u200d", range(0x1F1E6, 0x1F200)
 
@@ -40,6 +42,8 @@ class Lettering:
         return "\n".join(self._drawable_line(line) for line in text.split("\n"))
 
     def _drawable_line(self, line: str) -> str:
+        if len(line) > MAX_LETTERS:  # more than any picture has room for, and each is measured
+            line = f"{line[: MAX_LETTERS // 2]}…{line[-MAX_LETTERS // 2 :]}"
         line = "".join(naming.escaped(c) if c in self._missing else c for c in naming.harmless(line))
         return LEFT_TO_RIGHT + line if _runs_left(line) else line
 
