@@ -142,9 +142,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
         )
 
     # A run that goes on has its own; one that begins finds out before anything is written.
-    initial = None
+    initial, dark = None, []
     if not begun:
-        train_data.check_max_value()
+        dark = [split.check_max_value() for split in (train_data, eval_data)]
         initial = load_initial()
 
     # Workdir, checkpoint.
@@ -209,6 +209,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
         )
         if unread := data.unread_of((train_data.source, eval_data.source)):
             report.say(unread)
+        for line in filter(None, dark):
+            report.say(line)
         if start_step:
             report.say(f"going on from the checkpoint of step {start_step}")
         elif config.init.weights != "random":

@@ -17,6 +17,7 @@ from PIL import Image
 
 from benchmarks import photos
 from xception_flax import data
+from xception_flax.data import pipeline
 from xception_flax.data.decoding import MAX_PIXELS, BadImageError, decode, largest_value
 
 PHOTO = photos.photo("chelsea.png")[:150, :200]
@@ -350,7 +351,7 @@ def test_replace_masks_and_keeps_its_place(folder, num_workers):
     assert labels[:12].tolist() == [0] * 6 + [1] * 6
 
 
-def test_nobody_trains_on_near_black_without_a_word(tmp_path):
+def test_nobody_trains_on_near_black_without_a_word(tmp_path, monkeypatch):
     """A run begins on images of 16 bits where they use the upper half, or where it is said what is white."""
     for split, i in itertools.product(("train", "test"), range(40)):
         path = tmp_path / split / "ab"[i % 2] / f"{i:02}.png"
@@ -365,9 +366,38 @@ def test_nobody_trains_on_near_black_without_a_word(tmp_path):
         dataclasses.replace(split, max_value=max_value).check_max_value()
         with contextlib.closing(load(tmp_path, train=False, max_value=max_value).batches()) as batches:
             assert next(batches)["images"].max() == brightest
-    (tmp_path / "train" / "a" / "00.png").write_bytes(encode(Image.fromarray(VALUES * 16), "PNG"))
-    split.check_max_value()
-    data.load("digits", train=True, batch_size=5, image_size=8, channels=1).check_max_value()
+    bright = encode(Image.fromarray(VALUES * 16), "PNG")
+    (tmp_path / "train" / "a" / "00.png").write_bytes(bright)
+    with pytest.raises(ValueError, match=r"up to 3,000 of 65,535 \(in 2\d of 2\d that"):  # one is no word for all
+        split.check_max_value()
+    paths = sorted((tmp_path / "train").glob("*/*.png"))
+    for path in paths[3:]:
+        path.write_bytes(bright)
+    (tmp_path / "train" / "a" / "00.png").write_bytes(bright)
+    monkeypatch.setattr(pipeline, "IMAGES_LOOKED_AT", 40)
+    assert split.check_max_value() == (
+        "the training data: 2 of 40 images of 16 bits looked at use no upper half; if white is less than 65535 there, "
+        "set data.max_value."
+    )
+    for path in paths:
+        path.write_bytes(bright)
+    assert split.check_max_value() == ""
+    assert data.load("digits", train=True, batch_size=5, image_size=8, channels=1).check_max_value() == ""
+
+
+def test_one_image_of_each_class_is_looked_at(tmp_path, monkeypatch):
+    """A folder is sorted by classes, of which whole ones lie between images that are spread evenly."""
+    dark, bright = (encode(Image.fromarray(np.full((4, 4), v, np.uint16)), "PNG") for v in (4000, 40_000))
+    for i in range(60):
+        path = tmp_path / "train" / f"{i // 10}" / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(dark if i // 10 in (2, 3) else bright)
+    monkeypatch.setattr(pipeline, "IMAGES_LOOKED_AT", 2)
+    split = load(tmp_path, train=True)
+    assert split._sample() == [0, 10, 20, 30, 40, 50, 59]
+    assert "2 of 7 images of 16 bits looked at use no upper half" in split.check_max_value()
+    monkeypatch.setattr(pipeline, "CLASSES_LOOKED_AT", 3)
+    assert split._sample() == [0, 20, 50, 59]
 
 
 def test_in_training_a_mask_is_there_only_where_bad_images_are_replaced(folder):

@@ -59,6 +59,19 @@ def test_it_predicts_what_evaluate_counts(workdir, digits, monkeypatch, capsys):
     assert expected["top1"] > 0.2  # twice chance
 
 
+def test_images_that_may_be_black_by_mistake_are_counted(workdir, digits, monkeypatch, capsys):
+    config = recipe.read(workdir)
+    config.data.max_value = None
+    monkeypatch.setattr(predict.recipe, "read", lambda _: config)
+    files = [digits[0] / f"{i:03}.png" for i in range(6)]
+    code, out, err = run(monkeypatch, capsys, "--workdir", workdir, *files, "--json", "--batch-size", 2)
+    assert (code, out.count("\n")) == (0, 6)
+    assert err == (
+        f"3 of 6 files, the first {files[1]}, are of 16 bits and use no upper half; if white is less than 65535 there, "
+        "the run needs data.max_value.\n"
+    )
+
+
 def test_a_bad_file_is_named_and_the_others_are_predicted(workdir, digits, tmp_path, monkeypatch, capsys):
     folder, _ = digits
     bad = tmp_path / "bad.jpg"

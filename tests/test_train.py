@@ -819,10 +819,11 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
     """
     image = cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes()
     dark = cv2.imencode(".png", np.full((40, 40), 4000, np.uint16))[1].tobytes()
-    for name, count in (("a", 4), ("b", 5), ("dark", 4)):
+    for name, count in (("a", 4), ("b", 5), ("dark", 4), ("dark_val", 4)):
         for path in (f"{name}/{split}/{c}/{i}.png" for split in ("train", "val") for c in "xé" for i in range(count)):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / path).write_bytes(dark if name == "dark" else image)
+            is_dark = name == "dark" or (name == "dark_val" and "/val/" in path)
+            (tmp_path / path).write_bytes(dark if is_dark else image)
     (tmp_path / "a" / "train" / "x" / "0.heic").touch()
 
     def command(name):
@@ -832,9 +833,10 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
         arguments = ["--config", recipe, "--workdir", str(tmp_path / "w"), *overrides, *once]
         return run(monkeypatch, capsys, train.main, *arguments)
 
-    code, _, err = command("dark")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "the images of 16 bits have values up to 4,000 of 65,535" in err
+    for name in ("dark", "dark_val"):
+        code, _, err = command(name)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "the images of 16 bits have values up to 4,000 of 65,535" in err
     assert not (tmp_path / "w").exists()
     code, _, err = command("a")
     assert code == 0
@@ -850,6 +852,16 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path / "w")
     assert code == 0
     assert "not read" not in out  # of its split all is
+    elsewhere = f"--config.data.data_dir={tmp_path / 'dark'}"
+    code, _, err = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path / "w", elsewhere)
+    assert code == 2
+    assert "the images of 16 bits have values up to 4,000 of 65,535 (in 8 of 8 that were looked at)" in err
+    assert (
+        run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path / "w", elsewhere, "--config.data.max_value=4095")[
+            0
+        ]
+        == 0
+    )
     assert pretrained.restore_run(tmp_path / "w", sharding.create_mesh(), "latest").class_names == ("x", "\xe9")
     code, _, err = command("b")
     assert code == 2

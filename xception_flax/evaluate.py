@@ -198,6 +198,7 @@ def _evaluate_checkpoint(
         processes_per_host=sharding.processes_per_host(),
     )
     hosts.agree("data", lambda: {"--batch-size": batch_size, "--weights": weights} | split.identity())
+    dark = split.check_max_value()  # it may be of another place than the training's
     eval_step = steps.make_eval_step(
         model,
         steps.create_loss(**config.loss),
@@ -222,6 +223,7 @@ def _evaluate_checkpoint(
         "checkpoint": f"step {step}, {weights} weights",
         "data": f"{config.data.source}, split {config.data.eval_split!r}, {results['count']:,} images",
         **({"not read": unread} if (unread := data.unread_of([split.source])) else {}),
+        **({"16 bits": dark} if dark else {}),
         **({"bad images": f"{results['bad_images']:,}, left out"} if "bad_images" in results else {}),
         "transforms": config.data.eval_transforms,
         **{k: progress.percent(v) for k, v in results.items() if k not in progress.NO_SHARES},

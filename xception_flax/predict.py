@@ -7,6 +7,7 @@ from xception_flax import signals
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
 
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from rich.cells import cell_len
 
 from xception_flax import cli, naming, pretrained, progress, recipe, sharding, steps
 from xception_flax.data import sources, transforms
-from xception_flax.data.decoding import BadImageError
+from xception_flax.data.decoding import WHITE, BadImageError, is_dark, largest_value
 from xception_flax.data.pipeline import prepare_image
 
 EXAMPLES = """\
@@ -50,9 +51,9 @@ def main(argv: list[str]) -> int:
         mesh = sharding.create_mesh()
         run = pretrained.restore_run(arguments.workdir, mesh, arguments.checkpoint, arguments.weights)
         width = min(max(cell_len(naming.shown(path)) for path in paths), MAX_WIDTH)
-        readable = unreadable = 0
+        readable, unreadable, dark = 0, 0, []
         # What is known of an image is printed at once: nothing that happens to another loses it.
-        for path, scores in predict(run, config, paths, mesh, arguments.batch_size):
+        for path, scores in predict(run, config, paths, mesh, arguments.batch_size, dark):
             if isinstance(scores, ValueError):
                 cli.complain(f"{naming.shown(path)}: {scores}")
                 unreadable += 1
@@ -66,11 +67,22 @@ def main(argv: list[str]) -> int:
             row = "  ".join(f"{naming.shown(name)} {progress.percent(p)}" for name, p in best.items())
             progress.show_row(naming.shown(path), row, width)
             readable += 1
+    if dark:
+        print(
+            f"{len(dark):,} of {len(paths):,} files, the first {naming.shown(dark[0])}, are of 16 bits and use no "
+            f"upper half; if white is less than {WHITE} there, the run needs data.max_value.",
+            file=sys.stderr,
+        )
     return 2 if unreadable else 0
 
 
 def predict(
-    run: pretrained.Run, config: ConfigDict, paths: Sequence[Path], mesh: jax.sharding.Mesh, batch_size: int
+    run: pretrained.Run,
+    config: ConfigDict,
+    paths: Sequence[Path],
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    dark: list[Path] | None = None,
 ) -> Iterator[tuple[Path, np.ndarray | ValueError]]:
     """Yields each image's file with the probability of each class `[num_classes]`, or with what is wrong with it.
 
@@ -83,6 +95,7 @@ def predict(
       paths: of image files.
       mesh: the mesh of the run's variables.
       batch_size: images at a time; rounded up to a multiple of the devices.
+      dark: gets the files of 16 bits that use no upper half, where the recipe does not say which value is white.
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
     image_shape = (config.data.image_size, config.data.image_size, config.data.channels)
@@ -90,15 +103,18 @@ def predict(
     normalize = steps.create_normalizer(**config.normalize)
     to_probabilities = jax.nn.sigmoid if config.loss.name == "sigmoid" else jax.nn.softmax
 
-    def prepare(path: Path) -> np.ndarray | ValueError:
+    def prepare(path: Path) -> tuple[np.ndarray | ValueError, bool]:
+        """The image, or what is wrong with it; and whether it may be nearly black by mistake."""
         try:
             rng = np.random.default_rng(0)  # which no transform of an evaluation has a use for
             content, read = path.read_bytes(), config.data
-            return prepare_image(content, chain, image_shape, read.min_decoded_side, rng, read.max_value)
+            image = prepare_image(content, chain, image_shape, read.min_decoded_side, rng, read.max_value)
+            largest = largest_value(content) if read.max_value is None else None
+            return image, largest is not None and is_dark(largest)
         except OSError as error:
-            return ValueError(f"{error.strerror}.")
+            return ValueError(f"{error.strerror}."), False
         except BadImageError as error:
-            return error
+            return error, False
 
     @jax.jit
     def forward(variables: dict, images: jax.Array) -> jax.Array:
@@ -106,7 +122,9 @@ def predict(
 
     with ThreadPoolExecutor() as threads:
         for start in progress.stepping("predicting", range(0, len(paths), batch_size)):
-            prepared = list(threads.map(prepare, paths[start : start + batch_size]))
+            prepared, may_be_dark = zip(*threads.map(prepare, paths[start : start + batch_size]), strict=True)
+            if dark is not None:
+                dark.extend(itertools.compress(paths[start:], may_be_dark))
             images = np.zeros((batch_size, *image_shape), np.uint8)  # as many each time: one program
             for i, image in enumerate(prepared):
                 if not isinstance(image, ValueError):

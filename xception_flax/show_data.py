@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, with this recipe perhaps
     train = arguments.split == "train"
     split = data.load(**config.data, batch_size=config.batch_size, seed=config.seed, train=train)
-    split.check_max_value()
+    if dark := split.check_max_value():
+        print(dark, file=sys.stderr)
     number = arguments.batches if train else min(arguments.batches, split.num_batches)
     shown = []
     with (

@@ -67,7 +67,7 @@ def load(
       on_bad_image: what to do with one that cannot be decoded: 'stop' names it and stops; 'replace' puts a
         black image with mask 0 in its place, which loss, gradient and metrics leave out and count.
       max_value: of images of 16 bits, the value that becomes 255: 4095 where a camera or scanner of 12 bits wrote them;
-        None for 65,535, and a run does not begin where the images make no use of the upper half.
+        None for 65,535, and a run does not begin where most make no use of the upper half.
       **options: the source's own keywords, such as `data_dir`.
 
     Raises:

@@ -43,8 +43,8 @@ def decode(image: bytes | np.ndarray, channels: int, min_side: int = 0, max_valu
     """Returns uint8 `[H, W, channels]` from an encoded file or from `[H, W]` / `[H, W, C]` uint8.
 
     One channel becomes three by repetition, three become one by the luma of JPEG (ITU-R BT.601). Of an animation the
-    first frame counts; alpha is left out. Orientation tags are ignored, as ImageNet's readers do. The file's content
-    decides what it is, not its name.
+    first frame counts; alpha is left out. Orientation tags are ignored, as ImageNet's readers do, but for TIFF's, which
+    Pillow applies. The file's content decides what it is, not its name.
 
     Args:
       image: the content of a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file, or pixels.
@@ -53,7 +53,8 @@ def decode(image: bytes | np.ndarray, channels: int, min_side: int = 0, max_valu
         which both sides keep so many pixels, whole if at none: faster by far for photos of many
         megapixels, and another picture than the whole one scaled, since libjpeg leaves out frequencies.
       max_value: of files of 16 bits, the value that becomes 255, from 255 to 65,535: a value becomes
-        `value * 256 // (max_value + 1)`. None is 65,535, of which the upper 8 bits are left.
+        `value * 256 // (max_value + 1)`. None is 65,535, of which the upper 8 bits are left; but of the colours of
+        PPM Pillow rounds to the nearest, `value * 255 / 65,535`.
 
     Raises:
       BadImageError: the file cannot be decoded to its end, is larger than `MAX_PIXELS`, has values above

@@ -25,7 +25,7 @@ from absl import flags
 
 from xception_flax import allocator, naming
 from xception_flax.data.decoding import WHITE, BadImageError, decode, is_dark, largest_value, white
-from xception_flax.data.sources import Example, InputError, Source
+from xception_flax.data.sources import Example, Files, InputError, Source
 from xception_flax.data.transforms import Transform
 
 Batch = dict[str, np.ndarray]
@@ -40,7 +40,8 @@ BATCHES_AHEAD = 2
 # each other, for what Python does between two images.
 THREADS_PER_PROCESS = 8
 
-IMAGES_LOOKED_AT = 32  # by `Split.check_max_value`
+# By `Split.check_max_value`: so many, and one of each class where that costs no reading, of so many classes at most.
+IMAGES_LOOKED_AT, CLASSES_LOOKED_AT = 32, 900
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that a terminal or a batch system sends to a whole group
 
@@ -143,31 +144,51 @@ class Split:
         except ValueError as error:
             raise ValueError(f"data.{'train' if self.train else 'eval'}_transforms: {error}") from None
 
-    def check_max_value(self) -> None:
-        """Looks at some images, evenly spread over the split, where nobody has said which value of 16 bits is white.
+    def check_max_value(self) -> str:
+        """Looks at some images of the split, where nobody has said which value of 16 bits is white.
 
         A scanner of 12 bits writes 0 to 4,095 into 16, of which 0 to 15 of 255 would be left.
 
+        Returns:
+          A line for people where some of those of 16 bits have no value of the upper half, else ''.
+
         Raises:
-          ValueError: those of 16 bits have no value of the upper half.
+          ValueError: most of them have none.
         """
         if self.max_value is not None:
-            return
-        found = []
-        for index in np.unique(np.linspace(0, self.num_images - 1, IMAGES_LOOKED_AT).astype(int)):
-            try:
-                image = self.source[int(index)]["image"]
-                if isinstance(image, bytes) and (largest := largest_value(image)) is not None:
-                    found.append(largest)
-            except (BadImageError, InputError, OSError):  # said where it is read, by the recipe's policy
-                pass
-        if found and is_dark(largest := max(found)):
+            return ""
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            found = [largest for largest in pool.map(self._largest_value, self._sample()) if largest is not None]
+        dark = [largest for largest in found if is_dark(largest)]
+        if len(dark) > len(found) / 2:  # one that is bright is no word for all others
             raise ValueError(
-                f"the images of 16 bits have values up to {largest:,} of {WHITE:,} (in {len(found)} that were "
-                f"looked at), so that no more than {largest >> 8} of 255 would be left. Say which value is white by "
-                f"--config.data.max_value={white(largest)}; by {WHITE} if they are that dark. "
+                f"the images of 16 bits have values up to {max(dark):,} of {WHITE:,} (in {len(dark)} of {len(found)} "
+                f"that were looked at), so that no more than {max(dark) >> 8} of 255 would be left. Say which value is "
+                f"white by --config.data.max_value={white(max(dark))}; by {WHITE} if they are that dark. "
                 "`python -m xception_flax.prepare check` says the largest value of all."
             )
+        if not dark:
+            return ""
+        return (
+            f"the {'training' if self.train else 'evaluation'} data: {len(dark)} of {len(found)} images of 16 bits "
+            f"looked at use no upper half; if white is less than {WHITE} there, set data.max_value."
+        )
+
+    def _sample(self) -> list[int]:
+        """Images evenly spread over the split; and as a folder is sorted by classes, of each the first."""
+        chosen = set(np.linspace(0, self.num_images - 1, IMAGES_LOOKED_AT).astype(int).tolist())
+        if isinstance(self.source, Files):
+            _, firsts = np.unique(self.source.labels, return_index=True)
+            spread = np.linspace(0, len(firsts) - 1, min(len(firsts), CLASSES_LOOKED_AT)).astype(int)
+            chosen.update(firsts[spread].tolist())
+        return sorted(chosen)
+
+    def _largest_value(self, index: int) -> int | None:
+        try:
+            image = self.source[index]["image"]
+            return largest_value(image) if isinstance(image, bytes) else None
+        except (BadImageError, InputError, OSError):  # said where it is read, by the recipe's policy
+            return None
 
     @property
     def masked(self) -> bool:
