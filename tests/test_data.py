@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
-from xception_flax import data
+from xception_flax import allocator, data
 from xception_flax.data import decoding, pipeline, sources, transforms
 
 
@@ -528,7 +529,7 @@ def test_mistakes_in_a_folder_of_classes_are_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"unknown split of a folder of classes 'test'; there are: train, val"):
         load("test")
-    with pytest.raises(ValueError, match=r"val_fraction must be between 0 and 1, got 1"):
+    with pytest.raises(ValueError, match=r"data\.val_fraction must be in \(0, 1\), got 1\.0\."):
         load("train", val_fraction=1.0)
     with pytest.raises(
         ValueError, match=r"cat: by their names all 1 images are of split 'val' \(data\.val_fraction=0\.999"
@@ -613,6 +614,10 @@ def test_what_is_not_read_is_counted_and_named(tmp_path):
     )
     assert data.unread_of([train, val]) == data.unread_of([val, train]) == expected
     assert data.unread_of([sources.digits("train")]) == ""
+    of_one = "17 files are not read: 9 .heic (cat/0.heic), 2 hidden"  # of how many this split does not know
+    assert data.unread_of([val], whole=False).startswith(of_one)
+    assert sources.describe_unread(train.unread[:1], None) == "1 file is not read: 1 hidden (cat/.b.jpg)."
+    assert pickle.loads(pickle.dumps(train)) == dataclasses.replace(train, unread=())  # as workers get it
     touch(tmp_path, "cat/@eaDir/0.jpg/small.jpg")  # a NAS of Synology
     assert "3 hidden" in data.unread_of([sources.folder("train", data_dir=str(tmp_path))])
     shutil.rmtree(tmp_path / "cat" / "@eaDir")
@@ -635,6 +640,32 @@ def test_names_that_break_lines_are_spelled():
     unread = [sources.Unread("cat/a\n.jpg\n", ".jpg\n"), sources.Unread(os.fsdecode(b"cat/\xe9.txt"), ".txt")]
     expected = r"2 of 5 files are not read: 1 .jpg\n (cat/a\n.jpg\n), 1 .txt (cat/\xe9.txt)."
     assert sources.describe_unread(unread, 3) == expected
+
+
+def test_an_example_is_made_of_shown_kinds_only(monkeypatch):
+    """A million files beside the images would take seconds at each start."""
+    taken = []
+    monkeypatch.setattr(sources, "Path", lambda path: taken.append(path) or Path(path))
+    unread = [sources.Unread(f"cat/{i}.{i % 20}", f".{i % 20}") for i in range(2000)]
+    assert sources.describe_unread(unread, 0).endswith("100 .7 (cat/7.7), 1,200 of other kinds.")
+    assert taken == [f"cat/{i}.{i}" for i in range(8)]
+
+
+def test_splits_that_are_not_used_are_named(tmp_path):
+    """Folders of images that look like splits, but may be none."""
+    touch(tmp_path, *(f"{split}/{c}/{c}.jpg" for split in ("train", "val", "test") for c in ("cat", "dog")))
+    touch(tmp_path, "docs/img/fig.png", "unlabelled/part1/a.jpg", "notes/1/a.md")
+    splits = [sources.folder(split, data_dir=str(tmp_path)) for split in ("train", "val")]
+    others = "Other splits there, which are not used: docs, test, unlabelled."
+    assert data.unread_of(splits) == f"1 of 5 files is not read: 1 .md (1/a.md). {others}"
+    assert data.unread_of(splits[1:], whole=False) == "1 file is not read: 1 .md (1/a.md)."
+    (tmp_path / "notes" / "1" / "a.md").unlink()
+    assert data.unread_of([sources.folder(split, data_dir=str(tmp_path)) for split in ("train", "val")]) == others
+    every = [sources.folder(split, data_dir=str(tmp_path)) for split in sources.folder_splits(str(tmp_path))]
+    assert data.unread_of(every) == ""
+    touch(tmp_path, *(f"{i}/a/a.jpg" for i in range(9)))
+    said = data.unread_of([sources.folder("train", data_dir=str(tmp_path))])
+    assert said == "Other splits there, which are not used: 0, 1, 2, 3, 4, 5, 6, 7 and 5 more."
 
 
 def test_a_folder_without_classes_beside_splits_is_not_read(tmp_path):
@@ -678,6 +709,21 @@ def test_a_copy_with_decomposed_names_is_the_same_data(tmp_path):
     composed = [int(hashlib.sha256(f"\xe9\xf6{i}.jpg".encode()).hexdigest()[:16], 16) / 2**64 for i in range(0, 30, 2)]
     of_cafz = [name for name in names["NFC"] if name.startswith("cafz/\xe9")]
     assert len(of_cafz) == sum(value >= 0.1 for value in composed)
+
+    # The same under a locale in which Python reads the bytes of these names as surrogates.
+    ascii_only = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONIOENCODING": "utf-8"}
+    program = (
+        "import os, sys\nfrom xception_flax import naming\nfrom xception_flax.data import sources\n"
+        "assert sys.getfilesystemencoding() == 'ascii'\n"
+        "for form in ('NFC', 'NFD'):\n"
+        "    files = sources.folder('train', data_dir=os.path.join(sys.argv[1], form))\n"
+        "    print(files.class_names, [naming.canonical(os.path.relpath(p, files.paths[0])) for p in files.paths])\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    result = subprocess.run(command, env=os.environ | ascii_only, check=True, capture_output=True, encoding="utf-8")
+    first = read["NFC"].paths[0]
+    expected = f"{read['NFC'].class_names} {[os.path.relpath(path, first) for path in read['NFC'].paths]}"
+    assert result.stdout.splitlines() == [expected, expected]
 
     touch(tmp_path / "split", "entrai\u0302nement/cat/a.jpg")
     assert len(sources.folder("entra\xeenement", data_dir=str(tmp_path / "split"))) == 1
@@ -766,6 +812,10 @@ def test_mistakes_in_arrays_are_refused(tmp_path):
         (dict(train_images=images, train_labels=np.uint64([0, 1, 2**64 - 1])), "18,446,744,073,709,551,616 classes"),
         (dict(train_images=images, train_labels=np.zeros((3, 2**20 + 1), bool)), "1,048,577 classes, .* of 3 images"),
         (dict(train_images=images, train_labels=labels, class_names=list("abb")), "class_names must differ, got 'b' 2"),
+        (
+            dict(train_images=images, train_labels=labels, class_names=["x" * 999] * 3),
+            r"must differ, got .x{59} \.\.\. x{29}. 3 t",
+        ),
         (dict(train_images=images, train_labels=labels, class_names=["\xe9", "e\u0301", "f"]), "got '\xe9' 2 times"),
         (dict(train_images=images, train_labels=labels, class_names=[]), r"must be a list of names, .* \(0,\)"),
         (dict(train_images=images, train_labels=labels, class_names=[["a"], ["b"], ["c"]]), "list of names, .* <U1"),
@@ -812,8 +862,10 @@ def test_labels_are_taken_in_every_form_that_means_one_thing(tmp_path):
         [0.0, 2.0, 1.0],
         np.array([0, 2, 1], ">i8"),
         np.array([[0], [2], [1]], ">f4"),
+        np.array([0, 2, 1], np.float16),
     ):
-        assert read(np.asarray(labels)) == expected
+        with warnings.catch_warnings(action="error"):
+            assert read(np.asarray(labels)) == expected
     rows = np.eye(3)[[0, 2, 1]]
     for labels in (rows, rows > 0, rows.astype(">i2")):
         assert read(labels) == (np.uint8, rows.tolist(), ("0", "1", "2"))
@@ -857,8 +909,8 @@ def test_an_npz_file_is_believed_before_it_is_read(tmp_path, monkeypatch):
     write((4, 1000, 1000), bytes(4_000_000))
     assert path.stat().st_size < 10_000
     assert sources.arrays("train", path=str(path)).images.shape == (4, 1000, 1000)
-    assert sources._free_memory() > 2**27
-    monkeypatch.setattr(sources, "_free_memory", lambda: 2**21)
+    assert allocator.memory_bytes() > 2**27
+    monkeypatch.setattr(allocator, "memory_bytes", lambda: 2**21)
     monkeypatch.setattr(np, "load", None)
     with pytest.raises(ValueError, match=r"a\.npz holds 0\.0 GiB by its header, and of memory 0\.0 GiB are free; data"):
         sources.arrays("train", path=str(path))
@@ -973,7 +1025,7 @@ import importlib, pkgutil
 import xception_flax, train
 for module in pkgutil.walk_packages(xception_flax.__path__, "xception_flax."):
     importlib.import_module(module.name)
-from xception_flax import data
+from xception_flax import allocator, data
 for name, options in {prepared!r}.items():
     split = data.load(source=name, train=False, batch_size=4, image_size=8, channels=1, **options)
     assert next(iter(split.batches()))["images"].shape == (4, 8, 8, 1)

@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+import re
 import sys
+from pathlib import Path
 
 # Of malloc.h: parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -31,8 +33,15 @@ def keep_freed_memory() -> bool:
 
 
 def memory_bytes() -> int:
-    """Memory of this host, in bytes: what all of its processes have together."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory of this host that is free, in bytes, as far as Linux and a container's limit say; elsewhere all of it."""
+    try:
+        available = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # there is none: 'max'
+        return available
 
 
 def release_free_memory() -> bool:

@@ -222,7 +222,7 @@ def _evaluate_checkpoint(
     rows = {
         "checkpoint": f"step {step}, {weights} weights",
         "data": f"{config.data.source}, split {config.data.eval_split!r}, {results['count']:,} images",
-        **({"not read": unread} if (unread := data.unread_of([split.source])) else {}),
+        **({"not read": unread} if (unread := data.unread_of([split.source], whole=False)) else {}),
         **({"16 bits": dark} if dark else {}),
         **({"bad images": f"{results['bad_images']:,}, left out"} if "bad_images" in results else {}),
         "transforms": config.data.eval_transforms,

@@ -45,6 +45,14 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def canonical(name: str | os.PathLike[str]) -> str:
+    """Returns the name of a file as names of files are compared, sorted and hashed: decoded, and composed.
+
+    It is the same for one file under every locale, and for its copies on every system.
+    """
+    return composed(decoded(name))
+
+
 def is_unicode(name: str | os.PathLike[str]) -> bool:
     """Whether a name, as Python has it, is Unicode: libraries in C++ take no other."""
     return re.search(f"[{_SURROGATE}]", os.fspath(name)) is None

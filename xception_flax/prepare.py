@@ -167,7 +167,7 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
         split: [
             records.EncodedImage(
                 # One name on every system, and the path as it is on this one.
-                naming.composed(naming.decoded(Path(path).relative_to(source))),
+                naming.canonical(Path(path).relative_to(source)),
                 label,
                 path,
                 0,

@@ -117,7 +117,8 @@ def state_shardings(mesh: Mesh, abstract_state: PyTree) -> PyTree:
 
 
 def check_memory(mesh: Mesh, abstract_state: PyTree) -> None:
-    """Raises ValueError where a device's share of the state alone is more than its memory; of CPUs, the host's.
+    """Raises ValueError where a device's share of the state alone is more than its memory; of CPUs, what the
+    host has free.
 
     Args:
       mesh: of devices that are there.

@@ -90,8 +90,8 @@ def load(
     batch_bytes = batch_size // process_count * image_size**2 * channels
     if batch_bytes > (memory := allocator.memory_bytes()):
         raise ValueError(
-            f"batch_size={batch_size:,} of data.image_size={image_size:,} takes {batch_bytes / 1e9:,.0f} GB, and this "
-            f"host has {memory / 1e9:,.0f} GB; take less of either."
+            f"batch_size={batch_size:,} of data.image_size={image_size:,} takes {batch_bytes / 1e9:,.0f} GB, and of "
+            f"this host's memory {memory / 1e9:,.0f} GB are free; take less of either."
         )
     try:
         transforms = parse_transforms(train_transforms if train else eval_transforms, image_size)

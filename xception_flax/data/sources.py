@@ -13,7 +13,6 @@ import importlib.util
 import itertools
 import math
 import os
-import re
 import struct
 import zipfile
 import zlib
@@ -24,9 +23,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from xception_flax import naming
-from xception_flax.lookup import lookup, suggest
-from xception_flax.naming import composed
+from xception_flax import allocator, naming
+from xception_flax.lookup import lookup, suggest, written
+from xception_flax.naming import canonical, composed
+from xception_flax.ranges import check_range
 
 Example = dict[str, Any]
 
@@ -335,15 +335,24 @@ class Unread(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Encoded image files and their labels; and what lies beside them and is not read, file managers' own apart."""
+    """Encoded image files and their labels; and what lies beside them and is not read, file managers' own apart.
+
+    Where splits have folders, `split` is the name of this one and `splits` those of all.
+    """
 
     paths: tuple[str, ...]
     labels: tuple[int, ...]
     class_names: tuple[str, ...]
     unread: tuple[Unread, ...] = ()
+    split: str = ""
+    splits: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to each worker process, which has no use for the files that are not read."""
+        return self.__dict__ | {"unread": ()}
 
     def __getitem__(self, index: int) -> Example:
         return {
@@ -370,19 +379,19 @@ def folder(split: str, *, data_dir: str, val_fraction: float = VAL_FRACTION) -> 
       ValueError: no such folder, no class in it, a class without images, both layouts at once.
     """
     directory = _directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"data.val_fraction must be between 0 and 1, got {val_fraction}.")
-    splits, places = folder_splits(data_dir, split), {composed(p.name): p for p in _folders(directory)}
-    place = places.get(composed(split))
+    check_range("data.val_fraction", val_fraction, 0, 1, above=True, below=True)
+    splits, places = folder_splits(data_dir, split), {canonical(p.name): p for p in _folders(directory)}
+    place = places.get(canonical(split))
     if splits:
         if place is None:
             raise ValueError(f"{directory} has no folder for split {split!r}; {suggest(split, splits)}")
-        if composed(split) not in splits and images_in(place):
+        if canonical(split) not in splits and images_in(place):
             raise ValueError(
                 f"{place} has images, and no folders that say of which class they are; expected {place}/CLASS/*.jpg."
             )
         files, others = classes_in(place), _beside(directory, [places[name].name for name in splits])
-        return dataclasses.replace(files, unread=(*files.unread, *others))
+        unread = (*files.unread, *others)
+        return dataclasses.replace(files, unread=unread, split=canonical(split), splits=splits)
     if not any(images_in(p) for p in places.values()):
         if place is not None:
             return classes_in(place)
@@ -444,7 +453,7 @@ def classes_in(directory: Path) -> Files:
         labels.extend([label] * len(files))
         unread.extend(others)
     unread.extend(_beside(directory, [p.name for p in classes]))
-    names = tuple(composed(naming.decoded(p.name)) for p in classes)
+    names = tuple(canonical(p.name) for p in classes)
     return Files(tuple(paths), tuple(labels), names, tuple(unread))
 
 
@@ -463,9 +472,9 @@ def folder_splits(data_dir: str, split: str = "train") -> tuple[str, ...]:
         which images would be left out.
     """
     directory = _directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
-    places = {composed(p.name): p for p in _folders(directory)}
+    places = {canonical(p.name): p for p in _folders(directory)}
     inner = {name: folders for name, place in places.items() if (folders := _folders(place))}
-    known = next((name for name in ("train", composed(split)) if name in inner), None)
+    known = next((name for name in ("train", canonical(split)) if name in inner), None)
     searched = [name for name in places if known in (None, name)] if inner else []
     if images := [name for name in searched if images_in(places[name])]:
         more = f" and {len(images) - 5:,} more" if len(images) > 5 else ""
@@ -497,11 +506,11 @@ def _folders(directory: Path) -> list[Path]:
             names = [entry.name for entry in entries if not _is_hidden(entry.name) and entry.is_dir()]
     except OSError as error:
         raise ValueError(f"{directory} cannot be read: {error.strerror}.") from None
-    names.sort(key=composed)
+    names.sort(key=canonical)
     for one, other in itertools.pairwise(names):
-        if composed(one) == composed(other):
+        if canonical(one) == canonical(other):
             raise ValueError(
-                f"{directory} has two folders of the name {composed(one)}, written {one!a} and {other!a}; "
+                f"{directory} has two folders of the name {canonical(one)}, written {one!a} and {other!a}; "
                 "make one of them."
             )
     return [directory / name for name in names]
@@ -524,7 +533,7 @@ def list_files(directory: Path, *, below: bool = True) -> tuple[list[Path], list
             unread.append(Unread(path, "no regular file"))
         else:
             raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there; remove or mend it.")
-    return sorted(images, key=lambda path: composed(str(path)).split(os.sep)), unread
+    return sorted(images, key=lambda path: canonical(path).split(os.sep)), unread
 
 
 def images_in(directory: Path) -> list[Path]:
@@ -584,35 +593,54 @@ def _walk(directory: Path, *, below: bool = True, left_out: Collection[str] | No
                 yield path, suffix or "without a suffix"
 
 
-def describe_unread(unread: Iterable[Unread], num_images: int) -> str:
+def describe_unread(unread: Iterable[Unread], num_images: int | None) -> str:
     """A sentence for people: how many files are not read, of which kinds, and one of each; '' where all are read.
 
     Args:
-      num_images: that are read.
+      num_images: that are read; None where it is not known.
     """
     places = dict(unread)
     if not places:
         return ""
     kinds = Counter(places.values()).most_common()
-    examples = {why: os.path.join(*Path(path).parts[-2:]) for path, why in reversed(places.items())}
-
-    parts = [f"{count:,} {naming.shown(why)} ({naming.shown(examples[why])})" for why, count in kinds[:MAX_KINDS]]
+    firsts = {why: path for path, why in reversed(places.items())}
+    parts = []
+    for why, count in kinds[:MAX_KINDS]:
+        example = os.path.join(*Path(firsts[why]).parts[-2:])
+        parts.append(f"{count:,} {naming.shown(why)} ({naming.shown(example)})")
     if kinds[MAX_KINDS:]:
         parts.append(f"{sum(count for _, count in kinds[MAX_KINDS:]):,} of other kinds")
     are = "are" if len(places) > 1 else "is"
-    return f"{len(places):,} of {len(places) + num_images:,} files {are} not read: {', '.join(parts)}."
+    of_all = "" if num_images is None else f" of {len(places) + num_images:,}"
+    files = "file" if num_images is None and len(places) == 1 else "files"
+    return f"{len(places):,}{of_all} {files} {are} not read: {', '.join(parts)}."
 
 
-def unread_of(read: Iterable[Source]) -> str:
-    """Says what is not read of the folders that sources are of, as `describe_unread`; of other sources nothing."""
+def unread_of(read: Iterable[Source], *, whole: bool = True) -> str:
+    """Says what is not read of the folders that sources are of, as `describe_unread`; of other sources nothing.
+
+    Args:
+      read: splits.
+      whole: they are all that is used: how many files there are is said, and which splits are not used. Of one split
+        neither would be of interest, as what is not read is of the whole folder.
+    """
     files = [source for source in read if isinstance(source, Files)]
     unread = [file for source in files for file in source.unread]
-    return describe_unread(unread, len({path for source in files for path in source.paths})) if unread else ""
+    num_images = len({path for source in files for path in source.paths}) if whole else None
+    said = [describe_unread(unread, num_images)] if unread else []
+    used = {source.split for source in files}
+    others = list(dict.fromkeys(name for source in files for name in source.splits if name not in used))
+    if whole and others:
+        more = f" and {len(others) - MAX_KINDS:,} more" if len(others) > MAX_KINDS else ""
+        said.append(
+            f"Other splits there, which are not used: {', '.join(map(naming.shown, others[:MAX_KINDS]))}{more}."
+        )
+    return " ".join(said)
 
 
 def _hash(name: str) -> float:
     """A number in [0, 1) that looks drawn at random, and is the same for the same name everywhere."""
-    return int.from_bytes(hashlib.sha256(composed(name).encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
+    return int.from_bytes(hashlib.sha256(canonical(name).encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
 
 
 # Arrays --------------------------------------------------------------------------------------------
@@ -681,6 +709,7 @@ def _whole_numbers(what: str, labels: np.ndarray) -> np.ndarray:
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.dtype.kind == "f":
+        labels = labels.astype(np.float64)  # float16 is compared with no number above its own largest
         if broken := labels[~(np.isfinite(labels) & (labels == np.round(labels)))].tolist()[:1]:
             raise ValueError(f"{what} must be integers, [N] or [N, classes], got {broken[0]}.")
         if np.abs(labels).max(initial=0) >= 2**53:  # of which not each whole number is a float
@@ -707,7 +736,7 @@ def _distinct(names: Iterable[str], what: str) -> tuple[str, ...]:
     names = tuple(map(composed, names))
     if len(set(names)) < len(names):
         twice, count = Counter(names).most_common(1)[0]
-        raise ValueError(f"{what} must differ, got {twice!r} {count} times.")
+        raise ValueError(f"{what} must differ, got {written(twice)} {count} times.")
     return names
 
 
@@ -773,23 +802,11 @@ def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[np.dtype
 
 def _check_memory(path: str | Path, num_bytes: int) -> None:
     """Raises ValueError where so much does not fit into memory, before it is tried."""
-    if num_bytes > (free := _free_memory()):
+    if num_bytes > (free := allocator.memory_bytes()):
         raise ValueError(
             f"{path} holds {num_bytes / 2**30:,.1f} GiB by its header, and of memory {free / 2**30:,.1f} GiB are free; "
             "data sets of that size are read from files: by source 'folder' or 'tfds'."
         )
-
-
-def _free_memory() -> int:
-    """Bytes that this process may take, as far as Linux and a container's limit say; elsewhere all of the machine."""
-    try:
-        available = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
-    except (OSError, TypeError):
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # there is none: 'max'
-        return available
 
 
 def _directory(path: str, content: str) -> Path:
