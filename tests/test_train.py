@@ -849,9 +849,10 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
     meta.write_text(json.dumps(content | {"class_names": ["x", "e\u0301"]}))
     code, out, _ = command("a")
     assert (code, "this run is finished (1 steps); nothing to do." in out) == (0, True)
+    (tmp_path / "a" / "stray.txt").touch()
     code, out, _ = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path / "w")
     assert code == 0
-    assert "not read" not in out  # of its split all is
+    assert re.search(r"not read +1 file is not read: 1 \.txt \(a/stray\.txt\)\.", out)  # of its split all is
     elsewhere = f"--config.data.data_dir={tmp_path / 'dark'}"
     code, _, err = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path / "w", elsewhere)
     assert code == 2
