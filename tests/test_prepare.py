@@ -587,12 +587,17 @@ def test_check_says_what_is_white_in_sixteen_bits(tmp_path, capsys):
     assert "\n16 bits with little in the upper ones: train by --config.data.max_value=4095\n" in out
     cv2.imwrite(str(tmp_path / "b" / "19.png"), np.full((4, 4), 40_000, np.uint16))
     run("check", tmp_path, "--json", tmp_path / "report.json")
-    assert "max_value" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "max_value" not in out
+    assert "\n19 of 20 images of 16 bits use no upper half; is white less than 65535 there?\n" in out
     wide = {
         name: split["sixteen_bits"]
         for name, split in json.loads((tmp_path / "report.json").read_text())["splits"].items()
     }
-    assert wide == {"train": {"images": 17, "largest": 40_000}, "val": {"images": 3, "largest": 1680}}
+    assert wide == {
+        "train": {"images": 17, "dark": 16, "largest": 40_000},
+        "val": {"images": 3, "dark": 3, "largest": 1680},
+    }
 
 
 def test_check_and_training_agree_on_a_folder(folder, tmp_path, capsys):

@@ -825,6 +825,9 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
             is_dark = name == "dark" or (name == "dark_val" and "/val/" in path)
             (tmp_path / path).write_bytes(dark if is_dark else image)
     (tmp_path / "a" / "train" / "x" / "0.heic").touch()
+    bright = cv2.imencode(".png", np.full((40, 40), 40_000, np.uint16))[1].tobytes()
+    for i, content in enumerate((dark, bright, bright)):
+        (tmp_path / "a" / "train" / "x" / f"{i}.png").write_bytes(content)
 
     def command(name):
         overrides = ["--config.model.name=lenet", "--config.data.image_size=32"]
@@ -841,6 +844,8 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
     code, _, err = command("a")
     assert code == 0
     assert "\n1 of 17 files is not read: 1 .heic (x/0.heic).\n" in err
+    assert "\nthe training data: 1 of 3 images of 16 bits looked at use no upper half; if white is less" in err
+    (tmp_path / "a" / "train" / "x" / "1.png").write_bytes(dark)  # a run that was begun is not refused for that
 
     # Older checkpoints have the names of classes as they were on their disk.
     (meta,) = (tmp_path / "w" / "checkpoints").glob("*/meta/metadata")

@@ -329,9 +329,15 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
         if wide := described["sixteen_bits"]:
             rows["16 bits"] = f"{wide['images']:,} images, of values up to {wide['largest']:,}"
         progress.show_table(split, rows)
-    largest = max((wide["largest"] for split in report.values() if (wide := split["sixteen_bits"])), default=None)
-    if largest is not None and decoding.is_dark(largest):
+    found = [wide for split in report.values() if (wide := split["sixteen_bits"])]
+    largest = max((wide["largest"] for wide in found), default=0)
+    if found and decoding.is_dark(largest):
         print(f"\n16 bits with little in the upper ones: train by --config.data.max_value={decoding.white(largest)}")
+    elif dark := sum(wide["dark"] for wide in found):
+        number = sum(wide["images"] for wide in found)
+        print(
+            f"\n{dark:,} of {number:,} images of 16 bits use no upper half; is white less than {decoding.WHITE} there?"
+        )
 
     def is_across(names: Sequence[str]) -> bool:
         return len({name.partition(": ")[0] for name in names}) > 1
@@ -396,7 +402,9 @@ def _describe(images: Sequence[Checked], class_names: Sequence[str]) -> dict[str
         "undecodable": [image.name for image in images if not image.height],
         "bytes": _spread(image.num_bytes for image in images if image.num_bytes),
         "pixels": _spread(image.height * image.width for image in images if image.height),
-        "sixteen_bits": {"images": len(largest), "largest": max(largest)} if largest else None,
+        "sixteen_bits": {"images": len(largest), "dark": sum(map(decoding.is_dark, largest)), "largest": max(largest)}
+        if largest
+        else None,
     }
 
 
