@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -227,7 +228,7 @@ def test_what_fails_at_the_end_hides_no_reason(tmp_path, monkeypatch):
             if other_error:
                 raise other_error
 
-    failed = rf"^a checkpoint could not be written to {tmp_path}/checkpoints: RESOURCE_EXHAUSTED: no room; those before"
+    failed = rf"^a checkpoint could not be written to {tmp_path}/checkpoints: RESOURCE_EXHAUSTED: no room; "
     with pytest.raises(ValueError, match=failed):
         close()
     monkeypatch.undo()
@@ -355,10 +356,11 @@ def test_a_step_that_is_not_kept_is_no_checkpoint(tmp_path, one_device, monkeypa
             (folder / "meta" / "metadata").write_text(json.dumps(meta))
 
     monkeypatch.setattr(checkpoint.files, "sync_tree", break_it)
+    kept = "kept of steps: 1" if step == 2 else "there is none from before it"
     reasons = {
         "lost": "raw was written and cannot be read: ",
-        "emptied": r"it was written, but optimizer/manifest\.ocdbt is empty; those before it are kept\.$",
-        "other values": r"ema was written and is read with other values; those before it are kept\.$",
+        "emptied": rf"it was written, but optimizer/manifest\.ocdbt is empty; {kept}\.$",
+        "other values": rf"ema was written and is read with other values; {kept}\.$",
     }
     with open_manager(tmp_path, keep_latest=1) as manager:
         for now in range(1, step):
@@ -507,7 +509,7 @@ def test_a_failed_save_leaves_no_thread(tmp_path, one_device, monkeypatch):
             mkdir(path, *args, **options)
 
         monkeypatch.setattr(os, "mkdir", refuse)
-        with pytest.raises(ValueError, match=r"a checkpoint could not be written to .*Permission denied.* are kept\.$"):
+        with pytest.raises(ValueError, match=r"could not be written to .*Permission denied.*; kept of steps: 1\.$"):
             checkpoint.save(manager, make_state(one_device, 2), META, None)
         for thread in set(threading.enumerate()) - before:
             thread.join(timeout=5)
@@ -521,3 +523,23 @@ def test_a_folder_that_cannot_be_read_or_made_is_named(tmp_path):
             ValueError, match=rf"the checkpoints in {tmp_path}/checkpoints cannot be read: Not a directory"
         ):
             attempt(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: writing:\n[OS error 28: ENOSPC No space left on device]",
+            "the disk is full; make room, and ",
+        ),
+        ("INTERNAL: a\nb", "INTERNAL: a; there is none from before it\\.$"),
+    ],
+)
+def test_why_a_save_failed_is_found_in_what_libraries_say(tmp_path, error, reason):
+    with open_manager(tmp_path) as manager:
+        said = str(checkpoint._failed_save(manager, ValueError(error)))
+        assert re.search(f"/checkpoints: {reason}", said), said
+        (tmp_path / "checkpoints").rename(tmp_path / "moved")
+        said = str(checkpoint._failed_save(manager, ValueError(error)))
+        assert "the folder was removed or renamed meanwhile; there is none" in said
+        (tmp_path / "moved").rename(tmp_path / "checkpoints")

@@ -323,7 +323,7 @@ def test_stop_names_the_file(folder, num_workers):
     split = load(folder, train=False, num_workers=num_workers)
     expected = (
         r"test/b/03\.JPEG: the image cannot be decoded \([\d,]+ bytes\): Corrupt JPEG data: premature end of data "
-        r"segment\. Repair it .*--config\.data\.on_bad_image=replace"
+        r"segment\. Repair it, .*--config\.data\.on_bad_image=replace"
     )
     with contextlib.closing(split.batches()) as batches:
         assert next(batches)["mask"].sum() == 5  # those before it are not lost

@@ -420,6 +420,11 @@ def test_folders_that_are_no_runs_are_refused(tmp_path, monkeypatch):
     assert not any((tmp_path / "home").iterdir())
     recipe.check_workdir(tmp_path / "home" / "run", config)
     recipe.check_workdir(Path("runs"), config)
+    photos = recipe.load(DIGITS, ["--config.data.source=folder", f"--config.data.data_dir={tmp_path}/photos"])
+    for within in ("photos", "photos/run", "photos/../photos/a/b"):
+        with pytest.raises(ValueError, match=r"^workdir .* lies in the folder of the images, .*/photos; take one"):
+            recipe.check_workdir(tmp_path / within, photos)
+    recipe.check_workdir(tmp_path / "photos2", photos)
     recipe.remember(tmp_path / "home", config)  # a run that was begun there goes on
     recipe.check_workdir(tmp_path / "home", config)
 

@@ -285,9 +285,15 @@ def check_saves(manager: Checkpoints, *, wait: bool = False) -> None:
 
 
 def _failed_save(manager: Checkpoints, error: Exception) -> ValueError:
-    return ValueError(
-        f"a checkpoint could not be written to {manager.folder}: {manager.message(error)}; those before it are kept."
-    )
+    if not manager.folder.is_dir():
+        reason = "the folder was removed or renamed meanwhile"
+    elif re.search(r"no space left|ENOSPC|quota exceeded", str(error), re.IGNORECASE):
+        reason = "the disk is full; make room, and the same command goes on"
+    else:
+        reason = manager.message(error)
+    kept = ", ".join(map(str, _steps(manager.folder)))
+    kept = f"kept of steps: {kept}" if kept else "there is none from before it"
+    return ValueError(f"a checkpoint could not be written to {manager.folder}: {reason}; {kept}.")
 
 
 def find_step(manager: Checkpoints, which: str) -> int:

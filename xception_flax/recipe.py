@@ -525,7 +525,7 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
 
     Writes nothing.
     """
-    _check_place(workdir)
+    _check_place(workdir, config)
     try:
         existing = next(path for path in (workdir, *workdir.parents) if path.exists())
         if not existing.is_dir():
@@ -553,15 +553,24 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
         )
 
 
-def _check_place(workdir: Path) -> None:
+def _check_place(workdir: Path, config: ConfigDict) -> None:
     """Raises ValueError for a folder that an unset variable in a script, or a slip, names; a run in it goes on."""
+    if (workdir / "config.json").is_file():
+        return
     here, program = os.path.realpath(workdir), Path(__file__).parent.parent
+    if config.data.source == "folder":
+        images = os.path.realpath(os.path.expanduser(config.data.data_dir))
+        if Path(images) in (
+            Path(here),
+            *Path(here).parents,
+        ):  # where it would be taken for a class
+            raise ValueError(f"workdir {workdir} lies in the folder of the images, {images}; take one outside of it.")
     for place, what in (
         ("/", "the root of all folders"),
         ("~", "your home folder"),
         (program, "this program's folder"),
     ):
-        if here == os.path.realpath(os.path.expanduser(place)) and not (workdir / "config.json").is_file():
+        if here == os.path.realpath(os.path.expanduser(place)):
             raise ValueError(f"workdir {str(workdir)!r} is {what}; take a folder that is for this run alone.")
 
 

@@ -247,7 +247,8 @@ class Split:
                     raise InputError(str(error)) from None
                 except BadImageError as error:
                     raise InputError(
-                        f"{error} Repair it or take it away, or go on without it by --config.data.on_bad_image=replace."
+                        f"{error} Repair it, or go on without it by --config.data.on_bad_image=replace; where it "
+                        "is taken away the data is another, for a new workdir."
                     ) from None
                 except OSError as error:
                     raise InputError(f"the data cannot be read: {error}.") from error
