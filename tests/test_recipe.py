@@ -216,7 +216,7 @@ def test_another_choice_drops_the_keys_of_the_old_one():
             "--config.epochs=1e300",
             r"recipe key 'epochs' must be at most 3\.4e\+38, float32's largest number, got 1e\+300",
         ),
-        ("--config.epochs=nan", "recipe key 'epochs' must be float, got 'nan'"),
+        ("--config.epochs=nan", "recipe key 'epochs' must be a finite number, got nan"),
         ("--config.normalize.mean=(1.0, 1e400)", r"recipe key 'normalize\.mean' must be a finite number, got inf"),
         ("--config.normalize.mean=(1.0, 'a')", r"'normalize\.mean' must be Sequence\[float\], got \(1.0, 'a'\)"),
         ("--config.model.fc_layers=(8, True)", r"'model\.fc_layers' must be Sequence\[int\], got \(8, True\)"),
@@ -438,7 +438,14 @@ def test_bad_workdirs_are_refused(tmp_path):
         recipe.check_workdir(tmp_path / "file" / "a" / "b", config)
     with pytest.raises(ValueError, match="cannot be written"):
         recipe.check_workdir(Path("/proc/nothing"), config)
-    with pytest.raises(ValueError, match=r"is no workdir of a run: it has no config\.json"):
+    (tmp_path / "w" / "checkpoints" / "236" / "raw").mkdir(parents=True)
+    (tmp_path / "w" / "config.json").touch()
+    within = (
+        rf"/raw is no workdir of a run: it has no config\.json: this is within one; give {tmp_path}/w and 236 as its"
+    )
+    with pytest.raises(ValueError, match=within):
+        recipe.read(tmp_path / "w" / "checkpoints" / "236" / "raw")
+    with pytest.raises(ValueError, match=r"is no workdir of a run: it has no config\.json\.$"):
         recipe.read(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is damaged: Expecting"):
@@ -592,5 +599,5 @@ def test_infinite_epochs_between_two_are_at_the_end_alone(tmp_path):
     assert json.loads(text, parse_constant=pytest.fail)["eval_every_epochs"] == largest
     (tmp_path / "config.json").write_text(text.replace(str(largest), "Infinity"))
     assert recipe.differences(recipe.read(tmp_path), config) == []
-    with pytest.raises(ValueError, match="'eval_every_epochs' must be float, got 'nan'"):
+    with pytest.raises(ValueError, match="'eval_every_epochs' must be a finite number, got nan"):
         recipe.load(DIGITS, ["--config.eval_every_epochs=nan"])

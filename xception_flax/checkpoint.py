@@ -228,6 +228,15 @@ def has_steps(workdir: Path) -> bool:
     return bool(_steps(workdir / "checkpoints"))
 
 
+def run_around(folder: Path) -> str:
+    """What to give in place of a folder within the workdir of a run, for an error; '' for other folders."""
+    for parent in folder.absolute().parents:
+        if (parent / "config.json").is_file() and has_steps(parent):
+            step = next((part for part in folder.absolute().relative_to(parent).parts if part.isdecimal()), None)
+            return f": this is within one; give {parent}" + (f" and {step} as its checkpoint" if step else "")
+    return ""
+
+
 def _steps(folder: Path) -> list[int]:
     try:
         return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())

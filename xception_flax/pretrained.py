@@ -203,10 +203,8 @@ def restore_run(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None 
 
 def _hint(folder: Path) -> str:
     """What a folder is that is no workdir, and what to do, for an error."""
-    for parent in folder.absolute().parents:
-        if (parent / "config.json").is_file() and checkpoints.has_steps(parent):
-            step = next((part for part in folder.absolute().relative_to(parent).parts if part.isdecimal()), None)
-            return f": this is within one; give {parent}" + (f" and {step} as its checkpoint" if step else "")
+    if within := checkpoints.run_around(folder):
+        return within
     names = set()
     with contextlib.suppress(OSError):  # it is not there, or nobody may look
         names = set(os.listdir(folder))

@@ -454,7 +454,7 @@ def _select(prefix: str, group: Group, values: dict[str, Any], choice: str) -> N
 
 def _parse_value(key: str, text: str, annotation: Any) -> Any:
     """The first reading of `text` that has the right type: a Python literal, else the text itself."""
-    literals = {"true": True, "false": False, "none": None, "inf": math.inf}
+    literals = {"true": True, "false": False, "none": None, "inf": math.inf, "nan": math.nan}
     try:
         literal = literals[text.lower()] if text.lower() in literals else ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # as ast's documentation lists them
@@ -487,7 +487,9 @@ def read(workdir: Path) -> ConfigDict:
     path = workdir / "config.json"
     with file_errors(path, "read"):
         if not path.is_file():
-            raise ValueError(f"{workdir} is no workdir of a run: it has no config.json.")
+            raise ValueError(
+                f"{workdir} is no workdir of a run: it has no config.json{checkpoint.run_around(workdir)}."
+            )
     recipe = read_config(path)
     try:
         return resolve(recipe)
