@@ -43,10 +43,10 @@ def test_memory_is_what_is_free_within_the_limit_of_a_container(monkeypatch, tmp
         (tmp_path / path[1:]).parent.mkdir(parents=True)
     monkeypatch.setattr(allocator, "Path", lambda path: tmp_path / path[1:])
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4096 kB\n")
-    assert allocator.memory_bytes() == 4096 * 1024
+    assert allocator.free_memory_bytes() == 4096 * 1024
     for limit, expected in (("max\n", 4096 * 1024), ("1000000\n", 1_000_000)):
         (tmp_path / "sys/fs/cgroup/memory.max").write_text(limit)
-        assert allocator.memory_bytes() == expected
+        assert allocator.free_memory_bytes() == expected
 
 
 def test_free_memory_below_what_lives_on_is_released():

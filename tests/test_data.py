@@ -909,8 +909,8 @@ def test_an_npz_file_is_believed_before_it_is_read(tmp_path, monkeypatch):
     write((4, 1000, 1000), bytes(4_000_000))
     assert path.stat().st_size < 10_000
     assert sources.arrays("train", path=str(path)).images.shape == (4, 1000, 1000)
-    assert allocator.memory_bytes() > 2**27
-    monkeypatch.setattr(allocator, "memory_bytes", lambda: 2**21)
+    assert allocator.free_memory_bytes() > 2**27
+    monkeypatch.setattr(allocator, "free_memory_bytes", lambda: 2**21)
     monkeypatch.setattr(np, "load", None)
     with pytest.raises(ValueError, match=r"a\.npz holds 0\.0 GiB by its header, and of memory 0\.0 GiB are free; data"):
         sources.arrays("train", path=str(path))

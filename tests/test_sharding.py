@@ -54,7 +54,7 @@ def test_batch_that_divides_is_taken():
 
 def test_a_state_that_fits_no_device_is_refused(monkeypatch):
     """Of eight virtual CPUs each has an eighth of the host's memory: here 1 MB, for 1.05 MB or half of it."""
-    monkeypatch.setattr(sharding.allocator, "memory_bytes", lambda: 8_000_000)
+    monkeypatch.setattr(sharding.allocator, "free_memory_bytes", lambda: 8_000_000)
 
     def state(mesh):
         shapes = {"kernel": jax.ShapeDtypeStruct((512, 512), np.float32)}

@@ -32,7 +32,7 @@ def keep_freed_memory() -> bool:
     return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1), mallopt(_M_ARENA_MAX, 1)])
 
 
-def memory_bytes() -> int:
+def free_memory_bytes() -> int:
     """Memory of this host that is free, in bytes, as far as Linux and a container's limit say; elsewhere all of it."""
     try:
         available = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024

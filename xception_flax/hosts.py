@@ -166,13 +166,20 @@ def software() -> dict[str, Any]:
             code.update(f"{file.relative_to(package.parent)}\0".encode() + file.read_bytes())
     return {
         "the code of xception_flax (SHA-256)": code.hexdigest()[:16],
-        **{f"the version of {name}": metadata.version(name) for name in LIBRARIES},
+        **{f"the version of {name}": _version(name) for name in LIBRARIES},
         **{name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
         **{name: getattr(jax.config, name) for name in SETTINGS},
         "--num-processes": _client_state().num_processes,
         "the kind of devices": jax.local_devices()[0].device_kind,
         "the number of local devices": jax.local_device_count(),
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # a nightly build has a name of its own
+        return "none of that name"
 
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:

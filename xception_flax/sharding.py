@@ -127,7 +127,7 @@ def check_memory(mesh: Mesh, abstract_state: PyTree) -> None:
     leaves = jax.tree.leaves(abstract_state)
     share = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
     devices = mesh.local_devices
-    memory = (devices[0].memory_stats() or {}).get("bytes_limit") or allocator.memory_bytes() // len(devices)
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit") or allocator.free_memory_bytes() // len(devices)
     if share > memory:
         raise ValueError(
             f"parameters, averages and optimizer take {share / 1e9:,.3g} GB on each device, which has "

@@ -88,7 +88,7 @@ def load(
     if on_bad_image not in ON_BAD_IMAGE:
         raise ValueError(f"unknown data.on_bad_image {written(on_bad_image)}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
     batch_bytes = batch_size // process_count * image_size**2 * channels
-    if batch_bytes > (memory := allocator.memory_bytes()):
+    if batch_bytes > (memory := allocator.free_memory_bytes()):
         raise ValueError(
             f"batch_size={batch_size:,} of data.image_size={image_size:,} takes {batch_bytes / 1e9:,.0f} GB, and of "
             f"this host's memory {memory / 1e9:,.0f} GB are free; take less of either."

@@ -759,7 +759,7 @@ def _read_npz(path: str, needed: Sequence[str], optional: Sequence[str]) -> dict
             files = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             keys = [key for key in (*needed, *optional) if key in files]
             declared = {key: _declared(archive, files[key]) for key in keys}
-    except (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a readable .npz file ({error}).") from None
     for key in needed:
         if key not in files:
@@ -802,7 +802,7 @@ def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[np.dtype
 
 def _check_memory(path: str | Path, num_bytes: int) -> None:
     """Raises ValueError where so much does not fit into memory, before it is tried."""
-    if num_bytes > (free := allocator.memory_bytes()):
+    if num_bytes > (free := allocator.free_memory_bytes()):
         raise ValueError(
             f"{path} holds {num_bytes / 2**30:,.1f} GiB by its header, and of memory {free / 2**30:,.1f} GiB are free; "
             "data sets of that size are read from files: by source 'folder' or 'tfds'."
