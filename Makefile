@@ -13,7 +13,7 @@ WORKDIR ?= runs/digits
 
 demo: .venv/installed
 	.venv/bin/python train.py --config configs/digits.py --workdir $(WORKDIR)
-	.venv/bin/python -m xception_flax.evaluate --workdir $(WORKDIR) --split test
+	.venv/bin/xception-flax evaluate --workdir $(WORKDIR) --split test
 	@echo "pictures: $(WORKDIR)/curves.png $(WORKDIR)/mistakes_test.png"
 
 test: lint

@@ -7,7 +7,8 @@ stopped.
 
 import signal
 
-from xception_flax import signals
+from xception_flax.host import signals
+from xception_flax.text.errors import UserError
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
@@ -23,25 +24,28 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from xception_flax import (
-    allocator,
-    checkpoint,
-    cli,
-    costs,
-    data,
-    hosts,
-    metrics,
-    naming,
-    pictures,
-    pretrained,
-    profiling,
-    progress,
-    recipe,
-    sharding,
+from xception_flax import data
+from xception_flax.commands import cli
+from xception_flax.display import console
+from xception_flax.host import allocator, processes
+from xception_flax.host.files import file_errors
+from xception_flax.models import costs
+from xception_flax.recipes import groups, reading
+from xception_flax.runs import curves, history, profiling, progress
+from xception_flax.runs.workdir import (
+    alike,
+    check_claim,
+    check_workdir,
+    claim,
+    how_to_train_on,
+    recipe_to_json,
+    remember,
 )
-from xception_flax.evaluate import evaluate
-from xception_flax.files import file_errors
-from xception_flax.program import create_program
+from xception_flax.text import naming
+from xception_flax.training import checkpoint, metrics, sharding
+from xception_flax.training.evaluation import evaluate
+from xception_flax.training.program import create_program
+from xception_flax.weights import initial
 
 EXAMPLES = """\
   python train.py --config configs/digits.py --workdir runs/digits
@@ -60,14 +64,14 @@ MAX_STEPS_IN_FLIGHT = 2
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.parser(__doc__, EXAMPLES)
+    parser = cli.parser("train.py", __doc__, EXAMPLES)
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the recipe, and its argument")
     parser.add_argument(
         "--workdir", required=True, type=cli.directory, help="folder of the run; made if it is not there"
     )
     parser.add_argument("--config.KEY=VALUE", dest="ignored", metavar="", help="override a key of the recipe")
     arguments, overrides = parser.parse_known_args(argv)
-    config = recipe.load(arguments.config, overrides)
+    config = reading.load(arguments.config, overrides)
     cli.start(arguments)
     with cli.out_of_memory(OUT_OF_MEMORY):
         return train(config, arguments.workdir)
@@ -82,8 +86,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
     Raises:
       ValueError: the recipe cannot be run here; nothing has been written but, at most, an empty run's config.json.
     """
-    recipe.check_workdir(workdir, config)
-    hosts.agree("recipe", lambda: recipe.alike(config) | hosts.software())
+    check_workdir(workdir, config)
+    processes.agree("recipe", lambda: alike(config) | processes.software())
     first_host = jax.process_index() == 0
     mesh = sharding.create_mesh(**config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
@@ -99,13 +103,13 @@ def train(config: ConfigDict, workdir: Path) -> int:
     )
     train_data, eval_data = data.load(**load, train=True), data.load(**load, train=False)
     if len(train_data.class_names) < 2:
-        raise ValueError(f"the data has one class only, {train_data.class_names[0]!r}; expected two or more.")
+        raise UserError(f"the data has one class only, {train_data.class_names[0]!r}; expected two or more.")
     data.check_class_names(train_data.class_names, eval_data)
     begun = checkpoint.has_steps(workdir)
     same = {"whether the workdir has checkpoints": begun}
-    hosts.agree("data", lambda: train_data.identity() | eval_data.identity() | same)
+    processes.agree("data", lambda: train_data.identity() | eval_data.identity() | same)
     if config.model.num_classes != len(train_data.class_names):
-        raise ValueError(
+        raise UserError(
             f"model.num_classes is {config.model.num_classes}, but the data has {len(train_data.class_names)} classes; "
             f"set --config.model.num_classes={len(train_data.class_names)}."
         )
@@ -122,17 +126,17 @@ def train(config: ConfigDict, workdir: Path) -> int:
     init, abstract_state, weights = program.init, program.abstract_state, program.weights
     train_step, eval_step, learning_rate = program.train_step, program.eval_step, program.learning_rate
     total_steps = program.total_steps
-    profiled = recipe.profiled_steps(config.profile)
+    profiled = groups.profiled_steps(config.profile)
     if profiled and profiled[-1] > total_steps:
-        raise ValueError(f"profile={config.profile} is not within the {total_steps} steps of this run.")
+        raise UserError(f"profile={config.profile} is not within the {total_steps} steps of this run.")
     sharding.check_memory(mesh, abstract_state)
     # Traced from shapes, before anything is compiled or written: what does not fit together shows here.
     abstract_batch = sharding.abstract_batch(mesh, train_data.batch_shapes)
     jax.eval_shape(train_step, abstract_state, abstract_batch)
     jax.eval_shape(eval_step, abstract_state.variables(weights), sharding.abstract_batch(mesh, eval_data.batch_shapes))
 
-    def load_initial() -> pretrained.Pretrained:
-        return pretrained.load(
+    def load_initial() -> initial.Pretrained:
+        return initial.load(
             **config.init,
             **config.normalize,
             model=program.model,
@@ -142,37 +146,37 @@ def train(config: ConfigDict, workdir: Path) -> int:
         )
 
     # A run that goes on has its own; one that begins finds out before anything is written.
-    initial, dark = None, []
+    loaded, dark = None, []
     if not begun:
         dark = [split.check_max_value() for split in (train_data, eval_data)]
-        initial = load_initial()
+        loaded = load_initial()
 
     # Workdir, checkpoint.
     with contextlib.ExitStack() as stack:
         if first_host:
-            stack.enter_context(recipe.claim(workdir, config))
-        hosts.check_shared(workdir)
+            stack.enter_context(claim(workdir, config))
+        processes.check_shared(workdir)
         manager = stack.enter_context(
             checkpoint.open_manager(workdir, best_metric=metrics.BEST[config.metrics.name], **config.checkpoint)
         )
         meta = {
-            "recipe": naming.from_json(recipe.to_json(config)),
+            "recipe": naming.from_json(recipe_to_json(config)),
             "class_names": list(train_data.class_names),
             "num_images": train_data.num_images,
         }
         start_step = manager.latest_step() or 0
-        begins_with = initial.meta() if initial else None
-        hosts.agree("start", lambda: {"the newest checkpoint": start_step, "the initial weights": begins_with})
+        begins_with = loaded.meta() if loaded else None
+        processes.agree("start", lambda: {"the newest checkpoint": start_step, "the initial weights": begins_with})
         if start_step:
             saved = checkpoint.read_meta(manager, start_step)
             check_same_data(saved, meta, workdir)
             meta["init"] = saved.get("init")
         if first_host:
-            recipe.remember(workdir, config)  # the mesh or the place of the data may be new
+            remember(workdir, config)  # the mesh or the place of the data may be new
         if start_step >= total_steps:
             if first_host:
                 print(f"{naming.shown(workdir)}: this run is finished ({total_steps} steps); nothing to do.")
-                print(naming.harmless(recipe.how_to_train_on(workdir)))
+                print(naming.harmless(how_to_train_on(workdir)))
                 draw_curves(workdir)
             return 0
         # The step is compiled while the state is made or read.
@@ -181,10 +185,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
         if start_step:
             train_state = checkpoint.restore_state(manager, abstract_state, start_step)
         else:
-            initial = initial or load_initial()
-            train_state = init(jax.random.key(config.seed), initial.arrays)
-            meta["init"], said = initial.meta(), str(initial)
-            del initial  # its arrays have been copied
+            loaded = loaded or load_initial()
+            train_state = init(jax.random.key(config.seed), loaded.arrays)
+            meta["init"], said = loaded.meta(), str(loaded)
+            del loaded  # its arrays have been copied
 
         device_kind = mesh.devices.flat[0].device_kind
         # Of the whole step; nothing is said where the backbone has no backward pass.
@@ -246,7 +250,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 check_finite(sums, step)
                 checkpoint.check_saves(manager)
                 if first_host:
-                    recipe.check_claim(workdir)
+                    check_claim(workdir)
             if recording:
                 while in_flight:
                     totals.add(in_flight.popleft())
@@ -265,7 +269,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             if saving:
                 with report.pause("checkpoint"):
                     if first_host:
-                        recipe.check_claim(workdir)  # an evaluation may have taken an hour
+                        check_claim(workdir)  # an evaluation may have taken an hour
                     report.sync()
                     checkpoint.save(manager, train_state, meta, results)
                 report.checkpoint(step)
@@ -277,10 +281,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
             return 128 + (stop.signal or signal.SIGTERM)  # of several processes one alone may have got it
 
     if first_host:
-        progress.show_table(
+        console.show_table(
             "finished",
             {
-                **{k: progress.percent(v) for k, v in results.items() if k not in progress.NO_SHARES},
+                **{k: console.percent(v) for k, v in results.items() if k not in progress.NO_SHARES},
                 "evaluated": f"split {config.data.eval_split!r}, {results['count']:,} images, {weights} weights",
                 **bad_images(workdir, results),
                 "curves": naming.shown(workdir / "curves.png"),
@@ -313,29 +317,29 @@ def save_where_input_ends(
             if last
             else "no step was done"
         )
-        raise ValueError(f"{error}\nStopped after step {step}; {left}.") from error
+        raise UserError(f"{error}\nStopped after step {step}; {left}.") from error
 
 
 def bad_images(workdir: Path, results: dict[str, float]) -> dict[str, str]:
     """Returns the row of the table about what was left out; none where the recipe replaces no bad images."""
     if "bad_images" not in results:
         return {}
-    records = progress.read_metrics(workdir / "metrics.jsonl")
+    records = history.read_metrics(workdir / "metrics.jsonl")
     trained = sum(record.get("train/bad_images", 0) for record in records)
     return {
         "bad images": f"left out: {trained:,} times in training, {results['bad_images']:,} in evaluation; "
-        "`python -m xception_flax.prepare check` names those of a folder or TFDS data set"
+        "`xception-flax prepare check` names those of a folder or TFDS data set"
     }
 
 
 def check_finite(sums: dict[str, metrics.Sum], step: int) -> None:
     """Stops a run whose loss or gradient is no longer a number, before that state is saved."""
     if not float(sums["loss"].count):
-        raise ValueError(f"none of the images of step {step} can be decoded; look at the data.")
+        raise UserError(f"none of the images of step {step} can be decoded; look at the data.")
     for name in ("loss", "gradient_norm"):
         value = float(sums[name].total / sums[name].count)
         if not math.isfinite(value):
-            raise ValueError(
+            raise UserError(
                 f"the {name} is {value} at step {step}; checkpoints from before it are kept. Lower "
                 "optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir."
             )
@@ -345,7 +349,7 @@ def check_same_data(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -
     """Raises ValueError where the checkpoint was trained on other classes or another number of images."""
     for key in ("class_names", "num_images"):
         if saved.get(key) != now[key]:
-            raise ValueError(
+            raise UserError(
                 f"the data has changed since {workdir} was begun: {key} was {str(saved.get(key))[:200]}, now it is "
                 f"{str(now[key])[:200]}. Give the same data, or take a new workdir."
             )
@@ -353,9 +357,9 @@ def check_same_data(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -
 
 def draw_curves(workdir: Path) -> None:
     """Draws curves.png from metrics.jsonl."""
-    records = progress.read_metrics(workdir / "metrics.jsonl")
+    records = history.read_metrics(workdir / "metrics.jsonl")
     with file_errors(workdir / "curves.png", "written"):
-        pictures.draw_curves(records, naming.shown(workdir), workdir / "curves.png")
+        curves.draw_curves(records, naming.shown(workdir), workdir / "curves.png")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.worker import ROOT, WorkerError
-from xception_flax.lookup import suggest
+from xception_flax.text.lookup import suggest
 
 CONTENDERS_PYTHON = ROOT / ".venv-contenders" / "bin" / "python"
 

@@ -89,7 +89,7 @@ def _jitted_forward(model: Any, variables: Any, job: Job) -> Run:
 
 def build_xception_flax(job: Job) -> Run:
     """As its users run it: what `build_xception_flax_glibc` has, with freed memory kept, as all commands do."""
-    from xception_flax import allocator
+    from xception_flax.host import allocator
 
     allocator.keep_freed_memory()
     run, is_first = build_xception_flax_glibc(job), True
@@ -111,7 +111,7 @@ def build_xception_flax_glibc(job: Job) -> Run:
     import jax.numpy as jnp
 
     from benchmarks.inputs import network
-    from xception_flax import metrics, optimizers, sharding, state, steps
+    from xception_flax.training import metrics, optimizers, sharding, state, steps
 
     model, variables = network(job), _variables(job)
     if job.mode == "forward":
@@ -146,7 +146,8 @@ def build_xception_flax_glibc(job: Job) -> Run:
 def build_folded(job: Job) -> Run:
     """Inference with batch normalization folded into the convolutions by this project's own function."""
     from benchmarks.inputs import network
-    from xception_flax import allocator, fold_batch_norm
+    from xception_flax import fold_batch_norm
+    from xception_flax.host import allocator
 
     allocator.keep_freed_memory()
     model = network(job)

@@ -17,7 +17,7 @@ from benchmarks.contenders import Job
 from benchmarks.step import MODES, PASSES
 from benchmarks.turns import Turns
 from benchmarks.worker import Worker
-from xception_flax.lookup import suggest
+from xception_flax.text.lookup import suggest
 
 EXAMPLES = """\
   python -m benchmarks.growth

@@ -14,7 +14,9 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from benchmarks.contenders import LEARNING_RATE, NUM_CLASSES, Job
-from xception_flax import costs, create_model, keras_weights, timm_weights
+from xception_flax import create_model
+from xception_flax.models import costs
+from xception_flax.weights import keras, timm
 
 # The two readings of Xception that are about: they differ in the padding of the max-pooling for even sizes and in
 # the epsilon of batch normalization, by nothing that takes time.
@@ -65,11 +67,11 @@ def write(job: Job, readings: list[str]) -> dict[str, Any]:
     np.savez(folder / "flax.npz", **flatten_dict(variables, sep="/"))
     if "keras" in readings:
         layers = _keras_layers(variables)
-        arrays = keras_weights.to_keras(variables, layers)
+        arrays = keras.to_keras(variables, layers)
         named = {f"{layer}/{i}": a for (layer, _), each in zip(layers, arrays, strict=True) for i, a in enumerate(each)}
         np.savez(folder / "keras.npz", **named)
     if "timm" in readings:
-        np.savez(folder / "timm.npz", **timm_weights.to_timm(variables))
+        np.savez(folder / "timm.npz", **timm.to_timm(variables))
     layers = costs.measure(network(job), (job.size, job.size, 3))
     return {"macs": sum(layer.macs for layer in layers), "parameters": sum(layer.parameters for layer in layers)}
 
@@ -106,7 +108,7 @@ def _losses(model: nn.Module, variables: Any, images: np.ndarray, labels: np.nda
 def _keras_layers(variables: Any) -> list[tuple[str, int]]:
     """(name in a fresh process of Keras, number of arrays) of each layer of Keras Applications' Xception."""
     numbered = {}
-    for i, ours in enumerate(keras_weights.XCEPTION_NUMBERED):
+    for i, ours in enumerate(keras.XCEPTION_NUMBERED):
         suffix = f"_{i}" if i else ""
         numbered |= {ours: f"conv2d{suffix}", f"{ours}_bn": f"batch_normalization{suffix}"}
     counts: dict[str, int] = {}

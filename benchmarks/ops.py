@@ -58,7 +58,8 @@ def measure(
     import jax.numpy as jnp
     import numpy as np
 
-    from xception_flax import allocator, ops
+    from xception_flax.host import allocator
+    from xception_flax.models import ops
 
     allocator.keep_freed_memory()  # as the commands do
     functions = {

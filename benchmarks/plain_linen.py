@@ -1,6 +1,6 @@
 """Xception as anyone would write it in Flax: modules of linen and nothing else.
 
-The row of the benchmark that says what the lowerings of `xception_flax.ops` are worth. Names are those of
+The row of the benchmark that says what the lowerings of `xception_flax.models.ops` are worth. Names are those of
 `xception_flax`, so that one set of variables serves both.
 """
 

@@ -30,7 +30,7 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|"
 
 
 def row(topology: str, batch_size: int) -> str:
-    command = [sys.executable, "-m", "xception_flax.precompile", "--config", "configs/imagenet.py"]
+    command = [sys.executable, "-m", "xception_flax", "precompile", "--config", "configs/imagenet.py"]
     command += ["--topology", topology, f"--config.batch_size={batch_size}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode not in (0, 1):  # 1: it does not fit

@@ -43,7 +43,8 @@ def build_xception_flax(job: Job) -> Run:
     """`Split.batches`, as `train.py` reads them, with its allocator."""
     import dataclasses
 
-    from xception_flax import allocator, data
+    from xception_flax import data
+    from xception_flax.host import allocator
 
     allocator.keep_freed_memory()
     whole = job.mode == "whole"
@@ -68,8 +69,8 @@ def build_xception_flax(job: Job) -> Run:
 
 def build_alone(job: Job) -> Run:
     """Decoding, crop with resizing, flip and nothing else, of files in memory: what no pipeline can be faster than."""
-    from xception_flax import allocator
     from xception_flax.data import decoding, transforms
+    from xception_flax.host import allocator
 
     allocator.keep_freed_memory()
     chain = transforms.parse_transforms("random_resized_crop(min_area=0.08) | flip_left_right", job.size)

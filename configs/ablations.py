@@ -25,6 +25,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from xception_flax import UserError
+
 CHANGES = {
     "no_residual": {"model.residual": False},  # [paper] 4.6
     "mid_relu": {"model.mid_activation": "relu"},  # [paper] 4.7
@@ -38,7 +40,7 @@ def get_config(name: str) -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).with_name("imagenet.py")))["get_config"]()
     towers = re.fullmatch(r"towers_([1-9]\d*)(_equal)?", name)
     if towers is None and name not in CHANGES:
-        raise ValueError(
+        raise UserError(
             f"the argument must be one of {', '.join(CHANGES)}, towers_K, towers_K_equal (K from 1), got {name!r}."
         )
     for key, value in CHANGES.get(name, {}).items():

@@ -1,7 +1,7 @@
 """Handwritten digits: real data inside the package, about two minutes on two CPU cores.
 
     python train.py --config configs/digits.py --workdir runs/digits
-    python -m xception_flax.evaluate --workdir runs/digits --split test
+    xception-flax evaluate --workdir runs/digits --split test
     python train.py --config configs/digits.py:lenet --workdir runs/lenet       the baseline
 
 Data: 1,257 digits of 8 x 8 pixels to train on, 180 to watch ('validation'), 360 held out ('test').
@@ -14,6 +14,8 @@ Every value is ours.
 
 from ml_collections import ConfigDict
 
+from xception_flax import UserError
+
 NETWORKS = {
     # An eighth of the width and two middle blocks: 184,050 parameters.
     "xception": dict(name="xception", num_classes=10, width=0.125, middle_repeats=2, dropout_rate=0.5, bn_decay=0.9),
@@ -24,7 +26,7 @@ NETWORKS = {
 
 def get_config(network: str = "xception") -> ConfigDict:
     if network not in NETWORKS:
-        raise ValueError(f"the argument must be one of {', '.join(NETWORKS)}, got {network!r}.")
+        raise UserError(f"the argument must be one of {', '.join(NETWORKS)}, got {network!r}.")
     config = ConfigDict()
     config.seed = 0
     config.batch_size = 64

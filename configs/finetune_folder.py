@@ -1,7 +1,7 @@
 """Xception, fine-tuned on a folder of your own images from the weights that Keras publishes.
 
     python train.py --config configs/finetune_folder.py:FOLDER --workdir WORKDIR
-    python -m xception_flax.predict --workdir WORKDIR IMAGE...
+    xception-flax predict --workdir WORKDIR IMAGE...
 
     ... --config.init.weights=FILE              other weights: Keras' .h5, timm's .safetensors, a workdir
     ... --config.optimizer.backbone_factor=0    the classifier alone is trained: half of the time

@@ -6,7 +6,7 @@
 (By the argument, not by --config.model.name: xception41p has an epsilon of its own.)
 
 Data and hardware: as for imagenet.py, whose recipe this is but for the network; about 1.7 times its
-multiply-adds for xception65 (`python -m xception_flax.summary --all`). Neither DeepLab's paper nor timm
+multiply-adds for xception65 (`xception-flax summary --all`). Neither DeepLab's paper nor timm
 gives a whole recipe for these networks on ImageNet.
 Measured by us: not yet run.
 """
@@ -16,12 +16,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from xception_flax import UserError
+
 NETWORKS = ("xception41", "xception65", "xception71", "xception41p", "xception65p")
 
 
 def get_config(network: str = "xception65") -> ConfigDict:
     if network not in NETWORKS:
-        raise ValueError(f"the argument must be one of {', '.join(NETWORKS)}, got {network!r}.")
+        raise UserError(f"the argument must be one of {', '.join(NETWORKS)}, got {network!r}.")
     config = runpy.run_path(str(Path(__file__).with_name("imagenet.py")))["get_config"]()
     config.model.name = network  # [ours] the rest is imagenet.py's
     if network == "xception41p":

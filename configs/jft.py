@@ -17,10 +17,12 @@ Tags as in imagenet.py: [paper], [Inception V3], [ours].
 
 from ml_collections import ConfigDict
 
+from xception_flax import UserError
+
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "fc"):
-        raise ValueError(f"the argument must be 'fc' or nothing, got {variant!r}.")
+        raise UserError(f"the argument must be 'fc' or nothing, got {variant!r}.")
     config = ConfigDict()
     config.seed = 0  # [ours]
     config.batch_size = 1536  # [ours] not in the paper

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "test_prepare",
         "test_configs",
         "test_steps",
-        "test_keras_weights",
+        "test_keras",
         "test_family",
         "test_models",
         "test_benchmarks",

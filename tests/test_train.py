@@ -25,7 +25,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 import train
-from xception_flax import cli, data, evaluate, metrics, ops, pretrained, progress, sharding, signals
+from xception_flax import data
+from xception_flax.commands import cli, evaluate
+from xception_flax.display import console
+from xception_flax.host import signals
+from xception_flax.models import ops
+from xception_flax.runs import history, progress
+from xception_flax.training import evaluation, metrics, sharding
+from xception_flax.weights import initial
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -392,8 +399,8 @@ def test_ctrl_c_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", [["train.py"], ["-m", "xception_flax.evaluate"]], ids=" ".join)
-@pytest.mark.parametrize("module", ["xception_flax.signals", "numpy", "jax", "flax.linen", "orbax.checkpoint"])
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "xception_flax", "evaluate"]], ids=" ".join)
+@pytest.mark.parametrize("module", ["xception_flax.host.signals", "numpy", "jax", "flax.linen", "orbax.checkpoint"])
 def test_ctrl_c_during_the_imports_ends_without_a_traceback(command, module):
     """Python says on stderr what it has imported; the signal comes when that has come to `module`."""
     process = subprocess.Popen(
@@ -418,7 +425,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
     """In native code too, where Python's own handlers wait: an hour of hashing stands for compiling."""
     (tmp_path / "s.py").write_text("""
 import hashlib
-from xception_flax import signals
+from xception_flax.host import signals
 with signals.StopRequest():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
@@ -868,7 +875,7 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
         ]
         == 0
     )
-    assert pretrained.restore_run(tmp_path / "w", sharding.create_mesh(), "latest").class_names == ("x", "\xe9")
+    assert initial.restore_run(tmp_path / "w", sharding.create_mesh(), "latest").class_names == ("x", "\xe9")
     code, _, err = command("b")
     assert code == 2
     assert "error: the data has changed since" in err
@@ -906,7 +913,7 @@ def test_a_mistake_from_the_shell_is_no_traceback(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["broken.py"]
 
 
-@pytest.mark.parametrize("defect", [lambda: int("x"), lambda: ops.max_pool(np.ones(3)), lambda: progress.percent("x")])
+@pytest.mark.parametrize("defect", [lambda: int("x"), lambda: ops.max_pool(np.ones(3)), lambda: console.percent("x")])
 def test_a_defect_keeps_its_traceback(monkeypatch, defect):
     """A ValueError of a library, or of Python inside our own functions, is no user's mistake."""
     monkeypatch.setattr(sys, "argv", ["command"])
@@ -936,7 +943,7 @@ def test_what_does_not_fit_into_memory_is_two_lines(tmp_path, monkeypatch, capsy
         assert raised.value is other
 
 
-@pytest.mark.parametrize("command", [["train.py"], ["-m", "xception_flax.evaluate"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "xception_flax", "evaluate"]], ids=" ".join)
 def test_help_is_worth_reading(command):
     result = subprocess.run(
         [sys.executable, *command, "--help"], env=environment(1), cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -989,7 +996,7 @@ def test_what_is_not_finite_in_an_evaluation_is_named(one_device, loss, weight, 
     sums = {"loss": metrics.Sum(np.float32(loss), np.float32(2))}
     variables = {"params": {"a": jax.numpy.ones(3), "k": jax.numpy.array([1.0, weight])}}
     with pytest.raises(ValueError, match=f"^the loss of the evaluation is {re.escape(reason)}"):
-        evaluate.evaluate(lambda variables, batch: (sums, None), variables, split, one_device)
+        evaluation.evaluate(lambda variables, batch: (sums, None), variables, split, one_device)
 
 
 BRIEF = [*LENET, "--config.epochs=0.1019", "--config.schedule.warmup_epochs=0"]  # 8 steps
@@ -1055,7 +1062,7 @@ def test_a_full_disk_is_one_line(whole, tmp_path):
     assert (process.returncode, len(said)) == (2, 2), process.stderr
     assert re.match(rf"error: (a checkpoint could not be written to )?{tmp_path}/", said[1]), said
     assert (tmp_path / "metrics.jsonl").stat().st_size <= limit
-    steps = [r["step"] for r in progress.read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
+    steps = [r["step"] for r in history.read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) >= 10
 

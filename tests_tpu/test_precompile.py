@@ -18,21 +18,24 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from xception_flax import costs, create_model, ops, precompile, recipe, tpu
-from xception_flax.hlo import Hlo
+from xception_flax import create_model, planning
+from xception_flax.models import costs, ops
+from xception_flax.planning import slices
+from xception_flax.planning.hlo import Hlo
+from xception_flax.recipes import reading
 
 ROOT = Path(__file__).parent.parent
 IMAGENET = str(ROOT / "configs" / "imagenet.py")
 SMALL = ("model.width=0.25", "model.middle_repeats=1", "data.image_size=96", "batch_size=128")
-WHERE = tpu.parse_slice("v5e:2x4")
+WHERE = slices.parse_slice("v5e:2x4")
 
 
 def load(*overrides: str) -> ConfigDict:
-    return recipe.load(IMAGENET, [f"--config.{text}" for text in overrides])
+    return reading.load(IMAGENET, [f"--config.{text}" for text in overrides])
 
 
 def compile_for(config: ConfigDict) -> jax.stages.Compiled:
-    return precompile.compile_step(config, tpu.devices(WHERE), 1_281_167)
+    return planning.report.compile_step(config, slices.devices(WHERE), 1_281_167)
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +59,17 @@ def parameters(layers: list[costs.Layer]) -> int:
 
 
 def test_report_adds_up(compiled: jax.stages.Compiled, config: ConfigDict, parameters: int) -> None:
-    report = precompile.measure(compiled, config, 8)
+    report = planning.report.measure(compiled, config, 8)
     # Parameters, momentum and averages, float32, and twice the moving statistics; tiles pad little rows.
     assert 3 * 4 * parameters < report.state < 1.2 * 3 * 4 * parameters
-    assert report.state < report.memory < 1 * tpu.GIB
+    assert report.state < report.memory < 1 * slices.GIB
     # The compiler counts the network's arithmetic but for the borders of images, and all else.
     network = sum(cost.flops for cost in report.kinds.values())
     assert network == pytest.approx(report.flops, rel=0.15)
     # All bytes as the compiler counts them; those of HBM are fewer.
     assert sum(cost.size for cost in Hlo(compiled.as_text()).costs()) == pytest.approx(report.xla_size, rel=0.2)
     assert sum(cost.size for cost in report.kinds.values()) < report.xla_size
-    assert all(report.kinds[kind].size > 0 for kind in (*precompile.KINDS.values(), precompile.UPDATE))
+    assert all(report.kinds[kind].size > 0 for kind in (*planning.report.KINDS.values(), report.UPDATE))
 
 
 def test_chips_add_up_gradients_and_statistics_and_nothing_else(
@@ -92,7 +95,7 @@ def test_depthwise_convolution_is_a_grouped_one(compiled: jax.stages.Compiled) -
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
 def test_fused_kernels_compile_and_save_bytes(topology: str) -> None:
     """The separable convolution of the middle flow in training, 128 images: a kernel each way, 0.27 of the bytes."""
-    mesh = Mesh(np.array(tpu.devices(tpu.parse_slice(topology))).reshape(1, 1), ("data", "fsdp"))
+    mesh = Mesh(np.array(slices.devices(slices.parse_slice(topology))).reshape(1, 1), ("data", "fsdp"))
     any_layout = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec()))
     array = jax.ShapeDtypeStruct
 
@@ -121,36 +124,36 @@ def test_fsdp_gathers_and_scatters(parameters: int) -> None:
     compiled = compile_for(changed)
     kinds = {c.kind for c in Hlo(compiled.as_text()).collectives()}
     assert "all-gather" in kinds
-    report = precompile.measure(compiled, changed, 8)
+    report = planning.report.measure(compiled, changed, 8)
     assert report.state < 0.5 * 3 * 4 * parameters  # the large arrays are split by eight
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:16x16"])
 def test_command(topology: str) -> None:
-    command = [sys.executable, "-m", "xception_flax.precompile", "--config", "configs/digits.py:lenet"]
+    command = [sys.executable, "-m", "xception_flax", "precompile", "--config", "configs/digits.py:lenet"]
     command += ["--topology", topology, "--config.batch_size=256", "--num-images=1257"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert (result["chips"], result["steps"]) == (tpu.parse_slice(topology).num_chips, round(36 * 1257 / 256))
+    assert (result["chips"], result["steps"]) == (slices.parse_slice(topology).num_chips, round(36 * 1257 / 256))
     assert bool(result["collectives"]) == (result["chips"] > 1)
     # libtpu says nothing of hardware that it misses.
     assert [line for line in done.stderr.splitlines() if not line.startswith("compiling")] == []
 
 
-@pytest.mark.parametrize("name", list(tpu.CHIPS))
+@pytest.mark.parametrize("name", list(slices.CHIPS))
 def test_memory_is_as_libtpu_has_it(name: str) -> None:
-    where = tpu.parse_slice(f"{name}:{tpu.CHIPS[name].shapes[-1]}")
-    device = tpu.devices(where)[0]
+    where = slices.parse_slice(f"{name}:{slices.CHIPS[name].shapes[-1]}")
+    device = slices.devices(where)[0]
     huge = jax.ShapeDtypeStruct((2**38,), jax.numpy.uint8, sharding=jax.sharding.SingleDeviceSharding(device))
     with pytest.raises(
-        jax.errors.JaxRuntimeError, match=f"available HBM \\({where.chip.usable_bytes / tpu.GIB:.2f}G\\)"
+        jax.errors.JaxRuntimeError, match=f"available HBM \\({where.chip.usable_bytes / slices.GIB:.2f}G\\)"
     ):
         jax.jit(lambda x: x + 1).lower(huge).compile()
 
 
 def test_what_does_not_fit() -> None:
-    command = [sys.executable, "-m", "xception_flax.precompile", "--config", "configs/digits.py:lenet"]
+    command = [sys.executable, "-m", "xception_flax", "precompile", "--config", "configs/digits.py:lenet"]
     command += [
         "--topology=v5e:2x2",
         "--config.data.image_size=256",

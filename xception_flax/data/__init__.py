@@ -6,14 +6,17 @@ No module in here calls JAX: worker processes import them and must never open an
 from collections.abc import Sequence
 from typing import Any
 
-from xception_flax import allocator
 from xception_flax.data.decoding import WHITE
 from xception_flax.data.pipeline import ON_BAD_IMAGE, InputError, Split, choose_threads, usable_cpus
-from xception_flax.data.sources import SOURCES, unread_of
-from xception_flax.data.transforms import MAX_SIDE, parse_transforms
-from xception_flax.lookup import lookup, suggest, written
-from xception_flax.naming import composed
-from xception_flax.ranges import check_range
+from xception_flax.data.sources import SOURCES
+from xception_flax.data.sources.folder import unread_of
+from xception_flax.data.transforms import parse_transforms
+from xception_flax.data.transforms.geometry import MAX_SIDE
+from xception_flax.host import allocator
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import lookup, suggest, written
+from xception_flax.text.naming import composed
+from xception_flax.text.ranges import check_range
 
 __all__ = ["SOURCES", "InputError", "Split", "check_class_names", "load", "unread_of"]
 
@@ -75,9 +78,9 @@ def load(
     """
     function = lookup(SOURCES, source, "source")
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes.")
+        raise UserError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes.")
     if channels not in (1, 3):
-        raise ValueError(f"data.channels must be 1 or 3, got {channels}.")
+        raise UserError(f"data.channels must be 1 or 3, got {channels}.")
     check_range("data.image_size", image_size, 1, MAX_SIDE)
     if num_threads != -1:
         check_range("data.num_threads (-1: what suits the CPUs)", num_threads, 1, MAX_THREADS)
@@ -86,22 +89,22 @@ def load(
     if max_value is not None:
         check_range("data.max_value", max_value, 255, WHITE)
     if on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(f"unknown data.on_bad_image {written(on_bad_image)}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
+        raise UserError(f"unknown data.on_bad_image {written(on_bad_image)}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
     batch_bytes = batch_size // process_count * image_size**2 * channels
     if batch_bytes > (memory := allocator.free_memory_bytes()):
-        raise ValueError(
+        raise UserError(
             f"batch_size={batch_size:,} of data.image_size={image_size:,} takes {batch_bytes / 1e9:,.0f} GB, and of "
             f"this host's memory {memory / 1e9:,.0f} GB are free; take less of either."
         )
     try:
         transforms = parse_transforms(train_transforms if train else eval_transforms, image_size)
     except ValueError as error:
-        raise ValueError(f"data.{'train' if train else 'eval'}_transforms: {error}") from None
+        raise UserError(f"data.{'train' if train else 'eval'}_transforms: {error}") from None
     examples = function(train_split if train else eval_split, **options)
     if not len(examples):
-        raise ValueError(f"source {source!r}: split {train_split if train else eval_split!r} has no images.")
+        raise UserError(f"source {source!r}: split {train_split if train else eval_split!r} has no images.")
     if train and batch_size > len(examples):  # it would hold images twice, and an epoch would be less than a step
-        raise ValueError(
+        raise UserError(
             f"batch_size={batch_size} is more than the {len(examples)} images of split {train_split!r}; "
             f"take at most {len(examples)}."
         )
@@ -139,7 +142,7 @@ def check_class_names(expected: Sequence[str], split: Split) -> None:
         order = (
             "" if missing or extra or not moved else f"; another order: {moved[0][1]} where {moved[0][0]} is expected"
         )
-        raise ValueError(
+        raise UserError(
             f"the data of {'training' if split.train else 'evaluation'} has {len(split.class_names)} classes, and not "
             f"the {len(expected)} that are expected"
             + (f"; missing: {', '.join(missing)}" if missing else "")

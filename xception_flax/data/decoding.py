@@ -16,6 +16,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image as pillow
 
+from xception_flax.text.errors import UserError
+
 Image = np.ndarray
 
 # 256 MiB as RGB, which is Pillow's own limit too: 9,459 x 9,459. Of what a header claims, before memory is taken.
@@ -35,7 +37,7 @@ warnings.filterwarnings("ignore", category=pillow.DecompressionBombWarning)  # `
 warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)  # alpha is left out, and meant to be
 
 
-class BadImageError(ValueError):
+class BadImageError(UserError):
     """A file, or a record, that holds no image as it should."""
 
 

@@ -23,10 +23,13 @@ import grain
 import numpy as np
 from absl import flags
 
-from xception_flax import allocator, naming
 from xception_flax.data.decoding import WHITE, BadImageError, decode, is_dark, largest_value, white
-from xception_flax.data.sources import Example, Files, InputError, Source
+from xception_flax.data.sources.folder import Files
+from xception_flax.data.sources.source import Example, InputError, Source
 from xception_flax.data.transforms import Transform
+from xception_flax.host import allocator
+from xception_flax.text import naming
+from xception_flax.text.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -142,7 +145,7 @@ class Split:
         except (BadImageError, InputError, OSError):  # said where it is read, by the recipe's policy
             pass
         except ValueError as error:
-            raise ValueError(f"data.{'train' if self.train else 'eval'}_transforms: {error}") from None
+            raise UserError(f"data.{'train' if self.train else 'eval'}_transforms: {error}") from None
 
     def check_max_value(self) -> str:
         """Looks at some images of the split, where nobody has said which value of 16 bits is white.
@@ -161,11 +164,11 @@ class Split:
             found = [largest for largest in pool.map(self._largest_value, self._sample()) if largest is not None]
         dark = [largest for largest in found if is_dark(largest)]
         if len(dark) > len(found) / 2:  # one that is bright is no word for all others
-            raise ValueError(
+            raise UserError(
                 f"the images of 16 bits have values up to {max(dark):,} of {WHITE:,} (in {len(dark)} of {len(found)} "
                 f"that were looked at), so that no more than {max(dark) >> 8} of 255 would be left. Say which value is "
                 f"white by --config.data.max_value={white(max(dark))}; by {WHITE} if they are that dark. "
-                "`python -m xception_flax.prepare check` says the largest value of all."
+                "`xception-flax prepare check` says the largest value of all."
             )
         if not dark:
             return ""
@@ -331,7 +334,7 @@ def prepare_image(
         except ValueError as error:  # it is too small for a crop, say
             raise BadImageError(str(error)) from None
     if image.shape != image_shape:
-        raise ValueError(
+        raise UserError(
             f"the transforms made an image of shape {image.shape}, but the recipe's image_size and channels "
             f"are {image_shape}; end the chain with one that scales to this size."
         )

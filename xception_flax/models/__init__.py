@@ -7,12 +7,13 @@ from functools import partial
 import flax.linen as nn
 import jax.numpy as jnp
 
-from xception_flax.lookup import lookup, suggest, written
 from xception_flax.models.aligned import ENTRY_FLOW, ENTRY_FLOW_71, AlignedXception
 from xception_flax.models.inception_v3 import InceptionV3
 from xception_flax.models.lenet import LeNet
 from xception_flax.models.towers import XceptionTowers
 from xception_flax.models.xception import Xception
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import lookup, suggest, written
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "xception": Xception,
@@ -49,7 +50,7 @@ def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Mod
     known = set(inspect.signature(constructor).parameters) - {"parent", "name"}
     for field in fields:
         if field not in known:
-            raise ValueError(f"model {name!r} has no attribute {field!r}; {suggest(field, known)}")
+            raise UserError(f"model {name!r} has no attribute {field!r}; {suggest(field, known)}")
     for field in ("dtype", "param_dtype"):
         if field in fields:
             fields[field] = _float_type(field, fields[field])
@@ -62,5 +63,5 @@ def _float_type(field: str, value: object) -> jnp.dtype:
     except (TypeError, ValueError, SyntaxError):  # NumPy reads it as a list of fields, too
         dtype = None
     if dtype is None or dtype not in FLOAT_TYPES:  # None equals float64 to NumPy
-        raise ValueError(f"model.{field} must be one of {', '.join(map(str, FLOAT_TYPES))}, got {written(value)}.")
+        raise UserError(f"model.{field} must be one of {', '.join(map(str, FLOAT_TYPES))}, got {written(value)}.")
     return dtype

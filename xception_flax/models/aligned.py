@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from xception_flax import ops
-from xception_flax.layers import Conv, DepthwiseConv, PointwiseConv, classifier_head
-from xception_flax.lookup import written
-from xception_flax.models.contract import MAX_LAYERS, check_fields, check_images, check_widths, rate_at, scaled
+from xception_flax.models import ops
+from xception_flax.models.fields import MAX_LAYERS, check_fields, check_images, check_widths, rate_at, scaled
+from xception_flax.models.layers import Conv, DepthwiseConv, PointwiseConv, classifier_head
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import written
 
 MIN_IMAGE_SIZE = 32  # pixels a side; five halvings leave one
 
@@ -81,7 +82,7 @@ class AlignedXception(nn.Module):
             for block in self.entry_flow
         )
         if not pairs or sorted(stride for _, stride in self.entry_flow if stride > 1) != [2, 2, 2]:
-            raise ValueError(
+            raise UserError(
                 f"model.entry_flow must be (channels, stride) of blocks with strides 1 or 2, three of them 2, "
                 f"got {written(self.entry_flow)}."
             )

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from xception_flax import ops
-from xception_flax.layers import Conv, classifier_head
-from xception_flax.models.contract import check_fields, check_images, scaled
+from xception_flax.models import ops
+from xception_flax.models.fields import check_fields, check_images, scaled
+from xception_flax.models.layers import Conv, classifier_head
+from xception_flax.text.errors import UserError
 
 MIN_IMAGE_SIZE = 75  # pixels a side, as Keras has it; the last stage is then 1 x 1
 MIN_AUXILIARY_MAP = 17  # pixels a side of stage 4: what 299 px give, and the auxiliary tower needs
@@ -62,9 +63,7 @@ class InceptionV3(nn.Module):
         super().__post_init__()
         check_fields(self)
         if self.auxiliary and not self.num_classes:
-            raise ValueError(
-                "model.auxiliary=True builds a classifier, so model.num_classes must be at least 1, got 0."
-            )
+            raise UserError("model.auxiliary=True builds a classifier, so model.num_classes must be at least 1, got 0.")
 
     @property
     def strides(self) -> dict[str, int]:
@@ -204,7 +203,7 @@ class InceptionV3(nn.Module):
         endpoints |= {"pooled": pooled, "logits": logits}
         if self.auxiliary:  # as TF-slim builds it, on the features before the second reduction
             if min(stage4.shape[1:3]) < MIN_AUXILIARY_MAP:
-                raise ValueError(
+                raise UserError(
                     f"the auxiliary tower needs 'stage4' features of {MIN_AUXILIARY_MAP} x {MIN_AUXILIARY_MAP}, "
                     f"which 299 pixels give, got {stage4.shape[1]} x {stage4.shape[2]}; "
                     "take larger images or auxiliary=False."

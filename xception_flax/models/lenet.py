@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from xception_flax import ops
-from xception_flax.layers import Conv, classifier_head
-from xception_flax.lookup import written
-from xception_flax.models.contract import check_fields, check_images, check_widths, scaled
+from xception_flax.models import ops
+from xception_flax.models.fields import check_fields, check_images, check_widths, scaled
+from xception_flax.models.layers import Conv, classifier_head
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import written
 
 MAX_CONVOLUTIONS = 13  # each halves the image, and no image has more than 10,000 pixels a side
 
@@ -49,7 +50,7 @@ class LeNet(nn.Module):
         check_fields(self)
         check_widths("model.features", self.features)
         if not 1 <= len(self.features) <= MAX_CONVOLUTIONS:
-            raise ValueError(f"model.features must be 1 to {MAX_CONVOLUTIONS} widths, got {written(self.features)}.")
+            raise UserError(f"model.features must be 1 to {MAX_CONVOLUTIONS} widths, got {written(self.features)}.")
 
     @property
     def strides(self) -> dict[str, int]:

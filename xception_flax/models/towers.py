@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from xception_flax import ops
-from xception_flax.costs import measure
-from xception_flax.layers import ACTIVATIONS, Conv, PointwiseConv, TowerConv, segments
-from xception_flax.lookup import lookup
+from xception_flax.models import ops
+from xception_flax.models.costs import measure
+from xception_flax.models.layers import ACTIVATIONS, Conv, PointwiseConv, TowerConv, segments
 from xception_flax.models.xception import ENTRY_FLOW, STEM, Xception
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import lookup
 
 # As in the figures there is no normalization here. Figure 1 has a ReLU behind each convolution, as
 # Inception V3; 2 to 4 only the one between 1x1 and 3x3 that their equivalence is about.
@@ -182,6 +183,6 @@ def equal_width(towers: int | None, *, order: str = "depthwise_first", keep: str
     while abs((found := ratio(width)) - 1) > 0.009:
         low, high = (width, high) if found < 1 else (low, width)
         if high - low < 1e-4:
-            raise ValueError(f"{towers} towers need a width of {least} or more, at which they cost more than Xception.")
+            raise UserError(f"{towers} towers need a width of {least} or more, at which they cost more than Xception.")
         width = round((low + high) / 2, 4)
     return width

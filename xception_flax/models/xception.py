@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from xception_flax import ops
-from xception_flax.layers import Conv, PointwiseConv, SeparableConv, classifier_head, fused_separable_chain
-from xception_flax.lookup import written
-from xception_flax.models.contract import check_fields, check_images, rate_at, scaled
+from xception_flax.models import ops
+from xception_flax.models.fields import check_fields, check_images, rate_at, scaled
+from xception_flax.models.layers import Conv, PointwiseConv, SeparableConv, classifier_head, fused_separable_chain
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import written
 
 MIN_IMAGE_SIZE = 32  # pixels a side; five halvings leave one
 
@@ -78,7 +79,7 @@ class Xception(nn.Module):
         super().__post_init__()
         check_fields(self)
         if self.padding not in ("SAME", "SYMMETRIC"):
-            raise ValueError(f"model.padding must be 'SAME' or 'SYMMETRIC', got {written(self.padding)}.")
+            raise UserError(f"model.padding must be 'SAME' or 'SYMMETRIC', got {written(self.padding)}.")
 
     @property
     def strides(self) -> dict[str, int]:

@@ -1,0 +1,200 @@
+"""The report of a step that is compiled for elsewhere; tests_tpu/ has what needs the TPU's compiler."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from xception_flax import MODELS, create_model, data, planning
+from xception_flax.commands import precompile
+from xception_flax.models import costs
+from xception_flax.planning import slices
+from xception_flax.planning.hlo import Collective
+from xception_flax.recipes import reading
+
+DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
+LENET = ["--config", f"{DIGITS}:lenet", "--topology", "v5e:2x4"]
+
+
+@pytest.fixture
+def cpus_for_chips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The eight CPU devices of the tests in the place of chips, and no libtpu."""
+    monkeypatch.setattr(slices, "devices", lambda where: jax.devices()[: where.num_chips])
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3")
+
+
+def test_command(cpus_for_chips: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert precompile.main([*LENET, "--num-images", "1257"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert "lenet on v5e:2x4, 8 chips" in out
+    assert "64, 8 images a chip" in out
+    assert "compiling for v5e:2x4" in err
+    assert (result["chips"], result["batch_size"], result["fits"]) == (8, 64, True)
+    assert result["steps"] == round(36 * 1257 / 64)
+    # Six times the multiply-adds of eight images.
+    model = reading.load(f"{DIGITS}:lenet").model
+    macs = sum(layer.macs for layer in costs.measure(create_model(**model), (48, 48, 1)))
+    assert result["network_flops"] == 6 * macs * 8
+    # What the chips must add up is at least the gradient: 74,010 float32.
+    assert set(result["collectives"]) == {"all-reduce"}
+    assert 74_010 * 4 <= result["collectives"]["all-reduce"]["bytes"] < 1.01 * 74_010 * 4
+    kinds = result["kinds"]
+    assert list(kinds) == ["regular conv.", "classifier", "between layers", "input, loss", "optimizer"]
+    assert result["hbm_bytes"] == sum(kind["bytes"] for kind in kinds.values())
+    assert result["step_seconds"] == pytest.approx(
+        sum(kind["seconds"] for kind in kinds.values()) + result["collective_seconds"]
+    )
+    assert result["images_per_second_per_chip"] == pytest.approx(8 / result["step_seconds"])
+    assert result["hours"] == pytest.approx(result["steps"] * result["step_seconds"] / 3600)
+    # AdamW and averages: each of four arrays read and written, the gradient read.
+    assert kinds["optimizer"]["bytes"] >= 9 * 74_010 * 4
+
+
+def test_length_is_left_open_where_the_data_is_unknown(
+    cpus_for_chips: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert precompile.main(LENET) == 0
+    out = capsys.readouterr().out
+    assert "its length needs --num-images" in out
+    assert '"steps"' not in out
+
+
+def test_shapes_are_those_of_the_data(tmp_path: Path) -> None:
+    images = np.zeros((6, 8, 8), np.uint8)
+    several = tmp_path / "several.npz"
+    np.savez(several, train_images=images, train_labels=np.eye(6, dtype=np.int32))
+    overrides = ["model.num_classes=6", "loss.name=sigmoid", "metrics.name=multi_label", "batch_size=4"]
+    overrides += ["data.source=arrays", f"data.path={several}"]
+    for config in (reading.load(DIGITS), reading.load(DIGITS, [f"--config.{text}" for text in overrides])):
+        split = data.load(**config.data, train=True, batch_size=config.batch_size)
+        assert planning.report.batch_shapes(config) == split.batch_shapes
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (17.50G) exceeds "
+        "available HBM (15.75G).",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded by 1.75G.",
+    ],
+)
+def test_what_does_not_fit_is_said(
+    message: str, cpus_for_chips: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise jax.errors.JaxRuntimeError(message)
+
+    step = SimpleNamespace(lower=lambda *shapes: SimpleNamespace(compile=fail))
+    monkeypatch.setattr(
+        planning.report, "create_program", lambda *args: SimpleNamespace(train_step=step, abstract_state=None)
+    )
+    assert precompile.main(LENET) == 1
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert "17.50 GiB a chip, of 15.75 GiB: DOES NOT FIT" in out
+    assert (result["fits"], result["memory_bytes"]) == (False, int(17.5 * 2**30))
+    assert "step_seconds" not in result
+
+
+def test_other_errors_of_the_compiler_are_not_hidden(
+    cpus_for_chips: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 32.77M of 16.00M vmem.")
+
+    step = SimpleNamespace(lower=lambda *shapes: SimpleNamespace(compile=fail))
+    monkeypatch.setattr(
+        planning.report, "create_program", lambda *args: SimpleNamespace(train_step=step, abstract_state=None)
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        precompile.main(LENET)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology", "v9:2x2"], "unknown TPU 'v9'"),
+        (["--config.batch_size=60"], "batch_size=60 does not divide over 8 devices"),
+        (["--config.step.lowering=fused"], "'fused' has kernels for TPU v5 lite, .* only, and this is a cpu"),
+        (["--config.mesh.fsdp=3"], "must cover the 8 devices"),
+        (["--config.model.depth=3"], "unknown recipe key 'model.depth'"),
+        (["--num-images", "0"], "must be a positive integer"),
+    ],
+)
+def test_mistakes(arguments: list[str], words: str, cpus_for_chips: None) -> None:
+    with pytest.raises(ValueError, match=words):
+        precompile.main([*LENET, *arguments])
+
+
+def test_largest_batch() -> None:
+    calls: list[int] = []
+
+    def memory(images: int, an_image: int = 100, more: int = 0) -> int:
+        calls.append(images)
+        return 1000 + an_image * images + more * images**2
+
+    # 1000 + 100 n <= 16,000: n is at most 150, and 144 the multiple of 8 below. The line is met at once.
+    assert planning.report.largest_batch(memory, 16_000, first=64, state=1000) == (144, 152)
+    assert calls == [64, 144, 152]
+    # Nothing fits; the first does not, and a smaller one does; a batch that no multiple is.
+    assert planning.report.largest_batch(memory, 1100, first=64, state=1000) == (0, 8)
+    assert planning.report.largest_batch(memory, 4000, first=128, state=1000) == (24, 32)
+    assert planning.report.largest_batch(memory, 16_000, first=6, state=1000) == (144, 152)
+    # Memory that is no line: 1000 + 100 n + n^2 <= 60,000 up to n = 197.9.
+    calls.clear()
+    assert planning.report.largest_batch(lambda n: memory(n, more=1), 60_000, first=64, state=1000) == (192, 200)
+    assert len(calls) <= planning.report.MAX_COMPILATIONS
+    # So large a chip that no batch is found which does not fit.
+    fits, fails = planning.report.largest_batch(memory, 10**12, first=8, state=1000)
+    assert (fits, fails) == (8 * 4 ** (planning.report.MAX_COMPILATIONS - 1), None)
+
+
+def test_every_layer_has_a_kind() -> None:
+    for name in MODELS:
+        layers = costs.measure(create_model(name, num_classes=10), (96, 96, 3))
+        assert {layer.module for layer in layers} <= set(planning.report.KINDS)
+
+
+@pytest.mark.parametrize(
+    ("op_name", "kind"),
+    [
+        ("jvp(Xception)/Xception.endpoints/block1_conv1/conv_general_dilated", "regular conv."),
+        ("transpose(jvp(Xception))/Xception.endpoints/block2_sepconv1/depthwise/jit(f)/conv", "depthwise conv."),
+        ("transpose(jvp(Xception))/Xception.endpoints/block2_sepconv1/pointwise/dot_general", "pointwise conv."),
+        ("while/body/closed_call/jvp(Xception)/Xception.endpoints/block2_residual/dot_general", "pointwise conv."),
+        ("jvp(Xception)/Xception.endpoints/block2_sepconv1_bn/reduce_sum", "batch norm."),
+        ("jvp(Xception)/Xception.endpoints/predictions/dot_general", "classifier"),
+        ("transpose(jvp(Xception))/Xception.endpoints/select_and_scatter", "between layers"),
+        ("jvp(jit(log_softmax))/reduce_sum", "input, loss"),
+        ("jvp(Xception)/Xception.endpoints/block2_sepconv2.normalized/shard_map/forward_kernel", "separable, fused"),
+        ("add", "optimizer"),
+    ],
+)
+def test_kinds_by_where_an_operation_is_from(op_name: str, kind: str) -> None:
+    layers = costs.measure(create_model("xception", num_classes=10, width=0.125), (96, 96, 3))
+    paths = {"/".join(layer.path): planning.report.KINDS[layer.module] for layer in layers}
+    assert planning.report.kind_of(f"jit(train_step)/{op_name}", paths, "Xception") == kind
+
+
+def test_the_bound_by_hand() -> None:
+    chip = slices.CHIPS["v5e"]
+    where = slices.Slice("v5e:2x4", chip, (2, 4))
+    kinds = {
+        "pointwise conv.": planning.report.Cost(1.97e12, 81_900_000),
+        "batch norm.": planning.report.Cost(0, 1_638_000_000),
+    }
+    report = planning.report.Report(10**9, 10**6, 2e12, 2e9, kinds, [Collective("all-reduce", 90_000_000, 2)])
+    result = planning.report.estimate(report, where, images_a_chip=16)
+    # 1.97 of 197 TFLOP/s: 10 ms against 0.1 ms of memory; 1.638 of 819 GB/s: 2 ms; two all-reduces of 2 ms.
+    assert result["kinds"]["pointwise conv."]["seconds"] == pytest.approx(10e-3)
+    assert result["kinds"]["batch norm."]["seconds"] == pytest.approx(2e-3)
+    assert result["collective_seconds"] == pytest.approx(4e-3)
+    assert result["step_seconds"] == pytest.approx(16e-3)
+    assert result["images_per_second_per_chip"] == pytest.approx(1000)
+    assert result["bound"] == "arithmetic"
+    assert result["collectives"] == {"all-reduce": {"count": 2, "bytes": 180_000_000}}

@@ -1,0 +1,115 @@
+"""What the command says of images is what the network says of them, and of files that are none."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+import train
+from xception_flax.commands import cli, evaluate, predict
+from xception_flax.data import sources
+from xception_flax.recipes import reading
+from xception_flax.runs.workdir import read_recipe
+from xception_flax.weights import initial
+
+DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Some steps on digits: better than chance, far from perfect."""
+    small = ["data.image_size=32", "batch_size=64", "epochs=6", "data.max_value=4095"]
+    small += ["schedule.warmup_epochs=0.2", "step.ema_decay=0.5", "eval_every_epochs=6", "checkpoint_every_epochs=6"]
+    folder = tmp_path_factory.mktemp("run")
+    assert train.train(reading.load(f"{DIGITS}:lenet", [f"--config.{text}" for text in small]), folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The digits of split 'validation' as files, with their classes; every second of 12 bits in 16."""
+    folder, source = tmp_path_factory.mktemp("digits"), sources.digits.digits("validation")
+    for i, image in enumerate(source.images):
+        cv2.imwrite(str(folder / f"{i:03}.png"), image.astype(np.uint16) * 16 + 9 if i % 2 else image)
+    return folder, source.labels
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(predict.main)
+    return exit_.value.code, *capsys.readouterr()
+
+
+def test_it_predicts_what_evaluate_counts(workdir, digits, monkeypatch, capsys):
+    folder, labels = digits
+    assert evaluate.main(["--workdir", str(workdir)]) == 0
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])
+    code, out, err = run(monkeypatch, capsys, "--workdir", workdir, folder, "--json", "--top", 10, "--batch-size", 50)
+    assert (code, err) == (0, "")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["image"] for line in lines] == [str(folder / f"{i:03}.png") for i in range(180)]
+    scores = np.array([[line["classes"][digit] for digit in "0123456789"] for line in lines])
+    np.testing.assert_allclose(scores.sum(-1), 1, rtol=1e-5)
+    assert [next(iter(line["classes"])) for line in lines] == [str(i) for i in scores.argmax(-1)]
+    assert np.mean(scores.argmax(-1) == labels) == pytest.approx(expected["top1"], abs=1e-9)
+    assert -np.mean(np.log(scores[np.arange(180), labels])) == pytest.approx(expected["loss"], rel=1e-4)
+    assert expected["top1"] > 0.2  # twice chance
+
+
+def test_images_that_may_be_black_by_mistake_are_counted(workdir, digits, monkeypatch, capsys):
+    config = read_recipe(workdir)
+    config.data.max_value = None
+    monkeypatch.setattr(predict, "read_recipe", lambda _: config)
+    files = [digits[0] / f"{i:03}.png" for i in range(6)]
+    code, out, err = run(monkeypatch, capsys, "--workdir", workdir, *files, "--json", "--batch-size", 2)
+    assert (code, out.count("\n")) == (0, 6)
+    assert err == (
+        f"3 of 6 files, the first {files[1]}, are of 16 bits and use no upper half; if white is less than 65535 there, "
+        "the run needs data.max_value.\n"
+    )
+
+
+def test_a_bad_file_is_named_and_the_others_are_predicted(workdir, digits, tmp_path, monkeypatch, capsys):
+    folder, _ = digits
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("no image")
+    (empty := tmp_path / "empty").mkdir()
+    (empty / "a.heic").touch()
+    shutil.copytree(empty, some := tmp_path / "some")
+    good = shutil.copy(folder / "000.png", some)
+    code, out, err = run(monkeypatch, capsys, "--workdir", workdir, bad, some, "--top", 2)
+    assert code == 2
+    said, err = err.split("\n", 1)
+    assert said == f"{some}: 1 of 2 files is not read: 1 .heic (some/a.heic)."
+    assert f"{workdir}, step 118, ema weights" in out
+    (row,) = (line for line in out.splitlines() if str(good) in line)
+    assert row.count(" %") == 2
+    assert err.startswith(f"error: {bad}: the image cannot be decoded: 8 bytes that are no JPEG")
+    for arguments, message in [
+        ([tmp_path / "no.jpg"], r"no.jpg is not there; expected an image or a folder"),
+        ([empty], r".pnm). 1 of 1 files is not read: 1 .heic (empty/a.heic)."),
+        ([good, "--weights", "raw", "--checkpoint", "3"], "no checkpoint '3' in"),
+        ([good, "--top", "0"], "must be a positive integer"),
+    ]:
+        code, out, err = run(monkeypatch, capsys, "--workdir", workdir, *arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert message.replace("\\", "") in err
+    code, _, err = run(monkeypatch, capsys, "--workdir", tmp_path, good)
+    assert (code, err) == (2, f"error: {tmp_path} is no workdir of a run: it has no config.json.\n")
+
+
+def test_an_output_that_is_not_finite_is_an_error_of_its_image(workdir, digits, one_device):
+    """Finite weights may still be too large for an image."""
+    run = initial.restore_run(workdir, one_device, "latest")
+    run = run._replace(variables=jax.tree.map(lambda array: array * 1e30, run.variables))
+    path = digits[0] / "000.png"
+    ((found, error),) = predict.predict(run, read_recipe(workdir), [path], one_device, 1)
+    assert (found, str(error)) == (path, "the network's output for it is not finite.")
+    assert isinstance(error, ValueError)

@@ -1,0 +1,412 @@
+"""The summary of a network: stages, totals, options, from the shell, mistakes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from xception_flax import MODELS, create_model
+from xception_flax.commands import cli, summary
+from xception_flax.models import costs
+
+ROOT = Path(__file__).parents[2]
+DIGITS = str(ROOT / "configs" / "digits.py")
+
+# (stage, output, stride) at 299 px.
+STAGES = {
+    # Paper, section 3 and figure 5.
+    "xception": [
+        ("block1", (147, 147, 64), 2),
+        ("block2", (74, 74, 128), 4),
+        ("block3", (37, 37, 256), 8),
+        *((f"block{b}", (19, 19, 728), 16) for b in range(4, 13)),
+        ("block13", (10, 10, 1024), 32),
+        ("block14", (10, 10, 2048), 32),
+        ("predictions", (1000,), None),
+    ],
+    # Inception V3 paper, table 1; the sizes of its padded layers are Keras'.
+    "inception_v3": [
+        ("stem", (35, 35, 192), 8),
+        ("mixed0", (35, 35, 256), 8),
+        ("mixed1", (35, 35, 288), 8),
+        ("mixed2", (35, 35, 288), 8),
+        *((f"mixed{i}", (17, 17, 768), 16) for i in range(3, 8)),
+        ("mixed8", (8, 8, 1280), 32),
+        ("mixed9", (8, 8, 2048), 32),
+        ("mixed10", (8, 8, 2048), 32),
+        ("predictions", (1000,), None),
+    ],
+    # DeepLab v3+, figure 4, with strides rounded up by the symmetric padding.
+    "xception41": [
+        ("block1", (150, 150, 64), 2),
+        ("block2", (75, 75, 128), 4),
+        ("block3", (38, 38, 256), 8),
+        *((f"block{b}", (19, 19, 728), 16) for b in range(4, 13)),
+        ("block13", (10, 10, 1024), 32),
+        ("block14", (10, 10, 2048), 32),
+        ("predictions", (1000,), None),
+    ],
+    "xception71": [
+        ("block1", (150, 150, 64), 2),
+        ("block2", (75, 75, 128), 4),
+        ("block3", (75, 75, 256), 4),
+        ("block4", (38, 38, 256), 8),
+        ("block5", (38, 38, 728), 8),
+        *((f"block{b}", (19, 19, 728), 16) for b in range(6, 23)),
+        ("block23", (10, 10, 1024), 32),
+        ("block24", (10, 10, 2048), 32),
+        ("predictions", (1000,), None),
+    ],
+}  # fmt: skip
+
+# Millions of trainable parameters at 1000 classes: the paper's table 3, Keras (Inception V3), the cards
+# of timm's models (one decimal).
+MILLIONS = {
+    "xception": 22.856,
+    "xception_towers": 22.856,
+    "inception_v3": 23.817,
+    "xception41": 27.0,
+    "xception65": 39.9,
+    "xception71": 42.3,
+    "xception41p": 26.9,
+    "xception65p": 39.8,
+    "lenet": 0.404,  # by hand: 5*5*(3*32 + 32*64 + 64*128) + 129*128 + 129*1000
+}
+
+# What could upset stages: nothing behind a block, segments of channels, a tower behind the classifier, ...
+# Two middle blocks stand for 8 or 16; whole networks are in STAGES and in the test of --all.
+VARIANTS = [
+    ("xception", {}),
+    ("xception", {"residual": False, "middle_repeats": 2}),
+    ("xception", {"output_stride": 8, "middle_repeats": 2, "remat": True}),
+    ("xception", {"num_classes": 0, "middle_repeats": 0}),
+    ("xception", {"fc_layers": (64, 64), "middle_repeats": 2}),
+    ("xception_towers", {"towers": 3, "middle_repeats": 2}),
+    ("xception_towers", {"towers": 3, "middle_repeats": 2, "order": "pointwise_first", "mid_activation": "relu"}),
+    ("inception_v3", {"auxiliary": True}),
+    ("inception_v3", {"remat": True, "num_classes": 0}),
+    ("xception41", {"middle_repeats": 2}),
+    ("xception41", {"middle_repeats": 2, "output_stride": 16, "remat": True}),
+    ("xception71", {"middle_repeats": 2}),
+    ("xception65p", {"middle_repeats": 2}),
+    ("xception65p", {"middle_repeats": 0, "output_stride": 8, "num_classes": 0}),
+    ("lenet", {}),
+    ("lenet", {"features": (8,) * 7}),
+    ("lenet", {"features": (8, 16), "num_classes": 0}),
+]
+
+
+def ids(value):
+    return value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items())
+
+
+def totals(rows) -> list[int]:
+    return [sum(getattr(row, k) for row in rows) for k in ("parameters", "statistics", "macs", "activation_bytes")]
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["summary", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(summary.main)
+    return exit_.value.code, *capsys.readouterr()
+
+
+def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "xception_flax", "summary", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+# Rows ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages(name):
+    """Also where the last layer of a stage does not show what comes out: pooling, a concatenation of towers."""
+    rows = summary.summarize(create_model(name), (299, 299, 3))
+    assert [(row.name, row.shape, row.stride) for row in rows] == STAGES[name]
+
+
+def test_a_block_without_residual_ends_with_its_pooling():
+    """Section 4.6's ablation: the last layer of block 2 puts out 147 x 147, the block 74 x 74 as with it."""
+    rows = summary.summarize(create_model("xception", residual=False), (299, 299, 3))
+    assert [(row.name, row.shape, row.stride) for row in rows] == STAGES["xception"]
+
+
+@pytest.mark.parametrize(("name", "fields"), VARIANTS, ids=ids)
+def test_variants(name, fields):
+    """Stages have the sizes and strides that the network's `endpoints` have; every layer is counted once."""
+    model, size = create_model(name, **fields), 32 if name == "lenet" else 299
+    size = max(size, 2 * max(model.strides.values()))
+    stages = summary.summarize(model, (size, size, 3))
+    spatial = [row for row in stages if len(row.shape) == 3]
+
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+
+    def compute(x):
+        return model.init_with_output(jax.random.key(0), x, train=False, method="endpoints")[0]
+
+    endpoints = jax.eval_shape(compute, image)
+    ends = {(endpoints[stage].shape[1], stride) for stage, stride in model.strides.items()}
+    if name == "inception_v3":  # its stem is one stage, and the endpoints 1 and 2 are in it
+        ends -= {(147, 2), (71, 4)}
+    assert {(row.shape[0], row.stride) for row in spatial} == ends
+    assert spatial[-1].shape == endpoints[list(model.strides)[-1]].shape[1:]
+
+    measured = costs.measure(model, (size, size, 3))
+    assert totals(stages) == totals(summary.fold(stages)) == totals(measured)
+
+
+def test_the_middle_flow_is_one_row():
+    """Eight blocks of three separable convolutions from 728 channels to 728: 24 * (9 + 728) * 728 weights."""
+    folded = summary.fold(summary.summarize(create_model("xception"), (299, 299, 3)))
+    assert [row.name for row in folded if row.count == 1] == [
+        "block1", "block2", "block3", "block4", "block13", "block14", "predictions",
+    ]  # fmt: skip
+    weights = 24 * (9 + 728) * 728
+    batch_norm = 24 * 2 * 728
+    assert folded[4] == summary.Row(
+        name="block5 ... block12",
+        count=8,
+        shape=(19, 19, 728),
+        stride=16,
+        parameters=weights + batch_norm,
+        statistics=batch_norm,
+        macs=weights * 19 * 19,
+        activation_bytes=24 * 3 * 19 * 19 * 728 * 4,  # depthwise, pointwise, batch normalization
+    )
+
+
+def test_only_what_is_the_same_and_next_to_it_is_folded():
+    row = summary.Row("a", 1, (4, 4, 8), 2, 10, 2, 160, 512)
+    other = row._replace(name="c", macs=161)
+    rows = [row, row._replace(name="b"), other, row._replace(name="d")]
+    assert summary.fold(rows) == [
+        summary.Row("a ... b", 2, (4, 4, 8), 2, 20, 4, 320, 1024),
+        other,
+        row._replace(name="d"),
+    ]
+    # Inception V3: mixed5 and mixed6 alone have 160 features.
+    folded = summary.fold(summary.summarize(create_model("inception_v3"), (299, 299, 3)))
+    assert [(row.name, row.count) for row in folded if row.count > 1] == [("mixed5 ... mixed6", 2)]
+
+
+def test_strides_are_exact_where_borders_are_most_of_the_image():
+    """Inception V3 at its least size: mixed3 puts out 3 x 3 of 75 x 75, and still its stride is 16, not 25 or 32."""
+    rows = {row.name: row for row in summary.summarize(create_model("inception_v3"), (75, 75, 3))}
+    assert (rows["mixed3"].shape, rows["mixed3"].stride) == ((3, 3, 768), 16)
+    assert (rows["mixed10"].shape, rows["mixed10"].stride) == ((1, 1, 2048), 32)
+    # The auxiliary tower pools stage 4 with stride 3.
+    layers = summary.summarize(create_model("inception_v3", auxiliary=True), (299, 299, 3), by="layers")
+    auxiliary = {row.name: (row.shape, row.stride) for row in layers if row.name.startswith("auxiliary_conv1")}
+    assert auxiliary["auxiliary_conv1"] == ((5, 5, 128), 16 * 3)
+
+
+def test_images_need_not_be_square():
+    rows = {row.name: row for row in summary.summarize(create_model("xception"), (64, 320, 1))}
+    assert (rows["block13"].shape, rows["block13"].stride) == ((2, 10, 1024), 32)
+
+
+# Command -------------------------------------------------------------------------------------------
+
+
+def test_from_the_shell():
+    """A real process; the only platform allowed it does not exist, so that no device but the CPU was opened."""
+    result = shell("xception", JAX_PLATFORMS="no_such_accelerator", COLUMNS="40")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout.splitlines()[-1]) == {
+        "name": "xception",
+        "image_size": 299,
+        "channels": 3,
+        "num_classes": 1000,
+        "parameters": 22_855_952,  # paper, table 3
+        "statistics": 54_528,
+        "macs": 8_357_403_496,  # 8.357 G, as tests/models/test_models.py counts them
+        "activation_bytes": 227_852_480,
+        "parameter_bytes": 4 * 22_855_952,
+    }
+    # Neither the width of the terminal nor its absence cuts a number.
+    lines = result.stdout.splitlines()
+    assert "block5 ... block12 x8   19x19x728      16  12,911,808  4.649 G  55.6%    75.69" in lines
+    for total in ("22,855,952", "91.42 MB as float32", "54,528", "8.357 G an image", "227.9 MB an image as float32"):
+        assert any(line.endswith("  " + total) for line in lines), total
+    readme = (ROOT / "README.md").read_text()
+    assert "\n".join(lines[1:-1]) in readme  # the README shows what is printed
+
+
+def test_all_from_the_shell():
+    result = shell("--all")
+    assert (result.returncode, result.stderr) == (0, "")
+    *table, last = result.stdout.splitlines()
+    records = json.loads(last)
+    assert [record["name"] for record in records] == list(MODELS)
+    assert {r["name"]: r["parameters"] / 1e6 for r in records} == pytest.approx(MILLIONS, abs=0.05)
+    by_name = {record["name"]: record for record in records}
+    assert by_name["inception_v3"]["parameters"] == 23_817_352  # Keras
+    assert by_name["lenet"]["parameters"] == 25 * (3 * 32 + 32 * 64 + 64 * 128) + 129 * 128 + 129 * 1000
+    assert {r["name"]: r["image_size"] for r in records} == dict.fromkeys(MODELS, 299) | {"lenet": 32}
+    rows = {line.split()[0]: line.split()[1:] for line in table[3:]}
+    assert rows["xception"] == ["299", "10x10x2048", "22,855,952", "54,528", "8.357", "G", "227.9"]
+    assert rows["inception_v3"][1] == "8x8x2048"
+    assert rows["lenet"][1] == "4x4x128"
+    assert list(rows) == list(MODELS)
+    assert max(map(len, table)) <= 80
+
+
+@pytest.mark.parametrize("options", [[], ["--layers"]])
+def test_tables_fit_a_terminal_of_80_columns(monkeypatch, capsys, options):
+    """The widest: a fold of 16, and layers of two-digit blocks."""
+    code, out, _ = run(monkeypatch, capsys, "xception71", *options)
+    assert code == 0
+    *lines, _ = out.splitlines()
+    assert 75 < max(map(len, lines)) <= 80
+
+
+def test_layers(monkeypatch, capsys):
+    model = create_model("xception", middle_repeats=1)
+    layers, measured = summary.summarize(model, (64, 64, 3), by="layers"), costs.measure(model, (64, 64, 3))
+    assert [(row.name, row.shape) for row in layers] == [("/".join(m.path), m.shape) for m in measured]
+    assert totals(layers) == totals(measured)
+
+    code, out, _ = run(monkeypatch, capsys, "lenet", "--layers")
+    assert code == 0
+    _, title, headers, *rows = out.splitlines()[:8]
+    assert title == "lenet, images 32 x 32 x 3, 1,000 classes"
+    assert re.split(" {2,}", headers) == ["layer", "output", "stride", "parameters", "MACs", "act. MB"]
+    # Before its pooling, which a stage has and a layer has not: 32 x 32 pixels, 5 x 5 x 3 x 32 weights.
+    assert rows[0].split() == ["conv1", "32x32x32", "1", "2,400", "2.458", "M", "0.131"]
+    assert [row.split()[0] for row in rows] == ["conv1", "conv2", "conv3", "fc1", "predictions"]
+
+
+def test_fields_of_the_network(monkeypatch, capsys):
+    def record(*arguments):
+        code, out, _ = run(monkeypatch, capsys, *arguments)
+        assert code == 0
+        return json.loads(out.splitlines()[-1])
+
+    plain = record("xception")
+    half = record("xception", "--config.model.width=0.5", "--config.model.output_stride=16", "--channels", "1")
+    model = create_model("xception", width=0.5, output_stride=16)
+    assert [half[k] for k in ("parameters", "statistics", "macs", "activation_bytes")] == totals(
+        costs.measure(model, (299, 299, 1))
+    )
+    # Half the bytes but for the 1000 logits, which are float32 in any case.
+    bfloat16 = record("--config.model.dtype=bfloat16", "xception", "--config.model.param_dtype=bfloat16")
+    assert bfloat16["activation_bytes"] - 4000 == (plain["activation_bytes"] - 4000) / 2
+    assert bfloat16["parameter_bytes"] == plain["parameter_bytes"] / 2
+    # A backbone lacks 2048 x 1000 weights and 1000 biases.
+    backbone = record("--num-classes", "0", "--image-size", "64", "xception")
+    assert plain["parameters"] - backbone["parameters"] == 2_049_000
+    assert (backbone["image_size"], backbone["num_classes"]) == (64, 0)
+    assert backbone == record("xception", "--image-size=64", "--config.model.num_classes=0")
+
+
+def test_all_with_options(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "--all", "--image-size", "75", "--config.model.width=0.25")
+    assert code == 0
+    records = json.loads(out.splitlines()[-1])
+    assert {record["image_size"] for record in records} == {75}
+    lenet = costs.measure(create_model("lenet", width=0.25), (75, 75, 3))
+    assert [records[-1][k] for k in ("parameters", "statistics", "macs", "activation_bytes")] == totals(lenet)
+
+
+def test_a_recipe(monkeypatch, capsys):
+    """README: 184,050 parameters; images of 48 x 48 pixels and one channel, ten classes."""
+    code, out, _ = run(monkeypatch, capsys, "--config", DIGITS)
+    assert code == 0
+    record = json.loads(out.splitlines()[-1])
+    keys = ("name", "image_size", "channels", "num_classes", "parameters")
+    assert [record[k] for k in keys] == ["xception", 48, 1, 10, 184_050]
+
+    code, out, _ = run(monkeypatch, capsys, "--config", f"{DIGITS}:lenet")
+    assert [json.loads(out.splitlines()[-1])[k] for k in keys] == ["lenet", 48, 1, 10, 74_010]
+
+    # Another network has its own defaults, not those of the recipe's: 65 has 16 middle blocks, 41 has 8.
+    imagenet = str(ROOT / "configs" / "imagenet.py")
+    code, out, _ = run(monkeypatch, capsys, "--config", imagenet, "--config.model.name=xception65")
+    assert code == 0
+    record = json.loads(out.splitlines()[-1])
+    assert (record["parameters"], record["macs"]) == (39_916_312, 13_852_682_216)
+
+    changes = ["--image-size", "64", "--channels", "3", "--num-classes", "5", "--config.model.name=lenet"]
+    code, out, _ = run(monkeypatch, capsys, "--config", DIGITS, *changes)
+    assert code == 0
+    record = json.loads(out.splitlines()[-1])
+    assert [record[k] for k in keys[:-1]] == ["lenet", 64, 3, 5]
+
+    code, out, _ = run(monkeypatch, capsys, "--config", f"{ROOT / 'configs' / 'jft.py'}:fc")
+    assert code == 0
+    for row in (" fc1 +4096 ", " fc2 +4096 ", " predictions +17000 "):  # paper, table 2
+        assert re.search(row, " ".join(out.split("\n"))), row
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of the arguments NAME --config --all is required; --help shows what there is"),
+        (["xeption"], "unknown model.name 'xeption'; did you mean 'xception'"),
+        (["xception", "--all"], "argument --all: not allowed with argument NAME"),
+        (["--all", "xception"], "argument NAME: not allowed with argument --all"),
+        (["xception", "--config", DIGITS], "argument --config: not allowed with argument NAME"),
+        (["--all", "--config", DIGITS], "argument --config: not allowed with argument --all"),
+        (["xception", "lenet"], "unknown argument 'lenet'"),
+        (["--all", "--layers"], "argument --layers: not allowed with argument --all"),
+        (["xception", "--image-size", "0"], "argument --image-size: must be a positive integer, got '0'"),
+        (["xception", "--image-size", "-5"], "argument --image-size: must be a positive integer, got '-5'"),
+        (["xception", "--image-size", "big"], "argument --image-size: must be a positive integer, got 'big'"),
+        (["xception", "--channels", "0"], "argument --channels: must be a positive integer, got '0'"),
+        (["xception", "--image-size", "31"], "Xception needs images of at least 32 x 32 pixels, got 31 x 31"),
+        (["--all", "--image-size", "64"], "Inception V3 needs images of at least 75 x 75 pixels, got 64 x 64"),
+        (["xception", "--num-classes", "-1"], "num_classes .* must be in .* got -1"),
+        (["xception", "--num-classes", "ten"], "argument --num-classes: invalid int value: 'ten'"),
+        (
+            ["xception", "--num-classes", "3", "--config.model.num_classes=4"],
+            "argument --num-classes: not allowed with --config.model.num_classes",
+        ),
+        (["xception", "--config.model.widht=1"], "unknown recipe key 'model.widht'.* did you mean 'width'"),
+        (["xception", "--config.model.width=wide"], "recipe key 'model.width' must be float, got 'wide'"),
+        (["xception", "--config.model.width=0"], "width must be positive, got 0"),
+        (["xception", "--config.data.image_size=64"], "--config.data.image_size cannot be changed here; .*: model"),
+        (["--config", DIGITS, "--config.epochs=3"], "--config.epochs cannot be changed here; only keys of: model"),
+        (["xception", "--config.model.name=lenet"], "--config.model.name is for a recipe's network"),
+        (["--all", "--config.model.output_stride=8"], r"'model.output_stride' with model.name='inception_v3'"),
+        (["--config", "digts.py"], "no recipe file 'digts.py'"),
+        (["xception", "--layres"], "unknown argument '--layres'"),
+    ],
+)  # fmt: skip
+def test_mistakes(monkeypatch, capsys, arguments, message):
+    """One line, exit code 2, and nothing printed that looks like a result."""
+    code, out, err = run(monkeypatch, capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert re.match(f"error: .*{message}", err), err
+    assert err.count("\n") == 1
+
+
+def test_a_mistake_from_the_shell_is_no_traceback():
+    result = shell("xception", "--image-size", "16")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch("error: Xception needs images of at least 32 x 32 pixels, got 16 x 16; .*\n", result.stderr)
+
+
+def test_whoever_reads_the_output_may_go():
+    """As `| head` does: no traceback."""
+    command = [sys.executable, "-m", "xception_flax", "summary", "lenet"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_full_disk_is_one_line():
+    command = [sys.executable, "-m", "xception_flax", "summary", "lenet"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    said = "error: a file, or what the output goes to: No space left on device.\n"
+    assert (result.returncode, result.stderr) == (2, said)

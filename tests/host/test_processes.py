@@ -1,0 +1,238 @@
+"""Several processes as one: what must be alike, and that none is left waiting."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xception_flax.host import processes
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_what_differs_is_said():
+    alike = {"jax": "0.10", "seed": 0, "names": ["a", "b"]}
+    assert processes.differences([alike, dict(alike), dict(alike)]) == []
+    assert processes.differences([alike, alike | {"seed": 1}, alike]) == [
+        "seed is 0 on 2 processes (0, 2), 1 on process 1",
+    ]
+    assert processes.differences([alike | {"new": None}, alike | {"names": ["b", "a"]}]) == [
+        'names is ["a", "b"] on process 0, ["b", "a"] on process 1',
+        "new is null on process 0, missing on process 1",
+    ]
+    (many,) = processes.differences([{"x": i == 7} for i in range(8)])
+    assert many == "x is false on 7 processes (0, 1, 2, 3, 4, ...), true on process 7"
+    (long,) = processes.differences([{"x": "a" * 200 + last} for last in "12"])
+    assert re.fullmatch(
+        r'x is ("a{79}\.\.\.) \(SHA-256 (\w{8})\) on process 0, \1 \(SHA-256 (?!\2)\w{8}\) on .* 1', long
+    )
+
+
+def test_who_gives_no_sign_for_too_long():
+    """Of three one never comes and one falls silent after 10 seconds; `now` is the time of the one that looks."""
+    signs = processes.Signs(3)
+    assert signs.silent({"s/0": "0", "s/1": "0"}, 0.0) == []
+    assert signs.silent({"s/0": "1", "s/1": "1"}, 10.0) == []
+    assert signs.silent({"s/0": "2", "s/1": "1"}, processes.SILENT_SECONDS + 1) == [2]
+    assert signs.silent({"s/0": "3", "s/1": "1"}, processes.SILENT_SECONDS + 11) == [1, 2]
+    assert signs.silent({"s/0": "4", "s/1": "2", "s/2": "0"}, processes.SILENT_SECONDS + 12) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "count", "number", "message"),
+    [
+        ("localhost", 2, 0, r"--coordinator must be HOST:PORT, such as 10\.0\.0\.1:1234, got 'localhost'\."),
+        (":1234", 2, 0, "--coordinator must be HOST:PORT"),
+        ("localhost:0", 2, 0, "--coordinator must be HOST:PORT"),
+        ("localhost:70000", 2, 1, "--coordinator must be HOST:PORT"),
+        ("localhost:1234", 2, 2, "--process-id must be from 0 to --num-processes less one, got 2 of 2"),
+        ("localhost:1234", 2, -1, "--process-id must be from 0 to --num-processes less one, got -1 of 2"),
+        ("localhost:1234", 0, 0, "--process-id must be from 0 to --num-processes less one, got 0 of 0"),
+    ],
+)
+def test_what_cannot_be_connected(address, count, number, message):
+    with pytest.raises(ValueError, match=message):
+        processes.connect(address, count, number)
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"process 0 cannot listen on port {port}: Address already in use; take"):
+            processes.connect(f"localhost:{port}", 2, 0)
+
+
+def test_one_process_agrees_with_itself(tmp_path):
+    processes.agree("nothing", lambda: pytest.fail("not to be asked"))
+    processes.check_shared(tmp_path)
+    processes.end(2, "error: nobody else.")
+    processes.leave()
+    assert list(tmp_path.iterdir()) == []
+    assert processes.differences([processes.software(), processes.software()]) == []
+
+
+# Real processes ------------------------------------------------------------------------------------
+
+START = """
+import argparse, os, pathlib, signal, sys
+import numpy as np
+import jax
+from jax import monitoring
+from jax.experimental import multihost_utils
+from xception_flax.commands import cli
+from xception_flax.host import processes
+from xception_flax.text import lookup
+me, address = int(sys.argv[1]), sys.argv[2]
+processes.SHARED_SECONDS = processes.LOOK_SECONDS = 0.5
+def start():
+    cli.start(argparse.Namespace(coordinator=address, num_processes=2, process_id=me, distributed=False))
+def refused(check, *arguments):
+    try:
+        check(*arguments)
+    except ValueError as error:
+        print(error, flush=True)
+def main(argv):
+"""
+
+
+def run(numbers: list[int], body: str, environment: dict[str, str] | None = None) -> list[tuple[int, list[str], str]]:
+    """Runs `body` in processes with these numbers of a run of two; returns their code, output and errors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    program = START + "".join(f"    {line}\n" for line in body.strip().splitlines()) + "cli.run(main)\n"
+    alone = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(number), address],
+            env=os.environ | alone | (environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in numbers
+    ]
+    results = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=120)
+            said = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+            results.append((process.returncode, said, err.replace(address, "ADDRESS")))
+    finally:
+        for process in processes:
+            process.kill()
+    return results
+
+
+def test_two_that_differ_and_one_that_fails(tmp_path):
+    """Each comparison is refused on both, and where one fails the other does not wait for it in a collective.
+
+    With a cache of compiled programs that they are told to share: neither process asks it for a program, so
+    that both run what they have compiled, however often they start.
+    """
+    body = f"""
+counts = []
+monitoring.register_event_listener(lambda event, **_: counts.append(event) if "compilation_cache" in event else None)
+start()
+processes.agree("equal", lambda: {{"one": 1, "code": processes.software()}})
+refused(processes.agree, "seed", lambda: {{"seed": me}})
+processes.check_shared(pathlib.Path({str(tmp_path)!r}))
+assert multihost_utils.process_allgather(np.int32(me)).tolist() == [0, 1]
+print([event for event in counts if event.endswith(("hits", "misses", "use_cache"))])
+if me:
+    lookup.lookup({{}}, "photos", "folder")
+multihost_utils.process_allgather(np.zeros(7))
+"""
+    (code, out, err), (code_of_1, out_of_1, err_of_1) = run(
+        [0, 1], body, {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    )
+    differ = "the processes of this run are not alike: seed is 0 on process 0, 1 on process 1. Start the same on "
+    assert out == out_of_1 == [f"{differ}every host.", "[]"]
+    assert (code_of_1, err_of_1) == (2, "error: unknown folder 'photos'; there are: none.\n")
+    assert (code, err) == (2, "error: process 1 has failed, and ends all: unknown folder 'photos'; there are: none.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_of_each_hosts_own_and_one_that_is_killed(tmp_path):
+    """The first hears of the death, and not of the folder."""
+    for i in "01":
+        (tmp_path / i).mkdir()
+    body = f"""
+processes.SILENT_SECONDS = 8  # long enough for a busy machine
+start()
+refused(processes.check_shared, pathlib.Path({str(tmp_path)!r}) / str(me))
+if me:
+    os.kill(os.getpid(), signal.SIGKILL)
+multihost_utils.process_allgather(np.zeros(7))
+"""
+    (code, out, err), (code_of_1, out_of_1, _) = run([0, 1], body)
+    for i, said in enumerate((out, out_of_1)):
+        assert said == [
+            f"{tmp_path / str(i)} is not one folder for all: process 1 cannot see there what process 0 wrote 0.5 s "
+            "before. Take a folder of a file system that all hosts share."
+        ]
+    assert code_of_1 == -signal.SIGKILL
+    assert code == 2, err
+    assert err == (
+        "error: nothing has been heard of process 1 for 8 s: killed, or the machine or the network is down; see what "
+        "was said there last. The same command on all goes on from the last checkpoint.\n"
+    )
+    assert list(tmp_path.rglob("*")) == [tmp_path / "0", tmp_path / "1"]
+
+
+def test_a_death_is_said_where_the_next_collective_fails_of_it():
+    """gloo raises at once where a peer has gone, which says nothing of which one, nor what to do."""
+    body = """
+processes.STILL_SECONDS = 3  # six signs of life
+start()
+multihost_utils.process_allgather(np.zeros(7))
+if me:
+    os.kill(os.getpid(), signal.SIGKILL)
+multihost_utils.process_allgather(np.zeros(7))
+"""
+    (code, _, err), (code_of_1, _, _) = run([0, 1], body)
+    assert code_of_1 == -signal.SIGKILL
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        "error: nothing has been heard of process 1 for 3 s: killed, or the machine or the network is down; see what "
+        "was said there last. The same command on all goes on from the last checkpoint.",
+    ), err
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_and_a_defect_are_said_by_the_other():
+    """An error that passes `jit` gets a note of JAX's behind it, which is no reason."""
+    body = """
+start()
+multihost_utils.process_allgather(np.zeros(7))
+if me:
+    {}
+multihost_utils.process_allgather(np.zeros(7))
+"""
+    wrong = body.format("jax.jit(lambda: jax.numpy.zeros(3) + jax.numpy.zeros(4))()")
+    (code, _, err), (code_of_1, _, err_of_1) = run([0, 1], wrong)
+    reason = "TypeError: add got incompatible shapes for broadcasting: (3,), (4,)."
+    assert (code, code_of_1) == (1, 1)
+    assert f"\n{reason}\n" in err_of_1
+    assert err.splitlines()[-1] == f"error: process 1 has failed, and ends all: {reason}"
+    (code, _, err), (code_of_1, _, _) = run([0, 1], body.format("os.kill(os.getpid(), signal.SIGINT)"))
+    assert (code, code_of_1) == (130, 130)
+    assert err.splitlines()[-1] == "error: process 1 has failed, and ends all: it was interrupted"
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(0, "process 1 has not come to ADDRESS"), (1, "process 0 does not answer at ADDRESS: Connection refused")],
+)
+def test_one_that_waits_for_nobody(number, reason):
+    ((code, _, err),) = run([number], "processes.START_SECONDS = 2\nstart()")
+    assert (code, err) == (
+        2,
+        f"error: process {number} of 2 has waited 2 s; {reason}. Start the same command on every host, with "
+        "--coordinator each with its own --process-id; see what is said there.\n",
+    )

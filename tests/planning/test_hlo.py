@@ -1,0 +1,101 @@
+"""Reading compiled programs: real ones of the CPU, and lines as TPUs have them; every number is by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from xception_flax.planning.hlo import Collective, Hlo
+from xception_flax.training import sharding
+
+# What only TPU programs have: tiles that pad, memory in the chip (S(1)), copies into it that run beside
+# the arithmetic, convolutions within fusions, collectives within fusions.
+TPU = """\
+HloModule jit_step, is_scheduled=true
+
+%region_0.1 (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %add.1 = f32[]{:T(128)} add(%a, %b)
+}
+
+%fused_computation.1 (p0: bf16[8,3,100], p1: f32[20]) -> (bf16[8,3,20], f32[20]) {
+  %p0 = bf16[8,3,100]{2,0,1:T(8,128)(2,1)S(1)} parameter(0)
+  %p1 = f32[20]{0:T(128)} parameter(1)
+  %convolution.1 = bf16[8,3,20]{2,0,1:T(8,128)(2,1)} convolution(%p0, %p0), metadata={op_name="step/conv1/dot_general"}
+  ROOT %tuple.1 = (bf16[8,3,20]{2,0,1:T(8,128)(2,1)}, f32[20]{0:T(128)}) tuple(%convolution.1, %p1)
+}
+
+%all-reduce-scatter.1 (p2: f32[1000]) -> f32[125] {
+  %p2 = f32[1000]{0:T(1024)} parameter(0)
+  %all-reduce.5 = f32[1000]{0:T(1024)} all-reduce(%p2), channel_id=1, to_apply=%region_0.1
+  ROOT %dynamic-slice.1 = f32[125]{0:T(128)} dynamic-slice(%all-reduce.5), dynamic_slice_sizes={125}
+}
+
+ENTRY %main.1 (x: bf16[8,3,100], g: f32[1000], s: f32[20]) -> f32[20] {
+  %x = bf16[8,3,100]{2,0,1:T(8,128)(2,1)} parameter(0), metadata={op_name="batch"}
+  %g = f32[1000]{0:T(1024)} parameter(1)
+  %s = f32[20]{0:T(128)} parameter(2), metadata={op_name="state[\\'scale\\']"}
+  %copy-start.1 = (bf16[8,3,100]{2,0,1:T(8,128)(2,1)S(1)}, bf16[8,3,100]{2,0,1:T(8,128)(2,1)}, u32[]{:S(2)}) \
+copy-start(%x)
+  %copy-done.1 = bf16[8,3,100]{2,0,1:T(8,128)(2,1)S(1)} copy-done(%copy-start.1)
+  %fusion.1 = (bf16[8,3,20]{2,0,1:T(8,128)(2,1)}, /*index=1*/f32[20]{0:T(128)}) fusion(%copy-done.1, %s), \
+kind=kOutput, calls=%fused_computation.1, metadata={op_name="step/bn1/reduce_sum"}
+  %get-tuple-element.1 = f32[20]{0:T(128)} get-tuple-element(%fusion.1), index=1
+  %fusion.2 = f32[125]{0:T(128)} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="step/grad"}
+  %all-gather-start.1 = (f32[125]{0:T(128)}, f32[1000]{0:T(1024)}) all-gather-start(%fusion.2), dimensions={0}
+  %all-gather-done.1 = f32[1000]{0:T(1024)} all-gather-done(%all-gather-start.1)
+  ROOT %add.2 = f32[20]{0:T(128)} add(%get-tuple-element.1, %s), metadata={op_name="step/add"}
+}
+"""
+
+# Dimensions from the fastest: 100, 8, 3, padded to 128, 8, 3 and two bytes each.
+IMAGES = 128 * 8 * 3 * 2
+FEATURES = 128 * 8 * 3 * 2  # 20 channels take as much as 100
+ROW = 128 * 4  # 20 float32, padded to 128
+
+
+def test_tpu_instructions_by_hand() -> None:
+    costs = {cost.opcode + cost.op_name: cost for cost in Hlo(TPU).costs()}
+    copy = costs["copy-startstep/conv1/dot_general"]  # it has no name: its user's, and of that the convolution's
+    assert (copy.size, copy.hbm_size) == (2 * IMAGES, IMAGES)  # read from HBM, written into the chip
+    fusion = costs["fusionstep/conv1/dot_general"]
+    assert (fusion.size, fusion.hbm_size) == (IMAGES + FEATURES + 2 * ROW, FEATURES + 2 * ROW)
+    assert costs["addstep/add"].size == 3 * ROW
+    scatter = costs["fusionstep/grad"]
+    assert scatter.size == 1024 * 4 + 128 * 4
+    assert sum(cost.opcode.endswith("-done") for cost in costs.values()) == 0
+
+
+def test_tpu_collectives_by_hand() -> None:
+    # The hidden one counts; of an asynchronous one the result has operand and result. 1,000 fill 1,024 places.
+    assert Hlo(TPU).collectives() == [Collective("all-gather", 4096, 1), Collective("all-reduce", 4096, 1)]
+
+
+def test_real_program_of_eight_devices() -> None:
+    mesh = sharding.create_mesh()
+    batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+    def column_sums(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sum(x @ w, axis=0)
+
+    step = jax.jit(column_sums, in_shardings=(batch, whole), out_shardings=whole)
+    shapes = jax.ShapeDtypeStruct((1024, 64), jnp.float32), jax.ShapeDtypeStruct((64, 32), jnp.float32)
+    compiled = step.lower(*shapes).compile()
+    hlo = Hlo(compiled.as_text())
+    assert hlo.collectives() == [Collective("all-reduce", 32 * 4, 1)]
+    # One device has 128 rows. XLA may write the product between the two, and read it again.
+    least = (128 * 64 + 64 * 32 + 32) * 4 + 2 * 32 * 4
+    size = sum(cost.size for cost in hlo.costs())
+    assert least <= size <= least + 2 * 128 * 32 * 4 + 2048
+    assert size == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.01)
+
+
+def test_loops_count_their_trips() -> None:
+    def powers(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]
+
+    shapes = jax.ShapeDtypeStruct((128, 64), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    hlo = Hlo(jax.jit(powers).lower(*shapes).compile().as_text())
+    products = [cost for cost in hlo.costs() if cost.op_name.endswith("dot_general")]
+    assert sum(cost.times for cost in products) == 5
+    assert sum(cost.size for cost in products) == 5 * (2 * 128 * 64 + 64 * 64) * 4

@@ -1,0 +1,619 @@
+"""Reading, resolving, overriding and remembering a recipe."""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from xception_flax.recipes import checking, groups, reading
+from xception_flax.runs.workdir import (
+    FILES,
+    FOLDERS,
+    REPLACED,
+    alike,
+    check_claim,
+    check_workdir,
+    claim,
+    differences,
+    read_recipe,
+    recipe_to_json,
+    remember,
+)
+from xception_flax.weights import initial
+
+ROOT = Path(__file__).parents[2]
+DIGITS = str(ROOT / "configs" / "digits.py")
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def minimal(**changes) -> dict:
+    return {
+        "batch_size": 8,
+        "epochs": 1.0,
+        "model": {"name": "xception"},
+        "normalize": {"mean": [0.0], "std": [1.0]},
+        "loss": {"name": "softmax"},
+        "metrics": {"name": "single_label"},
+        "optimizer": {"name": "sgd", "learning_rate": 0.1},
+        "data": {"source": "digits", "image_size": 32},
+    } | changes
+
+
+def test_every_default_is_filled_in():
+    config = checking.resolve(minimal())
+    assert isinstance(config, ConfigDict)
+    assert (config.seed, config.log_every_steps) == (0, 50)
+    assert config.model.num_classes == 1000
+    assert config.model.bn_epsilon == 1e-3
+    assert config.model.dtype == "float32"
+    assert config.optimizer.to_dict() == {
+        "name": "sgd",
+        "learning_rate": 0.1,
+        "momentum": 0.9,
+        "nesterov": False,
+        "decoupled_weight_decay": 0.0,
+        "backbone_factor": 1.0,
+        "clip_norm": None,
+    }
+    assert config.schedule.name == "constant"
+    assert config.mesh.to_dict() == {"data": -1, "fsdp": 1}
+    assert config.normalize.mean == (0.0,)
+    # What the program supplies is no key of a recipe.
+    assert not {"mesh", "seed", "model"} & set(config.step)
+    assert not {"train", "batch_size", "process_index", "split"} & set(config.data)
+
+
+def test_a_resolved_recipe_is_json_and_resolves_to_itself():
+    config = reading.load(DIGITS)
+    again = checking.resolve(json.loads(recipe_to_json(config)))
+    assert again == config
+    assert recipe_to_json(again) == recipe_to_json(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimzer": {}}, "unknown recipe key 'optimzer'; did you mean 'optimizer'"),
+        ({"batch_sze": 3}, "unknown recipe key 'batch_sze'; did you mean 'batch_size'"),
+        ({"epochs": 0.0}, "recipe key 'epochs' must be positive, got 0.0"),
+        ({"batch_size": 0}, "recipe key 'batch_size' must be positive, got 0"),
+        ({"seed": -1}, r"recipe key 'seed' must be in \[0, 2\*\*32\), got -1"),
+        ({"profile": "10-12"}, r"key 'profile' must be FIRST:LAST, got '10-12'; 10:12 traces the steps 10, 11 and 12"),
+        ({"profile": "12:10"}, "recipe key 'profile' must be FIRST:LAST, got '12:10'"),
+        ({"profile": "0:3"}, "recipe key 'profile' must be FIRST:LAST, got '0:3'"),
+        ({"profile": 10}, "recipe key 'profile' must be str, got 10"),
+        ({"batch_size": 8.5}, "recipe key 'batch_size' must be int, got 8.5"),
+        ({"batch_size": True}, "recipe key 'batch_size' must be int, got True"),
+        ({"model": 3}, "recipe key 'model' must be a group of keys, got 3"),
+        ({"model": {}}, "recipe key 'model.name' is missing; there are: .*xception"),
+        ({"model": {"name": "xeption"}}, "unknown model.name 'xeption'; did you mean 'xception'"),
+        (
+            {"model": {"name": "xception", "widht": 1.0}},
+            "unknown recipe key 'model.widht' with model.name='xception'; did you mean 'width'",
+        ),
+        ({"model": {"name": "xception", "width": "wide"}}, "recipe key 'model.width' must be float, got 'wide'"),
+        (
+            {"optimizer": {"name": "sgd"}},
+            r"'optimizer.learning_rate' is missing; set it by --config.optimizer.learning_rate=VALUE \(float\)",
+        ),
+        (
+            {"optimizer": {"name": "rmsprop", "learning_rate": 0.1, "nesterov": True}},
+            "unknown recipe key 'optimizer.nesterov' with optimizer.name='rmsprop'; there are: ",
+        ),
+        (
+            {"data": {"source": "digits", "image_size": 32, "path": "x"}},
+            "'data.path' with data.source='digits'; there are: ",
+        ),
+        ({"step": {"seed": 1}}, "unknown recipe key 'step.seed'"),
+        ({"normalize": {"mean": [0.0]}}, "recipe key 'normalize.std' is missing"),
+        ({"normalize": {"mean": 0.0, "std": [1.0]}}, r"'normalize.mean' must be Sequence\[float\], got 0.0"),
+    ],
+)
+def test_mistakes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        checking.resolve(minimal(**changes))
+
+
+def test_int_is_a_float_and_none_where_it_may_be():
+    config = checking.resolve(minimal(epochs=3, optimizer={"name": "sgd", "learning_rate": 1, "clip_norm": 2}))
+    assert (config.epochs, config.optimizer.clip_norm) == (3, 2)
+
+
+# Overrides -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("batch_size=32", ("batch_size",), 32),
+        ("epochs=1e-1", ("epochs",), 0.1),
+        ("optimizer.learning_rate=0.1", ("optimizer", "learning_rate"), 0.1),
+        ("optimizer.clip_norm=none", ("optimizer", "clip_norm"), None),
+        ("optimizer.clip_norm=2", ("optimizer", "clip_norm"), 2),
+        ("model.residual=false", ("model", "residual"), False),
+        ("model.mid_activation=relu", ("model", "mid_activation"), "relu"),
+        ("model.mid_activation=None", ("model", "mid_activation"), None),
+        ("model.fc_layers=(64, 32)", ("model", "fc_layers"), (64, 32)),
+        ("model.fc_layers=[64]", ("model", "fc_layers"), (64,)),
+        ("model.dtype=bfloat16", ("model", "dtype"), "bfloat16"),
+        ("data.train_split=train+validation", ("data", "train_split"), "train+validation"),
+        ("data.train_transforms=resize | flip_left_right", ("data", "train_transforms"), "resize | flip_left_right"),
+        ("mesh.fsdp=-1", ("mesh", "fsdp"), -1),
+        ("profile=10:12", ("profile",), "10:12"),
+        ("profile=", ("profile",), ""),
+        ("batch_size=1_000", ("batch_size",), 1000),
+        ("batch_size=0x10", ("batch_size",), 16),
+    ],
+)
+def test_overrides(override, key, value):
+    config = reading.load(DIGITS, ["--config." + override])
+    for part in key:
+        config = config[part]
+    assert config == value
+    assert type(config) is type(value)
+
+
+def test_profiled_steps_are_both_included():
+    assert list(groups.profiled_steps("10:12")) == [10, 11, 12]
+    assert list(groups.profiled_steps("7:7")) == [7]
+    assert not groups.profiled_steps("")
+
+
+def test_a_number_can_be_a_string_where_a_string_is_asked_for():
+    assert reading.load(DIGITS, ["--config.data.eval_split=7"]).data.eval_split == "7"
+
+
+def test_another_choice_drops_the_keys_of_the_old_one():
+    """AdamW's beta1 would be an unknown key to SGD; what both take stays."""
+    overrides = ["--config.optimizer.momentum=0.8", "--config.optimizer.name=sgd"]
+    config = reading.load(DIGITS, overrides)
+    assert config.optimizer.to_dict() == {
+        "name": "sgd",
+        "learning_rate": 0.003,
+        "momentum": 0.8,
+        "nesterov": False,
+        "decoupled_weight_decay": 0.05,
+        "backbone_factor": 1.0,
+        "clip_norm": None,
+    }
+    cosine_gone = reading.load(DIGITS, ["--config.schedule.name=constant"])
+    assert cosine_gone.schedule.to_dict() == {"name": "constant"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.optimizer.learning_rat=1", r"unknown recipe key 'optimizer.learning_rat' .*'learning_rate'"),
+        ("--config.optimiser.name=sgd", "unknown recipe group 'optimiser' in --config.optimiser.name; did you mean"),
+        ("--config.batchsize=1", "unknown recipe key 'batchsize'; did you mean 'batch_size'"),
+        ("--config.batch_size=many", "recipe key 'batch_size' must be int, got 'many'"),
+        ("--config.batch_size=1e3", "recipe key 'batch_size' must be int, got 1000.0"),
+        ("--config.model.residual=1", "recipe key 'model.residual' must be bool, got 1"),
+        ("--config.model=xception", "--config.model is a group; set one of its keys"),
+        ("--config.model.name=resnet", "unknown model.name 'resnet'"),
+        ("--config.batch_size", "unknown argument '--config.batch_size'; .* --config.KEY=VALUE"),
+        ("--batch_size=3", "unknown argument '--batch_size=3'"),
+        ("--config.=3", "unknown argument '--config.=3'"),
+        ("--config..=3", r"unknown recipe group '' in --config\.\.; there are: "),
+        ("--config.model.=3", r"unknown recipe key 'model\.' with model\.name='xception'; there are: "),
+        ("--config.model.width.x=3", r"unknown recipe group 'model\.width' in --config\.model\.width\.x; did you mean"),
+        ("--config.batch_size=", "recipe key 'batch_size' must be int, got ''"),
+        # What Python's own parser gives up on, in each of its ways.
+        ("--config.batch_size=" + "(" * 10_000, r"recipe key 'batch_size' must be int, got '\({59} \.\.\. \({29}'"),
+        ("--config.batch_size=" + "-" * 20_000 + "1", "recipe key 'batch_size' must be int, got '-{59} "),
+        ("--config.batch_size={[]: 1}", r"recipe key 'batch_size' must be int, got '{\[\]: 1}'"),
+        ("--config.batch_size=" + "9" * 5000, "recipe key 'batch_size' must be int, got '9{59} "),
+        (
+            "--config.batch_size=0x" + "f" * 5000,
+            "'batch_size' must be an integer of 64 bits, got a value of type int that",
+        ),
+        ("--config.batch_size=9223372036854775808", "must be an integer of 64 bits, got 9223372036854775808"),
+        ("--config.epochs=1e400", "recipe key 'epochs' must be a finite number, got inf"),
+        (
+            "--config.epochs=1e-320",
+            r"'epochs' must not be nearer to 0 than 1\.2e-38, float32's smallest number, got 1e-320",
+        ),
+        (
+            "--config.epochs=1e300",
+            r"recipe key 'epochs' must be at most 3\.4e\+38, float32's largest number, got 1e\+300",
+        ),
+        ("--config.epochs=nan", "recipe key 'epochs' must be a finite number, got nan"),
+        ("--config.normalize.mean=(1.0, 1e400)", r"recipe key 'normalize\.mean' must be a finite number, got inf"),
+        ("--config.normalize.mean=(1.0, 'a')", r"'normalize\.mean' must be Sequence\[float\], got \(1.0, 'a'\)"),
+        ("--config.model.fc_layers=(8, True)", r"'model\.fc_layers' must be Sequence\[int\], got \(8, True\)"),
+        ("--config.model.fc_layers=", r"'model\.fc_layers' must be Sequence\[int\], got ''"),
+        ("--config.model.fc_layers=b'ab'", r"'model\.fc_layers' must be Sequence\[int\], got b'ab'"),
+        ("--config.profile=1:" + "9" * 4000, r"recipe key 'profile' must be FIRST:LAST, got '1:9{57} "),
+        (
+            "--config.init.weights=" + "x" * 5000,
+            r"'init\.weights' must be a text of at most 4,096 characters, none of them",
+        ),
+        ("--config.data.train_split=a\0b", r"none of them NUL, got 'a\\x00b'"),
+    ],
+)
+def test_bad_overrides_are_refused(override, message):
+    with pytest.raises(ValueError, match=message):
+        reading.load(DIGITS, [override])
+
+
+def test_of_a_key_given_twice_the_last_counts():
+    """As on any command line, so that a script's own can be overridden in their turn."""
+    assert reading.load(DIGITS, ["--config.seed=3", "--config.seed=4"]).seed == 4
+
+
+def test_an_override_of_a_group_that_is_none(tmp_path):
+    path = write(tmp_path / "r.py", f"{CONFIG}.model = 3\n    return config\n")
+    with pytest.raises(ValueError, match="recipe key 'model' must be a group of keys, got 3"):
+        reading.load(path, ["--config.model.width=1"])
+
+
+def test_not_a_number_is_refused_wherever_it_comes_from():
+    """No override can say it: 'nan' is text. A recipe can."""
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"'optimizer.learning_rate' must be a finite number, got {value}"):
+            checking.resolve(minimal(optimizer={"name": "sgd", "learning_rate": value}))
+
+
+def test_only_some_groups_may_change_afterwards():
+    config = reading.load(DIGITS)
+    changed = reading.override(config, ["--config.data.num_threads=2"], groups=("data", "mesh"))
+    assert changed.data.num_threads == 2
+    with pytest.raises(ValueError, match=r"--config.model.width cannot be changed here; only keys of: data, mesh"):
+        reading.override(config, ["--config.model.width=2"], groups=("data", "mesh"))
+
+
+def test_one_group_is_resolved_as_in_a_recipe():
+    overrides = ["--config.model.width=0.5"]
+    group = reading.resolve_group("model", {"name": "xception"}, overrides)
+    assert group == reading.override(checking.resolve(minimal()), overrides, groups=("model",)).model
+    with pytest.raises(ValueError, match=r"recipe key 'model\.name' is missing"):
+        reading.resolve_group("model", {})
+    with pytest.raises(ValueError, match=r"--config\.seed cannot be changed here; only keys of: model"):
+        reading.resolve_group("model", {"name": "xception"}, ["--config.seed=1"])
+
+
+# Files ---------------------------------------------------------------------------------------------
+
+
+CONFIG = """
+from ml_collections import ConfigDict, config_dict
+def get_config():
+    config = ConfigDict(dict(batch_size=8, epochs=1.0))
+    config"""
+
+
+def test_mistakes_with_recipe_files(tmp_path):
+    for text, message in [
+        ("def get_config(:\n", r"r\.py, line 1: .*: def get_config\(:"),
+        ("x = 1\n", r"r\.py has no function get_config\(\)"),
+        ("import nothing_of_this_name\n", r"r\.py, line 1: ModuleNotFoundError: No module named"),
+        ("def get_config():\n    return 1 / 0\n", r"r\.py, line 2: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    return {}\n", r"get_config\(\) must return a ConfigDict, got dict"),
+        ("def get_config(size):\n    return {}\n", r"r\.py needs an argument: --config .*r\.py:SIZE"),
+        ("def get_config():\n    return int('x')\n", r"r\.py, line 2: invalid literal for int\(\)"),
+        ("get_config = 3\n", r"r\.py: get_config must be a function that returns a ConfigDict, got 3\.$"),
+        ("import sys\nsys.exit(0)\n", r"r\.py, line 2: SystemExit: 0$"),  # which is no end of a training
+        ("def get_config():\n    raise SystemExit('x')\n", r"r\.py, line 2: SystemExit: x$"),
+        ("x = 1\0\n", r"r\.py: source code string cannot contain null bytes$"),
+        ("x = " + "(" * 1000, r"r\.py, line 1: too many nested parentheses: x = \({56} \.\.\. \({30}$"),
+        (f"{CONFIG}.x = config\n    return config\n", "recipe key 'batch_size' is missing|unknown recipe key 'x'"),
+        (f"{CONFIG}.model = 3\n    return config\n", "recipe key 'model' must be a group of keys, got 3"),
+        (
+            f"{CONFIG}.model = dict(name=['lenet'])\n    return config\n",
+            r"unknown model\.name \['lenet'\]; did you mean",
+        ),
+        (
+            f"{CONFIG}.seed = config_dict.required_placeholder(int)\n    return config\n",
+            r"r\.py: RequiredValueError: None value found in required reference$",
+        ),
+        (
+            f"{CONFIG}.profile = x = []\n    for _ in range(5000): x.append([]); x = x[0]\n    return config\n",
+            "'profile' must be str, got a value of type list that",
+        ),
+        ("import os\nos.nothing\n", r"r\.py, line 2: AttributeError: module 'os' has no attribute 'nothing'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            reading.load(write(tmp_path / "r.py", text))
+    os.mkfifo(tmp_path / "fifo.py")
+    for path in (tmp_path / "fifo.py", "/dev/zero", tmp_path / ("x" * 300), "/x\0/y"):  # none of them is opened
+        with pytest.raises(ValueError, match=r"^no recipe file '/"):
+            reading.load(str(path))
+    with pytest.raises(ValueError, match=r"^no recipe file 'x{59} \.\.\. x{29}'; "):
+        reading.load("x" * 5000)
+    with pytest.raises(
+        ValueError, match=r"no recipe file '.*/digts\.py'; did you mean '\S*/configs/digits\.py'\? There"
+    ):
+        reading.load(str(ROOT / "configs" / "digts.py"))
+    with pytest.raises(ValueError, match="takes no argument, got"):
+        reading.load(str(ROOT / "configs" / "imagenet.py") + ":big")
+    with pytest.raises(ValueError, match="is no Python file"):
+        reading.load(write(tmp_path / "recipe.txt", ""))
+
+
+def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
+    """What was meant is found by its name alone; from elsewhere the message says where one is."""
+    monkeypatch.chdir(ROOT)
+    every = r"configs/ablations\.py, .*configs/digits\.py, .*configs/jft\.py\.$"  # and neither train.py nor a test
+    for path, message in [
+        ("configs/zzzzz.py", rf"^no recipe file 'configs/zzzzz\.py'; there are: {every}"),
+        ("configs/", rf"^'configs/' is a folder, not a recipe file; there are: {every}"),
+        (".", rf"^'\.' is a folder, not a recipe file; there are: {every}"),
+        ("digits", rf"^no recipe file 'digits'; did you mean 'configs/digits\.py'\? There are: {every}"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            reading.load(path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"^no recipe file 'configs/digits\.py', seen from {tmp_path}; change to the"):
+        reading.load("configs/digits.py")
+    with pytest.raises(ValueError, match=r"digits\.py', and no recipe beside it; check the path"):
+        reading.load(str(tmp_path / "configs" / "digits.py"))
+
+
+def test_an_argument_reaches_the_recipe(tmp_path):
+    assert reading.load(str(ROOT / "configs" / "jft.py") + ":fc").model.fc_layers == (4096, 4096)
+    assert reading.load(str(ROOT / "configs" / "jft.py")).model.fc_layers == ()
+    # What a recipe says of its argument is for the user, who has no use for the line.
+    with pytest.raises(ValueError, match=r"jft\.py: the argument must be 'fc' or nothing, got 'x'"):
+        reading.load(str(ROOT / "configs" / "jft.py") + ":x")
+    with pytest.raises(ValueError, match=r"folder\.py: data\.data_dir: \S*/no is no directory; expected"):
+        reading.load(str(ROOT / "configs" / "folder.py") + f":{tmp_path / 'no'}")
+
+
+# Workdir -------------------------------------------------------------------------------------------
+
+
+def test_a_workdir_remembers_and_refuses_another_recipe(tmp_path):
+    config = reading.load(DIGITS)
+    check_workdir(tmp_path / "w", config)
+    assert not (tmp_path / "w").exists()
+    with claim(tmp_path / "w", config):
+        pass
+    assert read_recipe(tmp_path / "w") == config
+    before = (tmp_path / "w" / "config.json").read_bytes()
+
+    operational = ["--config.mesh.fsdp=2", "--config.data.num_workers=3", "--config.log_every_steps=7"]
+    operational += ["--config.profile=3:4"]
+    check_workdir(tmp_path / "w", reading.load(DIGITS, [*operational, "--config.checkpoint.keep_latest=5"]))
+    other = reading.load(DIGITS, ["--config.optimizer.learning_rate=0.1", "--config.seed=3"])
+    with pytest.raises(ValueError, match=r"(?s)another recipe.*optimizer.learning_rate: 0.003 -> 0.1.*seed: 0 -> 3"):
+        check_workdir(tmp_path / "w", other)
+    assert (tmp_path / "w" / "config.json").read_bytes() == before
+
+
+def test_how_to_train_on_is_said_where_it_is_possible(tmp_path):
+    """The run has a checkpoint, and the other recipe computes the same with its weights."""
+    workdir = tmp_path / "my run"
+    claim(workdir, reading.load(DIGITS)).__enter__()
+    longer = reading.load(DIGITS, ["--config.epochs=72"])
+    changed = (
+        f"{workdir} holds a run of another recipe; nothing was changed. Take a new workdir, or the old values:\n"
+        "  epochs: 36.0 -> 72"
+    )
+    advice = (
+        f"\nTo train its weights for more epochs, take a new workdir and --config.init.weights='{workdir}': that run "
+        "begins with them (the averaged ones, where there are), its optimizer, schedule and steps anew."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(changed)}$"):
+        check_workdir(workdir, longer)
+    (workdir / "checkpoints" / "20").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"^{re.escape(changed + advice)}$"):
+        check_workdir(workdir, longer)
+    for override in ("model.width=0.5", "normalize.mean=(0.0,)"):
+        with pytest.raises(ValueError, match=r"^((?!To train its weights)[\s\S])*$"):
+            check_workdir(workdir, reading.load(DIGITS, ["--config.epochs=72", f"--config.{override}"]))
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path, monkeypatch):
+    config = reading.load(DIGITS)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(ROOT)
+    for path, what in [
+        ("/", "the root of all folders"),
+        ("//tmp/..", "the root of all folders"),
+        (str(tmp_path / "link"), "your home folder"),
+        (".", "this program's folder"),
+        ("tests/..", "this program's folder"),
+    ]:
+        with pytest.raises(ValueError, match=f"^workdir '{path}' is {what}; take a folder that is for this run alone"):
+            check_workdir(Path(path), config)
+    assert not any((tmp_path / "home").iterdir())
+    check_workdir(tmp_path / "home" / "run", config)
+    check_workdir(Path("runs"), config)
+    photos = reading.load(DIGITS, ["--config.data.source=folder", f"--config.data.data_dir={tmp_path}/photos"])
+    for within in ("photos", "photos/run", "photos/../photos/a/b"):
+        with pytest.raises(ValueError, match=r"^workdir .* lies in the folder of the images, .*/photos; take one"):
+            check_workdir(tmp_path / within, photos)
+    check_workdir(tmp_path / "photos2", photos)
+    remember(tmp_path / "home", config)  # a run that was begun there goes on
+    check_workdir(tmp_path / "home", config)
+
+
+def test_bad_workdirs_are_refused(tmp_path):
+    config = reading.load(DIGITS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"workdir .*file is a file; expected a folder, or a name that is free"):
+        check_workdir(tmp_path / "file", config)
+    with pytest.raises(ValueError, match=r"workdir .*file/a/b lies in .*file, which is a file"):
+        check_workdir(tmp_path / "file" / "a" / "b", config)
+    with pytest.raises(ValueError, match="cannot be written"):
+        check_workdir(Path("/proc/nothing"), config)
+    (tmp_path / "w" / "checkpoints" / "236" / "raw").mkdir(parents=True)
+    (tmp_path / "w" / "config.json").touch()
+    within = (
+        rf"/raw is no workdir of a run: it has no config\.json: this is within one; give {tmp_path}/w and 236 as its"
+    )
+    with pytest.raises(ValueError, match=within):
+        read_recipe(tmp_path / "w" / "checkpoints" / "236" / "raw")
+    with pytest.raises(ValueError, match=r"is no workdir of a run: it has no config\.json\.$"):
+        read_recipe(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged: Expecting"):
+        read_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged: Expecting value: line 1 column 1 (char 0)."),
+        (b"[]", "damaged: expected keys and values in braces, got b'[]'."),
+        (b"null", "damaged: expected keys and values in braces, got b'null'."),
+        (b"3", "damaged: expected keys and values in braces, got b'3'."),
+        (b'"x"', "damaged: expected keys and values in braces, got b'\"x\"'."),
+        (b"\x89PNG\r\n\x1a\n\0\0\xff", "damaged: 'utf-8' codec can't decode"),
+        (b"\0" * 4096, "damaged: "),
+        (b"[" * 100_000, "damaged: it is nested too deep."),
+        (b'{"model": ' * 900 + b"1" + b"}" * 900, ": "),
+        (b"1" * 9999, "damaged: Exceeds the limit"),
+        (b"{}", ": recipe key 'batch_size' is missing; "),
+        (b'{"batch_size": 8, "epochs": 1, "colour": 1}', ": unknown recipe key 'colour'; "),
+        (b'{"batch_size": 8, "epochs": 1, "model": 3}', ": recipe key 'model' must be a group of keys, got 3."),
+    ],
+)
+def test_an_odd_config_json_is_a_line_for_all_who_read_it(tmp_path, one_device, content, message):
+    """Also for who takes the run's weights to begin with, and reads no more of it than that takes."""
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        read_recipe(tmp_path)
+    assert str(raised.value).startswith(str(path))
+    with pytest.raises(ValueError, match=re.escape(str(raised.value))):
+        check_workdir(tmp_path, reading.load(DIGITS))
+    expected = str(raised.value) if "is damaged: " in str(raised.value) else f"{path} is no recipe of a network: "
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        initial.restore_run(tmp_path, one_device, "latest")
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", FILES + FOLDERS)
+def test_what_is_in_the_way_of_a_runs_files_is_refused(tmp_path, monkeypatch, name):
+    """Before anything is written, in a workdir that is new, and in one of a run that goes on."""
+    config = reading.load(DIGITS)
+    expected, other = ("folder", "no folder") if name in FOLDERS else ("file", "a folder")
+    workdir, path = tmp_path / "w", tmp_path / "w" / name
+    path.mkdir(parents=True)
+    if expected == "folder":
+        path.rmdir()
+        path.write_text("")
+    with pytest.raises(ValueError, match=rf"^{path} is {other}, expected a {expected} or nothing; move it away\.$"):
+        check_workdir(workdir, config)
+    shutil.rmtree(workdir)
+
+    with claim(workdir, config):
+        pass
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "nowhere")
+    message = rf"^{path} is a link to nothing, expected a {expected} or nothing; move it away\.$"
+    with pytest.raises(ValueError, match=message):
+        check_workdir(workdir, config)
+    assert not (tmp_path / "nowhere").exists()
+    path.unlink()
+
+    path.mkdir() if expected == "folder" else path.write_text("")
+    monkeypatch.setattr(os, "access", lambda at, mode: Path(at) != path)  # of root's there is none without
+    needed = "read" if name in REPLACED else "read and written"
+    message = rf"^{path} cannot be {needed} by this user; change its permissions or its owner\.$"
+    with pytest.raises(ValueError, match=message):
+        check_workdir(workdir, config)
+
+
+def test_a_workdir_that_is_gone_is_noticed(tmp_path):
+    config, workdir = reading.load(DIGITS), tmp_path / "w"
+    gone = (
+        rf"^workdir {workdir} was removed, renamed or closed to this run while it was going on \(\.lock: No such file "
+        r"or directory\)\. Put it back, and the same command goes on from its newest checkpoint\.$"
+    )
+    with claim(workdir, config):
+        check_claim(workdir)
+        workdir.rename(tmp_path / "renamed")
+        with pytest.raises(ValueError, match=gone):
+            check_claim(workdir)
+        workdir.mkdir()  # by another run, with another lock
+        (workdir / ".lock").write_text("process 1 on elsewhere")
+        with pytest.raises(
+            ValueError, match=rf"^workdir {workdir} now belongs to process 1 on elsewhere, by its \.lock;"
+        ):
+            check_claim(workdir)
+        shutil.rmtree(workdir)
+        (tmp_path / "renamed").rename(workdir)
+        check_claim(workdir)
+        shutil.rmtree(workdir)
+        with pytest.raises(ValueError, match=gone):
+            check_claim(workdir)
+
+
+def test_hosts_may_differ_in_how_they_read_and_in_nothing_else():
+    config = reading.load(DIGITS)
+    common = alike(config)
+    keys = {f"{group}.{key}" for group, keys in config.items() if isinstance(keys, ConfigDict) for key in keys}
+    keys |= {key for key, value in config.items() if not isinstance(value, ConfigDict)}
+    assert {f"recipe key {key}" for key in keys - {"data.num_threads", "data.num_workers"}} == set(common)
+    assert alike(reading.load(DIGITS, ["--config.data.num_threads=3", "--config.data.num_workers=1"])) == common
+    for change in ("data.on_bad_image=replace", "log_every_steps=7", "mesh.fsdp=2"):
+        key, _, value = change.partition("=")
+        other = alike(reading.load(DIGITS, [f"--config.{change}"]))
+        assert [(k, str(other[k])) for k in common if other[k] != common[k]] == [(f"recipe key {key}", value)]
+
+
+def test_a_workdir_is_claimed_by_one_at_a_time(tmp_path, monkeypatch):
+    """The lock is the kernel's: a process that is killed leaves none; where there are no locks, none is needed."""
+    config = reading.load(DIGITS)
+    script = f"""
+import pathlib, time
+from xception_flax.weights import initial
+from xception_flax.recipes import reading
+from xception_flax.runs import workdir
+with workdir.claim(pathlib.Path({str(tmp_path)!r}), reading.load({DIGITS!r})):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"is in use by process {other.pid} on .* \(it holds .*/\.lock\)"):
+            claim(tmp_path, config).__enter__()
+        other.kill()
+    with claim(tmp_path, config), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
+        claim(tmp_path, config).__enter__()
+    # Between the first look and the claim another run may have come and gone.
+    with (
+        pytest.raises(ValueError, match=r"(?s)another recipe.*seed: 0 -> 3"),
+        claim(tmp_path, reading.load(DIGITS, ["--config.seed=3"])),
+    ):
+        pass
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with claim(tmp_path, config), claim(tmp_path, config):
+        pass
+
+
+def test_infinite_epochs_between_two_are_at_the_end_alone(tmp_path):
+    """JSON has no infinity. A config.json of an older version says it all the same, and is of the same recipe."""
+    config = reading.load(DIGITS, ["--config.eval_every_epochs=inf", "--config.checkpoint_every_epochs=1e400"])
+    largest = 2.0**128 - 2.0**104  # of float32
+    assert (config.eval_every_epochs, config.checkpoint_every_epochs) == (largest, largest)
+    with claim(tmp_path, config):
+        pass
+    text = (tmp_path / "config.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["eval_every_epochs"] == largest
+    (tmp_path / "config.json").write_text(text.replace(str(largest), "Infinity"))
+    assert differences(read_recipe(tmp_path), config) == []
+    with pytest.raises(ValueError, match="'eval_every_epochs' must be a finite number, got nan"):
+        reading.load(DIGITS, ["--config.eval_every_epochs=nan"])

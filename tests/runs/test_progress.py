@@ -1,0 +1,312 @@
+"""What a person sees: records, rates, and the picture of them."""
+
+import errno
+import json
+import os
+import re
+import resource
+import signal
+
+import cv2
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from xception_flax.display import console, pictures
+from xception_flax.runs import curves, history, progress
+
+
+def run(workdir, start_step=0, enabled=True):
+    return progress.RunProgress(
+        workdir, start_step=start_step, total_steps=100, batch_size=10, num_images=50, enabled=enabled
+    )
+
+
+def events(workdir) -> list[tuple[int, str, float]]:
+    """Reads TensorBoard's files: records of length (8 bytes), checksum (4), event, checksum (4)."""
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        content, position = path.read_bytes(), 0
+        while position < len(content):
+            length = int.from_bytes(content[position : position + 8], "little")
+            event = event_pb2.Event.FromString(content[position + 12 : position + 12 + length])
+            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            position += 16 + length
+    return found
+
+
+def test_records(tmp_path, capsys):
+    with run(tmp_path) as report:
+        report.compiled(1)
+        report.train(1, {"loss": 2.0})  # a record of the compiling step alone has no rate
+        report.train(10, {"loss": 0.5, "top1": 0.25, "learning_rate": 0.1})
+        report.evaluation(20, {"top1": 0.9, "loss": float("nan"), "other": float("inf"), "count": 7}, "ema")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0].pop("train/first_step_seconds") > 0
+    assert lines[1].pop("train/images_per_second") > 0
+    assert lines[1].pop("train/step_seconds") > 0
+    assert lines[1].pop("train/input_wait_seconds") == 0
+    assert lines == [
+        {"step": 1, "train/loss": 2.0},
+        {"step": 10, "train/loss": 0.5, "train/top1": 0.25, "train/learning_rate": 0.1},
+        {"step": 20, "eval/top1": 0.9, "eval/loss": None, "eval/other": None, "eval/count": 7, "eval/weights": "ema"},
+    ]
+    shown = capsys.readouterr().err
+    assert "step 10/100  loss 0.5000" in shown
+    assert "epoch   4.0  evaluation (ema): top1 90.00 %" in shown
+    recorded = events(tmp_path)
+    assert (10, "train/loss", 0.5) in recorded
+    assert (20, "eval/top1", pytest.approx(0.9)) in recorded
+
+
+def test_columns_are_aligned_and_never_cut(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "10")
+    console.show_columns("title", {"name": ["[b]a[/b]", "b"], "number": ["1", "123,456,789,000"]})
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "title",
+        "name               number",
+        "[b]a[/b]                1",
+        "b         123,456,789,000",
+    ]
+
+
+def test_what_others_called_a_thing_is_shown_as_it_stands(tmp_path, monkeypatch, capsys):
+    """Rich reads `[red]` as a colour, `[/x]` as an error, `:cat:` as a picture; a terminal what follows ESC."""
+    name = "[red][/x] :cat: {task} 100%"
+    monkeypatch.setenv("COLUMNS", "40")
+    console.show_table(name, {"猫": "a\x1b[31m", "name": "b\nc"})
+    assert capsys.readouterr().out == f"\n{name}\n  猫    a\\x1b[31m\n  name  b\\nc\n"  # 猫 takes up two columns
+    console.show_columns(name, {"name": [name + "\n"]})
+    assert capsys.readouterr().out.split() == [*name.split(), "name", *f"{name}\\n".split()]
+    for terminal in (False, True):
+        if terminal:
+            monkeypatch.setenv("FORCE_COLOR", "1")
+        with console.waiting(name + "\x1b]0;"):
+            pass
+        with console.counting(name + "\r", 10, "images") as advance:
+            advance(10)
+        with run(tmp_path) as report:
+            report.say(name + "\x07")
+        err = capsys.readouterr().err
+        assert rf"{name}\x1b]0;: 0 s" in err
+        assert rf"{name}\r: 10 images in 0:00" in err
+        assert rf"{name}\x07" in err
+        assert "\x1b]0;" not in err
+
+
+def test_a_bar_on_the_terminal_takes_nothing_from_a_file(monkeypatch, capsys):
+    """Standard error a terminal, standard output a file: `predict --json > FILE`, where rows are printed meanwhile."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for step in console.stepping("predicting", range(3)):
+        print(step)
+    out, err = capsys.readouterr()
+    assert out == "0\n1\n2\n"
+    assert "predicting" in err
+
+
+def test_a_resumed_run_continues_the_records_of_its_checkpoint(tmp_path):
+    """Records after step 20 came from steps that are done again; a line cut off by a kill goes too."""
+    with run(tmp_path) as report:
+        for step in (10, 20, 30):
+            report.train(step, {"loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "train/lo')
+    with run(tmp_path, start_step=20) as report:
+        report.train(30, {"loss": 0.0})
+    records = history.read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["train/loss"]) for r in records] == [(10, 10), (20, 20), (30, 0)]
+
+
+STRANGE = [
+    b"a note of mine\n",
+    b'{"step": 12, "train/lo\n',  # cut off, and something went on after it
+    b'{"step": 13, "train/loss": 1.0}{"step": 14}\n',
+    b"\xff\xfe\n",
+    b"\0\0\0\0\n",
+    b"\n",
+    b"[]\n",
+    b"null\n",
+    b"[" * 100_000 + b"\n",
+    b'{"train/loss": 1.0}\n',
+    *(b'{"step": %s}\n' % step for step in (b'"3"', b"3.0", b"true", b"null", b"-1", b"[3]", b"1" * 400, b"1" * 9999)),
+    *(b'{"step": 3, "train/loss": %s}\n' % value for value in (b'"x"', b"[1]", b"{}", b"true", b"NaN", b"1e999")),
+]
+RECORDS = [b'{"step": 1, "train/loss": 3.0}\r\n', b'{"step": 20, "eval/loss": null, "eval/weights": "ema"}\n']
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"step": 40, "train/lo', b"\0\0\0", b'{"step": 40, "train/loss": 1.0}'])
+def test_what_is_no_record_stays_as_it_is(tmp_path, capsys, tail):
+    """Only later records go, and a last line that was cut off: what is not understood is somebody's."""
+    path, later = tmp_path / "metrics.jsonl", b'{"step": 30, "train/loss": 2.0}\n'
+    path.write_bytes(RECORDS[0] + later + b"".join(STRANGE) + RECORDS[1] + later + tail)
+    with run(tmp_path, start_step=20) as report:
+        report.train(21, {"loss": 0.5})
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert b"".join(lines[:-1]) == RECORDS[0] + b"".join(STRANGE) + RECORDS[1]
+    said = f"{path} has {len(STRANGE)} lines that are no records, the first is line 3; left as they are."
+    assert capsys.readouterr().err.splitlines()[0] == said
+    records = history.read_metrics(path)
+    assert records[:-1] == [json.loads(line) for line in RECORDS]
+    assert (records[-1]["step"], records[-1]["train/loss"]) == (21, 0.5)
+    curves.draw_curves(records, "title", tmp_path / "curves.png")
+
+
+def test_a_record_without_the_end_of_its_line_is_one(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 7, "train/loss": 1.0}')
+    with run(tmp_path, start_step=7) as report:
+        report.train(8, {"loss": 2.0})
+    assert [r["step"] for r in history.read_metrics(tmp_path / "metrics.jsonl")] == [7, 8]
+
+
+@pytest.fixture
+def file_size():
+    """Sets the largest size of a file, by the kernel: as on a full disk a file takes its first part and no more."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_a_line_and_what_was_written_stays(tmp_path, file_size):
+    """Also where the file is closed on the way out, which writes once more."""
+    path = tmp_path / "metrics.jsonl"
+
+    def train_until_it_is_full():
+        with run(tmp_path) as report:
+            report.train(10, {"loss": 1.0})
+            file_size(path.stat().st_size + 9)
+            report.train(20, {"loss": 1.0})
+
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} cannot be written: File too large\\.$"):
+        train_until_it_is_full()
+    *_, whole, cut_off = path.read_bytes().splitlines(keepends=True)
+    assert whole.endswith(b"\n")
+    assert len(cut_off) == 9
+    assert [r["step"] for r in history.read_metrics(path)] == [10]
+    # To begin again takes room as well; what is there stays.
+    before = path.read_bytes()
+    file_size(9)
+    with pytest.raises(ValueError, match=r"cannot be written: File too large\.$"):
+        run(tmp_path, start_step=10)
+    assert path.read_bytes() == before
+    assert not (tmp_path / "metrics.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE])
+@pytest.mark.parametrize("name", ["tensorboard/events.out.tfevents", "metrics.jsonl"])
+def test_what_the_disk_refuses_is_a_line(tmp_path, monkeypatch, number, name):
+    """Of events, and of records that a checkpoint waits for; an error that is under way is not hidden by another."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    def write(other_error=None):
+        with run(tmp_path) as report:
+            if name == "metrics.jsonl":
+                monkeypatch.setattr(progress.os, "fsync", refuse)
+            else:
+                monkeypatch.setattr(history.RecordWriter, "write", refuse)
+            if other_error:
+                raise other_error
+            report.sync()
+            report.train(10, {"loss": 1.0})
+
+    message = rf"^{re.escape(str(tmp_path / name))}\S* cannot be written: {os.strerror(number)}\.$"
+    with pytest.raises(ValueError, match=message):
+        write()
+    monkeypatch.undo()
+    with pytest.raises(KeyError, match="another"):
+        write(KeyError("another"))
+
+
+def test_other_hosts_write_nothing(tmp_path, capsys):
+    with run(tmp_path, enabled=False) as report:
+        report.compiled(1)
+        with report.input_wait(), report.pause("checkpoint"):
+            pass
+        report.train(10, {"loss": 0.5})
+        report.evaluation(10, {"loss": 0.5, "count": 1}, "raw")
+        report.checkpoint(10)
+        report.say("nothing")
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_all_of_the_time_is_recorded_once(tmp_path, monkeypatch, capsys):
+    """By a clock of our own: the rate leaves out compilation and pauses, and the parts add up to the whole."""
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress.RunProgress(
+        tmp_path,
+        start_step=0,
+        total_steps=100,
+        batch_size=10,
+        num_images=50,
+        enabled=True,
+        peak_images_per_second=250.0,
+    ) as report:
+        with report.input_wait():
+            clock[0] += 7  # the pipeline starts
+        clock[0] += 53  # compilation: a minute in all
+        report.compiled(1)
+        for _ in range(10):  # 10 steps of 10 images in a second
+            with report.input_wait():
+                clock[0] += 0.025
+            clock[0] += 0.075
+        report.train(11, {"loss": 0.0})
+        with report.pause("evaluation"):
+            clock[0] += 8
+        report.evaluation(11, {"loss": 0.0, "count": 1}, "raw")
+        with report.pause("checkpoint"):
+            clock[0] += 2
+        report.checkpoint(11)
+        with report.pause("profile"):
+            clock[0] += 30
+        clock[0] += 1
+        report.train(21, {"loss": 0.0})
+    records = history.read_metrics(tmp_path / "metrics.jsonl")
+    times = [{k: v for k, v in r.items() if k.endswith(("second", "seconds", "mfu"))} for r in records]
+    steps = {"train/images_per_second": 100, "train/step_seconds": 0.1, "train/mfu": 0.4}
+    assert times == [
+        pytest.approx(steps | {"train/first_step_seconds": 60, "train/input_wait_seconds": 0.025}),
+        pytest.approx({"eval/seconds": 8}),
+        pytest.approx({"checkpoint/blocking_seconds": 2}),
+        pytest.approx(steps | {"train/input_wait_seconds": 0}),
+    ]
+    assert clock[0] - 100 == pytest.approx(60 + 10 * 0.1 + 8 + 2 + 30 + 10 * 0.1)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0] == "step 11/100  loss 0.0000  100 images/s  MFU 40 %  input 25 %  0:09 left"
+    assert (11, "train/step_seconds", pytest.approx(0.1)) in events(tmp_path)
+    assert (11, "checkpoint/blocking_seconds", 2.0) in events(tmp_path)
+
+
+def test_curves_show_what_there_is(tmp_path):
+    """More records, more ink; a run without evaluation or with a failing loss still draws."""
+    records = [{"step": s, "train/loss": 1 / s, "train/top1": 1 - 1 / s, "train/learning_rate": 0.1} for s in (1, 2, 3)]
+    evaluated = [*records, {"step": 3, "eval/loss": 0.2, "eval/top1": 0.9}]
+    multi_label = [{"step": 1, "train/loss": None}, {"step": 1, "eval/loss": 3.0, "eval/map": 0.3}]
+    ink = []
+    for i, r in enumerate((records, evaluated, multi_label, [])):
+        path = tmp_path / f"{i}.png"
+        curves.draw_curves(r, "title", path)
+        picture = cv2.imread(str(path))
+        assert picture.shape[0] > 300
+        assert picture.shape[1] > 1200
+        ink.append(int((picture < 200).sum()))
+    assert ink[1] > ink[0] > ink[3]
+
+
+def test_mistakes_show_every_image(tmp_path):
+    images = [np.full((8, 8, c), 200, np.uint8) for c in (1, 3, 1, 3, 1, 3, 1, 3, 1)]
+    pictures.draw_mistakes(images, ["a"] * 9, ["b" * 30] * 9, [0.5] * 9, "9 wrong", tmp_path / "m.png")
+    nine = cv2.imread(str(tmp_path / "m.png"))
+    pictures.draw_mistakes([], [], [], [], "none wrong", tmp_path / "none.png")
+    none = cv2.imread(str(tmp_path / "none.png"))
+    pictures.draw_mistakes(images[:1], ["a"], ["b"], [0.5], "a title\nof three\nlines", tmp_path / "one.png")
+    one = cv2.imread(str(tmp_path / "one.png"))
+    assert (one == 200).all(-1).mean() > 0.2  # as large as what is on it
+    assert none.shape[0] < 100
+    gray = (nine == 200).all(-1).sum()
+    assert gray > 9 * 50 * 50
+    assert (none < 128).any()

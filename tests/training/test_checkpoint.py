@@ -1,0 +1,542 @@
+"""Checkpoints: everything comes back bit for bit, onto any mesh, and damage is seen."""
+
+import json
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from xception_flax.training import checkpoint, sharding
+from xception_flax.training.state import TrainState
+
+META = {"class_names": ["a", "b"]}
+
+
+def make_state(mesh, step: int, *, ema: bool = True) -> TrainState:
+    rng = np.random.default_rng(step)
+    params = {
+        "conv": {"kernel": rng.normal(size=(512, 256)).astype(np.float32)},
+        "bias": np.float32(rng.normal(size=3)),
+    }
+    stats = {"mean": rng.normal(size=3).astype(np.float32)}
+    state = TrainState(
+        step=np.int32(step),
+        params=params,
+        batch_stats=stats,
+        opt_state=({"trace": jnp.asarray(rng.normal(size=(512, 256)), jnp.bfloat16)}, np.int32(step)),
+        ema_params=params if ema else None,
+        ema_batch_stats=stats if ema else None,
+    )
+    return jax.tree.map(jax.device_put, state, sharding.state_shardings(mesh, state))
+
+
+def abstract(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def assert_equal(a: TrainState, b: TrainState) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def open_manager(path, **options):
+    return checkpoint.open_manager(path, best_metric="top1", **options)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_round_trip_onto_another_mesh(tmp_path, one_device, ema):
+    """Saved from 8 devices in shares, read onto 1 and onto 2 x 4; bit for bit."""
+    saved = make_state(sharding.create_mesh(data=1, fsdp=8), 7, ema=ema)
+    assert saved.params["conv"]["kernel"].addressable_shards[0].data.shape == (64, 256)
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, saved, META, {"top1": 0.5})
+    for mesh in (one_device, sharding.create_mesh(data=2, fsdp=4)):
+        expected = make_state(mesh, 7, ema=ema)
+        with open_manager(tmp_path) as manager:
+            restored = checkpoint.restore_state(manager, abstract(expected), 7)
+            assert checkpoint.read_meta(manager, 7)["class_names"] == ["a", "b"]
+        assert_equal(restored, saved)
+        for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
+            assert x.sharding == y.sharding
+
+
+def test_variables_alone(tmp_path, one_device):
+    state = make_state(one_device, 3, ema=False)
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state, META, None)
+    template = abstract(state).variables("raw")
+    with open_manager(tmp_path, read_only=True) as manager:
+        variables = checkpoint.restore_variables(manager, template, "raw", 3)
+        np.testing.assert_array_equal(variables["params"]["conv"]["kernel"], state.params["conv"]["kernel"])
+        with pytest.raises(ValueError, match="checkpoints/3 cannot be used"):
+            checkpoint.restore_variables(manager, template, "ema", 3)
+
+
+def test_latest_and_best_are_kept(tmp_path, one_device):
+    """Scores .1 .9 .3 .2 NaN: the two newest stay, and step 2, the best."""
+    with open_manager(tmp_path, keep_latest=2, keep_best=1) as manager:
+        for step, score in enumerate((0.1, 0.9, 0.3, 0.2, float("nan")), start=1):
+            checkpoint.save(manager, make_state(one_device, step), META, {"top1": score})
+    with open_manager(tmp_path) as manager:
+        assert sorted(manager.all_steps()) == [2, 4, 5]
+        assert checkpoint.find_step(manager, "best") == 2
+        assert checkpoint.find_step(manager, "latest") == 5
+        assert checkpoint.find_step(manager, "4") == 4
+        for which in ("3", "newest", "-1"):
+            with pytest.raises(ValueError, match=rf"no checkpoint '{which}' .*a step of: 2, 4, 5"):
+                checkpoint.find_step(manager, which)
+
+
+def test_no_checkpoint_and_no_evaluation(tmp_path, one_device):
+    with open_manager(tmp_path) as manager:
+        with pytest.raises(ValueError, match="has no checkpoint yet"):
+            checkpoint.find_step(manager, "latest")
+        checkpoint.save(manager, make_state(one_device, 1), META, None)
+    with open_manager(tmp_path) as manager, pytest.raises(ValueError, match=r"no checkpoint .* has been evaluated"):
+        checkpoint.find_step(manager, "best")
+
+
+def test_saving_a_step_again_changes_nothing(tmp_path, one_device):
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, make_state(one_device, 5), META, None)
+        checkpoint.check_saves(manager, wait=True)
+        checkpoint.save(manager, make_state(one_device, 5), {"class_names": []}, None)
+        checkpoint.check_saves(manager, wait=True)
+        assert checkpoint.read_meta(manager, 5)["class_names"] == ["a", "b"]
+
+
+def test_a_flipped_bit_is_seen(tmp_path, one_device):
+    """Orbax itself would restore it without a word."""
+    state = make_state(one_device, 1)
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state, META, None)
+        checkpoint.save(manager, make_state(one_device, 2), META, None)
+    files = [p for p in (tmp_path / "checkpoints" / "1" / "raw").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with open_manager(tmp_path) as manager:
+        with pytest.raises(
+            ValueError, match=r"checkpoints/1 cannot be used: .*; move this folder away to go on from step 2"
+        ):
+            checkpoint.restore_state(manager, abstract(state), 1)
+        assert_equal(checkpoint.restore_state(manager, abstract(state), 2), make_state(one_device, 2))
+
+
+def test_values_that_decode_and_are_wrong_are_seen(tmp_path, one_device):
+    """The files are whole and decode; only the checksum tells."""
+    state = make_state(one_device, 1)
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state, META, None)
+    meta = tmp_path / "checkpoints" / "1" / "meta" / "metadata"
+    content = json.loads(meta.read_text())
+    content["checksums"]["raw"]["['params']['bias']"] ^= 1
+    meta.write_text(json.dumps(content))
+    with (
+        open_manager(tmp_path) as manager,
+        pytest.raises(ValueError, match=r"the values of raw\['params'\]\['bias'\] have changed on disk"),
+    ):
+        checkpoint.restore_state(manager, abstract(state), 1)
+
+
+def test_truncated_and_missing_files_are_seen(tmp_path, one_device):
+    state = make_state(one_device, 1)
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state, META, None)
+    for path in (tmp_path / "checkpoints" / "1" / "optimizer").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with open_manager(tmp_path) as manager, pytest.raises(ValueError, match=r"cannot be used: .*; there is no other"):
+        checkpoint.restore_state(manager, abstract(state), 1)
+    (tmp_path / "checkpoints" / "1" / "meta" / "metadata").unlink()
+    with open_manager(tmp_path) as manager, pytest.raises(ValueError, match="cannot be used"):
+        checkpoint.read_meta(manager, 1)
+
+
+def test_another_network_is_refused(tmp_path, one_device):
+    state = make_state(one_device, 1)
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state, META, None)
+    other = abstract(state)
+    kernel = jax.ShapeDtypeStruct((512, 255), jnp.float32, sharding=other.step.sharding)
+    with open_manager(tmp_path) as manager, pytest.raises(ValueError, match="cannot be used"):
+        checkpoint.restore_state(manager, other.replace(params=other.params | {"conv": {"kernel": kernel}}), 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "value"),
+    [(("params",), np.nan), (("batch_stats", "ema_params"), np.inf), (("ema_batch_stats",), -np.inf)],
+)
+def test_weights_that_are_not_finite_are_neither_saved_nor_read(tmp_path, one_device, monkeypatch, fields, value):
+    """Of both kinds, parameters and statistics; those of a checkpoint that an older version wrote are not used."""
+    state = make_state(one_device, 1)
+    bad = state
+    for field in fields:
+        leaves, treedef = jax.tree.flatten(getattr(state, field))
+        leaves[0] = leaves[0].at[-1].set(value)
+        bad = bad.replace(**{field: jax.tree.unflatten(treedef, leaves)})
+    item, collection = ("ema" if "ema" in fields[0] else "raw"), fields[0].removeprefix("ema_")
+    array = {"params": "bias", "batch_stats": "mean"}[collection]
+    what = rf"values of {item}\['{collection}'\]\['{array}'\] are not finite"
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state, META, None)
+        with pytest.raises(ValueError, match=rf"^{what} after step 2; checkpoints from before it are kept\. Lower"):
+            checkpoint.save(manager, bad.replace(step=jnp.int32(2)), META, None)
+        assert manager.all_steps() == [1]
+        monkeypatch.setattr(checkpoint, "WEIGHTS", ())
+        checkpoint.save(manager, bad.replace(step=jnp.int32(2)), META, None)
+    monkeypatch.undo()
+    with open_manager(tmp_path) as manager:
+        refused = rf"/checkpoints/2 cannot be used: {what}; move this folder away to go on from step 1\.$"
+        with pytest.raises(ValueError, match=refused):
+            checkpoint.restore_state(manager, abstract(state), 2)
+        variables = abstract(state).variables(item)
+        with pytest.raises(ValueError, match=refused):
+            checkpoint.restore_variables(manager, variables, item, 2)
+        assert_equal(checkpoint.restore_state(manager, abstract(state), 1), state)
+
+
+def test_optimizers_may_begin_at_infinity(tmp_path, one_device):
+    """As optax' reduce_on_plateau does with the best value so far."""
+    state = make_state(one_device, 1)
+    state = state.replace(opt_state=(state.opt_state[0], jnp.float32(np.inf)))
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state, META, None)
+    with open_manager(tmp_path) as manager:
+        assert_equal(checkpoint.restore_state(manager, abstract(state), 1), state)
+
+
+def test_what_fails_at_the_end_hides_no_reason(tmp_path, monkeypatch):
+    """A save that has failed meanwhile is said where nothing else is wrong."""
+
+    def fail(manager):
+        raise ValueError("RESOURCE_EXHAUSTED: no room\nand a stack")
+
+    def close(other_error=None):
+        with open_manager(tmp_path):
+            monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "wait_until_finished", fail)
+            if other_error:
+                raise other_error
+
+    failed = rf"^a checkpoint could not be written to {tmp_path}/checkpoints: RESOURCE_EXHAUSTED: no room; "
+    with pytest.raises(ValueError, match=failed):
+        close()
+    monkeypatch.undo()
+    with pytest.raises(KeyError, match="another"):
+        close(KeyError("another"))
+
+
+def test_checksums_see_a_change_and_a_swap_and_no_sharding():
+    x = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    changed, swapped = x.copy(), x.copy()
+    changed[5, 7] = np.nextafter(changed[5, 7], np.inf)
+    swapped[[0, 1]] = swapped[[1, 0]]
+    with jax.enable_x64(True):
+        doubles = [int(checkpoint._checksums({"x": jnp.float64(v)})["['x']"]) for v in (1.0, 0.5)]
+    assert doubles[0] != doubles[1]
+    mesh = sharding.create_mesh()
+    sharded = jax.device_put(x, sharding.batch_sharding(mesh))
+    sums = [int(checkpoint._checksums({"x": v})["['x']"]) for v in (x, x.copy(), sharded, changed, swapped)]
+    assert sums[0] == sums[1] == sums[2]
+    assert len(set(sums)) == 3
+
+
+def test_bad_options_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint\.keep_latest must be at least 1, got 0"):
+        open_manager(tmp_path, keep_latest=0)
+
+
+# Of whatever a stranger's disk and its names are ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lr=[0.1]", "a*b", "a?b", "back\\slash", "gs:", "~", "a #%$ b", "line\nbreak", "cafe\u0301", "caf\udce9"],
+    ids=ascii,
+)
+def test_a_folder_of_any_name_keeps_its_checkpoints(tmp_path, one_device, name):
+    """Orbax merges its files by a glob on the whole path: with a bracket in it they were lost without a word."""
+    for other in ("axb", "lr=0"):  # which the patterns match too
+        (tmp_path / other / "checkpoints").mkdir(parents=True)
+    workdir = tmp_path / name
+    with open_manager(workdir, keep_latest=1) as manager:
+        for step in (1, 2):
+            checkpoint.save(manager, make_state(one_device, step), META, {"top1": 0.5 / step})
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2"]
+    with open_manager(workdir, read_only=True) as manager:
+        state = make_state(one_device, 2)
+        assert checkpoint.find_step(manager, "best") == 1
+        assert_equal(checkpoint.restore_state(manager, abstract(state), 2), state)
+        (workdir / "checkpoints" / "2" / "meta" / "metadata").unlink()
+        with pytest.raises(ValueError, match=r"to go on from step 1\.$") as error:
+            checkpoint.read_meta(manager, 2)
+    assert str(error.value).startswith(f"checkpoint {workdir}/checkpoints/2 cannot be used: ")
+    assert "/proc/" not in str(error.value)
+
+
+def test_a_bucket_is_no_local_folder():
+    """To etils /gs/ and /s3/ are buckets, wherever they are mounted; a long path has no room for Orbax' own names."""
+    plain = ["/runs/1", "/data/lr=0.1,b=2/x_y-z", "/gsx/a", "/home/a b/caf\u00e9"]
+    assert [bool(checkpoint.PLAIN_PATH.fullmatch(path)) for path in plain] == [True] * 4
+    others = ["/gs/runs", "/s3/runs", "/a/gs:/b", "/a[1]", "/a\\b", "/a*", "/a?", "/caf\udce9", "/" + "x/" * 600]
+    assert [bool(checkpoint.PLAIN_PATH.fullmatch(path)) for path in others] == [False] * 9
+
+
+def test_a_step_gets_its_name_when_the_disk_has_all_of_it(tmp_path, one_device, monkeypatch):
+    """Each file and folder of a step is synced after its last change and before the renaming; then the parent; then
+    the older step is removed."""
+    events = []
+    sync, rename, remove = os.fsync, os.rename, shutil.rmtree
+
+    def fsync(descriptor):
+        sync(descriptor)
+        events.append(("sync", os.fstat(descriptor).st_ino, os.fstat(descriptor).st_ctime_ns))
+
+    def renamed(source, target, **options):
+        step = Path(target).name.isdecimal() and Path(target).parent.name == "checkpoints"
+        if step:
+            events.append(("content", *((p.stat().st_ino, p.stat().st_ctime_ns) for p in Path(source).rglob("*"))))
+        rename(source, target, **options)
+        if step:
+            events.append(("rename", Path(target).name))
+
+    def removed(path, *args, **options):
+        events.append(("remove", Path(path).name))
+        remove(path, *args, **options)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    with open_manager(tmp_path, keep_latest=1, keep_best=0) as manager:
+        for step in (1, 2):
+            checkpoint.save(manager, make_state(one_device, step), META, {"top1": 0.5})
+            checkpoint.check_saves(manager, wait=True)
+    folder = (tmp_path / "checkpoints").stat().st_ino
+    for step in ("1", "2"):
+        at = events.index(("rename", step))
+        _, *content = events[at - 1]
+        synced = {event[1:] for event in events[:at] if event[0] == "sync"}
+        assert len(content) > 20
+        assert set(content) <= synced
+        assert events[at + 1][:2] == ("sync", folder)
+    assert events.index(("remove", "1")) > at + 1
+
+
+def files_of(folder, *items):
+    return [path for item in items for path in sorted((folder / item).rglob("*")) if path.is_file()]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("how", ["lost", "emptied", "other values"])
+def test_a_step_that_is_not_kept_is_no_checkpoint(tmp_path, one_device, monkeypatch, how, step):
+    """Of the first all values are read back, of the later ones what describes them; older ones stay."""
+    sync_tree = checkpoint.files.sync_tree
+
+    def break_it(folder):
+        sync_tree(folder)
+        if not folder.name.startswith(str(step)):
+            return
+        if how == "lost":
+            shutil.rmtree(folder / "raw" / "d")
+        elif how == "emptied":
+            (folder / "optimizer" / "manifest.ocdbt").write_bytes(b"")
+        else:
+            meta = json.loads((folder / "meta" / "metadata").read_text())
+            meta["checksums"]["ema"]["['params']['bias']"] ^= 1
+            (folder / "meta" / "metadata").write_text(json.dumps(meta))
+
+    monkeypatch.setattr(checkpoint.files, "sync_tree", break_it)
+    kept = "kept of steps: 1" if step == 2 else "there is none from before it"
+    reasons = {
+        "lost": "raw was written and cannot be read: ",
+        "emptied": rf"it was written, but optimizer/manifest\.ocdbt is empty; {kept}\.$",
+        "other values": rf"ema was written and is read with other values; {kept}\.$",
+    }
+    with open_manager(tmp_path, keep_latest=1) as manager:
+        for now in range(1, step):
+            checkpoint.save(manager, make_state(one_device, now), META, {"top1": 0.5})
+        checkpoint.save(manager, make_state(one_device, step), META, {"top1": 0.6})
+        if how == "other values" and step == 2:  # which only reading all of it would tell
+            checkpoint.check_saves(manager, wait=True)
+            return
+        with pytest.raises(ValueError, match=rf"a checkpoint could not be written to .*checkpoints: {reasons[how]}"):
+            checkpoint.check_saves(manager, wait=True)
+    with open_manager(tmp_path, read_only=True) as manager:
+        assert sorted(manager.all_steps()) == list(range(1, step))
+
+
+def test_sums_on_the_host_are_those_of_the_devices():
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float64, jnp.bfloat16, np.int32, np.uint8, np.bool_):
+        for shape in ((), (3,), (4, 5, 6), (0, 3)):
+            x = (50 * rng.normal(size=shape)).astype(dtype)
+            with jax.enable_x64(True):
+                assert checkpoint._checksum_on_host(np.asarray(x)) == int(checkpoint._checksums({"x": x})["['x']"])
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory, one_device):
+    """A workdir with the evaluated steps 1, the best, and 2."""
+    workdir = tmp_path_factory.mktemp("run")
+    with open_manager(workdir) as manager:
+        for step in (1, 2):
+            checkpoint.save(manager, make_state(one_device, step), META, {"top1": 0.5 / step})
+    return workdir
+
+
+def read(workdir, which, state):
+    return checkpoint.read_variables(workdir, which, "raw", abstract(state).variables("raw"), best_metric="top1")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("meta/metadata", b"", "meta/metadata is empty"),
+        ("meta/metadata", b'{"class_names"', "meta/metadata is no JSON object"),
+        ("meta/metadata", b"[3]", "meta/metadata is no JSON object"),
+        ("meta/metadata", b"{}", "meta/metadata is not of this program"),
+        ("meta/metadata", None, "File {step}/meta/metadata not found."),
+        ("metrics/metrics", b"", "metrics/metrics is empty"),
+        ("metrics/metrics", b"null", "metrics/metrics is no JSON object"),
+        ("metrics/metrics", b'{"loss": 1.0}', "metrics/metrics has no top1"),
+        ("raw/_METADATA", b"", "raw/_METADATA is empty"),
+        ("raw/array_metadatas/process_0", b"", "raw/array_metadatas/process_0 is empty"),
+        ("raw/manifest.ocdbt", b"", "raw/manifest.ocdbt is empty"),
+    ],
+)
+def test_what_is_damaged_is_named(tmp_path, two_steps, one_device, monkeypatch, file, content, reason):
+    """To a run that goes on and to those who read it, each file of which nothing or half is left."""
+    monkeypatch.setattr(checkpoint, "READ_AGAIN_SECONDS", 0)
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    step = tmp_path / "checkpoints" / "2"
+    (step / file).unlink() if content is None else (step / file).write_bytes(content)
+    line = f"checkpoint {step} cannot be used: {reason.format(step=step)}; move this folder away to go on from step 1."
+    state = make_state(one_device, 2)
+    exactly = f"^{re.escape(line)}$"
+    with pytest.raises(ValueError, match=exactly), open_manager(tmp_path) as manager:
+        checkpoint.restore_state(manager, abstract(state), manager.latest_step())
+    with pytest.raises(ValueError, match=exactly):
+        read(tmp_path, "latest", state)
+    shutil.rmtree(step)
+    assert read(tmp_path, "latest", state)[0] == 1
+
+
+def test_a_renamed_step_is_not_believed(tmp_path, two_steps, one_device):
+    """Nor one of before its meta said the step: there the optimizer's own tells."""
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    renamed = tmp_path / "checkpoints" / "300"
+    (tmp_path / "checkpoints" / "2").rename(renamed)
+    state = make_state(one_device, 2)
+    line = (
+        f"checkpoint {renamed} cannot be used: it is of step 2: the folder was renamed; give it its name again; "
+        "move this folder away to go on from step 1."
+    )
+    exactly = f"^{re.escape(line)}$"
+    with pytest.raises(ValueError, match=exactly):
+        read(tmp_path, "300", state)
+    with open_manager(tmp_path) as manager:
+        with pytest.raises(ValueError, match=exactly):
+            checkpoint.read_meta(manager, manager.latest_step())
+        meta = json.loads((renamed / "meta" / "metadata").read_text())
+        assert meta.pop("step") == 2
+        (renamed / "meta" / "metadata").write_text(json.dumps(meta))
+        with pytest.raises(ValueError, match=exactly):
+            checkpoint.restore_state(manager, abstract(state), 300)
+
+
+def test_a_checkpoint_without_its_step_in_meta_is_read(tmp_path, two_steps, one_device):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    del meta["step"]
+    path.write_text(json.dumps(meta))
+    state = make_state(one_device, 2)
+    assert read(tmp_path, "latest", state)[0] == 2
+    with open_manager(tmp_path) as manager:
+        assert_equal(checkpoint.restore_state(manager, abstract(state), 2), state)
+
+
+def test_a_reader_looks_again_where_its_step_is_removed(tmp_path, two_steps, one_device, monkeypatch):
+    """The run saves step 3 and removes step 2 between the choice of a reader and its reading, half of it or all."""
+    monkeypatch.setattr(checkpoint, "READ_AGAIN_SECONDS", 0)
+    state = make_state(one_device, 3)
+    find_step = checkpoint.find_step
+    for gone in ("2/meta", "2"):
+        workdir = tmp_path / gone.replace("/", "_")
+        shutil.copytree(two_steps, workdir)
+        chosen = []
+
+        def find_and_lose(manager, which, workdir=workdir, chosen=chosen, gone=gone):
+            chosen.append(find_step(manager, which))
+            if len(chosen) == 1:
+                with open_manager(workdir) as run:
+                    checkpoint.save(run, state, META, None)
+                shutil.rmtree(workdir / "checkpoints" / gone)
+            return chosen[-1]
+
+        monkeypatch.setattr(checkpoint, "find_step", find_and_lose)
+        step, _, variables = read(workdir, "latest", state)
+        assert (step, chosen) == (3, [2, 3])
+        np.testing.assert_array_equal(variables["params"]["bias"], state.params["bias"])
+        with pytest.raises(ValueError, match=r"no checkpoint '5' .*; take latest, best or a step of: "):
+            read(workdir, "5", state)
+
+
+def test_a_failed_save_leaves_no_thread(tmp_path, one_device, monkeypatch):
+    """Orbax makes folders in the background by default: six threads then waited 300 s for one that was not made."""
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, make_state(one_device, 1), META, None)
+        checkpoint.check_saves(manager, wait=True)
+        before = set(threading.enumerate())
+        mkdir = os.mkdir
+
+        def refuse(path, *args, **options):
+            if ocp.path.atomicity.TMP_DIR_SUFFIX in str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            mkdir(path, *args, **options)
+
+        monkeypatch.setattr(os, "mkdir", refuse)
+        with pytest.raises(ValueError, match=r"could not be written to .*Permission denied.*; kept of steps: 1\.$"):
+            checkpoint.save(manager, make_state(one_device, 2), META, None)
+        for thread in set(threading.enumerate()) - before:
+            thread.join(timeout=5)
+        assert {t for t in threading.enumerate() if not t.daemon} <= before
+
+
+def test_a_folder_that_cannot_be_read_or_made_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    for attempt in (open_manager, checkpoint.has_steps):
+        with pytest.raises(
+            ValueError, match=rf"the checkpoints in {tmp_path}/checkpoints cannot be read: Not a directory"
+        ):
+            attempt(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: writing:\n[OS error 28: ENOSPC No space left on device]",
+            "the disk is full; make room, and ",
+        ),
+        ("INTERNAL: a\nb", "INTERNAL: a; there is none from before it\\.$"),
+    ],
+)
+def test_why_a_save_failed_is_found_in_what_libraries_say(tmp_path, error, reason):
+    with open_manager(tmp_path) as manager:
+        said = str(checkpoint._failed_save(manager, ValueError(error)))
+        assert re.search(f"/checkpoints: {reason}", said), said
+        (tmp_path / "checkpoints").rename(tmp_path / "moved")
+        said = str(checkpoint._failed_save(manager, ValueError(error)))
+        assert "the folder was removed or renamed meanwhile; there is none" in said
+        (tmp_path / "moved").rename(tmp_path / "checkpoints")

@@ -1,0 +1,423 @@
+"""The training step: one device against eight, and each of its parts against a formula."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.typing import DTypeLike
+
+from xception_flax import create_model
+from xception_flax.models import layers, ops
+from xception_flax.training import mixing, sharding, steps
+from xception_flax.training.metrics import create_metrics
+from xception_flax.training.optimizers import OPTIMIZERS, create_optimizer
+from xception_flax.training.state import make_init
+
+CLASSES, BATCH = 5, 16
+
+NORMALIZE = steps.create_normalizer((127.5,), (127.5,))
+
+
+class Small(nn.Module):
+    """Every kind of layer that Xception has, once: what holds for a step does not need depth, and compiles at once."""
+
+    dropout_rate: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        def norm(x, name):
+            return nn.BatchNorm(not train, momentum=0.9, dtype=self.dtype, name=name)(x)
+
+        x = nn.relu(norm(layers.Conv(8, strides=(2, 2), dtype=self.dtype, name="conv")(images), "conv_bn"))
+        x = nn.relu(norm(layers.SeparableConv(16, dtype=self.dtype, name="sepconv")(x), "sepconv_bn"))
+        x = ops.global_average_pool(x)
+        return layers.classifier_head(x, CLASSES, train=train, dropout_rate=self.dropout_rate, dtype=self.dtype)
+
+
+SMALL = Small()
+
+XCEPTION = dict(
+    model=create_model(
+        "xception",
+        num_classes=CLASSES,
+        width=0.05,
+        middle_repeats=0,
+        dropout_rate=0.3,
+        bn_decay=0.9,
+        dtype="float64",
+        param_dtype="float64",
+    ),
+    ema=True,
+    ema_decay=0.9,
+)
+
+
+def batches(count: int, size: int = BATCH) -> list[dict]:
+    rng = np.random.default_rng(1)
+    return [
+        {
+            "images": rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8),
+            "labels": rng.integers(0, CLASSES, size).astype(np.int32),
+        }
+        for _ in range(count)
+    ]
+
+
+def build(mesh, *, model=SMALL, optimizer="sgd", rate=0.05, ema=False, loss=None, **step):
+    tx, _ = create_optimizer(optimizer, rate, schedule=lambda step: jnp.ones(()))
+    loss = loss or steps.create_loss("softmax", label_smoothing=0.1, weight_decay=1e-3)
+    init, abstract = make_init(model, tx, (32, 32, 3), mesh, ema=ema)
+    train_step = steps.make_train_step(
+        model, tx, loss, create_metrics("single_label"), NORMALIZE, abstract, mesh, seed=0, **step
+    )
+    return init(jax.random.key(0)), train_step, abstract
+
+
+def train(mesh, data, **options):
+    state, train_step, _ = build(mesh, **options)
+    curve = []
+    for batch in data:
+        state, sums = train_step(state, sharding.global_batch(mesh, batch))
+        curve.append(float(sums["loss"].total / sums["loss"].count))
+    return jax.device_get(state), curve
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}], ids=str)
+def test_eight_devices_equal_one(monkeypatch, reference, axes):
+    """Ten steps of a narrow Xception, in float64: losses within 1e-6, all of the state within 1e-7 of its largest.
+
+    In float32 the rounding of another order of summation is enough to send a ReLU the other way.
+    """
+    monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)  # a narrow network has no large arrays
+    with jax.enable_x64(True):
+        mesh = sharding.create_mesh(**({"data": 1} | axes))
+        _, _, abstract = build(mesh, **XCEPTION)
+        split = [leaf for leaf in jax.tree.leaves(abstract.params) if "fsdp" in str(leaf.sharding.spec)]
+        assert len(split) > 20 if mesh.shape["fsdp"] > 1 else not split
+        state, curve = train(mesh, batches(10), **XCEPTION)
+
+    expected_state, expected_curve = reference
+    np.testing.assert_allclose(curve, expected_curve, rtol=1e-6)
+    assert len(set(curve)) == 10
+    assert state.step == 10
+    assert jax.tree.structure(state) == jax.tree.structure(expected_state)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected_state), strict=True):
+        assert np.abs(a - b).max() <= 1e-7 * max(np.abs(b).max(), 1e-3), jax.tree_util.keystr(path)
+
+
+@pytest.fixture(scope="module")
+def reference(one_device):
+    """The same ten steps on one device, with dropout, averages and momentum."""
+    with jax.enable_x64(True):
+        return train(one_device, batches(10), **XCEPTION)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_shards(monkeypatch, one_device, name):
+    """Its whole state in shares over fsdp, after three steps the same as on one device; float64."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
+    with jax.enable_x64(True):
+        options = dict(model=SMALL.clone(dtype=jnp.float64), optimizer=name, rate=0.01)
+        mesh = sharding.create_mesh(data=2, fsdp=4)
+        _, _, abstract = build(mesh, **options)
+        kinds = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if "fsdp" in str(leaf.sharding.spec)]
+        assert len(kinds) >= 3
+        results = [train(m, batches(3), **options) for m in (one_device, mesh)]
+    for a, b in zip(*(jax.tree.leaves(state) for state, _ in results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_state_is_created_where_it_belongs(monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
+    mesh = sharding.create_mesh(data=1, fsdp=8)
+    state, train_step, abstract = build(mesh)
+    for stage in ("created", "stepped"):
+        for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+            assert leaf.sharding == expected.sharding, stage
+        state, _ = train_step(state, sharding.global_batch(mesh, batches(1)[0]))
+    kernel = state.params["sepconv"]["pointwise"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+
+
+def test_the_old_state_is_donated(one_device):
+    state, train_step, _ = build(one_device, ema=True, ema_decay=0.9)
+    train_step(state, batches(1)[0])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_batch_normalization_sees_the_global_batch():
+    """The moving mean after a step is the mean over all 16 images, not over the two of one device."""
+    mesh = sharding.create_mesh()
+    data = batches(1)
+    data[0]["images"][:8] = data[0]["images"][:8] // 8  # devices with dark and with bright images
+    state, _ = train(mesh, data)
+    initial, _, _ = build(mesh)
+    kernel = jax.device_get(initial.params["conv"]["kernel"])
+    x = np.asarray(NORMALIZE(data[0]["images"]))
+    y = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = np.asarray(y, np.float64)
+    stats = state.batch_stats["conv_bn"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * y.mean((0, 1, 2)), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * y.var((0, 1, 2)), rtol=1e-3)
+    local = [y[2 * d : 2 * d + 2].var((0, 1, 2)) for d in range(8)]
+    assert np.abs(np.mean(local, 0) - y.var((0, 1, 2))).max() > 1e-2  # what a per-device one would have given
+
+
+def test_one_step_is_the_gradient_of_loss_and_penalty(one_device):
+    """SGD with momentum 0.9 and rate 0.05: the first step is -0.05 * gradient, L2 included."""
+    batch = batches(1)[0]
+    state, train_step, _ = build(one_device)
+    params, stats = jax.device_get((state.params, state.batch_stats))
+
+    def objective(params):
+        logits, _ = SMALL.apply(
+            {"params": params, "batch_stats": stats}, NORMALIZE(batch["images"]), train=True, mutable=["batch_stats"]
+        )
+        targets = 0.9 * jax.nn.one_hot(batch["labels"], CLASSES) + 0.1 / CLASSES
+        cross_entropy = -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), -1))
+        squares = sum(
+            jnp.sum(leaf**2) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == "kernel"
+        )
+        return cross_entropy + 1e-3 / 2 * squares, (cross_entropy, squares)
+
+    (_, (cross_entropy, squares)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+    new, sums = train_step(state, batch)
+    assert float(sums["loss"].total) / BATCH == pytest.approx(float(cross_entropy), rel=1e-5)
+    assert float(sums["penalty"].total) == pytest.approx(float(1e-3 / 2 * squares), rel=1e-5)
+    assert float(sums["gradient_norm"].total) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
+    for old, g, after in zip(*map(jax.tree.leaves, (params, grads, new.params)), strict=True):
+        np.testing.assert_allclose(after, old - 0.05 * g, rtol=1e-4, atol=1e-5 * max(1, np.abs(g).max()))
+
+
+def test_accumulation_is_the_mean_gradient_of_the_parts(one_device):
+    """Four parts of 4: part i has the images i, i + 4, ...; statistics follow one part after the other."""
+    batch = batches(1)[0]
+    state, train_step, _ = build(one_device, accumulation_steps=4)
+    params, stats = jax.device_get((state.params, state.batch_stats))
+    loss = steps.create_loss("softmax", label_smoothing=0.1, weight_decay=1e-3)
+
+    @jax.jit
+    def part_gradient(params, stats, images, labels):
+        def objective(params):
+            logits, updates = SMALL.apply(
+                {"params": params, "batch_stats": stats}, NORMALIZE(images), train=True, mutable=["batch_stats"]
+            )
+            return loss.example(logits, labels).mean() + loss.penalty(params), updates["batch_stats"]
+
+        return jax.grad(objective, has_aux=True)(params)
+
+    total = jax.tree.map(np.zeros_like, params)
+    for i in range(4):
+        grads, stats = part_gradient(params, stats, batch["images"][i::4], batch["labels"][i::4])
+        total = jax.tree.map(lambda t, g: t + np.asarray(g) / 4, total, grads)
+    new, sums = train_step(state, batch)
+    assert float(sums["loss"].count) == BATCH
+    for old, g, after in zip(*map(jax.tree.leaves, (params, total, new.params)), strict=True):
+        np.testing.assert_allclose(after, old - 0.05 * g, rtol=1e-4, atol=1e-5 * max(1, np.abs(g).max()))
+    for a, b in zip(jax.tree.leaves(new.batch_stats), jax.tree.leaves(stats), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulation_on_eight_devices_equals_one(one_device):
+    data = batches(3)
+    _, expected = train(one_device, data, accumulation_steps=2)
+    _, curve = train(sharding.create_mesh(data=4, fsdp=2), data, accumulation_steps=2)
+    np.testing.assert_allclose(curve, expected, rtol=1e-4)
+
+
+MIX = mixing.make_mixing(mixup_alpha=0.8, cutmix_alpha=1.0)
+
+
+def test_a_mixed_step_is_the_loss_of_the_mixed_batch(one_device):
+    """Cross-entropy with both labels, by their shares, smoothed; the metrics are of the label with the larger share."""
+    state, train_step, _ = build(one_device, mix=MIX, accumulation_steps=4)
+    variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+    mixed = jax.device_get(jax.jit(MIX)(mixing.mixing_key(0, 0), batches(1)[0]))
+    forward = jax.jit(lambda images: SMALL.apply(variables, images, train=True, mutable=["batch_stats"])[0])
+    assert 0.5 <= mixed["share"][0] < 0.99
+    losses, hits = [], []
+    for i in range(4):
+        part = {key: value[i::4] for key, value in mixed.items()}
+        log_p = np.asarray(jax.nn.log_softmax(forward(NORMALIZE(part["images"]))), np.float64)
+        rows = np.arange(len(log_p))
+        both = [0.9 * log_p[rows, part[key]] + 0.1 * log_p.mean(-1) for key in ("labels", "minor_labels")]
+        losses += list(-part["share"] * both[0] - (1 - part["share"]) * both[1])
+        hits += list(log_p.argmax(-1) == part["labels"])
+    _, sums = train_step(state, batches(1)[0])
+    assert float(sums["loss"].total / sums["loss"].count) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert float(sums["top1"].total) == np.sum(hits)
+
+
+def test_mixing_on_eight_devices_equals_one(one_device):
+    data = batches(3)
+    curves = [train(mesh, data, mix=MIX)[1] for mesh in (one_device, sharding.create_mesh(data=4, fsdp=2))]
+    np.testing.assert_allclose(*curves, rtol=1e-4)
+
+
+def test_averages_follow_tensorflows_rule(one_device):
+    """ema = d * ema + (1 - d) * new with d = min(decay, (1 + step) / (10 + step)), statistics too."""
+    state, train_step, _ = build(one_device, ema=True, ema_decay=0.25)
+    ema = jax.device_get((state.params, state.batch_stats))
+    for step, batch in enumerate(batches(4)):
+        state, _ = train_step(state, batch)
+        keep = min(0.25, (1 + step) / (10 + step))
+        new = jax.device_get((state.params, state.batch_stats))
+        ema = jax.tree.map(lambda e, n, keep=keep: keep * e + (1 - keep) * n, ema, new)
+    for a, b in zip(jax.tree.leaves((state.ema_params, state.ema_batch_stats)), jax.tree.leaves(ema), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert state.variables("ema")["params"] is state.ema_params
+    assert state.variables("raw")["params"] is state.params
+    plain, _, _ = build(one_device)
+    with pytest.raises(ValueError, match="the recipe keeps no average"):
+        plain.variables("ema")
+
+
+def test_dropout_depends_on_seed_and_step_only(one_device):
+    data = [batches(1)[0]] * 3
+    model = SMALL.clone(dropout_rate=0.5)
+    _, curve = train(one_device, data, model=model, rate=0.0)
+    _, again = train(one_device, data, model=model, rate=0.0)
+    assert curve == again
+    assert len(set(curve)) == 3  # the same batch, the same weights, another mask at each step
+
+
+def test_bfloat16_trains_float32_parameters(one_device):
+    state, curve = train(one_device, [batches(1)[0]] * 10, model=SMALL.clone(dtype=jnp.bfloat16))
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.batch_stats, state.opt_state))} <= {
+        np.dtype("float32"),
+        np.dtype("int32"),
+    }
+    _, exact = train(one_device, [batches(1)[0]] * 10)
+    assert curve[-1] < 0.95 * curve[0]
+    np.testing.assert_allclose(curve, exact, rtol=0.03)
+
+
+def test_sigmoid_loss_is_binary_cross_entropy_summed_over_classes(rng):
+    logits, labels = rng.normal(size=(3, 7)), rng.random((3, 7)) < 0.4
+    p = 1 / (1 + np.exp(-logits))
+    expected = -np.sum(np.where(labels, np.log(p), np.log(1 - p)), axis=-1)
+    loss = steps.create_loss("sigmoid", label_smoothing=0.2)
+    np.testing.assert_allclose(loss.plain(jnp.asarray(logits), jnp.asarray(labels)), expected, rtol=1e-5)
+    targets = 0.8 * labels + 0.1
+    smoothed = -np.sum(targets * np.log(p) + (1 - targets) * np.log(1 - p), axis=-1)
+    np.testing.assert_allclose(loss.example(jnp.asarray(logits), jnp.asarray(labels)), smoothed, rtol=1e-5)
+
+
+def test_soft_labels_are_for_floating_types(rng):
+    """Rows of 0 and 1 are several labels, and stay refused by the loss of one."""
+    logits, soft = rng.normal(size=(3, 4)), rng.dirichlet(np.ones(4), 3)
+    loss = steps.create_loss("softmax", label_smoothing=0.2)
+    expected = -np.sum((0.8 * soft + 0.05) * np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)), -1)
+    np.testing.assert_allclose(loss.example(jnp.asarray(logits), jnp.asarray(soft)), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="takes one label an image"):
+        loss.example(jnp.asarray(logits), jnp.ones((3, 4), jnp.uint8))
+
+
+def test_normalizer(rng):
+    images = rng.integers(0, 256, (2, 3, 4, 3), dtype=np.uint8)
+    to_one = steps.create_normalizer((127.5,), (127.5,))
+    assert (float(to_one(images).min()), float(to_one(images).max())) == pytest.approx(
+        (images.min() / 127.5 - 1, images.max() / 127.5 - 1)
+    )
+    per_channel = steps.create_normalizer((1.0, 2.0, 3.0), (1.0, 2.0, 4.0))
+    np.testing.assert_allclose(per_channel(images), (images - np.array([1, 2, 3])) / np.array([1, 2, 4]), rtol=1e-6)
+    with pytest.raises(ValueError, match="mean has 3 values, but the images have 1 channels"):
+        per_channel(images[..., :1])
+    with pytest.raises(ValueError, match=r"normalize\.std must be positive, got 0\.0"):
+        steps.create_normalizer((0.0,), (0.0,))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: steps.create_loss("softmx"), "unknown loss.name 'softmx'; did you mean 'softmax'"),
+        (lambda: steps.create_loss("softmax", label_smoothing=1.0), r"label_smoothing must be in \[0, 1\), got 1.0"),
+        (lambda: steps.create_loss("softmax", weight_decay=-1.0), "weight_decay must be 0 or positive, got -1.0"),
+    ],
+)
+def test_bad_losses_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"ema_decay": 1.0}, "ema_decay"), ({"accumulation_steps": 0}, "accumulation_steps")]
+)
+def test_bad_step_options_are_refused(one_device, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(one_device, **options)
+
+
+def test_evaluation_counts_real_images_only(one_device):
+    eval_step = steps.make_eval_step(
+        SMALL, steps.create_loss("softmax", label_smoothing=0.1), create_metrics("single_label"), NORMALIZE, one_device
+    )
+    state, _, _ = build(one_device)
+    batch = batches(1)[0]
+    sums, logits = eval_step(state.variables("raw"), batch | {"mask": np.float32([1] * 10 + [0] * 6)})
+    expected = -jax.nn.log_softmax(logits)[np.arange(10), batch["labels"][:10]]
+    assert float(sums["loss"].count) == 10
+    assert float(sums["loss"].total) == pytest.approx(float(expected.sum()), rel=1e-5)
+
+
+class Linear(nn.Module):
+    """Without batch statistics, in which an image that is left out would still show."""
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return nn.Dense(CLASSES)(ops.global_average_pool(images))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_is_masked_is_as_if_it_were_not_there(one_device, parts):
+    """Of 16 images 6 are masked, unequally over the two parts: the step of the 10 others alone, and its metrics."""
+    batch = batches(1)[0]
+    mask = np.float32([1, 0] * 5 + [1, 1, 1, 1, 0, 1])
+    bad = batch | {"images": np.where(mask[:, None, None, None] > 0, batch["images"], 0).astype(np.uint8)}
+    expected, train_step, _ = build(one_device, model=Linear())
+    expected, expected_sums = train_step(expected, {k: v[mask > 0] for k, v in batch.items()})
+    state, train_step, _ = build(one_device, model=Linear(), accumulation_steps=parts)
+    state, sums = train_step(state, bad | {"mask": mask})
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
+    assert float(sums["loss"].count) == float(sums["top1"].count) == mask.sum() == 10
+    for name in ("loss", "top1", "top5", "gradient_norm"):
+        assert float(sums[name].total) == pytest.approx(float(expected_sums[name].total), rel=1e-5)
+
+
+def test_a_mask_of_ones_changes_nothing_and_one_of_zeros_leaves_the_penalty(one_device):
+    batch = batches(1)[0]
+    plain, train_step, _ = build(one_device)
+    plain, _ = train_step(plain, batch)
+    state, train_step, _ = build(one_device)
+    state, _ = train_step(state, batch | {"mask": np.ones(BATCH, np.float32)})
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    state, train_step, _ = build(one_device, loss=steps.create_loss("softmax"))
+    before = jax.device_get(state.params)
+    state, sums = train_step(state, batch | {"mask": np.zeros(BATCH, np.float32)})
+    assert float(sums["loss"].count) == 0
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_frozen_backbone_has_no_gradient(one_device):
+    """The classifier's update is that of the whole step, the rest stays, and the backward pass is not computed."""
+    (batch,), results = batches(1), []
+    for frozen in (False, True):
+        state, train_step, _ = build(one_device, loss=steps.create_loss("softmax"), backbone_frozen=frozen)
+        given = sharding.global_batch(one_device, batch)
+        flops = train_step.lower(state, given).compile().cost_analysis()["flops"]
+        before = jax.device_get(state.params)
+        results.append((flops, before, jax.device_get(train_step(state, given)[0].params)))
+    (whole, _, moved), (half, before, after) = results
+    for layer, arrays in after.items():
+        expected = moved if layer == "predictions" else before
+        jax.tree.map(np.testing.assert_array_equal, arrays, expected[layer])
+    assert (after["predictions"]["kernel"] != before["predictions"]["kernel"]).all()
+    assert half < 0.6 * whole

@@ -1,0 +1,218 @@
+"""Starting a command: arguments every command has, several hosts, quiet logs, errors in a line."""
+
+import argparse
+import contextlib
+import errno
+import io
+import logging
+import os
+import re
+import select
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+from absl import logging as absl_logging
+
+from xception_flax.host import allocator, compilation_cache, processes
+from xception_flax.text import naming
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import written
+
+# Of images there are no more, and of an array of so many the bytes fit 64 bits: it is refused as too large.
+MAX_COUNT = 10**10
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors as every other mistake of a user's: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help shows what there is.")
+
+
+def directory(text: str) -> Path:
+    """The type of an argument that names a folder."""
+    if not text:  # of an unset variable in a script; it would be the working directory
+        raise argparse.ArgumentTypeError("must be a path, got ''")
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is no path of a file system; mount the bucket and give its path")
+    return Path(text)
+
+
+def positive(text: str) -> int:
+    """The type of an argument that counts something."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {written(text)}")
+    if number > MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_COUNT:,}, got {written(text)}")
+    return number
+
+
+def parser(prog: str, description: str | None, examples: str, *, hosts: bool = True) -> argparse.ArgumentParser:
+    """Returns a parser with the arguments about several hosts, which every command takes that opens devices."""
+    arguments = _Parser(
+        prog=prog,
+        description=description,
+        epilog="examples:\n" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if not hosts:
+        arguments.set_defaults(distributed=False, coordinator=None, num_processes=None, process_id=None)
+        return arguments
+    group = arguments.add_argument_group("several hosts (run the same command on each)")
+    group.add_argument(
+        "--distributed", action="store_true", help="find the other hosts by the cluster's own means (TPU pod, Slurm)"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where there is no such means")
+    group.add_argument("--num-processes", type=int, metavar="N", help="with --coordinator: processes in all")
+    group.add_argument("--process-id", type=int, metavar="I", help="with --coordinator: number of this one, from 0")
+    return arguments
+
+
+def start(arguments: argparse.Namespace) -> None:
+    """Connects the hosts, keeps what is compiled, sets the allocator and quiets the libraries.
+
+    To be called before JAX touches a device.
+    """
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    if not os.environ.get("XCEPTION_FLAX_TRACEBACK"):
+        _say_failed_saves_once()
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if any(value is not None for value in by_hand):
+        if None in by_hand or arguments.distributed:
+            raise UserError("--coordinator, --num-processes and --process-id go together, without --distributed.")
+        processes.connect(*by_hand)
+    elif arguments.distributed:
+        processes.connect_cluster()
+    try:
+        platform = jax.devices()[0].platform
+    except RuntimeError as error:
+        raise UserError(f"JAX finds no device to run on: {str(error).splitlines()[0]}") from None
+    compilation_cache.enable()
+    if platform == "cpu":
+        allocator.keep_freed_memory()
+    if platform == "cpu" and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # which is JAX's own choice
+        # On a CPU that prefers no gather or scatter instruction, as many of Intel's do, XLA takes the
+        # preference for a feature, misses it in the CPU and logs an error at each program out of the
+        # cache, kilobytes long and without consequence (jax-ml/jax#38445). Real errors are raised too.
+        jax.config.update("jax_logging_level", "CRITICAL")
+
+
+def _say_failed_saves_once() -> None:
+    """Leaves a failed save to the one error that is raised of it: before that threads print a thousand lines.
+
+    Orbax logs each of its threads, asyncio each task that nobody asked for its end, and TensorStore's results come to
+    event loops that are closed, or to an interpreter that is ending.
+    """
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+    def unraisable(what: "sys.UnraisableHookArgs") -> None:
+        if str(what.exc_value) != "Event loop is closed" and not isinstance(what.exc_value, ImportError):
+            sys.__unraisablehook__(what)
+
+    sys.unraisablehook = unraisable
+
+
+# Of the file system, whatever wrote: no space or quota left, a broken disk, one that has become read-only.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+
+def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command on `argv`, or the arguments of this process, and exits with its code.
+
+    A UserError is printed, with code 2. All else is a defect and keeps its traceback, as everything does
+    with XCEPTION_FLAX_TRACEBACK=1. Of several processes none is left waiting for one that failed.
+    """
+    _make_streams_lenient()
+    try:
+        code, message = _outcome(main, sys.argv[1:] if argv is None else list(argv))
+    except Exception as error:
+        processes.end(1, "".join(traceback.format_exception(error)), error)
+        raise
+    if message is None:
+        processes.leave()
+    else:
+        processes.end(code, message)
+        if message:
+            print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _make_streams_lenient() -> None:
+    """What cannot be printed is no reason to lose what was computed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by `>&-`
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # letters that its encoding lacks
+
+
+def _outcome(main: Callable[[list[str]], int], argv: list[str]) -> tuple[int, str | None]:
+    """Returns the exit code, and what to say where the command failed: '' for nothing."""
+    try:
+        code = main(argv)
+        sys.stdout.flush()
+        return code, None
+    except BrokenPipeError:
+        if not _nobody_reads(sys.stdout.fileno()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be flushed
+        return 128 + signal.SIGPIPE, ""
+    except UserError as error:
+        if os.environ.get("XCEPTION_FLAX_TRACEBACK"):
+            raise
+        return 2, _complaint(str(error))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS or os.environ.get("XCEPTION_FLAX_TRACEBACK"):
+            raise
+        return 2, _complaint(f"{error.filename or 'a file, or what the output goes to'}: {error.strerror}.")
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT, "\ninterrupted"
+
+
+def complain(message: str) -> None:
+    """Prints a message about what the user gave, of one line or more, on standard error."""
+    print(_complaint(message), file=sys.stderr)
+
+
+def _complaint(message: str) -> str:
+    return "\n".join(map(naming.harmless, f"error: {message}".split("\n")))
+
+
+def _nobody_reads(pipe: int) -> bool:
+    """Whether the reader of a pipe has gone, as `head` goes."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+@contextlib.contextmanager
+def out_of_memory(advice: str) -> Iterator[None]:
+    """Makes an error of the advice where memory, of the host or of a device, runs out within.
+
+    Raises:
+      ValueError: it did.
+    """
+    try:
+        yield
+    except (ValueError, OSError):  # a full disk is RESOURCE_EXHAUSTED to some, and another matter
+        raise
+    except Exception as error:  # JAX and OpenCV have their own types, and JAX two codes
+        reason = re.search(r"(RESOURCE_EXHAUSTED|out of memory|insufficient memory).*", str(error), re.IGNORECASE)
+        if reason is None and not isinstance(error, MemoryError):
+            raise
+        what = reason[0].rstrip(".")[:200] if reason else str(error) or "MemoryError"
+        raise UserError(f"it does not fit into memory: {what}.\n{advice}") from error

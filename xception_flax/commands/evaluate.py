@@ -1,0 +1,187 @@
+"""Evaluates a checkpoint: a table, a picture of what the network got wrong, and one line of JSON."""
+
+import argparse
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from xception_flax import data, models
+from xception_flax.commands import cli
+from xception_flax.display import console, pictures
+from xception_flax.host import processes
+from xception_flax.recipes import reading
+from xception_flax.runs import history, progress
+from xception_flax.runs.workdir import alike, read_recipe
+from xception_flax.text import naming
+from xception_flax.text.errors import UserError
+from xception_flax.training import checkpoint, metrics, sharding, state, steps
+from xception_flax.training.evaluation import evaluate
+
+EXAMPLES = """\
+  xception-flax evaluate --workdir runs/digits
+  xception-flax evaluate --workdir runs/digits --split test --weights raw --checkpoint best
+  xception-flax evaluate --workdir runs/imagenet --config.data.data_dir=/data/tfds"""
+
+OUT_OF_MEMORY = "Take a smaller --batch-size; the result does not depend on it."
+
+MAX_MISTAKES = 40  # images in the picture
+
+
+class Mistakes:
+    """Collects the first images whose most likely class is not the true one."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self._class_names = class_names
+        self.images: list[np.ndarray] = []
+        self.truths: list[str] = []
+        self.predictions: list[str] = []
+        self.confidences: list[float] = []
+
+    def __call__(self, batch: data.pipeline.Batch, logits: jax.Array) -> None:
+        scores = np.asarray(jax.nn.softmax(logits))
+        predicted = scores.argmax(-1)
+        for i in np.flatnonzero((predicted != batch["labels"]) & (batch["mask"] > 0)):
+            if len(self.images) < MAX_MISTAKES:
+                self.images.append(np.array(batch["images"][i]))
+                self.truths.append(self._class_names[batch["labels"][i]])
+                self.predictions.append(self._class_names[predicted[i]])
+                self.confidences.append(float(scores[i, predicted[i]]))
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser("xception-flax evaluate", __doc__, EXAMPLES)
+    parser.add_argument("--workdir", type=cli.directory, required=True, help="folder of a run of train.py")
+    parser.add_argument(
+        "--checkpoint", default="latest", metavar="WHICH", help="latest (default), best, or the number of a step"
+    )
+    parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema where the recipe keeps them, else raw")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="of what is wrong; default: WORKDIR/mistakes_SPLIT.png"
+    )
+    parser.add_argument("--split", help="split of the data set, default: the recipe's data.eval_split")
+    parser.add_argument(
+        "--batch-size", type=cli.positive, metavar="N", help="default: the recipe's; the result does not depend on it"
+    )
+    parser.add_argument(
+        "--config.KEY=VALUE",
+        dest="ignored",
+        metavar="",
+        help="override where the data is or how it is read (group data, mesh)",
+    )
+    arguments, overrides = parser.parse_known_args(argv)
+    trained = read_recipe(arguments.workdir)
+    channels = trained.data.channels
+    config = reading.override(trained, overrides, groups=("data", "mesh"))
+    if config.data.channels != channels:
+        raise UserError(
+            f"{arguments.workdir} was trained on images of data.channels={channels}, got {config.data.channels}; "
+            "leave out --config.data.channels."
+        )
+    if arguments.split is not None:
+        config.data.eval_split = arguments.split
+    cli.start(arguments)
+    picture = _picture_path(arguments, config)
+    with cli.out_of_memory(OUT_OF_MEMORY):
+        results, rows, draw = _evaluate_checkpoint(arguments, config, picture)
+    if jax.process_index() == 0:
+        console.show_table(naming.shown(arguments.workdir), rows)
+        print(history.to_json(results), flush=True)
+        if draw is not None:  # last: nothing that happens to the picture loses the results
+            draw()
+    return 0
+
+
+def _picture_path(arguments: argparse.Namespace, config: ConfigDict) -> Path | None:
+    """Where the picture goes, checked before there are results to lose; None where none is drawn."""
+    if config.metrics.name != "single_label" or jax.process_count() > 1:
+        if arguments.picture is not None:
+            raise UserError("--picture: none is drawn on several hosts, nor for several labels an image; leave it out.")
+        return None
+    # A file a split: a glance at one is no reason to lose the picture of another.
+    split = re.sub(r"[^\w.+-]", "_", config.data.eval_split)
+    picture = arguments.picture or arguments.workdir / f"mistakes_{split}.png"
+    pictures.check_path(picture)
+    return picture
+
+
+def _evaluate_checkpoint(
+    arguments: argparse.Namespace, config: ConfigDict, picture: Path | None
+) -> tuple[dict, dict[str, str], Callable[[], None] | None]:
+    """Returns the results, the rows of the table, and what draws the picture."""
+    processes.agree("recipe", lambda: alike(config) | processes.software())
+    mesh = sharding.create_mesh(**config.mesh)
+    batch_size = arguments.batch_size
+    if batch_size is None:
+        batch_size = -(-config.batch_size // mesh.size) * mesh.size
+    sharding.check_batch_size(batch_size, mesh)
+    weights = arguments.weights or ("ema" if config.step.ema_decay else "raw")
+    if weights == "ema" and not config.step.ema_decay:
+        raise UserError("--weights ema: this run keeps no averaged weights (step.ema_decay is 0); take raw.")
+    model = models.create_model(**config.model)
+    split = data.load(
+        **config.data,
+        train=False,
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        processes_per_host=sharding.processes_per_host(),
+    )
+    processes.agree("data", lambda: {"--batch-size": batch_size, "--weights": weights} | split.identity())
+    dark = split.check_max_value()  # it may be of another place than the training's
+    eval_step = steps.make_eval_step(
+        model,
+        steps.create_loss(**config.loss),
+        metrics.create_metrics(**config.metrics),
+        steps.create_normalizer(**config.normalize),
+        mesh,
+    )
+    step, meta, variables = checkpoint.read_variables(
+        arguments.workdir,
+        arguments.checkpoint,
+        weights,
+        state.abstract_variables(model, split.image_shape, mesh),
+        best_metric=metrics.BEST[config.metrics.name],
+    )
+    processes.agree("checkpoint", lambda: {"the checkpoint": {"step": step, "meta": meta}})
+    class_names = meta["class_names"]
+    data.check_class_names(class_names, split)
+
+    mistakes = Mistakes(class_names) if picture is not None else None
+    results = evaluate(eval_step, variables, split, mesh, on_batch=mistakes)
+    rows = {
+        "checkpoint": f"step {step}, {weights} weights",
+        "data": f"{config.data.source}, split {config.data.eval_split!r}, {results['count']:,} images",
+        **({"not read": unread} if (unread := data.unread_of([split.source], whole=False)) else {}),
+        **({"16 bits": dark} if dark else {}),
+        **({"bad images": f"{results['bad_images']:,}, left out"} if "bad_images" in results else {}),
+        "transforms": config.data.eval_transforms,
+        **{k: console.percent(v) for k, v in results.items() if k not in progress.NO_SHARES},
+        "loss": f"{results['loss']:.5f}",
+    }
+    draw = None
+    if mistakes is not None:
+        wrong, drawn = round((1 - results["top1"]) * results["count"]), len(mistakes.images)
+        which = f"the first {drawn} in" if drawn < wrong else "see"
+        rows["wrong"] = (
+            f"{wrong:,} {'image' if wrong == 1 else 'images'}, {which} {naming.shown(picture)}" if wrong else "no image"
+        )
+        title = (
+            f"{wrong:,} of {results['count']:,} wrong ({console.percent(results['top1'])} right)"
+            + (f", the first {drawn}" if drawn < wrong else "")
+            + f"\n{config.data.source}, split {config.data.eval_split!r}\n{rows['checkpoint']}"
+        )
+        draw = functools.partial(
+            pictures.draw_mistakes,
+            mistakes.images,
+            mistakes.truths,
+            mistakes.predictions,
+            mistakes.confidences,
+            title,
+            picture,
+        )
+    return {"step": step, "weights": weights, "split": config.data.eval_split, **results}, rows, draw

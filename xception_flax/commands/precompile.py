@@ -1,0 +1,178 @@
+"""Compiles a recipe's training step for a TPU slice that is not there, and says what it will cost.
+
+It is the step that train.py runs, compiled from shapes by the TPU's own compiler (libtpu): no TPU, no
+data and no memory are needed, one to five minutes are. What is the compiler's word and what an estimate:
+  memory        of the compiler: what a chip needs at most; a program that does not fit is not made
+  bytes         a step and chip, read from the compiled program: each instruction reads what it takes
+                and writes what it gives once; arrays in the chip's own memory (VMEM) are not counted
+  arithmetic    of the network: six times the multiply-adds of a forward pass (two operations each;
+                forward, gradient of the input, gradient of the weights); the compiler's own count of
+                all arithmetic stands beside it
+  collectives   read from the compiled program: arrays that the chips add up or gather
+  time          estimate: each kind of layer at the chip's full bandwidth or full arithmetic, whichever
+                takes longer, which no chip reaches, and collectives after that, which may be hidden
+                behind it; input, evaluation and checkpoints come on top
+"""
+
+import concurrent.futures
+import importlib.metadata
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from xception_flax.commands import cli
+from xception_flax.display import console
+from xception_flax.models.ops import tpu
+from xception_flax.planning import slices
+from xception_flax.planning.report import (
+    BATCH_GRAIN,
+    MAX_COMPILATIONS,
+    NUM_IMAGES,
+    DoesNotFit,
+    Report,
+    compile_step,
+    estimate,
+    largest_batch,
+    measure,
+)
+from xception_flax.recipes import reading
+from xception_flax.runs import history
+
+EXAMPLES = """\
+  xception-flax precompile --config configs/imagenet.py --topology v5e:4x4
+  xception-flax precompile --config configs/imagenet.py --topology v5e:2x4 --config.batch_size=1024
+  xception-flax precompile --config configs/imagenet.py --topology v6e:2x4 --find-largest-batch
+  xception-flax precompile --config configs/folder.py:photos --topology v4:2x2x1 --num-images 50000"""
+
+
+# Showing -------------------------------------------------------------------------------------------
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+def _gib(size: float) -> str:
+    return f"{size / slices.GIB:.2f} GiB"
+
+
+def _show_memory(config: ConfigDict, where: slices.Slice, result: dict[str, Any]) -> None:
+    used, usable, parts = result["memory_bytes"], where.chip.usable_bytes, config.step.accumulation_steps
+    rows = {
+        "compiler": f"jax {result['jax']}, libtpu {result['libtpu']}",
+        "batch": f"{config.batch_size:,}, {config.batch_size / where.num_chips:g} images a chip"
+        + (f" in {parts} parts" if parts > 1 else ""),
+        "memory": f"{_gib(used)} a chip, of {_gib(usable)}: " + ("fits" if result["fits"] else "DOES NOT FIT"),
+    }
+    if result["fits"]:
+        rows["  of it state"] = f"{_gib(result['state_bytes'])}: parameters, statistics, optimizer, averages"
+    if "largest_batch" in result:
+        too_large = result["too_large_batch"]
+        rows["largest batch"] = f"{result['largest_batch']:,} fits, " + (
+            f"{too_large:,} does not" if too_large else f"and so did all that {MAX_COMPILATIONS} compilations tried"
+        )
+    console.show_table(f"{result['config']} on {where.name}, {where.num_chips} chips", rows)
+
+
+def _show_costs(config: ConfigDict, where: slices.Slice, result: dict[str, Any]) -> None:
+    kinds = result["kinds"]
+    columns = {
+        "a step of a chip": [*kinds, "collectives", "in all"],
+        "GFLOP": [*(f"{k['flops'] / 1e9:,.1f}" for k in kinds.values()), "", f"{result['network_flops'] / 1e9:,.1f}"],
+        "GB": [*(f"{k['bytes'] / 1e9:,.2f}" for k in kinds.values()), "", f"{result['hbm_bytes'] / 1e9:,.2f}"],
+        "ms": [
+            f"{1e3 * seconds:,.2f}"
+            for seconds in (
+                *(k["seconds"] for k in kinds.values()),
+                result["collective_seconds"],
+                result["step_seconds"],
+            )
+        ],
+        "bound by": [*(k["bound"] for k in kinds.values()), "links", result["bound"]],
+    }
+    console.show_columns("time by the chip's specification (estimate)", columns)
+    rate = result["images_per_second_per_chip"]
+    rows = {
+        "arithmetic": f"{result['network_flops'] / 1e9:,.0f} GFLOP of the network; in all, by the compiler's count, "
+        f"{result['flops'] / 1e9:,.0f}",
+        "bytes": f"{_gb(result['hbm_bytes'])} of HBM; by the compiler's count, with those within the chip, "
+        f"{_gb(result['xla_bytes'])}",
+        "collectives": ", ".join(
+            f"{c['count']} {kind} of {c['bytes'] / 1e6:,.2f} MB" for kind, c in result["collectives"].items()
+        )
+        or "none",
+        "speed": f"{rate:,.0f} images/s a chip, {rate * where.num_chips:,.0f} in all (estimate)",
+        "run": "its length needs --num-images",
+    }
+    if "steps" in result:
+        rows["run"] = f"{result['steps']:,} steps, {config.epochs:g} epochs: {result['hours']:,.2f} h (estimate)"
+    console.show_table("a step of a chip, and the run", rows)
+
+
+# Command -------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser("xception-flax precompile", __doc__, EXAMPLES, hosts=False)
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the recipe, and its argument")
+    parser.add_argument(
+        "--topology", required=True, metavar="SLICE", help=f"such as v5e:2x4; TPUs: {', '.join(slices.CHIPS)}"
+    )
+    parser.add_argument(
+        "--num-images", type=cli.positive, metavar="N", help="of the training split; known of imagenet2012"
+    )
+    parser.add_argument(
+        "--find-largest-batch", action="store_true", help="compile for other batches too: a few times as long"
+    )
+    parser.add_argument("--config.KEY=VALUE", dest="ignored", metavar="", help="override a key of the recipe")
+    arguments, overrides = parser.parse_known_args(argv)
+    where = slices.parse_slice(arguments.topology)
+    config = reading.load(arguments.config, overrides)
+    num_images = arguments.num_images or NUM_IMAGES.get(str(config.data.get("name")).partition(":")[0])
+    devices, usable = slices.devices(where), where.chip.usable_bytes
+
+    def at(batch_size: int) -> Report | DoesNotFit:
+        changed = config.copy_and_resolve_references()
+        changed.batch_size = batch_size
+        with console.waiting(f"compiling for {where.name}, {batch_size:,} images"):
+            try:
+                # In a thread: this one waits as Python does, and so hears Ctrl-C.
+                with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                    compiled = thread.submit(compile_step, changed, devices, num_images or batch_size).result()
+            except DoesNotFit as error:
+                return error
+        return measure(compiled, changed, where.num_chips)
+
+    report = at(config.batch_size)
+    fits = isinstance(report, Report)
+    result = {
+        "config": arguments.config,
+        "topology": where.name,
+        "chips": where.num_chips,
+        **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "batch_size": config.batch_size,
+        "fits": fits,
+        "memory_bytes": report.memory,
+        "usable_bytes": usable,
+    }
+    if arguments.find_largest_batch:
+        parts = where.num_chips * config.step.accumulation_steps
+
+        def memory_at(images: int) -> int:
+            known = images * parts == config.batch_size
+            found = report if known else at(images * parts)
+            return found.memory if isinstance(found, Report) else max(found.memory, usable + 1)
+
+        grain = tpu.IMAGES if config.step.lowering == "fused" else BATCH_GRAIN
+        sizes = largest_batch(memory_at, usable, config.batch_size // parts, report.state if fits else 0, grain)
+        result["largest_batch"], result["too_large_batch"] = (images and images * parts for images in sizes)
+    if fits:
+        result |= {"state_bytes": report.state} | estimate(report, where, config.batch_size / where.num_chips)
+        if num_images is not None:
+            steps = max(1, round(config.epochs * num_images / config.batch_size))
+            result |= {"steps": steps, "hours": steps * result["step_seconds"] / 3600}
+    _show_memory(config, where, result)
+    if fits:
+        _show_costs(config, where, result)
+    print(history.to_json(result))
+    return 0 if fits else 1

@@ -1,0 +1,160 @@
+"""Says what a trained network sees in images: the most likely classes and their probabilities."""
+
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.cells import cell_len
+
+from xception_flax.commands import cli
+from xception_flax.data import transforms
+from xception_flax.data.decoding import WHITE, BadImageError, is_dark, largest_value
+from xception_flax.data.pipeline import prepare_image
+from xception_flax.data.sources import folder
+from xception_flax.display import console
+from xception_flax.runs import history
+from xception_flax.runs.workdir import read_recipe
+from xception_flax.text import naming
+from xception_flax.text.errors import UserError
+from xception_flax.training import sharding, steps
+from xception_flax.weights import initial
+
+EXAMPLES = """\
+  xception-flax predict --workdir runs/photos cat.jpg dog.png
+  xception-flax predict --workdir runs/photos holiday/ --json > holiday.jsonl"""
+
+MAX_WIDTH = 60  # columns of a terminal, for the files; one that is longer does not move the rows of all others
+
+OUT_OF_MEMORY = "Take a smaller --batch-size; the result does not depend on it."
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser("xception-flax predict", __doc__, EXAMPLES, hosts=False)
+    parser.add_argument("--workdir", type=cli.directory, required=True, help="folder of a run of train.py")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a file, or a folder with files in it")
+    parser.add_argument("--top", type=cli.positive, default=5, metavar="N", help="classes to name an image (5)")
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="WHICH", help="best (default), latest, or the number of a step"
+    )
+    parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema where the recipe keeps them, else raw")
+    parser.add_argument("--batch-size", type=cli.positive, default=32, metavar="N", help="images at a time (32)")
+    parser.add_argument("--json", action="store_true", help="a line of JSON an image in place of the table")
+    arguments = parser.parse_args(argv)
+    config = read_recipe(arguments.workdir)
+    paths = list(_files(arguments.images))
+    cli.start(arguments)
+    with cli.out_of_memory(OUT_OF_MEMORY):
+        mesh = sharding.create_mesh()
+        run = initial.restore_run(arguments.workdir, mesh, arguments.checkpoint, arguments.weights)
+        width = min(max(cell_len(naming.shown(path)) for path in paths), MAX_WIDTH)
+        readable, unreadable, dark = 0, 0, []
+        # What is known of an image is printed at once: nothing that happens to another loses it.
+        for path, scores in predict(run, config, paths, mesh, arguments.batch_size, dark):
+            if isinstance(scores, UserError):
+                cli.complain(f"{naming.shown(path)}: {scores}")
+                unreadable += 1
+                continue
+            best = {run.class_names[i]: float(scores[i]) for i in np.argsort(-scores, kind="stable")[: arguments.top]}
+            if arguments.json:
+                print(history.to_json({"image": naming.decoded(path), "classes": best}), flush=True)
+                continue
+            if not readable:
+                console.show_title(f"{naming.shown(arguments.workdir)}, step {run.step}, {run.weights} weights")
+            row = "  ".join(f"{naming.shown(name)} {console.percent(p)}" for name, p in best.items())
+            console.show_row(naming.shown(path), row, width)
+            readable += 1
+    if dark:
+        print(
+            f"{len(dark):,} of {len(paths):,} files, the first {naming.shown(dark[0])}, are of 16 bits and use no "
+            f"upper half; if white is less than {WHITE} there, the run needs data.max_value.",
+            file=sys.stderr,
+        )
+    return 2 if unreadable else 0
+
+
+def predict(
+    run: initial.Run,
+    config: ConfigDict,
+    paths: Sequence[Path],
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    dark: list[Path] | None = None,
+) -> Iterator[tuple[Path, np.ndarray | UserError]]:
+    """Yields each image's file with the probability of each class `[num_classes]`, or with what is wrong with it.
+
+    Images are prepared as in the evaluation of the recipe. Where they have one label each the
+    probabilities add up to 1, where they have several each class has its own.
+
+    Args:
+      run: what predicts.
+      config: its recipe.
+      paths: of image files.
+      mesh: the mesh of the run's variables.
+      batch_size: images at a time; rounded up to a multiple of the devices.
+      dark: gets the files of 16 bits that use no upper half, where the recipe does not say which value is white.
+    """
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    image_shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    chain = transforms.parse_transforms(config.data.eval_transforms, config.data.image_size)
+    normalize = steps.create_normalizer(**config.normalize)
+    to_probabilities = jax.nn.sigmoid if config.loss.name == "sigmoid" else jax.nn.softmax
+
+    def prepare(path: Path) -> tuple[np.ndarray | UserError, bool]:
+        """The image, or what is wrong with it; and whether it may be nearly black by mistake."""
+        try:
+            rng = np.random.default_rng(0)  # which no transform of an evaluation has a use for
+            content, read = path.read_bytes(), config.data
+            image = prepare_image(content, chain, image_shape, read.min_decoded_side, rng, read.max_value)
+            largest = largest_value(content) if read.max_value is None else None
+            return image, largest is not None and is_dark(largest)
+        except OSError as error:
+            return UserError(f"{error.strerror}."), False
+        except BadImageError as error:
+            return error, False
+
+    @jax.jit
+    def forward(variables: dict, images: jax.Array) -> jax.Array:
+        return to_probabilities(run.model.apply(variables, normalize(images), train=False))
+
+    with ThreadPoolExecutor() as threads:
+        for start in console.stepping("predicting", range(0, len(paths), batch_size)):
+            prepared, may_be_dark = zip(*threads.map(prepare, paths[start : start + batch_size]), strict=True)
+            if dark is not None:
+                dark.extend(itertools.compress(paths[start:], may_be_dark))
+            images = np.zeros((batch_size, *image_shape), np.uint8)  # as many each time: one program
+            for i, image in enumerate(prepared):
+                if not isinstance(image, UserError):
+                    images[i] = image
+            scores = np.asarray(forward(run.variables, sharding.global_batch(mesh, {"images": images})["images"]))
+            for path, image, row in zip(paths[start:], prepared, scores, strict=False):
+                if not isinstance(image, UserError):
+                    image = row if np.isfinite(row).all() else UserError("the network's output for it is not finite.")
+                yield path, image
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files themselves, and all images in and below the folders.
+
+    Raises:
+      ValueError: there is no such file or folder, or a folder has no image.
+    """
+    for path in paths:
+        if path.is_dir():
+            found, others = folder.list_files(path)
+            unread = folder.describe_unread(others, len(found))
+            if not found:
+                raise UserError(
+                    f"{path} has no image (of {', '.join(folder.IMAGE_SUFFIXES)}).{unread and f' {unread}'}"
+                )
+            if unread:
+                print(f"{naming.shown(path)}: {unread}", file=sys.stderr)
+            yield from found
+        elif path.exists():
+            yield path
+        else:
+            raise UserError(f"{path} is not there; expected an image or a folder of images.")

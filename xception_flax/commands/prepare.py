@@ -1,0 +1,320 @@
+"""Prepares data sets and checks them: ArrayRecord as TFDS writes it, without TensorFlow.
+
+  imagenet   the two tars of ILSVRC2012 as TFDS' `imagenet2012`
+  folder     your own images, CLASS/*.jpg, as a TFDS data set
+  check      reads every image of a data set or of a folder
+
+What was stopped or killed goes on by the same command. A data set lies in VERSION.incomplete until it is
+whole.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from xception_flax.commands import cli
+from xception_flax.data import MAX_THREADS, decoding, sources
+from xception_flax.display import console
+from xception_flax.prepare import imagenet, records
+from xception_flax.prepare.check import (
+    Checked,
+    _check_directory,
+    _common_classes,
+    _describe,
+    _folder_splits,
+    _open,
+    _read,
+    _repeated,
+)
+from xception_flax.text import naming
+from xception_flax.text.errors import UserError
+
+EXAMPLES = """\
+  xception-flax prepare imagenet --tars downloads --data-dir /data/tfds --hashes
+  xception-flax prepare folder photos --data-dir /data/tfds --val-fraction 0.2
+  xception-flax prepare check /data/tfds/imagenet2012/5.1.0 --json report.json"""
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser("xception-flax prepare", __doc__, EXAMPLES, hosts=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("imagenet", help="the two tars of ILSVRC2012", allow_abbrev=False)
+    command.set_defaults(function=prepare_imagenet)
+    command.add_argument("--tars", type=cli.directory, required=True, metavar="DIR", help="where the two tars are")
+    hashes = command.add_mutually_exclusive_group()
+    hashes.add_argument("--hashes", action="store_true", help="check their MD5 too, which reads 155 GB")
+    hashes.add_argument("--subset", action="store_true", help="take tars of another size: a part of ImageNet")
+    _add_output(command)
+
+    command = commands.add_parser("folder", help="images in a folder a class", allow_abbrev=False)
+    command.set_defaults(function=prepare_folder)
+    command.add_argument(
+        "source", type=cli.directory, metavar="SRC", help="with CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg"
+    )
+    command.add_argument("--name", help="of the data set; default: the folder's, in small letters")
+    _add_val_fraction(command, "SRC")
+    _add_output(command)
+
+    command = commands.add_parser("check", help="reads every image", allow_abbrev=False)
+    command.set_defaults(function=check)
+    command.add_argument(
+        "dataset", type=cli.directory, metavar="DATASET", help="NAME/VERSION of a prepared data set, or a folder"
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the report there, with all names")
+    _add_val_fraction(command, "DATASET")
+    _add_threads(command)
+    arguments = parser.parse_args(argv)
+    return arguments.function(arguments)
+
+
+def _add_val_fraction(command: argparse.ArgumentParser, of: str) -> None:
+    command.add_argument(
+        "--val-fraction",
+        type=_fraction,
+        metavar="SHARE",
+        help=f"of {of}/CLASS/*.jpg, which a hash of each file's name decides, as in training on a folder; "
+        f"default: {sources.folder.VAL_FRACTION}",
+    )
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data-dir", type=cli.directory, required=True, metavar="DIR", help="where TFDS data sets are; made if needed"
+    )
+    _add_threads(command)
+
+
+def _add_threads(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--num-threads",
+        type=_threads,
+        default=min(16, os.cpu_count() or 1),
+        metavar="N",
+        help="that read at a time; default: %(default)s",
+    )
+
+
+def _threads(text: str) -> int:
+    number = cli.positive(text)
+    if number > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_THREADS:,}, got {text}")
+    return number
+
+
+def _fraction(text: str) -> float:
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text!r}")
+    return fraction
+
+
+# Preparing -----------------------------------------------------------------------------------------
+
+
+def prepare_imagenet(arguments: argparse.Namespace) -> int:
+    paths = imagenet.find(arguments.tars, subset=arguments.subset)
+    if arguments.hashes:
+        for split, path in paths.items():
+            with console.counting(f"MD5 of {path.name}", path.stat().st_size, "bytes") as advance:
+                imagenet.check_hash(path, imagenet.TARS[split].md5, advance)
+    info = imagenet.create_info(arguments.data_dir)
+    with console.counting("listing the tars", sum(path.stat().st_size for path in paths.values()), "bytes") as advance:
+        splits = imagenet.list_images(paths, info, advance, subset=arguments.subset)
+    return _prepare(info, splits, arguments, f"{arguments.tars}")
+
+
+def prepare_folder(arguments: argparse.Namespace) -> int:
+    source = arguments.source.expanduser().absolute()
+    name = arguments.name or re.sub(r"\W+", "_", source.name.lower()).strip("_")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(f"--name must be of small letters, digits and _, and begin with a letter; got {name!r}.")
+    _check_directory(source)
+    there, fraction = _folder_splits(source, arguments.val_fraction)
+    unreadable = [split for split in there if not re.fullmatch(r"[\w-]+", split) or split == "all"]
+    if unreadable:
+        raise UserError(
+            f"{source}: TFDS reads no split {unreadable[0]!r}; rename the folder, by letters, digits, _ and -, "
+            "and not 'all', which is all of them."
+        )
+    files = {
+        split: sources.folder.folder(split, data_dir=str(source), val_fraction=fraction)
+        for split in there or ("train", "val")
+    }
+    class_names = _common_classes(source, files)
+    if len(class_names) < 2:
+        raise UserError(f"{source} has one class only, {class_names[0]!r}; expected two or more.")
+    unreadable = [class_name for class_name in class_names if class_name.splitlines() != [class_name.strip()]]
+    if unreadable:
+        raise UserError(
+            f"{source}: TFDS reads no class {unreadable[0]!r}; rename the folder, without white space around its "
+            "name or line breaks."
+        )
+    unreadable = [
+        path for of_split in files.values() for path in of_split.paths if not naming.is_unicode(naming.decoded(path))
+    ]
+    if unreadable:
+        raise UserError(f"{naming.shown(unreadable[0])}: TFDS takes no file name that is not UTF-8; rename it.")
+    if unread := sources.folder.unread_of(files.values()):
+        print(f"{naming.shown(source)}: {unread}", file=sys.stderr)
+    splits = {
+        split: [
+            records.EncodedImage(
+                # One name on every system, and the path as it is on this one.
+                naming.canonical(Path(path).relative_to(source)),
+                label,
+                path,
+                0,
+                os.stat(path).st_size,
+            )
+            for path, label in zip(of_split.paths, of_split.labels, strict=True)
+        ]
+        for split, of_split in files.items()
+    }
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity(
+            name=name, version=tfds.core.Version("1.0.0"), data_dir=str(arguments.data_dir), module_name=""
+        ),
+        description=f"Images of {len(class_names)} classes.",
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(),
+                "label": tfds.features.ClassLabel(names=class_names),
+                "file_name": tfds.features.Text(),
+            }
+        ),
+        supervised_keys=("image", "label"),
+    )
+    return _prepare(info, splits, arguments, str(source))
+
+
+def _prepare(
+    info: tfds.core.DatasetInfo,
+    splits: Mapping[str, Sequence[records.EncodedImage]],
+    arguments: argparse.Namespace,
+    origin: str,
+) -> int:
+    layout = records.create_layout(info, splits, arguments.data_dir, origin)
+    if records.is_complete(layout):
+        print(f"{naming.shown(layout.directory)} is prepared; nothing to do.")
+        return 0
+    with records.claim(layout) as missing:
+        total = sum(shard.num_bytes for shard in layout.shards)
+        done = total - sum(shard.num_bytes for shard in missing)
+        what = f"writing {info.name}"
+        if len(missing) < len(layout.shards):
+            what += f", going on from shard {len(layout.shards) - len(missing):,} of {len(layout.shards):,}"
+        with console.counting(what, total, "bytes", done=done) as advance:
+            records.write(layout, missing, arguments.num_threads, advance)
+        records.complete(layout)
+    num_classes = info.features["label"].num_classes
+    empty = num_classes - len({image.label for image in next(iter(splits.values()))})
+    classes = f"{num_classes:,}" + (f", {empty:,} without an image" if empty else "")
+    rows = {split: f"{len(images):,} images" for split, images in splits.items()} | {"classes": classes}
+    console.show_table(
+        naming.shown(layout.directory),
+        rows
+        | {
+            # Without the version TFDS takes its own data set of that name, where it has one.
+            "train by": f"--config.data.source=tfds --config.data.name={info.name}:{info.version} "
+            f"--config.data.data_dir={shlex.quote(str(layout.directory.parent.parent))}",
+            "read all by": f"xception-flax prepare check {shlex.quote(str(layout.directory))}",
+        },
+    )
+    return 0
+
+
+# Checking ------------------------------------------------------------------------------------------
+
+
+def check(arguments: argparse.Namespace) -> int:
+    splits = _open(arguments.dataset.expanduser().absolute(), arguments.val_fraction)
+    of_training = {split: source for split, source in splits.items() if split in ("train", "val")} or splits
+    class_names = _common_classes(arguments.dataset, of_training)
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise UserError(f"--json: {arguments.json.parent} is no directory.")
+    if arguments.json is not None:
+        try:
+            arguments.json.open("a").close()  # before hours of reading
+        except OSError as error:
+            raise UserError(f"--json: {arguments.json} cannot be written: {error.strerror}.") from None
+    images: dict[str, list[Checked]] = {}
+    with (
+        console.counting(f"reading {arguments.dataset.name}", sum(map(len, splits.values())), "images") as advance,
+        futures.ThreadPoolExecutor(arguments.num_threads) as executor,
+    ):
+        for split, source in splits.items():
+            images[split] = []
+            for begin in range(0, len(source), 1024):  # a future an image would be gigabytes
+                block = range(begin, min(begin + 1024, len(source)))
+                for image in executor.map(lambda i, source=source: _read(source, i), block):
+                    images[split].append(image)
+                    advance(1)
+    report = {split: _describe(found, splits[split].class_names) for split, found in images.items()}
+    repeated = _repeated(images)
+    if arguments.json is not None:
+        unread = sorted({file for source in splits.values() for file in getattr(source, "unread", ())})
+        content = {"splits": report, "repeated": repeated, "unread": [file._asdict() for file in unread]}
+        arguments.json.write_text(naming.to_json(content, indent=1) + "\n")
+    _show(report, repeated)
+    if unread := sources.folder.unread_of(splits.values()):
+        print(f"\n{unread}")
+    other = [split for split, source in splits.items() if source.class_names != class_names]
+    if other:  # of no matter to training, but `evaluate` will refuse them
+        print(f"\nother classes than training's: split {', '.join(other)}")
+    return 1 if other or any(described["undecodable"] for described in report.values()) else 0
+
+
+def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]]) -> None:
+    for split, described in report.items():
+        counts = list(described["classes"].values())
+        least, most = min(counts), max(counts)
+        rows = {
+            "images": f"{described['images']:,}",
+            "classes": f"{len(counts):,}, with {least:,} "
+            + ("images each" if least == most else f"to {most:,} images"),
+        }
+        if 0 in counts:
+            rows["without an image"] = f"{counts.count(0):,} classes"
+        rows["undecodable"] = f"{len(described['undecodable']):,}"
+        for what in ("bytes", "pixels"):
+            low, middle, high = described[what]
+            rows[what] = f"{low:,} to {high:,}, median {middle:,}"
+        if wide := described["sixteen_bits"]:
+            rows["16 bits"] = f"{wide['images']:,} images, of values up to {wide['largest']:,}"
+        console.show_table(split, rows)
+    found = [wide for split in report.values() if (wide := split["sixteen_bits"])]
+    largest = max((wide["largest"] for wide in found), default=0)
+    if found and decoding.is_dark(largest):
+        print(f"\n16 bits with little in the upper ones: train by --config.data.max_value={decoding.white(largest)}")
+    elif dark := sum(wide["dark"] for wide in found):
+        number = sum(wide["images"] for wide in found)
+        print(
+            f"\n{dark:,} of {number:,} images of 16 bits use no upper half; is white less than {decoding.WHITE} there?"
+        )
+
+    def is_across(names: Sequence[str]) -> bool:
+        return len({name.partition(": ")[0] for name in names}) > 1
+
+    across = sum(map(is_across, repeated))
+    print(f"\n{len(repeated):,} files are there more than once, {across:,} of them in more than one split")
+    for names in sorted(repeated, key=is_across, reverse=True)[:10]:  # those first, which are worse
+        print(f"  {' = '.join(map(naming.shown, names[:5]))}{' ...' if len(names) > 5 else ''}")
+    undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
+    if undecodable:
+        print(f"\n{len(undecodable):,} image{'s' * (len(undecodable) > 1)} cannot be read or decoded")
+        for name in undecodable[:20]:
+            print(f"  {naming.shown(name)}")
+        if len(undecodable) > 20:
+            print("  ... (all by --json FILE)")

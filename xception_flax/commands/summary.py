@@ -1,0 +1,181 @@
+"""Shows what a network is made of and what it costs: a table, totals, and one line of JSON.
+
+Nothing is computed and no accelerator is opened: all is from shapes.
+  output    height x width x channels; of a stage, what the next one gets
+  stride    pixels of the image to a pixel of the output
+  MACs      multiply-adds an image, of convolutions and dense layers
+  act. MB   activations an image, in 10^6 bytes: outputs of the layers that have
+            parameters, at the network's dtype (float32; --config.model.dtype)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from xception_flax import models
+from xception_flax.commands import cli
+from xception_flax.display import console
+from xception_flax.models.summary import Row, Shape, _totals, _trace, fold, summarize
+from xception_flax.recipes import reading
+from xception_flax.runs import history
+
+EXAMPLES = """\
+  xception-flax summary xception
+  xception-flax summary xception65 --image-size 513 --config.model.output_stride=16
+  xception-flax summary --config configs/digits.py --layers
+  xception-flax summary --all --config.model.dtype=bfloat16"""
+
+IMAGE_SIZE = 299  # pixels a side, as in the paper
+IMAGE_SIZES = {"lenet": 32}  # of networks that are for other images
+
+
+# Showing -------------------------------------------------------------------------------------------
+
+
+def _times(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def _decimals(value: float) -> int:
+    """How many make four digits, or three where there is none before the point."""
+    return 3 if value < 10 else 2 if value < 100 else 1
+
+
+def _si(number: int) -> str:
+    """8357403496 -> '8.357 G'."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:,.{_decimals(number / size)}f} {unit}"
+    return str(number)
+
+
+def _megabytes(numbers: Sequence[int]) -> list[str]:
+    """Of bytes, with the same decimals in all, that the largest be readable."""
+    decimals = _decimals(max(numbers) / 1e6)
+    return [f"{number / 1e6:,.{decimals}f}" for number in numbers]
+
+
+def _show_rows(title: str, rows: Sequence[Row], *, by: str) -> None:
+    columns = {
+        by.removesuffix("s"): [row.name if row.count == 1 else f"{row.name} x{row.count}" for row in rows],
+        "output": [_times(row.shape) for row in rows],
+        "stride": [str(row.stride or "") for row in rows],
+        "parameters": [f"{row.parameters:,}" for row in rows],
+        "MACs": [_si(row.macs) for row in rows],
+    }
+    if by == "stages":  # names of layers are too long for one more column in 80
+        total = sum(row.macs for row in rows)
+        columns["share"] = [f"{100 * row.macs / total:.1f}%" for row in rows]
+    columns["act. MB"] = _megabytes([row.activation_bytes for row in rows])
+    console.show_columns(title, columns)
+
+
+def _classes(config: ConfigDict) -> str:
+    return f"{config.num_classes:,} classes" if config.num_classes else "no classifier"
+
+
+def _record(config: ConfigDict, image_shape: Shape, totals: tuple[int, int, int, int]) -> dict[str, Any]:
+    parameters, statistics, macs, activation_bytes = totals
+    return {
+        "name": config.name,
+        "image_size": image_shape[0],
+        "channels": image_shape[2],
+        "num_classes": config.num_classes,
+        "parameters": parameters,
+        "statistics": statistics,
+        "macs": macs,
+        "activation_bytes": activation_bytes,
+        "parameter_bytes": parameters * np.dtype(config.param_dtype).itemsize,
+    }
+
+
+def _summarize_one(config: ConfigDict, image_shape: tuple[int, int, int], *, by: str) -> None:
+    rows = summarize(models.create_model(**config), image_shape, by=by)
+    record = _record(config, image_shape, _totals(rows))
+    title = f"{config.name}, images {' x '.join(map(str, image_shape))}, {_classes(config)}"
+    _show_rows(title, fold(rows) if by == "stages" else rows, by=by)
+    console.show_table(
+        "in all",
+        {
+            "trainable parameters": f"{record['parameters']:,}",
+            "memory of parameters": f"{_megabytes([record['parameter_bytes']])[0]} MB as {config.param_dtype}",
+            "moving statistics": f"{record['statistics']:,}",
+            "multiply-adds": f"{_si(record['macs'])} an image",
+            "memory of activations": f"{_megabytes([record['activation_bytes']])[0]} MB an image as {config.dtype}",
+        },
+    )
+    print(history.to_json(record))
+
+
+def _compare(configs: Sequence[ConfigDict], image_shapes: Sequence[tuple[int, int, int]]) -> None:
+    traces = [_trace(models.create_model(**c), shape) for c, shape in zip(configs, image_shapes, strict=True)]
+    records = [
+        _record(config, shape, _totals(trace.layers))
+        for config, shape, trace in zip(configs, image_shapes, traces, strict=True)
+    ]
+    columns = {
+        "network": [record["name"] for record in records],
+        "image": [str(record["image_size"]) for record in records],
+        "features": [_times(trace.features) for trace in traces],
+        "parameters": [f"{record['parameters']:,}" for record in records],
+        "statistics": [f"{record['statistics']:,}" for record in records],
+        "MACs": [_si(record["macs"]) for record in records],
+        "act. MB": _megabytes([record["activation_bytes"] for record in records]),
+    }
+    console.show_columns(f"all networks, {_classes(configs[0])}", columns)
+    print("[" + ", ".join(map(history.to_json, records)) + "]")
+
+
+# Command -------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser("xception-flax summary", __doc__, EXAMPLES, hosts=False)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("name", nargs="?", metavar="NAME", help=f"a network: {', '.join(models.MODELS)}")
+    which.add_argument("--config", metavar="FILE[:ARG]", help="the network, image size and channels of a recipe")
+    which.add_argument("--all", action="store_true", help="every network side by side; the JSON is a list")
+    parser.add_argument("--layers", action="store_true", help="a row a layer instead of a row a stage")
+    parser.add_argument(
+        "--image-size",
+        type=cli.positive,
+        metavar="N",
+        help="pixels a side, default: 299 (lenet: 32), or the recipe's",
+    )
+    parser.add_argument("--channels", type=cli.positive, metavar="N", help="of the images, default: 3, or the recipe's")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="0: no classifier; default: 1000, or the recipe's")
+    parser.add_argument(
+        "--config.model.KEY=VALUE", dest="ignored", metavar="", help="set a field of the network, as in a recipe"
+    )
+    arguments, overrides = parser.parse_known_args(argv)
+    if arguments.all and arguments.layers:
+        parser.error("argument --layers: not allowed with argument --all, which has a row a network")
+    if arguments.num_classes is not None:
+        if any(text.startswith("--config.model.num_classes=") for text in overrides):
+            parser.error("argument --num-classes: not allowed with --config.model.num_classes")
+        overrides.append(f"--config.model.num_classes={arguments.num_classes}")
+
+    if arguments.config is not None:
+        config = reading.load(arguments.config, overrides, groups=("model",))
+        choices = [(config.model, config.data.image_size, config.data.channels)]
+    else:
+        if any(text.startswith("--config.model.name=") for text in overrides):
+            parser.error("--config.model.name is for a recipe's network (--config); else give the network as NAME")
+        choices = [
+            (reading.resolve_group("model", {"name": name}, overrides), IMAGE_SIZES.get(name, IMAGE_SIZE), 3)
+            for name in (models.MODELS if arguments.all else [arguments.name])
+        ]
+    # Shapes need no accelerator, and opening one would take memory from a run that is on it.
+    jax.config.update("jax_platforms", "cpu")
+    image_shapes = [
+        (arguments.image_size or size, arguments.image_size or size, arguments.channels or channels)
+        for _, size, channels in choices
+    ]
+    if arguments.all:
+        _compare([config for config, _, _ in choices], image_shapes)
+    else:
+        _summarize_one(choices[0][0], image_shapes[0], by="layers" if arguments.layers else "stages")
+    return 0

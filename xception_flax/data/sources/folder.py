@@ -1,0 +1,359 @@
+"""Images in folders: which files are read, their classes, their splits."""
+
+import dataclasses
+import hashlib
+import itertools
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xception_flax.data.sources.source import Example, Source, existing_directory
+from xception_flax.text import naming
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import lookup, suggest
+from xception_flax.text.naming import canonical
+from xception_flax.text.ranges import check_range
+
+# Of the formats that `decoding` reads; .mpo is a JPEG with more pictures behind the first.
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".bmp",
+    ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+
+
+# What file managers leave behind, which is not worth a word; so are hidden files, but for images. And the folders
+# of systems, which count as hidden: of archives, disks, and a NAS, which has a small copy of each image in its own.
+_NOISE = ("thumbs.db", "ehthumbs.db", "desktop.ini")
+
+
+_SYSTEM_FOLDERS = ("__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information")
+
+
+VAL_FRACTION = 0.1
+
+
+MAX_KINDS = 8  # of files that are not read, in a message
+
+
+class Unread(NamedTuple):
+    """A file in the folder of a data set that is no part of it.
+
+    Attributes:
+      path: of the file.
+      why: its suffix in small letters, 'without a suffix', 'hidden', 'no regular file', or 'outside of a class'.
+    """
+
+    path: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Encoded image files and their labels; and what lies beside them and is not read, file managers' own apart.
+
+    Where splits have folders, `split` is the name of this one and `splits` those of all.
+    """
+
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+    class_names: tuple[str, ...]
+    unread: tuple[Unread, ...] = ()
+    split: str = ""
+    splits: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to each worker process, which has no use for the files that are not read."""
+        return self.__dict__ | {"unread": ()}
+
+    def __getitem__(self, index: int) -> Example:
+        return {
+            "image": Path(self.paths[index]).read_bytes(),
+            "label": self.labels[index],
+            "name": self.paths[index],
+        }
+
+
+def folder(split: str, *, data_dir: str, val_fraction: float = VAL_FRACTION) -> Files:
+    """A folder of images, a folder a class; classes are numbered in the order of their names.
+
+    Either `data_dir/split/CLASS/image.jpg`, or `data_dir/CLASS/image.jpg` alone: that has the splits
+    'train' and 'val', which a hash of each file's name decides, so that a file keeps its split when
+    others come or go and when it is moved to another class. Names that begin with '.' are left out.
+    Names are hashed, sorted and compared in Unicode's composed form: copies on other systems are the same data.
+
+    Args:
+      split: name of a folder, or 'train' or 'val'.
+      data_dir: the folder.
+      val_fraction: share of 'val', where there are no folders of splits.
+
+    Raises:
+      ValueError: no such folder, no class in it, a class without images, both layouts at once.
+    """
+    directory = existing_directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
+    check_range("data.val_fraction", val_fraction, 0, 1, above=True, below=True)
+    splits, places = folder_splits(data_dir, split), {canonical(p.name): p for p in _folders(directory)}
+    place = places.get(canonical(split))
+    if splits:
+        if place is None:
+            raise UserError(f"{directory} has no folder for split {split!r}; {suggest(split, splits)}")
+        if canonical(split) not in splits and images_in(place):
+            raise UserError(
+                f"{place} has images, and no folders that say of which class they are; expected {place}/CLASS/*.jpg."
+            )
+        files, others = classes_in(place), _beside(directory, [places[name].name for name in splits])
+        unread = (*files.unread, *others)
+        return dataclasses.replace(files, unread=unread, split=canonical(split), splits=splits)
+    if not any(images_in(p) for p in places.values()):
+        if place is not None:
+            return classes_in(place)
+        there = describe_unread(_beside(directory, ()), 0)
+        raise UserError(
+            f"{directory} has neither CLASS/*.jpg nor {split}/CLASS/*.jpg in it; images are files that end in "
+            f"{', '.join(IMAGE_SUFFIXES)}.{there and f' {there}'}"
+        )
+    lookup({"train": 0, "val": 1}, split, "split of a folder of classes")
+    files = classes_in(directory)
+    chosen = split_by_names(files, val_fraction)[split]
+    none = set(files.labels) - set(chosen.labels)
+    if split == "train" and none:
+        raise UserError(
+            f"{directory / files.class_names[min(none)]}: by their names all {files.labels.count(min(none))} images "
+            f"are of split 'val' (data.val_fraction={val_fraction:g}); take a smaller fraction, or add images."
+        )
+    if not len(chosen):
+        raise UserError(
+            f"{directory}: no image is of split 'val' by the hash of its name (data.val_fraction={val_fraction:g}); "
+            "take a larger fraction, or make folders train/CLASS and val/CLASS."
+        )
+    return chosen
+
+
+def split_by_names(files: Files, val_fraction: float) -> dict[str, Files]:
+    """Returns the splits 'train' and 'val' of images, as a hash of each file's name decides; either may be empty."""
+    splits = {}
+    for split in ("train", "val"):
+        chosen = [
+            (path, label)
+            for path, label in zip(files.paths, files.labels, strict=True)
+            if (_hash(os.path.basename(path)) < val_fraction) == (split == "val")
+        ]
+        paths, labels = zip(*chosen, strict=True) if chosen else ((), ())
+        splits[split] = dataclasses.replace(files, paths=paths, labels=labels)
+    return splits
+
+
+def classes_in(directory: Path) -> Files:
+    """Returns all images of `directory/CLASS` and below.
+
+    Raises:
+      ValueError: no class, or a class without images.
+    """
+    classes = _folders(directory)
+    if not classes:
+        raise UserError(f"{directory} has no folders of classes in it; expected {directory}/CLASS/*.jpg.")
+    paths, labels, unread = [], [], []
+    for label, place in enumerate(classes):
+        files, others = list_files(place)
+        if not files:
+            there = describe_unread(others, 0)
+            raise UserError(
+                f"{place} has no image (of {', '.join(IMAGE_SUFFIXES)}); a class must have some, or its folder must go."
+                + (there and f" {there}")
+            )
+        paths.extend(map(str, files))
+        labels.extend([label] * len(files))
+        unread.extend(others)
+    unread.extend(_beside(directory, [p.name for p in classes]))
+    names = tuple(canonical(p.name) for p in classes)
+    return Files(tuple(paths), tuple(labels), names, tuple(unread))
+
+
+def folder_splits(data_dir: str, split: str = "train") -> tuple[str, ...]:
+    """Returns the names of the splits that have a folder there; none where a hash of the names decides.
+
+    A split is a folder with images in folders of classes. Where 'train' is one, a folder without classes beside it
+    is none, and not read.
+
+    Args:
+      data_dir: the folder.
+      split: the name of one of them, where none is called 'train'.
+
+    Raises:
+      ValueError: no such folder, folders in folders of which none is that split, or both layouts at once: of
+        which images would be left out.
+    """
+    directory = existing_directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
+    places = {canonical(p.name): p for p in _folders(directory)}
+    inner = {name: folders for name, place in places.items() if (folders := _folders(place))}
+    known = next((name for name in ("train", canonical(split)) if name in inner), None)
+    searched = [name for name in places if known in (None, name)] if inner else []
+    if images := [name for name in searched if images_in(places[name])]:
+        more = f" and {len(images) - 5:,} more" if len(images) > 5 else ""
+        nested = known or next(iter(inner))
+        raise UserError(
+            f"{directory}: there are images in {', '.join(images[:5])}{more}, and a folder in {nested} "
+            f"({inner[nested][0].name}); expected either CLASS/*.jpg or SPLIT/CLASS/*.jpg, and nothing of the other."
+        )
+    if inner and known is None:
+        raise UserError(
+            f"{directory}: there are folders in {', '.join(list(inner)[:5])}, none of which is called train; expected "
+            "either CLASS/*.jpg or train/CLASS/*.jpg and val/CLASS/*.jpg."
+        )
+    return tuple(name for name in inner if name == known or any(not why for _, why in _walk(places[name])))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
+
+
+def _folders(directory: Path) -> list[Path]:
+    """The folders there in the order of their names, but for hidden ones.
+
+    Raises:
+      ValueError: it cannot be read, or two have names that look the same.
+    """
+    try:
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in entries if not _is_hidden(entry.name) and entry.is_dir()]
+    except OSError as error:
+        raise UserError(f"{directory} cannot be read: {error.strerror}.") from None
+    names.sort(key=canonical)
+    for one, other in itertools.pairwise(names):
+        if canonical(one) == canonical(other):
+            raise UserError(
+                f"{directory} has two folders of the name {canonical(one)}, written {one!a} and {other!a}; "
+                "make one of them."
+            )
+    return [directory / name for name in names]
+
+
+def list_files(directory: Path, *, below: bool = True) -> tuple[list[Path], list[Unread]]:
+    """The image files there, and below, in the order of their names; and all others but for noise.
+
+    Links to folders are followed, but no folder is entered twice.
+
+    Raises:
+      ValueError: one is a link to nothing, or a folder cannot be read.
+    """
+    found = list(_walk(directory, below=below))
+    images, unread = [], [Unread(path, why) for path, why in found if why]
+    for path in (path for path, why in found if not why):
+        if os.path.isfile(path):
+            images.append(Path(path))
+        elif os.path.exists(path):
+            unread.append(Unread(path, "no regular file"))
+        else:
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there; remove or mend it.")
+    return sorted(images, key=lambda path: canonical(path).split(os.sep)), unread
+
+
+def images_in(directory: Path) -> list[Path]:
+    """The image files right there; as `list_files`."""
+    return list_files(directory, below=False)[0]
+
+
+def _beside(directory: Path, read: Collection[str]) -> list[Unread]:
+    """What is in a folder, but not in those folders of it that are read."""
+    return [Unread(path, why or "outside of a class") for path, why in _walk(directory, left_out=read)]
+
+
+def _walk(directory: Path, *, below: bool = True, left_out: Collection[str] | None = None) -> Iterator[tuple[str, str]]:
+    """Yields each file there that is worth a word, and why it is none to read: '' for images.
+
+    Of hidden files and folders only images are. Links to folders are followed where all of it is read.
+
+    Args:
+      below: enter folders.
+      left_out: folders there not to enter.
+
+    Raises:
+      ValueError: a folder cannot be read.
+    """
+
+    def is_within_hidden(place: str) -> bool:
+        return any(map(_is_hidden, Path(place).relative_to(directory).parts))
+
+    def unreadable(error: OSError) -> None:
+        if left_out is None and not is_within_hidden(error.filename):
+            raise UserError(f"{error.filename} cannot be read: {error.strerror}.")
+
+    follow, seen = left_out is None, set()
+    for place, folders, names in os.walk(directory, onerror=unreadable, followlinks=follow):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        hidden = is_within_hidden(place)
+        if not hidden:
+            seen.add(real)
+        if left_out and place == str(directory):
+            folders[:] = [name for name in folders if name not in left_out]
+        # Hidden links are not followed: what they lead to might then count as seen.
+        folders[:] = sorted(
+            name
+            for name in folders
+            if below and not ((hidden or _is_hidden(name)) and os.path.islink(os.path.join(place, name)))
+        )
+        for name in sorted(names):
+            path, suffix = os.path.join(place, name), os.path.splitext(name)[1].lower()
+            if hidden or _is_hidden(name):  # macOS writes a '._' file beside each file on foreign disks
+                if suffix in IMAGE_SUFFIXES and not name.startswith("._") and os.path.exists(path):
+                    yield path, "hidden"
+            elif suffix in IMAGE_SUFFIXES:
+                yield path, ""
+            elif name.lower() not in _NOISE:
+                yield path, suffix or "without a suffix"
+
+
+def describe_unread(unread: Iterable[Unread], num_images: int | None) -> str:
+    """A sentence for people: how many files are not read, of which kinds, and one of each; '' where all are read.
+
+    Args:
+      num_images: that are read; None where it is not known.
+    """
+    places = dict(unread)
+    if not places:
+        return ""
+    kinds = Counter(places.values()).most_common()
+    firsts = {why: path for path, why in reversed(places.items())}
+    parts = []
+    for why, count in kinds[:MAX_KINDS]:
+        example = os.path.join(*Path(firsts[why]).parts[-2:])
+        parts.append(f"{count:,} {naming.shown(why)} ({naming.shown(example)})")
+    if kinds[MAX_KINDS:]:
+        parts.append(f"{sum(count for _, count in kinds[MAX_KINDS:]):,} of other kinds")
+    are = "are" if len(places) > 1 else "is"
+    of_all = "" if num_images is None else f" of {len(places) + num_images:,}"
+    files = "file" if num_images is None and len(places) == 1 else "files"
+    return f"{len(places):,}{of_all} {files} {are} not read: {', '.join(parts)}."
+
+
+def unread_of(read: Iterable[Source], *, whole: bool = True) -> str:
+    """Says what is not read of the folders that sources are of, as `describe_unread`; of other sources nothing.
+
+    Args:
+      read: splits.
+      whole: they are all that is used: how many files there are is said, and which splits are not used. Of one split
+        neither would be of interest, as what is not read is of the whole folder.
+    """
+    files = [source for source in read if isinstance(source, Files)]
+    unread = [file for source in files for file in source.unread]
+    num_images = len({path for source in files for path in source.paths}) if whole else None
+    said = [describe_unread(unread, num_images)] if unread else []
+    used = {source.split for source in files}
+    others = list(dict.fromkeys(name for source in files for name in source.splits if name not in used))
+    if whole and others:
+        more = f" and {len(others) - MAX_KINDS:,} more" if len(others) > MAX_KINDS else ""
+        said.append(
+            f"Other splits there, which are not used: {', '.join(map(naming.shown, others[:MAX_KINDS]))}{more}."
+        )
+    return " ".join(said)
+
+
+def _hash(name: str) -> float:
+    """A number in [0, 1) that looks drawn at random, and is the same for the same name everywhere."""
+    return int.from_bytes(hashlib.sha256(canonical(name).encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64

@@ -1,0 +1,93 @@
+"""What a source is, and checks that several share."""
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from xception_flax.host import allocator
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import written
+from xception_flax.text.naming import composed
+
+Example = dict[str, Any]
+
+
+# Classes without names are called by their numbers, of which one label may claim any. No data set has as many.
+MAX_UNNAMED_CLASSES = 2**20
+
+
+class InputError(UserError):
+    """The examples have come to an end that is none: an image, a file or a worker process is at fault."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What every source function returns."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Examples in memory: `images` `[N, H, W]` or `[N, H, W, C]` uint8, `labels` `[N]` or `[N, classes]`."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+def distinct(names: Iterable[str], what: str) -> tuple[str, ...]:
+    """Names of classes in Unicode's composed form.
+
+    Raises:
+      ValueError: two are the same: a table, a picture or a JSON would show one of them.
+    """
+    names = tuple(map(composed, names))
+    if len(set(names)) < len(names):
+        twice, count = Counter(names).most_common(1)[0]
+        raise UserError(f"{what} must differ, got {written(twice)} {count} times.")
+    return names
+
+
+def check_num_classes(num_classes: int, num_images: int, what: str) -> None:
+    """Raises ValueError where classes that nobody has named are more than images, and than any data set has.
+
+    One wrong label would otherwise take all memory for their names.
+    """
+    if num_classes > max(num_images, MAX_UNNAMED_CLASSES):
+        raise UserError(
+            f"{what}: {num_classes:,} classes, by the largest label or the columns, of {num_images:,} images cannot be "
+            "meant; expected the numbers of classes, from 0 on, or their names too."
+        )
+
+
+def check_memory(path: str | Path, num_bytes: int) -> None:
+    """Raises ValueError where so much does not fit into memory, before it is tried."""
+    if num_bytes > (free := allocator.free_memory_bytes()):
+        raise UserError(
+            f"{path} holds {num_bytes / 2**30:,.1f} GiB by its header, and of memory {free / 2**30:,.1f} GiB are free; "
+            "data sets of that size are read from files: by source 'folder' or 'tfds'."
+        )
+
+
+def existing_directory(path: str, content: str) -> Path:
+    directory = Path(os.path.expanduser(path)).absolute()
+    if not os.path.isdir(directory):  # and neither raises, for a user or a path that cannot be
+        raise UserError(f"data.data_dir: {directory} is no directory; expected {content} there.")
+    return directory

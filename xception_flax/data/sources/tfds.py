@@ -1,0 +1,162 @@
+"""Data sets that TensorFlow Datasets prepared."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from xception_flax.data.sources.source import Example, InputError, check_num_classes, distinct, existing_directory
+from xception_flax.text import naming
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import suggest
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSource:
+    """A TFDS random-access source; images stay encoded, labels become integers or multi-hot rows.
+
+    An example raises InputError where its record is damaged or not there, or has no class for a label.
+    """
+
+    records: Sequence[Example]
+    class_names: tuple[str, ...]
+    image_key: str
+    label_key: str
+    multi_label: bool
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example:
+        try:
+            record = self.records[index]
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"record {index} cannot be read: {str(error).splitlines()[0]}") from None
+        if record.get(self.image_key) is None:
+            raise InputError(f"record {index} cannot be read: it is not there.")
+        label, num_classes = record[self.label_key], len(self.class_names)
+        for number in np.atleast_1d(label).tolist():
+            if not 0 <= number < num_classes:
+                raise InputError(f"record {index} has the label {number}, which is none of {num_classes} classes.")
+        if self.multi_label:
+            row = np.zeros(num_classes, np.uint8)
+            row[np.asarray(label, np.int64)] = 1
+            label = row
+        file_name = record.get("file_name", b"")
+        file_name = file_name.decode(errors="replace") if isinstance(file_name, bytes) else file_name
+        return {"image": record[self.image_key], "label": label, "name": f"record {index} {file_name}".rstrip()}
+
+
+def tfds(
+    split: str,
+    *,
+    name: str | None = None,
+    data_dir: str | None = None,
+    image_key: str = "image",
+    label_key: str = "label",
+) -> TfdsSource:
+    """Any TFDS image classification set that was prepared with `file_format='array_record'`.
+
+    Needs no TensorFlow. Splits are TFDS' own: 'train', 'validation', 'train[:10%]', ... Labels are
+    a `ClassLabel`, or a sequence of them where images have several.
+
+    Args:
+      split: TFDS split.
+      name: of the data set, 'imagenet2012' or 'cifar10:3.0.2'; None: `data_dir` is the directory of
+        one version of one data set, the one with dataset_info.json in it.
+      data_dir: where data sets are (with a name; None: TFDS' default), or the directory of this one.
+      image_key: feature with the image.
+      label_key: feature with the label or labels.
+
+    Raises:
+      ValueError: unknown, not prepared, prepared in a format without random access, or features
+        that are not there.
+    """
+    import tensorflow_datasets as library  # here: half a second that other sources need not pay
+
+    builder = _tfds_builder(library, name, data_dir)
+    where, features, file_format = builder.data_dir, builder.info.features, builder.info.file_format
+    if not builder.info.splits:
+        raise UserError(
+            f"TFDS data set {builder.name!r} is not prepared in {where}; say where it is by "
+            "--config.data.data_dir=DATA, or prepare it: imagenet2012 by `xception-flax prepare`, "
+            "others by TFDS with file_format='array_record' (see the README)."
+        )
+    if file_format is None or file_format.value != "array_record":
+        found = None if file_format is None else file_format.value
+        raise UserError(
+            f"{where} holds file format {found!r}, which has no random access; prepare the data set again "
+            "with file_format='array_record'."
+        )
+    for key in (image_key, label_key):
+        if key not in features:
+            raise UserError(f"TFDS data set {builder.name!r} has no feature {key!r}; {suggest(key, features)}")
+    label = features[label_key]
+    multi_label = not isinstance(label, library.features.ClassLabel)
+    class_label = getattr(label, "feature", None) if multi_label else label
+    if not isinstance(class_label, library.features.ClassLabel):
+        raise UserError(
+            f"TFDS data set {builder.name!r}: feature {label_key!r} must be a ClassLabel or a sequence of "
+            f"them, got {type(label).__name__}."
+        )
+    try:
+        records = builder.as_data_source(split, decoders={image_key: library.decode.SkipDecoding()})
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"TFDS data set {builder.name!r} has no split {split!r} ({error}); "
+            f"there are: {', '.join(sorted(builder.info.splits))}."
+        ) from None
+    what = f"TFDS data set {builder.name!r}: feature {label_key!r}"
+    if not class_label.num_classes:
+        raise UserError(f"{what} says nothing of its classes; expected their number, or their names.")
+    check_num_classes(class_label.num_classes, len(records), what)
+    names = distinct(class_label.names, f"TFDS data set {builder.name!r}: the names of classes")
+    return TfdsSource(records, names, image_key, label_key, multi_label)
+
+
+def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
+    if data_dir is not None and not naming.is_unicode(data_dir):
+        raise UserError(
+            f"data.data_dir: {naming.shown(data_dir)}: TFDS takes no name of a folder that is not UTF-8; rename it, or "
+            "make a link to it."
+        )
+    if name is None:
+        if data_dir is None:
+            raise UserError(
+                "source 'tfds' needs data.name, data.data_dir or both: "
+                "--config.data.name=imagenet2012 --config.data.data_dir=DATA, say."
+            )
+        directory = _bucket(library, data_dir) if "://" in data_dir else existing_directory(data_dir, "a TFDS data set")
+        if not (directory / "dataset_info.json").exists():
+            raise UserError(
+                f"{directory} has no dataset_info.json; point data.data_dir at NAME/VERSION of a prepared "
+                "data set, or give data.name too."
+            )
+        return library.builder_from_directory(directory)
+    if data_dir is not None:
+        data_dir = str(
+            _bucket(library, data_dir) if "://" in data_dir else existing_directory(data_dir, "TFDS data sets")
+        )
+    try:
+        return library.builder(name, data_dir=data_dir)
+    except library.core.DatasetNotFoundError:
+        known = library.list_builders(with_community_datasets=False)
+        raise UserError(
+            f"no TFDS data set {name!r}, neither TFDS' own nor prepared in data.data_dir={data_dir}; "
+            f"{suggest(name, known)}"
+        ) from None
+    except (ValueError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"TFDS data set {name!r}: {first}") from None
+
+
+def _bucket(library: Any, url: str) -> Any:
+    """A directory in a bucket, which TFDS reads by fsspec, and array_record by itself."""
+    scheme = url.partition("://")[0]
+    if scheme != "gs":
+        raise UserError(f"data.data_dir: {url}: of buckets only gs:// is read; mount others, and give the path.")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"data.data_dir: to read {url}, pip install gcsfs; or mount the bucket and give the path.")
+    return library.core.Path(url)

@@ -1,0 +1,111 @@
+"""Augmentation on the host: each a function of (image, rng) -> image.
+
+Images are uint8 `[H, W, C]`, C 1 or 3; `rng` is a `numpy.random.Generator` that belongs to this one
+example of this one epoch. A recipe writes a chain of them as `'random_resized_crop(min_area=0.08,
+kernel="bicubic") | flip_left_right'`; an `image_size` that a transform takes and the recipe does not
+give there is the recipe's `data.image_size`. Each raises ValueError for a value out of its range,
+which `parse_transforms` finds out by calling it.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import cv2
+import numpy as np
+
+from xception_flax.data.transforms import rand_augment
+from xception_flax.data.transforms.colors import color_jitter
+from xception_flax.data.transforms.erasing import random_erasing
+from xception_flax.data.transforms.geometry import (
+    center_crop,
+    flip_left_right,
+    random_affine,
+    random_crop_with_padding,
+    random_resized_crop,
+    resize,
+    resize_center_crop,
+)
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import cut, lookup, suggest, written
+
+Image = np.ndarray
+Transform = Callable[[Image, np.random.Generator], Image]
+
+cv2.setNumThreads(0)  # grain's threads and processes are the parallelism; two layers of it fight
+
+
+TRANSFORMS: dict[str, Callable[..., Image]] = {
+    "resize": resize,
+    "center_crop": center_crop,
+    "resize_center_crop": resize_center_crop,
+    "random_resized_crop": random_resized_crop,
+    "random_crop_with_padding": random_crop_with_padding,
+    "random_affine": random_affine,
+    "flip_left_right": flip_left_right,
+    "color_jitter": color_jitter,
+    "rand_augment": rand_augment.rand_augment,
+    "random_erasing": random_erasing,
+}
+
+
+def parse_transforms(text: str, image_size: int) -> tuple[Transform, ...]:
+    """Turns a recipe's `'name(keyword=value) | name'` into functions of (image, rng).
+
+    A value is a number, a string in quotes, True or False. Each transform is called once, on a
+    black image, so that a value out of its range shows here.
+
+    Raises:
+      ValueError: bad syntax, an unknown transform or keyword, a value of the wrong type or out of its
+        range; the message says what there is.
+    """
+    return tuple(_parse(call.strip(), image_size) for call in text.split("|"))
+
+
+def _parse(call: str, image_size: int) -> Transform:
+    wrong = UserError(
+        f"a transform must be written as name or name(keyword=value), joined by '|'; got {written(call)}."
+    )
+    try:
+        node = ast.parse(call, mode="eval").body
+        name = node.func.id if isinstance(node, ast.Call) else node.id
+        keywords = node.keywords if isinstance(node, ast.Call) else []
+        if (isinstance(node, ast.Call) and node.args) or any(k.arg is None for k in keywords):
+            raise wrong
+    except (SyntaxError, AttributeError, ValueError, RecursionError, MemoryError):  # the parser has all of them
+        raise wrong from None
+    transform = lookup(TRANSFORMS, name, "transform")
+    parameters = dict(list(inspect.signature(transform).parameters.items())[2:])
+    options = {k.arg: _value(call, name, k, parameters) for k in keywords}
+    if len(options) < len(keywords):
+        raise UserError(f"transform {written(call)} gives a keyword twice.")
+    if "image_size" in parameters:
+        options.setdefault("image_size", image_size)
+    for key, parameter in parameters.items():
+        if key not in options and parameter.default is parameter.empty:
+            raise UserError(f"transform {name!r} needs {key!r}: {name}({key}=...).")
+    transform = partial(transform, **options)
+    try:
+        transform(np.zeros((image_size, image_size, 3), np.uint8), np.random.default_rng(0))
+    except ValueError as error:
+        raise UserError(f"transform {written(call)}: {error}") from None
+    return transform
+
+
+def _value(call: str, name: str, keyword: ast.keyword, parameters: dict[str, inspect.Parameter]) -> Any:
+    if keyword.arg not in parameters:
+        raise UserError(f"transform {name!r} takes no {keyword.arg!r}; {suggest(keyword.arg, parameters)}")
+    expected = parameters[keyword.arg].annotation
+    words = {float: "a number", int: "an integer", bool: "True or False", str: "a string in quotes"}[expected]
+    try:
+        value = ast.literal_eval(keyword.value)
+    except (ValueError, TypeError, RecursionError, MemoryError):  # a name without quotes, most likely
+        value = None
+    kinds = (int, float) if expected is float else expected
+    # bool is an int to Python, and never to the author of a recipe.
+    if not isinstance(value, kinds) or (isinstance(value, bool) and expected is not bool):
+        written = cut(ast.get_source_segment(call, keyword.value))
+        raise UserError(f"transform {name!r}: {keyword.arg} must be {words}, got {written}.")
+    return value + 0 if isinstance(value, float) else value  # -0.0 is 0, and no end of an interval to NumPy

@@ -1,0 +1,145 @@
+"""Tables, progress bars and messages on a terminal."""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from xception_flax.text import naming
+
+T = TypeVar("T")
+
+
+def show_table(title: str, rows: Mapping[str, str]) -> None:
+    """Prints a table of two columns on standard output."""
+    width = max(map(cell_len, rows))
+    show_title(title)
+    for name, value in rows.items():
+        show_row(name, value, width)
+
+
+def show_title(title: str) -> None:
+    """Prints the title of a table; the rows that follow come one by one."""
+    print(f"\n{naming.harmless(title)}", flush=True)
+
+
+def show_row(name: str, value: str, width: int) -> None:
+    """Prints a row of a table whose first column is so many columns of a terminal wide."""
+    name = naming.harmless(name)
+    print(f"  {name}{' ' * (width - cell_len(name))}  {naming.harmless(value)}", flush=True)
+
+
+def show_columns(title: str, columns: Mapping[str, Sequence[str]]) -> None:
+    """Prints a table of columns by their headers on standard output: the first to the left, the others to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, header in enumerate(columns):
+        table.add_column(header, justify="right" if i else "left", no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(Text(naming.harmless(cell)) for cell in row))
+    show_title(title)
+    # As wide as what is in it: a narrow terminal may break a line, but no number is cut.
+    Console(width=10_000).print(table)
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Shows that `what` goes on and for how long, and leaves a line of it; on standard error."""
+    console, begun, what = stderr_console(), time.monotonic(), naming.harmless(what)
+    spinner = SpinnerColumn("line" if console.options.ascii_only else "dots")
+    columns = spinner, TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    if not console.is_terminal:
+        console.print(f"{what} ...", soft_wrap=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        bar.add_task(what, total=None)
+        yield
+    console.print(f"{what}: {time.monotonic() - begun:.0f} s", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows how much is done, how fast, and the time that is left; on standard error.
+
+    On a terminal there is a bar, elsewhere a line each half minute.
+
+    Args:
+      what: goes on.
+      total: of it.
+      unit: 'bytes', or what is counted.
+      done: of it, by an earlier start.
+
+    Yields:
+      What is told how much more is done; by any thread.
+    """
+    console, begun, lock = stderr_console(), time.monotonic(), threading.Lock()
+    now_done, told, what = done, begun, naming.harmless(what)
+
+    def amount(number: float) -> str:
+        return f"{number / 1e9:.2f} GB" if unit == "bytes" else f"{number:,.0f} {unit}"
+
+    def advance(number: int) -> None:
+        nonlocal now_done, told
+        with lock:
+            now_done += number
+            rate = (now_done - done) / max(time.monotonic() - begun, 1e-9)
+            if console.is_terminal:
+                per_second = f"{rate / 1e6:,.0f} MB/s" if unit == "bytes" else f"{rate:,.0f} {unit}/s"
+                bar.update(task, completed=now_done, state=f"{amount(now_done)}  {per_second}  left")
+            elif time.monotonic() - told > 30:
+                told = time.monotonic()
+                left = duration((total - now_done) / rate)
+                console.print(f"{what}: {amount(now_done)} of {amount(total)}, {left} left", soft_wrap=True)
+
+    what_column, state_column = (
+        TextColumn(f"{{task.{key}}}", markup=False) for key in ("description", "fields[state]")
+    )
+    columns = what_column, BarColumn(), state_column, TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, completed=done, state="")
+        yield advance
+    seconds = time.monotonic() - begun
+    console.print(f"{what}: {amount(now_done - done)} in {duration(seconds)}", soft_wrap=True)
+
+
+def stepping(what: str, steps: Sequence[T]) -> Iterator[T]:
+    """Yields the steps, and on a terminal shows how many are done; on standard error."""
+    console = stderr_console()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    # Rich sends to its own console, here standard error, what is printed meanwhile: right on a terminal, where the
+    # bar goes below it, and a loss where standard output goes to a file.
+    bar = Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()
+    )
+    with bar:
+        yield from bar.track(steps, description=naming.harmless(what))
+
+
+def stderr_console() -> Console:
+    """Standard error, where what is printed is text as it stands: `[red]` and `:cat:` are names."""
+    return Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+
+def percent(share: float) -> str:
+    """0.99444 -> '99.44 %'."""
+    return f"{100 * share:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

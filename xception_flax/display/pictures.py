@@ -1,0 +1,126 @@
+"""Pictures for people: the curves of a run, the images a network got wrong, the images it learns from."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from xception_flax.text.errors import UserError
+
+matplotlib.use("Agg")  # files only: no display is needed, and none is opened
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from xception_flax.display.lettering import Lettering, embedded
+from xception_flax.text import naming
+
+matplotlib.rcParams["text.usetex"] = False  # which a user's own settings may ask for, and names are no LaTeX
+
+COLUMN_INCHES, CAPTION_SIZE, TITLE_SIZE = 1.75, 9, 10  # of an image; of letters, in points
+CAPTION_POINTS = 72 * COLUMN_INCHES - 8  # what a caption may take up
+
+
+def check_path(path: Path) -> None:
+    """Raises ValueError where no picture can be written to `path`; leaves no file."""
+    kinds = sorted({*FigureCanvasAgg.get_supported_filetypes()} - {"pgf"})  # which LaTeX would have to read
+    if path.suffix.lower().removeprefix(".") not in kinds:
+        raise UserError(f"{path} is no name of a picture; expected one that ends in .png (or .{', .'.join(kinds)}).")
+    try:
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise _not_writable(path, error) from None
+
+
+def _not_writable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written: {error.strerror or error}; name another file.")
+
+
+def draw_mistakes(
+    images: Sequence[np.ndarray],
+    truths: Sequence[str],
+    predictions: Sequence[str],
+    confidences: Sequence[float],
+    title: str,
+    path: Path,
+) -> None:
+    """Draws images with what they are and what they were taken for.
+
+    Args:
+      images: uint8 `[H, W, C]` each; may be empty.
+      truths: names of the true classes, as they are in the data.
+      predictions: names of the predicted classes, likewise.
+      confidences: probability of each prediction, 0 to 1.
+      title: of the whole picture; may have several lines.
+      path: of the PNG file.
+
+    Raises:
+      ValueError: the file cannot be written.
+    """
+    truths, predictions = ([naming.shown(name) for name in names] for names in (truths, predictions))
+    lettering = Lettering([title, *truths, *predictions])
+
+    def fitted(names: Sequence[str], beside: str) -> list[str]:
+        names = [lettering.drawable(name) for name in names]
+        short = lettering.cut(names, CAPTION_POINTS - lettering.width(beside, CAPTION_SIZE), CAPTION_SIZE)
+        return [embedded(short[name]) for name in names]
+
+    captions = [
+        f"is {truth}\nsaid {prediction} ({100 * confidence:.0f} %)"
+        for truth, prediction, confidence in zip(
+            fitted(truths, "is "), fitted(predictions, "said  (100 %)"), confidences, strict=True
+        )
+    ]
+    _draw_images(images, captions, title, path, lettering)
+
+
+def draw_images(images: Sequence[np.ndarray], captions: Sequence[str], title: str, path: Path) -> None:
+    """Draws images, eight in a row, each with its caption above it.
+
+    Args:
+      images: uint8 `[H, W, C]` each; may be empty.
+      captions: of each; lines that are wider than their image are cut.
+      title: of the whole picture; may have several lines.
+      path: of the PNG file.
+
+    Raises:
+      ValueError: the file cannot be written.
+    """
+    _draw_images(images, captions, title, path, Lettering([title, *captions]))
+
+
+def _draw_images(
+    images: Sequence[np.ndarray], captions: Sequence[str], title: str, path: Path, lettering: Lettering
+) -> None:
+    columns = max(1, min(8, len(images)))
+    rows = -(-len(images) // columns)
+    # As wide as the images, and at least as wide as the title: 35 letters are less than 3.5 inches.
+    width = max(COLUMN_INCHES * columns, 3.5)
+    lines = lettering.wrap(lettering.drawable(title), 72 * width - 8, TITLE_SIZE)
+    captions = [lettering.drawable(caption) for caption in captions]
+    short = lettering.cut([line for c in captions for line in c.split("\n")], CAPTION_POINTS, CAPTION_SIZE)
+    captions = ["\n".join(short[line] for line in caption.split("\n")) for caption in captions]
+    height = 1.7 + 0.17 * max((caption.count("\n") + 1 for caption in captions), default=1)
+    figure, grid = plt.subplots(
+        max(1, rows),
+        columns,
+        figsize=(width, height * rows + 0.25 * len(lines)),
+        layout="constrained" if len(images) else None,  # without images there is nothing to lay out
+        squeeze=False,
+    )
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, caption in zip(grid.flat, images, captions, strict=False):
+        axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+        lettering.write(axes.set_title, caption, CAPTION_SIZE)
+    lettering.write(figure.suptitle, "\n".join(lines), TITLE_SIZE)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise _not_writable(path, error) from None
+    finally:
+        plt.close(figure)

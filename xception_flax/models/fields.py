@@ -1,0 +1,76 @@
+"""What every network here keeps to: checks of its fields and its images, widths, strides traded for dilation."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+
+from xception_flax.models.layers import ACTIVATIONS
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import lookup, written
+from xception_flax.text.ranges import check_range
+
+OUTPUT_STRIDES = (8, 16, 32)
+
+# Far beyond any network, and still traced in seconds: a recipe that asks for more has a zero too many.
+MAX_LAYERS = 1000  # that one field can ask for
+MAX_CHANNELS = 2**24  # of one layer, classes too
+
+
+def check_fields(model: nn.Module) -> None:
+    """Raises ValueError where a field that several networks share is out of its range."""
+    fields = vars(model)
+    check_range("model.num_classes (0: no classifier)", model.num_classes, 0, MAX_CHANNELS)
+    check_range("model.dropout_rate", model.dropout_rate, 0, 1, below=True)
+    check_widths("model.fc_layers", fields.get("fc_layers", ()))
+    if fields.get("mid_activation") is not None:
+        lookup(ACTIVATIONS, model.mid_activation, "model.mid_activation")
+    for name in ("width", "bn_epsilon"):
+        check_range(f"model.{name}", fields.get(name, 1.0), 0, above=True)
+    check_range("model.width_multiple", fields.get("width_multiple", 1), 1, MAX_CHANNELS)
+    check_range("model.middle_repeats", fields.get("middle_repeats", 0), 0, MAX_LAYERS)
+    check_range("model.bn_decay, the share kept,", fields.get("bn_decay", 0.0), 0, 1, below=True)
+    if fields.get("output_stride", 32) not in OUTPUT_STRIDES:
+        raise UserError(f"model.output_stride must be one of {OUTPUT_STRIDES}, got {written(model.output_stride)}.")
+
+
+def check_widths(name: str, widths: Sequence[int]) -> None:
+    """Raises ValueError unless these are numbers of channels, at most `MAX_LAYERS`."""
+    if any(not isinstance(width, int) or width < 1 for width in widths):
+        raise UserError(f"{name} must be positive integers, got {written(tuple(widths))}.")
+    check_range(f"number of {name}", len(widths), 0, MAX_LAYERS)
+    for width in widths:
+        check_range(name, width, 1, MAX_CHANNELS)
+
+
+def check_images(images: jax.Array, min_size: int, network: str) -> None:
+    """Raises ValueError where `images` are not `[N, H, W, C]` or less than `min_size` pixels high or wide."""
+    if images.ndim != 4:
+        raise UserError(f"images must be [N, H, W, C], got shape {images.shape}.")
+    if images.shape[1] in (1, 3) and images.shape[3] > 4:
+        raise UserError(f"images must be [N, H, W, C]; {images.shape} looks like [N, C, H, W], transpose it.")
+    if min(images.shape[1:3]) < min_size:
+        height, width = images.shape[1:3]
+        raise UserError(
+            f"{network} needs images of at least {min_size} x {min_size} pixels, "
+            f"got {height} x {width}; give larger ones (in a recipe: data.image_size)."
+        )
+
+
+def scaled(features: int, width: float, multiple: int = 8) -> int:
+    """The nearest multiple of `multiple` to `features * width`, and at least one multiple.
+
+    Raises:
+      ValueError: it is more than `MAX_CHANNELS`.
+    """
+    channels = max(multiple, multiple * round(features * width / multiple))
+    if channels > MAX_CHANNELS:
+        raise UserError(
+            f"model.width={width} makes a layer of {channels:.3g} channels; at most {MAX_CHANNELS:,} are possible."
+        )
+    return channels
+
+
+def rate_at(stride: int, output_stride: int) -> int:
+    """Dilation of an operation whose input has `stride` in the plain network: 1 where that stride is still had."""
+    return max(1, stride // output_stride)

@@ -1,0 +1,78 @@
+"""Batch normalization folded into the convolutions before it, for inference."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from xception_flax.models.layers import Conv, DepthwiseConv, PointwiseConv
+from xception_flax.text.errors import UserError
+
+PyTree = Any
+
+CONVOLUTIONS = (Conv, DepthwiseConv, PointwiseConv)
+
+
+def fold_batch_norm(
+    model: nn.Module, variables: PyTree, *, image_shape: tuple[int, int, int] = (299, 299, 3)
+) -> dict[str, PyTree]:
+    """Returns variables of the same network in which normalization only adds a bias, where it follows a convolution.
+
+    `scale / sqrt(var + epsilon)` goes into the kernel, what is left into `bias`; `mean`, `var` and `scale`
+    become those that change nothing. Names and shapes stay, so whatever takes the variables takes these:
+    all `endpoints` with `train=False` are the same to float32's rounding. Not for training: the
+    statistics are gone. A normalization of something other than a convolution's result, as in networks
+    with pre-activation, stays as it is.
+
+    Args:
+      model: one of `MODELS`, or a network in which nothing but its normalization and an endpoint takes the
+        result of a convolution: another use of it is not seen.
+      variables: `{'params': ..., 'batch_stats': ...}`.
+      image_shape: `(H, W, C)` of an image that the network takes.
+
+    Raises:
+      ValueError: there are no statistics to fold.
+    """
+    if not variables.get("batch_stats"):
+        raise UserError("fold_batch_norm needs variables with 'batch_stats'; this network, or this file, has none.")
+    params, stats = (flatten_dict(variables[name]) for name in ("params", "batch_stats"))
+    for convolution, norm, epsilon in _normalized_convolutions(model, variables, image_shape):
+        mean, var = stats[(*norm, "mean")], stats[(*norm, "var")]
+        scale = jax.lax.rsqrt(var + epsilon) * params.get((*norm, "scale"), 1.0)
+        kernel, bias = params[(*convolution, "kernel")], params[(*norm, "bias")]
+        params[(*convolution, "kernel")] = (kernel * scale).astype(kernel.dtype)
+        params[(*norm, "bias")] = (bias - mean * scale).astype(bias.dtype)
+        stats[(*norm, "mean")], stats[(*norm, "var")] = jnp.zeros_like(mean), jnp.ones_like(var) - epsilon
+        if (*norm, "scale") in params:
+            params[(*norm, "scale")] = jnp.ones_like(params[(*norm, "scale")])
+    return {**variables, "params": unflatten_dict(params), "batch_stats": unflatten_dict(stats)}
+
+
+def _normalized_convolutions(
+    model: nn.Module, variables: PyTree, image_shape: tuple[int, int, int]
+) -> list[tuple[tuple[str, ...], tuple[str, ...], float]]:
+    """(path of a convolution, path of the normalization that alone takes its result, its epsilon), in order."""
+    if getattr(model, "remat", False):
+        model = model.clone(remat=False)  # what a block returns would be another object than what was made in it
+    made, pairs = {}, []  # `made` holds the arrays, so that no other gets the identity of one
+
+    def watch(call, args, kwargs, context):
+        result = call(*args, **kwargs)
+        if isinstance(context.module, CONVOLUTIONS):
+            made[id(result)] = (result, context.module.path)
+        elif isinstance(context.module, nn.BatchNorm) and id(args[0]) in made:
+            pairs.append((args[0], context.module))
+        return result
+
+    def trace(variables: PyTree, images: jax.Array) -> dict[str, jax.Array]:
+        with nn.intercept_methods(watch):
+            endpoints = model.apply(variables, images, train=False, method="endpoints")
+        # A result that is an endpoint too has to stay what it is.
+        kept = {id(value) for value in endpoints.values()}
+        pairs[:] = [(x, norm) for x, norm in pairs if id(x) not in kept]
+        return endpoints
+
+    jax.eval_shape(trace, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return [(made[id(x)][1], norm.path, norm.epsilon) for x, norm in pairs]

@@ -1,0 +1,303 @@
+"""Linen modules that the networks are made of: convolutions, the separable convolution, the classifier head."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from xception_flax.models import ops
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import lookup
+
+# Neither the paper nor its code states an initialiser; with batch normalization after every
+# convolution only the direction of a kernel matters. Variance 1 / fan_in keeps the signal's size
+# where a kernel is followed by another kernel (depthwise, then pointwise).
+kernel_init = nn.initializers.lecun_normal()
+
+# What may stand between the depthwise and the pointwise convolution (paper, section 4.7, figure 10).
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "elu": nn.elu}
+
+
+def _kernel(module: nn.Module, shape: tuple[int, ...]) -> jax.Array:
+    """The module's parameter `kernel`, in the type that it computes in.
+
+    Raises:
+      ValueError: weights of another shape are loaded.
+    """
+    if module.has_variable("params", "kernel"):
+        loaded = module.get_variable("params", "kernel").shape
+        if loaded != shape:
+            raise UserError(
+                f"{'/'.join(module.path) or type(module).__name__}: the input and the model's fields need a kernel of "
+                f"{_dimensions(shape)} (rows x columns x channels x features), the weights have {_dimensions(loaded)}; "
+                "give images and fields as the weights were made for, or other weights."
+            )
+    return module.param("kernel", kernel_init, shape, module.param_dtype).astype(module.dtype)
+
+
+def _dimensions(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+class Conv(nn.Module):
+    """2-D convolution without bias: `[N, H, W, C]` -> `[N, H', W', features]`.
+
+    Dense, unless `groups` cuts the channels into segments with filters of their own. Parameters:
+    `kernel` `[kh, kw, C / groups, features]`.
+    """
+
+    features: int
+    kernel_size: tuple[int, int] = (3, 3)
+    strides: tuple[int, int] = (1, 1)
+    padding: str = "SAME"
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = _kernel(self, (*self.kernel_size, x.shape[-1] // self.groups, self.features))
+        options = dict(strides=self.strides, padding=self.padding, dilation=self.dilation, groups=self.groups)
+        return ops.convolution(x.astype(self.dtype), kernel, **options)
+
+
+class DepthwiseConv(nn.Module):
+    """Spatial convolution of each channel by itself: `[N, H, W, C]` -> `[N, H', W', C * multiplier]`.
+
+    A grouped convolution with `feature_group_count = C`. Parameters: `kernel`
+    `[kh, kw, 1, C * multiplier]`.
+    """
+
+    kernel_size: tuple[int, int] = (3, 3)
+    multiplier: int = 1
+    strides: tuple[int, int] = (1, 1)
+    padding: str = "SAME"
+    dilation: tuple[int, int] = (1, 1)
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = _kernel(self, (*self.kernel_size, 1, x.shape[-1] * self.multiplier))
+        options = dict(strides=self.strides, padding=self.padding, dilation=self.dilation)
+        return ops.depthwise_convolution(x.astype(self.dtype), kernel, **options)
+
+
+class PointwiseConv(nn.Module):
+    """1x1 convolution without bias: `[N, H, W, C]` -> `[N, H', W', features]`.
+
+    Parameters: `kernel` `[1, 1, C, features]`.
+    """
+
+    features: int
+    strides: tuple[int, int] = (1, 1)
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = _kernel(self, (1, 1, x.shape[-1], self.features))
+        return ops.pointwise_convolution(x.astype(self.dtype), kernel, strides=self.strides)
+
+
+class SeparableConv(nn.Module):
+    """Depthwise separable convolution: depthwise, then pointwise (paper, section 3).
+
+    `[N, H, W, C]` -> `[N, H, W, features]`. Between the two there is no batch normalization, and
+    no non-linearity unless `mid_activation` ('relu', 'elu') asks for the variants of section 4.7.
+    """
+
+    features: int
+    kernel_size: tuple[int, int] = (3, 3)
+    dilation: tuple[int, int] = (1, 1)
+    mid_activation: str | None = None
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        x = DepthwiseConv(self.kernel_size, dilation=self.dilation, **dtypes, name="depthwise")(x)
+        if self.mid_activation is not None:
+            x = lookup(ACTIVATIONS, self.mid_activation, "mid_activation")(x)
+        return PointwiseConv(self.features, **dtypes, name="pointwise")(x)
+
+    def normalized(
+        self, x: jax.Array, scale: jax.Array, shift: jax.Array, *, relu: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same of `relu(x * scale + shift)`, and the moments of the result: see `ops`. Not for `mid_activation`."""
+        kernels = (self.get_variable("params", name)["kernel"] for name in ("depthwise", "pointwise"))
+        return ops.normalized_separable_convolution(
+            x, scale, shift, *(kernel.astype(self.dtype) for kernel in kernels), relu=relu, dilation=self.dilation
+        )
+
+
+class _TrainingBatchNorm(nn.Module):
+    """`nn.BatchNorm` while training, its variables too, but from moments to the multiply-add that it is.
+
+    `[2, C]` (means of an array and of its square) -> scale `[C]`, shift `[C]`.
+    """
+
+    momentum: float
+    epsilon: float
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean, variance = moments[0], jnp.maximum(moments[1] - jnp.square(moments[0]), 0)
+        for name, value in (("mean", mean), ("var", variance)):
+            moving = self.variable("batch_stats", name, jnp.zeros_like, value)
+            moving.value = self.momentum * moving.value + (1 - self.momentum) * value
+        scale = self.param("scale", nn.initializers.ones, mean.shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, mean.shape, self.param_dtype)
+        scale = (scale * jax.lax.rsqrt(variance + self.epsilon)).astype(mean.dtype)
+        return scale, (bias - mean * scale).astype(mean.dtype)
+
+
+def fused_separable_chain(
+    x: jax.Array, convs: Sequence[SeparableConv], *, relu_first: bool, bn_decay: float, bn_epsilon: float
+) -> jax.Array:
+    """Separable convolutions one after the other, each normalised, with a ReLU between: the step of training.
+
+    To be called inside a module's compact `__call__`, where `NAME_bn` become that module's, as after
+    `nn.BatchNorm`. Each convolution is given the multiply-add of the normalization before it, so that
+    `ops` can do both, and the sums of the next, in one pass over memory.
+
+    Args:
+      x: `[N, H, W, C]`.
+      relu_first: whether a ReLU is in front of the first convolution too.
+
+    Returns:
+      `[N, H, W, features]` of the last, normalised, without a ReLU behind.
+    """
+    dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
+    scale, shift = jnp.ones(x.shape[-1], wide), jnp.zeros(x.shape[-1], wide)
+    for i, conv in enumerate(convs):
+        x, moments = conv.normalized(x, scale, shift, relu=relu_first or i > 0)
+        norm = _TrainingBatchNorm(bn_decay, bn_epsilon, conv.param_dtype, name=f"{conv.name}_bn")
+        scale, shift = norm(moments)
+    return (x.astype(wide) * scale + shift).astype(dtype)
+
+
+def segments(channels: int, towers: int | None) -> tuple[int, ...]:
+    """Sizes of the non-overlapping segments that `towers` spatial convolutions divide `channels` into.
+
+    As equal as can be, the larger ones first: `segments(10, 4)` is `(3, 3, 2, 2)`. None stands for
+    one channel a segment.
+
+    Raises:
+      ValueError: `towers` is not from 1 to `channels`.
+    """
+    towers = channels if towers is None else towers
+    if not isinstance(towers, int) or not 1 <= towers <= channels:
+        raise UserError(
+            f"towers must be from 1 (a regular convolution) to the {channels} channels of the layer "
+            f"(one filter a channel; also towers=None), got {towers!r}."
+        )
+    size, larger = divmod(channels, towers)
+    return (size + 1,) * larger + (size,) * (towers - larger)
+
+
+class TowerConv(nn.Module):
+    """A point on the axis between the regular and the depthwise separable convolution (sections 1.2 and 5).
+
+    `[N, H, W, C]` -> `[N, H, W, features]`. A 1x1 convolution maps all channels at once; `towers`
+    spatial convolutions map space, each in a segment of the channels of its own. With 1 tower this is
+    a regular convolution next to a 1x1, with 3 or 4 the Inception module of figures 2 and 3, with one
+    tower a channel (None) the 'extreme' module of figure 4 or, in the other order, `SeparableConv`.
+
+    Parameters: `pointwise/kernel` `[1, 1, C, features]`, `spatial/kernel` `[kh, kw, c / towers, c]`, where
+    the spatial convolutions see `c` channels; if the towers do not divide them, the larger segments are
+    in `spatial` and the smaller ones in `spatial_smaller`. In all `C * features + kh * kw *` the sum of
+    the squares of `segments(c, towers)`, and as many multiply-adds a pixel.
+
+    Attributes:
+      features: channels of the result.
+      towers: number of segments, from 1 to the channels that the spatial convolutions see: `features`
+        where the 1x1 comes first, else C. They need not divide them: see `segments`.
+      order: 'depthwise_first' (separable convolution) or 'pointwise_first' (Inception).
+      kernel_size: of the spatial convolutions.
+      dilation: of the spatial convolutions.
+      mid_activation: None, 'relu' or 'elu' between the two (Inception has one, section 4.7 is better
+        without).
+
+    Raises:
+      ValueError: a value out of its range.
+    """
+
+    features: int
+    towers: int | None = None
+    order: str = "depthwise_first"
+    kernel_size: tuple[int, int] = (3, 3)
+    dilation: tuple[int, int] = (1, 1)
+    mid_activation: str | None = None
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+        def pointwise(x: jax.Array) -> jax.Array:
+            return PointwiseConv(self.features, **dtypes, name="pointwise")(x)
+
+        def spatial(x: jax.Array) -> jax.Array:
+            sizes = segments(x.shape[-1], self.towers)
+            results, start = [], 0
+            for size, name in zip(sorted(set(sizes), reverse=True), ("spatial", "spatial_smaller"), strict=False):
+                groups = sizes.count(size)
+                part = x[..., start : start + groups * size]
+                options = dict(kernel_size=self.kernel_size, dilation=self.dilation, groups=groups, **dtypes)
+                results.append(Conv(groups * size, **options, name=name)(part))
+                start += groups * size
+            return jnp.concatenate(results, axis=-1)
+
+        orders = {"depthwise_first": (spatial, pointwise), "pointwise_first": (pointwise, spatial)}
+        first, second = lookup(orders, self.order, "order")
+        x = first(x)
+        if self.mid_activation is not None:
+            x = lookup(ACTIVATIONS, self.mid_activation, "mid_activation")(x)
+        return second(x)
+
+
+def is_classifier(layer: str) -> bool:
+    """Whether a top-level name of `params` is one of `classifier_head`'s; the other layers are the backbone."""
+    return re.fullmatch(r"fc\d+|predictions", layer) is not None
+
+
+def classifier_head(
+    x: jax.Array,
+    num_classes: int,
+    *,
+    train: bool,
+    fc_layers: Sequence[int] = (),
+    dropout_rate: float = 0.0,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Optional hidden layers, dropout and logistic regression on the pooled features.
+
+    To be called inside a module's compact `__call__`: its layers become that module's `fc1`, `fc2`,
+    ... and `predictions`. `fc_layers` are the widths of the 'optional fully-connected layers' of the
+    paper's figure 5, each followed by a ReLU. Dropout (section 4.3) takes the random stream
+    'dropout' while `train` is true.
+
+    Args:
+      x: `[N, C]`, as `ops.global_average_pool` gives it.
+      num_classes: width of the logits; 0 for none, and `x` itself.
+
+    Returns:
+      Logits `[N, num_classes]`, float32 (float64 where `dtype` is).
+    """
+    if num_classes == 0:
+        return x
+    for i, features in enumerate(fc_layers, start=1):
+        x = nn.relu(nn.Dense(features, dtype=dtype, param_dtype=param_dtype, name=f"fc{i}")(x))
+    x = nn.Dropout(dropout_rate, deterministic=not train)(x)
+    # Never below float32, whatever the rest computes in: a logit's error is the loss's error.
+    logits_dtype = jnp.promote_types(dtype, jnp.float32)
+    return nn.Dense(num_classes, dtype=logits_dtype, param_dtype=param_dtype, name="predictions")(x)

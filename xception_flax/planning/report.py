@@ -1,0 +1,224 @@
+"""What a training step costs on machines that are not there: memory, bytes, kernels, a bound on its time."""
+
+import collections
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from xception_flax import models
+from xception_flax.models import costs
+from xception_flax.planning import slices
+from xception_flax.planning.hlo import Collective, Hlo
+from xception_flax.training import sharding
+from xception_flax.training.program import create_program
+
+# Training images of data sets that are not at hand: ILSVRC 2012.
+NUM_IMAGES = {"imagenet2012": 1_281_167}
+
+
+KINDS = {
+    "Conv": "regular conv.",
+    "DepthwiseConv": "depthwise conv.",
+    "PointwiseConv": "pointwise conv.",
+    "BatchNorm": "batch norm.",
+    "Dense": "classifier",
+}
+
+
+KERNELS = "separable, fused"  # with step.lowering=fused: normalization and both convolutions in one
+
+
+BETWEEN, LOSS, UPDATE = "between layers", "input, loss", "optimizer"
+
+
+ORDER = (*KINDS.values(), KERNELS, BETWEEN, LOSS, UPDATE)
+
+
+BATCH_GRAIN = 8  # images a chip; batches between two multiples are padded to the next on a TPU
+
+
+MAX_COMPILATIONS = 8  # in search of the largest batch
+
+
+class DoesNotFit(Exception):
+    """The step needs `memory` bytes of a chip, which are not there."""
+
+    def __init__(self, memory: int) -> None:
+        self.memory = memory
+
+
+class Cost(NamedTuple):
+    """Of one kind of layer: `flops` of the network's own arithmetic, `size` bytes of HBM read and written."""
+
+    flops: float
+    size: int
+
+
+class Report(NamedTuple):
+    """What a compiled step costs a chip.
+
+    Attributes:
+      memory: bytes at most.
+      state: bytes of it that parameters, statistics, optimizer and averages take.
+      flops: all arithmetic, as the compiler counts it.
+      xla_size: bytes accessed, as the compiler counts them: also those within the chip.
+      kinds: costs of each kind of layer.
+      collectives: what is sent between chips.
+    """
+
+    memory: int
+    state: int
+    flops: float
+    xla_size: float
+    kinds: dict[str, Cost]
+    collectives: list[Collective]
+
+
+def batch_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of each array of a training batch, as `data.Split.batch_shapes` has them, without the data."""
+    size = config.batch_size
+    several = config.metrics.name == "multi_label"
+    mask = {"mask": ((size,), np.dtype(np.float32))} if config.data.on_bad_image == "replace" else {}
+    return mask | {
+        "images": ((size, *_image_shape(config)), np.dtype(np.uint8)),
+        "labels": ((size, config.model.num_classes), np.dtype(np.uint8)) if several else ((size,), np.dtype(np.int32)),
+    }
+
+
+def _image_shape(config: ConfigDict) -> tuple[int, int, int]:
+    return config.data.image_size, config.data.image_size, config.data.channels
+
+
+def compile_step(config: ConfigDict, devices: Iterable[Any], num_images: int) -> jax.stages.Compiled:
+    """Returns the training step of a resolved recipe, compiled for `devices`.
+
+    Raises:
+      ValueError: values of the recipe that do not go together.
+      DoesNotFit: into a device's memory.
+    """
+    mesh = sharding.create_mesh(**config.mesh, devices=devices)
+    sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
+    program = create_program(config, mesh, _image_shape(config), num_images)
+    lowered = program.train_step.lower(program.abstract_state, sharding.abstract_batch(mesh, batch_shapes(config)))
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        # '... the total memory required ... (17.31G) exceeds available HBM (15.75G)', 'Used 17.31G of 15.75G hbm'
+        first_line = str(error).partition("\n")[0]
+        amounts = re.findall(r"([\d.]+)([MGT])\b", first_line)
+        if "RESOURCE_EXHAUSTED" not in first_line or "hbm" not in first_line.lower() or not amounts:
+            raise
+        raise DoesNotFit(max(int(float(n) * 2 ** {"M": 20, "G": 30, "T": 40}[unit]) for n, unit in amounts)) from None
+
+
+def measure(compiled: jax.stages.Compiled, config: ConfigDict, num_chips: int) -> Report:
+    """Returns what the compiled step of a recipe costs each of `num_chips` chips."""
+    memory, cost, hlo = compiled.memory_analysis(), compiled.cost_analysis(), Hlo(compiled.as_text())
+    network = models.create_model(**config.model)
+    layers = costs.measure(network, _image_shape(config))
+    kinds = collections.defaultdict(lambda: [0.0, 0])
+    paths = {"/".join(layer.path): KINDS[layer.module] for layer in layers}
+    parts = list(hlo.costs())
+    with_kernels = {name for part in parts if (name := fused_layer(part.op_name))}
+    for layer in layers:
+        kind = KERNELS if "/".join(layer.path[:-1]) in with_kernels else KINDS[layer.module]
+        kinds[kind][0] += 6 * layer.macs * config.batch_size / num_chips
+    for part in parts:
+        kinds[kind_of(part.op_name, paths, type(network).__name__)][1] += part.hbm_size
+    return Report(
+        memory=sum(getattr(memory, f"{n}_size_in_bytes") for n in ("argument", "output", "temp", "generated_code"))
+        - memory.alias_size_in_bytes,
+        state=memory.alias_size_in_bytes,
+        flops=cost["flops"],
+        xla_size=cost["bytes accessed"],
+        kinds={kind: Cost(*kinds[kind]) for kind in sorted(kinds, key=ORDER.index)},
+        collectives=hlo.collectives(),
+    )
+
+
+def fused_layer(op_name: str) -> str | None:
+    """Returns the path of the separable convolution that a kernel of `ops.tpu` computes; None of another operation."""
+    match = re.search(r"\.endpoints/(.+)\.normalized/shard_map/", op_name)
+    return match[1] if match else None
+
+
+def kind_of(op_name: str, paths: dict[str, str], network: str) -> str:
+    """Returns the kind of layer that an operation of the step belongs to.
+
+    Args:
+      op_name: such as 'jit(train_step)/transpose(jvp(Xception))/Xception.endpoints/block1_conv1/mul'.
+      paths: kinds of the layers by their paths: `{"block1_conv1": "regular conv.", ...}`.
+      network: its class.
+    """
+    if fused_layer(op_name):
+        return KERNELS
+    parts = op_name.split("/")
+    for start in range(len(parts)):
+        for end in range(len(parts), start, -1):
+            if (path := "/".join(parts[start:end])) in paths:
+                return paths[path]
+    return BETWEEN if f"jvp({network})" in op_name else LOSS if "jvp(" in op_name else UPDATE
+
+
+def estimate(report: Report, where: slices.Slice, images_a_chip: float) -> dict[str, Any]:
+    """Returns what the report implies for a slice, as it goes into the JSON: an estimate, no measurement."""
+    chip, kinds = where.chip, {}
+    for kind, cost in report.kinds.items():
+        computing, moving = cost.flops / chip.flops_per_second, cost.size / chip.hbm_bytes_per_second
+        bound = "arithmetic" if computing > moving else "bytes"
+        kinds[kind] = {"flops": cost.flops, "bytes": cost.size, "seconds": max(computing, moving), "bound": bound}
+    sent: dict[str, dict[str, int]] = {}
+    for c in report.collectives:
+        of_kind = sent.setdefault(c.kind, {"count": 0, "bytes": 0})
+        of_kind["count"] += c.times
+        of_kind["bytes"] += c.times * c.size
+    sending = sum(c.times * where.collective_seconds(c.kind, c.size) for c in report.collectives)
+    bounds = {name: sum(k["seconds"] for k in kinds.values() if k["bound"] == name) for name in ("arithmetic", "bytes")}
+    bounds["links"] = sending
+    seconds = sum(bounds.values())
+    return {
+        "flops": report.flops,
+        "network_flops": sum(cost.flops for cost in report.kinds.values()),
+        "hbm_bytes": sum(cost.size for cost in report.kinds.values()),
+        "xla_bytes": report.xla_size,
+        "kinds": kinds,
+        "collectives": sent,
+        "collective_seconds": sending,
+        "step_seconds": seconds,
+        "bound": max(bounds, key=bounds.__getitem__),
+        "images_per_second_per_chip": images_a_chip / seconds,
+    }
+
+
+def largest_batch(
+    memory_at: Callable[[int], int], usable: int, first: int, state: int, grain: int = BATCH_GRAIN
+) -> tuple[int, int | None]:
+    """Returns the most images a chip that fit, and the fewest that do not, or None if all did: multiples of `grain`.
+
+    Memory is nearly affine in the batch, so each guess is where the line through the last two points
+    meets the limit. After `MAX_COMPILATIONS` the two may be further apart than they could be.
+
+    Args:
+      memory_at: compiles for so many images a chip, and returns the bytes that it needs.
+      usable: bytes of a chip.
+      first: images a chip to begin with.
+      state: bytes without any image.
+      grain: images between two batches that are tried.
+    """
+    fits, fails = 0, sys.maxsize
+    guess, last = max(grain, first // grain * grain), (0, state)
+    for _ in range(MAX_COMPILATIONS):
+        point = (guess, memory_at(guess))
+        fits, fails = (max(fits, guess), fails) if point[1] <= usable else (fits, min(fails, guess))
+        if fails - fits <= grain:
+            break
+        an_image = (point[1] - last[1]) / (point[0] - last[0])
+        # Four times at most: where a chip is nearly empty, its memory says little of an image's.
+        crossing = guess + (usable - point[1]) / an_image if an_image > 0 else 4 * guess
+        last, guess = point, int(max(min(crossing // grain * grain, 4 * guess, fails - grain), fits + grain))
+    return fits, None if fails == sys.maxsize else fails

@@ -1,0 +1,1 @@
+"""Data sets written once and checked, for `data` to read ever after."""

@@ -1,0 +1,297 @@
+"""Writing an image data set as TFDS does, without TensorFlow.
+
+TFDS orders the images of a split by a hash of their keys and cuts that order into shards. Here images
+are not copied about to get there: which image is where in which shard follows from the list of them,
+and each shard is written by itself, by reading its images from where they lie. So every byte is a
+function of the list, shards that are there already need not be written again, and file by file and
+record by record it is what TFDS itself writes.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import file_adapters, hashing
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+from tensorflow_datasets.core.naming import ShardedFileTemplate
+from tensorflow_datasets.core.utils.shard_utils import ShardConfig, get_shard_boundaries
+
+from xception_flax.host import files
+from xception_flax.text import naming
+from xception_flax.text.errors import UserError
+
+# Of a file: no image is larger, and a record must be below protobuf's 2 GiB. TFDS' number of shards counts on
+# it too: where images are gigabytes it finds none, and looks for ever.
+MAX_IMAGE_BYTES = 2**29
+
+PREPARED = "prepared.json"  # what the data set was made of; TFDS does not look at it
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """Where an encoded image lies: `size` bytes from `offset` on in the file `path`.
+
+    Attributes:
+      name: feature `file_name`, and the key that decides its place in the order; once in a split.
+      label: number of its class.
+      path, offset, size: of its bytes.
+      content: the image itself, where it is not what lies there.
+    """
+
+    name: str
+    label: int
+    path: str
+    offset: int
+    size: int
+    content: bytes | None = None
+
+    def read(self) -> bytes:
+        """Returns the bytes of the image.
+
+        Raises:
+          ValueError: the file is shorter than it was.
+        """
+        if self.content is not None:
+            return self.content
+        with open(self.path, "rb") as file:
+            content = os.pread(file.fileno(), self.size, self.offset)
+        if len(content) != self.size:
+            raise UserError(f"{self.path} has changed while it was read: {self.name} is cut off.")
+        return content
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of its record: a `tf.train.Example` of image, label and file_name, counted by protobuf's rules."""
+        image_bytes = self.size if self.content is None else len(self.content)
+        values = {"image": image_bytes, "label": _varint_bytes(self.label), "file_name": len(self.name.encode())}
+        # A map from the key to a Feature, which has a list, which has one value.
+        entries = (_field(_field(len(key)) + _field(_field(_field(n)))) for key, n in values.items())
+        return _field(sum(entries))
+
+
+def _field(num_bytes: int) -> int:
+    return 1 + _varint_bytes(num_bytes) + num_bytes  # tag, length, content
+
+
+def _varint_bytes(value: int) -> int:
+    return max(1, -(-value.bit_length() // 7))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of a split: the images in it in their order, and the bytes of their records."""
+
+    path: Path
+    images: Sequence[EncodedImage]
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which shards a data set will be of, in `directory` once it is complete, in `incomplete` until then.
+
+    Attributes:
+      info: TFDS' description: name, version, features.
+      splits: the shards of each split.
+      directory: `DATA_DIR/NAME/VERSION`.
+      origin: in words, where the images are from.
+    """
+
+    info: tfds.core.DatasetInfo
+    splits: Mapping[str, Sequence[Shard]]
+    directory: Path
+    origin: str
+
+    @property
+    def incomplete(self) -> Path:
+        return self.directory.with_name(self.directory.name + ".incomplete")
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [shard for shards in self.splits.values() for shard in shards]
+
+    @functools.cached_property
+    def made_of(self) -> dict[str, str]:
+        """Where the images are from, and a hash of the list of them with the times of their files."""
+        digest = hashlib.sha256()
+        modified = functools.cache(lambda path: os.stat(path).st_mtime_ns)
+        for shard in self.shards:
+            for image in shard.images:
+                place = (
+                    image.name,
+                    image.label,
+                    naming.decoded(image.path),
+                    image.offset,
+                    image.size,
+                    modified(image.path),
+                )
+                digest.update(repr((shard.path.name, *place)).encode())
+        return {"origin": self.origin, "list": digest.hexdigest()}
+
+
+def create_layout(
+    info: tfds.core.DatasetInfo, splits: Mapping[str, Sequence[EncodedImage]], data_dir: Path, origin: str
+) -> Layout:
+    """Returns the shards that TFDS would write of these images, in its order.
+
+    Raises:
+      ValueError: an empty split, two images of one name in it, a file too large to be an image, or a directory whose
+        name is not UTF-8.
+    """
+    directory = data_dir.expanduser().absolute() / info.name / str(info.version)
+    if not naming.is_unicode(directory):
+        raise UserError(f"{naming.shown(directory)}: TFDS takes no name of a folder that is not UTF-8; take another.")
+    layout = Layout(info, {}, directory, origin)
+    shards = {}
+    for split, images in splits.items():
+        if not images:
+            raise UserError(f"{origin}: there is no image for split {split!r}.")
+        twice = [name for name, count in Counter(image.name for image in images).items() if count > 1]
+        if twice:
+            raise UserError(f"{origin}: {twice[0]} is there twice in split {split!r}; each image needs its own name.")
+        large = [image for image in images if image.size > MAX_IMAGE_BYTES]
+        if large:
+            raise UserError(f"{large[0].path}: {large[0].name} has {large[0].size:,} bytes; that is no image.")
+        hasher = hashing.Hasher(split)
+        ordered = sorted(images, key=lambda image: hasher.hash_key(image.name))
+        sizes = [image.num_bytes for image in ordered]
+        number = ShardConfig.calculate_number_shards(sum(sizes), len(ordered))
+        ends = [0, *get_shard_boundaries(len(ordered), number)]
+        template = _template(info, split, layout.incomplete)
+        shards[split] = [
+            Shard(
+                Path(template.sharded_filepath(shard_index=i, num_shards=number)),
+                ordered[ends[i] : ends[i + 1]],
+                sum(sizes[ends[i] : ends[i + 1]]),
+            )
+            for i in range(number)
+        ]
+    return dataclasses.replace(layout, splits=shards)
+
+
+def _template(info: tfds.core.DatasetInfo, split: str, directory: Path) -> ShardedFileTemplate:
+    return ShardedFileTemplate(
+        data_dir=tfds.core.Path(directory), dataset_name=info.name, split=split, filetype_suffix="array_record"
+    )
+
+
+@contextlib.contextmanager
+def claim(layout: Layout) -> Iterator[list[Shard]]:
+    """Makes the incomplete directory, keeps other processes out of it, and yields the shards that it lacks.
+
+    On a file system without locks nobody is kept out.
+
+    Raises:
+      ValueError: the data set is there already, or another is or was being prepared in its place, or the
+        disk has no room for it.
+    """
+    incomplete, made_of = layout.incomplete, naming.to_json(layout.made_of)
+    _check_absent(layout)
+    try:
+        incomplete.mkdir(parents=True, exist_ok=True)
+        file = (incomplete / PREPARED).open("a+")
+    except OSError as error:
+        raise UserError(f"{incomplete} cannot be written: {error.strerror}; take another --data-dir.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{incomplete} is being written by another process; wait for its end.") from None
+        except OSError:  # no such locks here: as many shared file systems do without, so do we
+            pass
+        _check_absent(layout)  # once more: another process may have ended since
+        file.seek(0)
+        there = file.read()
+        if there not in ("", made_of):
+            raise UserError(
+                f"{incomplete} was begun with other images, or they have changed since; remove it to begin anew."
+            )
+        missing = [shard for shard in layout.shards if not shard.path.exists()]
+        needed, free = sum(shard.num_bytes for shard in missing), shutil.disk_usage(incomplete).free
+        if needed > free:
+            raise UserError(
+                f"{incomplete.parent} has room for {free / 1e9:,.1f} GB, and {needed / 1e9:,.1f} GB are needed; "
+                "make room, or take another --data-dir."
+            )
+        if not there:
+            file.write(made_of)
+            file.flush()
+            os.fsync(file.fileno())
+        yield missing
+
+
+def _check_absent(layout: Layout) -> None:
+    if layout.directory.exists():
+        raise UserError(f"{layout.directory} is there already; move it away, or take another --data-dir.")
+
+
+def is_complete(layout: Layout) -> bool:
+    """Whether just this data set has been written before."""
+    path = layout.directory / PREPARED
+    return path.exists() and path.read_text() == naming.to_json(layout.made_of)
+
+
+def write(layout: Layout, shards: Sequence[Shard], num_threads: int, advance: Callable[[int], None]) -> None:
+    """Writes shards, `num_threads` at a time; `advance` is told the bytes of each record.
+
+    Raises:
+      ValueError: the disk is full, or an image cannot be read.
+    """
+    serializer = ExampleSerializer(layout.info.features.get_serialized_info())
+
+    def write_shard(shard: Shard) -> None:
+        def records() -> Iterator[tuple[str, bytes]]:
+            for image in shard.images:
+                values = {"image": image.read(), "label": image.label, "file_name": image.name}
+                # TFDS leaves the order of the three fields to protobuf, where it is another in each process.
+                record = serializer.get_tf_example(values).SerializeToString(deterministic=True)
+                yield image.name, record
+                advance(len(record))
+
+        partial = shard.path.with_name(shard.path.name + ".partial")
+        file_adapters.ArrayRecordFileAdapter.write_examples(partial, records())
+        files.sync(partial)
+        os.replace(partial, shard.path)
+
+    with futures.ThreadPoolExecutor(num_threads) as executor:
+        running = [executor.submit(write_shard, shard) for shard in shards]
+        try:
+            for future in futures.as_completed(running):
+                future.result()
+        except (OSError, RuntimeError) as error:  # array_record's writer raises RuntimeError
+            executor.shutdown(cancel_futures=True)
+            raise UserError(f"{layout.incomplete}: {error}; the same command goes on from there.") from None
+        except BaseException:
+            executor.shutdown(cancel_futures=True)
+            raise
+
+
+def complete(layout: Layout) -> None:
+    """Writes TFDS' descriptions beside the shards and gives the directory its name."""
+    layout.info.set_file_format("array_record")
+    layout.info.set_splits(
+        tfds.core.splits.SplitDict(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[len(shard.images) for shard in shards],
+                num_bytes=sum(shard.num_bytes for shard in shards),
+                filename_template=_template(layout.info, split, layout.incomplete),
+            )
+            for split, shards in layout.splits.items()
+        )
+    )
+    layout.info.write_to_directory(layout.incomplete)
+    for path in layout.incomplete.iterdir():
+        files.sync(path)
+    files.sync(layout.incomplete)
+    os.rename(layout.incomplete, layout.directory)
+    files.sync(layout.directory.parent)

@@ -1,0 +1,1 @@
+"""A run on a disk: its folder, its history, its curves."""

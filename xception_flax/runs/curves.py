@@ -1,0 +1,53 @@
+"""The curves of a run, drawn from its history."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from xception_flax.display.lettering import Lettering
+
+TRAIN_COLOR, EVAL_COLOR, RATE_COLOR = "#4c78a8", "#e45756", "#72b7b2"
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draws loss, quality and learning rate over the steps from the records of metrics.jsonl."""
+    quality = next((m for m in ("top1", "map") if any(f"eval/{m}" in r for r in records)), "top1")
+    figure, (loss, score, rate) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    _plot(loss, records, "train/loss", TRAIN_COLOR, "training")
+    _plot(loss, records, "eval/loss", EVAL_COLOR, "evaluation")
+    loss.set(title="loss (nats)", xlabel="step", yscale="log")
+    _plot(score, records, f"train/{quality}", TRAIN_COLOR, "training", scale=100)
+    last = _plot(score, records, f"eval/{quality}", EVAL_COLOR, "evaluation", scale=100)
+    if last is not None:
+        score.annotate(
+            f"{last[1]:.2f} %", last, xytext=(-4, -14), textcoords="offset points", ha="right", color=EVAL_COLOR
+        )
+    score.set(title={"top1": "top-1 accuracy (%)", "map": "mean average precision (%)"}[quality], xlabel="step")
+    _plot(rate, records, "train/learning_rate", RATE_COLOR, None)
+    rate.set(title="learning rate", xlabel="step", ylim=(0, None))
+    for axes in (loss, score, rate):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(left=0)
+    for axes in (loss, score):
+        if axes.lines:
+            axes.legend(frameon=False)
+    lettering = Lettering([title])
+    lines = lettering.wrap(lettering.drawable(title), 12 * 72, 12)
+    lettering.write(figure.suptitle, "\n".join(lines), 12)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _plot(
+    axes: Axes, records: Sequence[Mapping[str, Any]], key: str, color: str, label: str | None, scale: float = 1.0
+) -> tuple[float, float] | None:
+    """Plots one key and returns its last point."""
+    points = [(r["step"], scale * r[key]) for r in records if r.get(key) is not None]
+    if not points:
+        return None
+    axes.plot(*zip(*points, strict=True), color=color, label=label, marker="o" if len(points) < 40 else None, ms=3)
+    return points[-1]

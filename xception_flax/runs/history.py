@@ -1,0 +1,126 @@
+"""The history of a run on a disk: metrics.jsonl, and the same as events for TensorBoard."""
+
+import json
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from xception_flax.host.files import file_errors, write_whole
+from xception_flax.text import naming
+
+
+class Events:
+    """A file of events, as TensorBoard reads them, written by who adds them.
+
+    tensorboardX's own `SummaryWriter` writes by a thread, which dies of a full disk: the queue before it then
+    fills, and the run waits for ever.
+    """
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        """Begins a file in `folder`; what older ones have of steps after `start_step` counts no more.
+
+        Raises:
+          ValueError: it cannot be written. So does `add`.
+        """
+        now = time.time()
+        # Absolute: of a relative name tensorboardX may take the beginning for a protocol.
+        self._path = folder.absolute() / f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}"
+        with file_errors(self._path, "written"):
+            folder.mkdir(exist_ok=True)
+            self._file = RecordWriter(str(self._path))
+        self._write(
+            Event(wall_time=now, file_version="brain.Event:2"),
+            Event(wall_time=now, step=start_step + 1, session_log=SessionLog(status=SessionLog.START)),
+        )
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of a step by their names."""
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, *events: Event) -> None:
+        with file_errors(self._path, "written"):
+            for event in events:
+                self._file.write(event.SerializeToString())
+            self._file.flush()
+
+
+def to_json(values: Mapping[str, Any]) -> str:
+    """One line of JSON; NaN and infinity, which JSON does not have, become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return naming.to_json(finite, allow_nan=False)
+
+
+TEXTS = ("eval/weights",)  # values of a record that are no numbers
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a metrics.jsonl: values by their names, numbers or None but for `TEXTS`.
+
+    Lines that are no records are left out: the last one may have been cut off, and the file is the user's too.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    return [record for line in _lines(path) if (record := _parse_record(line)) is not None]
+
+
+def open_metrics(path: Path, start_step: int) -> tuple[Any, list[int]]:
+    """Opens metrics.jsonl to go on after `start_step`, where later records, of a run cut off, are removed.
+
+    A last line that was cut off goes too. All else stays as it is, byte for byte.
+
+    Returns:
+      The file, and the numbers of the lines that stay and are no records.
+
+    Raises:
+      ValueError: it cannot be read or written.
+    """
+    strange: list[int] = []
+
+    def kept() -> Iterator[bytes]:
+        for number, line in enumerate(_lines(path), 1):
+            record, is_whole = _parse_record(line), line.endswith(b"\n")
+            if record is None and is_whole:
+                strange.append(number)
+            if is_whole if record is None else record["step"] <= start_step:
+                yield line if is_whole else line + b"\n"
+
+    if path.exists():
+        write_whole(path, kept())
+    with file_errors(path, "written"):
+        return path.open("ab"), strange
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with file_errors(path, "read"), path.open("rb") as file:
+        yield from file
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None where there is none."""
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
+        return None
+
+    def is_right(name: str, value: Any) -> bool:
+        if isinstance(value, str):
+            return name in TEXTS
+        return value is None or (type(value) in (int, float) and abs(value) <= sys.float_info.max)
+
+    return record if all(is_right(name, value) for name, value in record.items()) else None

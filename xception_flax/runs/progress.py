@@ -1,0 +1,207 @@
+"""What a person sees of a run: a progress bar, lines of metrics, metrics.jsonl, TensorBoard events."""
+
+import contextlib
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from xception_flax.display.console import duration, percent, stderr_console
+from xception_flax.host.files import file_errors
+from xception_flax.runs.history import Events, open_metrics, to_json
+from xception_flax.text import naming
+
+NO_SHARES = ("loss", "count", "bad_images")  # of what an evaluation returns; all else is a share of 1
+
+
+class RunProgress:
+    """Shows and records one run; on hosts other than the first it does nothing.
+
+    On a terminal there is a bar with step, images/s, loss and the time that is left; elsewhere a
+    line at each record. `metrics.jsonl` and the events in `tensorboard/` go on where the checkpoint
+    does: records of steps after it, from a run that was cut off, are removed. What else is in
+    `metrics.jsonl` stays as it is.
+
+    Of the time of a run all is recorded once: `train/first_step_seconds`, which is compilation for the
+    most part; then, for each step, `train/step_seconds`, of which the host waited
+    `train/input_wait_seconds` for a batch; and what training stood still for, `eval/seconds` and
+    `checkpoint/blocking_seconds` (a checkpoint's files are written in the background). The host runs
+    a few steps ahead of the devices: times are means over the steps between two records, at whose
+    ends the devices have nothing left to do.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        start_step: int,
+        total_steps: int,
+        batch_size: int,
+        num_images: int,
+        enabled: bool,
+        peak_images_per_second: float | None = None,
+    ) -> None:
+        """Begins the run; its clock starts here.
+
+        Args:
+          workdir: of the run.
+          start_step: done already.
+          total_steps: of the whole run.
+          batch_size: images a step.
+          num_images: of an epoch.
+          enabled: on the first host.
+          peak_images_per_second: that all devices could train on, if they did nothing but the network's
+            multiply-adds at their peak; the rate's share of it is recorded as `train/mfu`. None where it
+            is not known.
+
+        Raises:
+          ValueError: a file cannot be read or written. So does whatever records.
+        """
+        self._enabled = enabled
+        self._total_steps, self._batch_size, self._num_images = total_steps, batch_size, num_images
+        self._peak_images_per_second = peak_images_per_second
+        self._began = self._last = (time.monotonic(), start_step)
+        self._first_step_seconds: float | None = None
+        self._input_wait_seconds = 0.0
+        self._pauses: Counter[str] = Counter()  # seconds by reason, until they are recorded
+        self._paused_seconds = 0.0  # of all reasons, since the last record of training
+        if not enabled:
+            return
+        self._console = stderr_console()
+        self._path = workdir / "metrics.jsonl"
+        self._events = Events(workdir / "tensorboard", start_step)
+        self._file, strange = open_metrics(self._path, start_step)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("training", total=total_steps, completed=start_step, state="compiling")
+        self._bar.start()
+        if strange:
+            lines = "a line that is no record" if len(strange) == 1 else f"{len(strange):,} lines that are no records"
+            self.say(f"{self._path} has {lines}, the first is line {strange[0]:,}; left as they are.")
+
+    def __enter__(self) -> "RunProgress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if not self._enabled:
+            return
+        self._bar.stop()
+        try:
+            self.sync()
+        except ValueError:  # which is not to take the place of an error that is under way
+            if kind is None:
+                raise
+        finally:
+            for file in (self._events, self._file):
+                with contextlib.suppress(OSError):  # of what `sync` has failed to write
+                    file.close()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._enabled:
+            self._console.print(naming.harmless(text), soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar; costs nothing worth a measurement."""
+        if self._enabled:
+            self._bar.update(self._task, completed=step)
+
+    def compiled(self, step: int) -> None:
+        """Starts the clock of the rate: the time before, up to the end of `step`, was compilation."""
+        now, (then, _) = time.monotonic(), self._last
+        self._first_step_seconds = now - then - self._paused_seconds
+        self._began = self._last = (now, step)
+        self._paused_seconds = self._input_wait_seconds = 0.0
+
+    @contextlib.contextmanager
+    def input_wait(self) -> Iterator[None]:
+        """Goes around the wait for the next batch."""
+        begin = time.monotonic()
+        yield
+        self._input_wait_seconds += time.monotonic() - begin
+
+    @contextlib.contextmanager
+    def pause(self, reason: str) -> Iterator[None]:
+        """Leaves the time spent in it out of the rate: no training is done. The devices have nothing left to do.
+
+        Args:
+          reason: 'evaluation' or 'checkpoint', whose record then has this time, or another.
+        """
+        begin = time.monotonic()
+        yield
+        seconds = time.monotonic() - begin
+        self._pauses[reason] += seconds
+        self._paused_seconds += seconds
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records the training metrics of the steps since the last record, with the rate and where the time went."""
+        now, (then, last_step) = time.monotonic(), self._last
+        seconds, steps = max(now - then - self._paused_seconds, 1e-9), step - last_step
+        rate, input_wait_seconds = steps * self._batch_size / seconds, self._input_wait_seconds
+        self._last, self._paused_seconds, self._input_wait_seconds = (now, step), 0.0, 0.0
+        if not self._enabled:
+            return
+        record, shown = {f"train/{k}": v for k, v in metrics.items()}, f"loss {metrics['loss']:.4f}"
+        if self._first_step_seconds is not None:
+            record["train/first_step_seconds"], self._first_step_seconds = self._first_step_seconds, None
+        if steps:  # the first step alone has none of these: it was compilation
+            record["train/images_per_second"] = rate
+            record["train/step_seconds"] = seconds / steps
+            record["train/input_wait_seconds"] = input_wait_seconds / steps
+            shown += f"  {rate:,.0f} images/s"
+            if self._peak_images_per_second is not None:
+                record["train/mfu"] = rate / self._peak_images_per_second
+                shown += f"  MFU {100 * record['train/mfu']:.0f} %"
+            shown += f"  input {100 * input_wait_seconds / seconds:.0f} %"
+        self._record(step, record)
+        self._bar.update(self._task, completed=step, state=f"{shown}  left")
+        if not self._console.is_terminal:
+            began, first_step = self._began  # evaluations and checkpoints since then come again
+            left = (self._total_steps - step) * (now - began) / max(step - first_step, 1)
+            self.say(f"step {step}/{self._total_steps}  {shown}" + (f"  {duration(left)} left" if left else ""))
+
+    def evaluation(self, step: int, metrics: Mapping[str, float], weights: str) -> None:
+        """Records an evaluation; `weights` says of which weights, 'raw' or 'ema'."""
+        if not self._enabled:
+            return
+        seconds = {"eval/seconds": self._pauses.pop("evaluation")} if "evaluation" in self._pauses else {}
+        self._record(step, {f"eval/{k}": v for k, v in metrics.items()} | seconds | {"eval/weights": weights})
+        epoch = step * self._batch_size / self._num_images
+        shares = "  ".join(f"{k} {percent(v)}" for k, v in metrics.items() if k not in NO_SHARES)
+        self.say(f"epoch {epoch:5.1f}  evaluation ({weights}): {shares}  loss {metrics['loss']:.4f}")
+
+    def checkpoint(self, step: int) -> None:
+        """Records how long training stood still for the checkpoint of `step`."""
+        if self._enabled:
+            self._record(step, {"checkpoint/blocking_seconds": self._pauses.pop("checkpoint")})
+
+    def sync(self) -> None:
+        """Has the records on the disk, and not in the system's memory alone: to go before what they are of is kept."""
+        if self._enabled:
+            with file_errors(self._path, "written"):
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def _record(self, step: int, values: Mapping[str, Any]) -> None:
+        with file_errors(self._path, "written"):
+            self._file.write(to_json({"step": step, **values}).encode() + b"\n")
+            self._file.flush()
+        self._events.add(step, {name: value for name, value in values.items() if not isinstance(value, str)})

@@ -1,0 +1,1 @@
+"""What people write and read: names, numbers and the messages about them."""

@@ -1,0 +1,552 @@
+"""Checkpoints by Orbax: one folder a step, with everything in it, verified when written and when read.
+
+`workdir/checkpoints/STEP/` has the items `raw` (parameters and batch statistics), `ema` (their
+averages, where the recipe keeps them), `optimizer` and `meta` (JSON: the recipe, the class names,
+the step, a checksum of every array). What only evaluates reads one of the first two. The position in
+the data is the step.
+"""
+
+import asyncio
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import lax
+from orbax.checkpoint import checkpoint_managers as policies
+
+from xception_flax.host import files
+from xception_flax.text import naming
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import written
+from xception_flax.text.ranges import check_range
+from xception_flax.training.state import TrainState
+
+PyTree = Any
+
+# A path that all libraries below read as it is written. To Orbax `[`, `*` and a backslash are patterns; to etils
+# /gs/ and /s3/ are buckets, to TensorStore `gs:` is one, and what is not UTF-8 cannot be given to it.
+PLAIN_PATH = re.compile(r"(?!/\w\w/)[\w/.,=+@ -]{1,1000}")
+
+# Where a reader finds the step that it chose damaged, the run may be removing it: it looks again.
+READ_TIMES, READ_AGAIN_SECONDS = 20, 0.5
+
+
+class Checkpoints(ocp.CheckpointManager):
+    """Orbax' manager, of the folder of checkpoints of a workdir.
+
+    Attributes:
+      folder: by its own name; `directory` is the same by a plain path.
+      verified: whether a step has been saved, and all of it read from the disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        score: Callable[[dict[str, float]], float],
+        preserved: policies.PreservationPolicy,
+        read_only: bool,
+    ) -> None:
+        self.folder = folder
+        self.verified = False
+        self._saving: dict[str, PyTree] = {}
+        self._descriptor: int | None = None
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preserved,
+            best_fn=score,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            # In the background it leaves threads behind where it fails, which wait for it for five minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            temporary_path_class=_make_step_folder(self._check),
+        )
+        if not PLAIN_PATH.fullmatch(str(folder)) and (not read_only or folder.is_dir()):
+            folder = self._plain(folder)
+        try:
+            super().__init__(folder, options=options)
+        except BaseException:
+            self._close_folder()
+            raise
+
+    def close(self) -> None:
+        """Raises ValueError where a save that was under way has failed, unless another error is on its way."""
+        under_way = sys.exception()
+        try:
+            super().close()
+        except Exception as error:
+            if under_way is None:  # which is the reason, and this mostly its consequence
+                raise _failed_save(self, error) from error
+        finally:
+            self._close_folder()
+
+    def message(self, error: Exception) -> str:
+        """The first line of an error, with the folder's own name."""
+        lines = str(error).replace(str(self.directory), str(self.folder)).strip().splitlines()
+        return lines[0][:300] if lines else type(error).__name__
+
+    def expect(self, items: dict[str, PyTree]) -> None:
+        """Tells what the next steps have in them."""
+        self._saving = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), items)
+
+    def _plain(self, folder: Path) -> Path:
+        """Returns another path to `folder`: that of its descriptor in this process."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        plain = Path(f"/proc/self/fd/{self._descriptor}")
+        if not plain.is_dir():  # no Linux
+            self._close_folder()
+            raise UserError("its path is no plain one; take another, of letters, digits and . , = + @ _ -")
+        return plain
+
+    def _close_folder(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _check(self, folder: Path) -> None:
+        """Raises ValueError where the step in `folder` is not what was saved.
+
+        All of the first one is read and compared, of the later ones the files that describe it. In a thread,
+        by the first process alone: nothing here waits for another or touches a device.
+        """
+        if damage := _damage(folder):
+            raise UserError(f"it was written, but {damage}")
+        handler = ocp.StandardCheckpointHandler()
+        if not self.verified:
+            files.forget(folder)
+        expected = json.loads((folder / "meta" / "metadata").read_bytes())["checksums"]
+        for name, template in self._saving.items():
+            path = self.directory / folder.name / name
+            try:
+                if self.verified:
+                    handler.metadata(path)
+                    continue
+                read = handler.restore(path, args=ocp.args.StandardRestore(template))
+            except Exception as error:
+                raise UserError(f"{name} was written and cannot be read: {self.message(error)}") from error
+            leaves = jax.tree_util.tree_leaves_with_path(read)
+            if {jax.tree_util.keystr(at): _checksum_on_host(leaf) for at, leaf in leaves} != expected[name]:
+                raise UserError(f"{name} was written and is read with other values")
+        self.verified = True
+
+
+def _make_step_folder(check: Callable[[Path], None]) -> type[ocp.path.atomicity.AtomicRenameTemporaryPath]:
+    """Returns the kind of folder that Orbax writes a step into.
+
+    It gets the number of the step when the disk has all that is in it, and `check` has been there;
+    only then are older steps removed. Orbax writes a last file where it renames the folder: so that
+    renames to a second temporary name, after which nothing is written any more.
+    """
+    suffix = ocp.path.atomicity.TMP_DIR_SUFFIX
+
+    class StepFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
+        @classmethod
+        def from_final(cls, final_path, **options):
+            if final_path.name.isdecimal():  # else it is an item in a step
+                final_path = final_path.parent / (final_path.name + suffix)
+            return super().from_final(final_path, **options)
+
+        def get_final(self):
+            written = super().get_final()
+            return written.parent / written.name.removesuffix(suffix)
+
+        async def finalize(self):
+            await super().finalize()
+            written, final = Path(super().get_final()), Path(self.get_final())
+            if written != final:
+                await asyncio.to_thread(commit, written, final)
+
+    def commit(written: Path, final: Path) -> None:
+        files.sync_tree(written)
+        check(written)
+        os.rename(written, final)
+        files.sync(final.parent)
+
+    return StepFolder
+
+
+def open_manager(
+    workdir: Path, *, best_metric: str, keep_latest: int = 2, keep_best: int = 1, read_only: bool = False
+) -> Checkpoints:
+    """Returns the manager of a workdir's checkpoints; a context manager, which waits for saves at its end.
+
+    Args:
+      workdir: of the run.
+      best_metric: evaluation metric that 'best' means the highest of.
+      keep_latest: checkpoints to keep, the newest.
+      keep_best: checkpoints to keep beside them, those with the highest `best_metric`.
+      read_only: save and remove nothing, for a look into a run that may still be going on.
+
+    Raises:
+      ValueError: the folder cannot be read or made, or a checkpoint's metrics are damaged.
+    """
+    check_range("checkpoint.keep_latest", keep_latest, 1)
+    check_range("checkpoint.keep_best", keep_best, 0)
+
+    def score(metrics: dict[str, float]) -> float:
+        value = metrics[best_metric]
+        return value if math.isfinite(value) else -math.inf
+
+    kept = [policies.LatestN(keep_latest)]
+    if keep_best:  # both rules at once: `max_to_keep` with `best_fn` would delete the newest
+        kept.append(policies.BestN(get_metric_fn=score, n=keep_best, keep_checkpoints_without_metrics=False))
+    folder = (workdir / "checkpoints").absolute()
+    steps = _steps(folder)
+    try:
+        if folder.is_dir() and not read_only:  # or the first save would find out
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        manager = Checkpoints(folder, score, policies.AnyPreservationPolicy(kept), read_only)
+    except Exception as error:  # it reads the metrics of all steps
+        for step in steps:
+            if damage := _damage(folder / str(step)):
+                raise _unreadable(folder, step, damage) from error
+        raise UserError(f"the checkpoints in {folder} cannot be opened: {error}.") from error
+    for step in manager.all_steps():
+        if (folder / str(step) / "metrics").is_dir():
+            metrics = manager.metrics(step)
+            if not isinstance(metrics, dict) or not isinstance(metrics.get(best_metric), int | float):
+                manager.close()
+                raise _damaged(manager, step, ValueError(f"metrics/metrics has no {best_metric}"))
+    return manager
+
+
+def has_steps(workdir: Path) -> bool:
+    """Whether there is any checkpoint in `workdir`, found without opening or making anything.
+
+    Raises:
+      ValueError: the folder cannot be read.
+    """
+    return bool(_steps(workdir / "checkpoints"))
+
+
+def run_around(folder: Path) -> str:
+    """What to give in place of a folder within the workdir of a run, for an error; '' for other folders."""
+    for parent in folder.absolute().parents:
+        if (parent / "config.json").is_file() and has_steps(parent):
+            step = next((part for part in folder.absolute().relative_to(parent).parts if part.isdecimal()), None)
+            return f": this is within one; give {parent}" + (f" and {step} as its checkpoint" if step else "")
+    return ""
+
+
+def _steps(folder: Path) -> list[int]:
+    try:
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"the checkpoints in {folder} cannot be read: {error.strerror}.") from None
+
+
+def save(
+    manager: Checkpoints,
+    state: TrainState,
+    meta: dict[str, Any],
+    metrics: dict[str, float] | None,
+) -> None:
+    """Saves `state` under its step, in the background; a step that is there already stays as it is.
+
+    Args:
+      meta: JSON values that the next reader needs.
+      metrics: of an evaluation of this state, if there was one.
+
+    Raises:
+      ValueError: this save or the one before it failed (a full disk, say), or the weights are not finite.
+    """
+    step = int(state.step)
+    if step in manager.all_steps():
+        return
+    items, sums = _items(state), {}
+    for name, item in items.items():
+        sums[name], not_finite = _inspect(item)
+        if name in WEIGHTS and not_finite:
+            raise UserError(
+                f"{_places(name, not_finite)} after step {step}; checkpoints from before it are kept. Lower "
+                "optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir."
+            )
+    args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    args["meta"] = ocp.args.JsonSave(naming.stored(meta | {"step": step, "checksums": sums}))
+    manager.expect(items)
+    try:
+        manager.save(step, args=ocp.args.Composite(**args), metrics=metrics)
+    except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
+        raise _failed_save(manager, error) from error
+
+
+def check_saves(manager: Checkpoints, *, wait: bool = False) -> None:
+    """Raises ValueError where a save in the background has failed (a full disk, say).
+
+    Args:
+      wait: for the saves that are under way.
+    """
+    try:
+        manager.wait_until_finished() if wait else manager.check_for_errors()
+    except Exception as error:
+        raise _failed_save(manager, error) from error
+
+
+def _failed_save(manager: Checkpoints, error: Exception) -> UserError:
+    if not manager.folder.is_dir():
+        reason = "the folder was removed or renamed meanwhile"
+    elif re.search(r"no space left|ENOSPC|quota exceeded", str(error), re.IGNORECASE):
+        reason = "the disk is full; make room, and the same command goes on"
+    else:
+        reason = manager.message(error)
+    kept = ", ".join(map(str, _steps(manager.folder)))
+    kept = f"kept of steps: {kept}" if kept else "there is none from before it"
+    return UserError(f"a checkpoint could not be written to {manager.folder}: {reason}; {kept}.")
+
+
+def find_step(manager: Checkpoints, which: str) -> int:
+    """Returns the step that 'latest', 'best' or a number means.
+
+    Raises:
+      ValueError: there is no such checkpoint.
+    """
+    steps = sorted(manager.all_steps())
+    if not steps:
+        raise UserError(f"{manager.folder} has no checkpoint yet.")
+    if which == "latest":
+        return steps[-1]
+    if which == "best":
+        best = manager.best_step()
+        if best is None or manager.metrics(best) is None:
+            raise UserError(f"no checkpoint in {manager.folder} has been evaluated; take latest or a step.")
+        return best
+    if which not in map(str, steps):  # as text: Python reads no number of more than 4,300 digits
+        raise UserError(
+            f"no checkpoint {written(which)} in {manager.folder}; take latest, best or a step of: "
+            f"{', '.join(map(str, steps))}."
+        )
+    return int(which)
+
+
+def restore_state(manager: Checkpoints, abstract_state: TrainState, step: int) -> TrainState:
+    """Reads the whole state of `step`, each array onto the devices that `abstract_state` says.
+
+    Raises:
+      ValueError: the checkpoint is damaged, incomplete, of another network or of another step, or its weights are not
+        finite.
+    """
+    items = _restore(manager, _items(abstract_state), step)
+    if (saved := int(items["optimizer"]["step"])) != step:
+        raise _unreadable(manager.folder, step, _of_another_step(saved))
+    return TrainState(
+        step=items["optimizer"]["step"],
+        opt_state=items["optimizer"]["opt_state"],
+        params=items["raw"]["params"],
+        batch_stats=items["raw"]["batch_stats"],
+        ema_params=items["ema"]["params"] if "ema" in items else None,
+        ema_batch_stats=items["ema"]["batch_stats"] if "ema" in items else None,
+    )
+
+
+def restore_variables(manager: Checkpoints, abstract_variables: PyTree, weights: str, step: int) -> PyTree:
+    """Reads only the variables of `step`: `weights` is 'raw' or 'ema'.
+
+    Raises:
+      ValueError: the checkpoint is damaged, has no such weights, is of another network or of another step, or they are
+        not finite.
+    """
+    return _restore(manager, {weights: abstract_variables}, step)[weights]
+
+
+def read_variables(
+    workdir: Path, which: str, weights: str, abstract_variables: PyTree, *, best_metric: str
+) -> tuple[int, dict[str, Any], PyTree]:
+    """Reads (step, meta, variables) of a run that may be going on, and removing older checkpoints.
+
+    Args:
+      workdir: of the run.
+      which: 'latest', 'best' or the number of a step.
+      weights: 'raw' or 'ema'.
+      abstract_variables: as for `restore_variables`.
+      best_metric: as for `open_manager`.
+
+    Raises:
+      ValueError: there is no such checkpoint, or the reasons of `restore_variables`.
+    """
+    said = set()
+    while True:
+        try:
+            with open_manager(workdir, best_metric=best_metric, read_only=True) as manager:
+                step = find_step(manager, which)
+                return step, read_meta(manager, step), restore_variables(manager, abstract_variables, weights, step)
+        except ValueError as error:
+            # Once more the same: nothing is being removed. Of several processes none can begin again alone.
+            if str(error) in said or len(said) == READ_TIMES or jax.process_count() > 1:
+                raise
+            said.add(str(error))
+        time.sleep(READ_AGAIN_SECONDS)
+
+
+def read_meta(manager: Checkpoints, step: int) -> dict[str, Any]:
+    """Reads the JSON values of `step`.
+
+    Raises:
+      ValueError: they are damaged, or of another step.
+    """
+    try:
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    except Exception as error:
+        raise _damaged(manager, step, error) from None
+    if not _is_meta(meta):
+        raise _damaged(manager, step, ValueError("meta/metadata is not of this program"))
+    if "step" in meta:  # older ones do not say it, and have strings as they are
+        meta = naming.restored(meta)
+        if meta["step"] != step:
+            raise _unreadable(manager.folder, step, _of_another_step(meta["step"]))
+    # Older runs have the names of their classes as they were on their disk, decomposed or not.
+    return meta | {"class_names": list(map(naming.composed, meta["class_names"]))}
+
+
+def _is_meta(meta: Any) -> bool:
+    """Whether it has what is read of it, of the right types."""
+    if not isinstance(meta, dict):
+        return False
+    names, sums = meta.get("class_names"), meta.get("checksums")
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return named and isinstance(sums, dict) and all(isinstance(of_item, dict) for of_item in sums.values())
+
+
+def _items(state: TrainState) -> dict[str, PyTree]:
+    items = {
+        "raw": {"params": state.params, "batch_stats": state.batch_stats},
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
+    if state.ema_params is not None:
+        items["ema"] = {"params": state.ema_params, "batch_stats": state.ema_batch_stats}
+    return items
+
+
+def _restore(manager: Checkpoints, abstract_items: dict[str, PyTree], step: int) -> dict[str, PyTree]:
+    expected = read_meta(manager, step)["checksums"]
+    args = {name: ocp.args.StandardRestore(item) for name, item in abstract_items.items()}
+    try:
+        items = manager.restore(step, args=ocp.args.Composite(**args))
+    except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
+        raise _damaged(manager, step, error) from None
+    for name in abstract_items:
+        sums, not_finite = _inspect(items[name])
+        for path, checksum in sums.items():
+            if checksum != expected.get(name, {}).get(path):
+                raise _unreadable(manager.folder, step, f"the values of {name}{path} have changed on disk")
+        if name in WEIGHTS and not_finite:
+            raise _unreadable(manager.folder, step, _places(name, not_finite))
+    return {name: items[name] for name in abstract_items}
+
+
+# Damage --------------------------------------------------------------------------------------------
+
+JSON_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "metadata", "metrics")
+
+
+def _damage(folder: Path) -> str | None:
+    """Says which file of a step is empty or not what it should be; None where that is seen of none."""
+    try:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder)
+            if not path.stat().st_size:
+                return f"{name} is empty"
+            if path.name in JSON_FILES or path.parent.name == "array_metadatas":
+                try:
+                    described = isinstance(json.loads(path.read_bytes()), dict)
+                except ValueError:
+                    described = False
+                if not described:
+                    return f"{name} is no JSON object"
+    except OSError as error:  # or it is being removed
+        return f"{error.filename} cannot be read: {error.strerror}"
+    return None
+
+
+def _damaged(manager: Checkpoints, step: int, error: Exception) -> UserError:
+    return _unreadable(manager.folder, step, _damage(manager.folder / str(step)) or manager.message(error))
+
+
+def _of_another_step(saved: int) -> str:
+    return f"it is of step {saved}: the folder was renamed; give it its name again"
+
+
+def _unreadable(folder: Path, step: int, reason: str) -> UserError:
+    others = [other for other in _steps(folder) if other != step]
+    advice = f"move this folder away to go on from step {max(others)}" if others else "there is no other"
+    return UserError(f"checkpoint {folder / str(step)} cannot be used: {reason}; {advice}.")
+
+
+# Checksums -----------------------------------------------------------------------------------------
+
+
+# Items that are weights: what is not finite in them is in all that is computed with them.
+WEIGHTS = ("raw", "ema")
+
+
+def _checksums(tree: PyTree) -> dict[str, int]:
+    """A uint32 a leaf, by its path. Orbax stores no checksum of data: a flipped bit would go unseen."""
+    return _inspect(tree)[0]
+
+
+def _inspect(tree: PyTree) -> tuple[dict[str, int], list[str]]:
+    """The checksums, and the paths of the leaves with values that are not finite: one program, one pass."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    paths = [jax.tree_util.keystr(path) for path, _ in leaves]
+    sums, finite = jax.device_get(_inspect_all([leaf for _, leaf in leaves]))
+    not_finite = [path for path, is_finite in zip(paths, finite, strict=True) if not is_finite]
+    return dict(zip(paths, map(int, sums), strict=True)), not_finite
+
+
+def not_finite(tree: PyTree) -> list[str]:
+    """Returns the paths of the leaves with values that are not finite."""
+    return _inspect(tree)[1]
+
+
+def _places(name: str, paths: list[str]) -> str:
+    others = f" and {len(paths) - 1} other arrays" if len(paths) > 1 else ""
+    return f"values of {name}{paths[0]}{others} are not finite"
+
+
+@jax.jit
+def _inspect_all(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    return [_checksum(leaf) for leaf in leaves], [_is_finite(leaf) for leaf in leaves]
+
+
+def _is_finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(True)
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    """Sum of bits x odd weight of the position, modulo 2^32: any one changed element changes it.
+
+    Integers add up the same in every order, so it does not depend on how the array is sharded.
+    """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    if x.dtype.itemsize == 8:
+        x = lax.bitcast_convert_type(x, jnp.uint32)  # two words an element
+    bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * position * jnp.uint32(2654435761) + 1), dtype=jnp.uint32)
+
+
+def _checksum_on_host(x: np.ndarray) -> int:
+    """The same of an array in the host's memory, by NumPy: it needs no device."""
+    x = np.ascontiguousarray(x).reshape(-1)
+    if x.dtype == np.bool_:
+        x = x.view(np.uint8)
+    bits = x.view(f"uint{8 * min(x.dtype.itemsize, 4)}").astype(np.uint32)
+    position = np.arange(bits.size, dtype=np.uint32)
+    return int(np.sum(bits * (2 * position * np.uint32(2654435761) + np.uint32(1)), dtype=np.uint32))

@@ -1,0 +1,63 @@
+"""Evaluation over a split: every image once, whatever the batches and the devices."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from xception_flax import data
+from xception_flax.text.errors import UserError
+from xception_flax.training import checkpoint, metrics, sharding
+
+BatchCallback = Callable[[data.pipeline.Batch, jax.Array], None]
+
+
+def evaluate(
+    eval_step: Callable[..., tuple[dict[str, metrics.Sum], jax.Array]],
+    variables: Any,
+    split: data.Split,
+    mesh: Mesh,
+    on_batch: BatchCallback | None = None,
+) -> dict[str, float]:
+    """Returns the means over every image of the split, each counted once, and their `count`.
+
+    Where the split replaces bad images there is also `bad_images`: how many were left out.
+
+    Args:
+      eval_step: from `steps.make_eval_step`.
+      variables: what it takes.
+      split: loaded with `train=False`.
+      mesh: the mesh of the variables.
+      on_batch: called with each local batch and the global logits.
+
+    Raises:
+      data.InputError: none of the images can be decoded.
+      ValueError: the loss is not finite.
+    """
+    totals = metrics.Accumulator()
+    with contextlib.closing(split.batches()) as batches:
+        for batch in batches:
+            sums, logits = eval_step(variables, sharding.global_batch(mesh, batch))
+            totals.add(sums)
+            if on_batch is not None:
+                on_batch(batch, logits)
+    if not (count := round(totals.count("loss"))):
+        raise data.InputError(f"none of the {split.num_images:,} images to evaluate on can be decoded.")
+    means = totals.means()
+    if not math.isfinite(means["loss"]):
+        wrong = checkpoint.not_finite(variables)
+        raise UserError(
+            f"the loss of the evaluation is {means['loss']}: "
+            + (
+                f"values of {wrong[0]} are not finite"
+                if wrong
+                else "the weights are finite, the network's output is not"
+            )
+            + ". Checkpoints from before it are kept. Lower optimizer.learning_rate or clip gradients "
+            "(optimizer.clip_norm), in a new workdir."
+        )
+    bad = {"bad_images": split.num_images - count} if split.on_bad_image == "replace" else {}
+    return means | {"count": count} | bad

@@ -1,0 +1,181 @@
+"""Metrics, each a sum and a count: added over batches and hosts, divided once.
+
+`mask` is 1 for an example that counts and 0 for padding.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import lookup
+from xception_flax.text.ranges import check_range
+
+
+class Sum(NamedTuple):
+    """A metric before its division: both float32 scalars (float64 once on the host)."""
+
+    total: Any
+    count: Any
+
+
+MetricFunction = Callable[[jax.Array, jax.Array, jax.Array], dict[str, Sum]]
+
+
+def masked_sum(values: jax.Array, mask: jax.Array) -> Sum:
+    """Sum of `values` `[N]` where `mask` `[N]` is 1; padding may hold anything, NaN too."""
+    values = jnp.where(mask > 0, values.astype(jnp.float32), 0.0)
+    return Sum(jnp.sum(values), jnp.sum(mask.astype(jnp.float32)))
+
+
+def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+    """1 where fewer than k classes have a logit above the true class's.
+
+    Of classes with the same logit the lower index comes first, as in `jax.lax.top_k`, so that a
+    constant network scores chance and not 100 %. A row with a NaN or infinite logit, or with a label that is
+    no class, is never correct.
+
+    Args:
+      logits: `[N, num_classes]`.
+      labels: `[N]` integers.
+
+    Returns:
+      `[N]` float32, 0 or 1.
+    """
+    true = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    earlier = jnp.arange(logits.shape[-1])[None] < labels[:, None]
+    ahead = (logits > true) | ((logits == true) & earlier)
+    rank = jnp.sum(ahead, axis=-1)
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    is_class = (labels >= 0) & (labels < logits.shape[-1])
+    return ((rank < k) & finite & is_class).astype(jnp.float32)
+
+
+def average_precision(
+    logits: jax.Array, labels: jax.Array, k: int, class_weights: jax.Array | None = None
+) -> jax.Array:
+    """Average precision over the k best predictions of each example.
+
+    For an example with label set L and class weights w:
+    `sum over ranks r <= k of [c_r in L] w(c_r) precision(r)`, divided by the most that any ranking
+    could reach: the sum of the k largest weights in L. With w = 1 this is the usual AP@k. The paper
+    (section 4.1) weights each class of FastEval14k "with a score estimating how common the class
+    is" and publishes neither the scores nor the formula; this reading is ours.
+
+    Args:
+      logits: `[N, num_classes]`.
+      labels: `[N, num_classes]`, 0 or 1.
+      class_weights: `[num_classes]`, not negative; None weights all alike.
+
+    Returns:
+      `[N]` float32 in [0, 1]; 0 for an example without labels, and for a NaN or infinite logit.
+    """
+    labels = labels.astype(jnp.float32)
+    k = min(k, logits.shape[-1])
+    weights = labels if class_weights is None else labels * class_weights
+    _, ranked = jax.lax.top_k(logits, k)
+    hits = jnp.take_along_axis(labels, ranked, axis=-1)
+    gains = jnp.take_along_axis(weights, ranked, axis=-1)
+    precision = jnp.cumsum(hits, axis=-1) / jnp.arange(1, k + 1)
+    best = jnp.sum(jax.lax.top_k(weights, k)[0], axis=-1)
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)  # `top_k` would rank NaN first
+    return finite * jnp.sum(gains * precision, axis=-1) / jnp.maximum(best, jnp.finfo(jnp.float32).tiny)
+
+
+def single_label() -> MetricFunction:
+    """Top-1 and top-5 accuracy (paper, table 1). Labels are `[N]` integers."""
+
+    def compute(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, Sum]:
+        if labels.ndim != 1:
+            raise UserError(
+                f"metrics 'single_label' take one label an image, got labels of shape {labels.shape}; "
+                "for several set metrics.name=multi_label."
+            )
+        return {
+            "top1": masked_sum(top_k_correct(logits, labels, 1), mask),
+            "top5": masked_sum(top_k_correct(logits, labels, 5), mask),
+        }
+
+    return compute
+
+
+def multi_label(*, k: int = 100, class_weights: str | None = None) -> MetricFunction:
+    """Mean average precision over the k best predictions (paper, table 2: MAP@100), as `map`.
+
+    Labels are `[N, num_classes]`, 0 or 1. The mean is over the examples with at least one label of
+    positive weight.
+
+    Args:
+      k: predictions that count.
+      class_weights: path of a `.npy` file with `[num_classes]` weights; None weights all alike.
+    """
+    check_range("metrics.k", k, 1)
+    weights = None if class_weights is None else _load_weights(class_weights)
+
+    def compute(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, Sum]:
+        if weights is not None and weights.shape != logits.shape[-1:]:
+            raise UserError(
+                f"metrics.class_weights must have one weight for each of the {logits.shape[-1]} classes, "
+                f"got shape {weights.shape} in {class_weights}."
+            )
+        if labels.shape != logits.shape:
+            raise UserError(
+                f"metrics 'multi_label' take a row of 0 and 1 an image, got labels of shape {labels.shape} for logits "
+                f"of shape {logits.shape}; for one label an image set metrics.name=single_label."
+            )
+        relevant = labels > 0 if weights is None else (labels > 0) & (weights > 0)
+        mask = mask * jnp.any(relevant, axis=-1)
+        return {"map": masked_sum(average_precision(logits, labels, k, weights), mask)}
+
+    return compute
+
+
+def _load_weights(path: str) -> np.ndarray:
+    if not os.path.isfile(path):  # nor a pipe, which would be waited for
+        raise UserError(f"metrics.class_weights: {path} is no readable .npy file (no such file).")
+    try:
+        weights = np.load(path, allow_pickle=False).astype(np.float32)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"metrics.class_weights: {path} is no readable .npy file ({error}).") from None
+    if not np.all(np.isfinite(weights)) or np.any(weights < 0):
+        raise UserError(f"metrics.class_weights: {path} must hold finite weights that are not negative.")
+    return weights
+
+
+METRICS = {"single_label": single_label, "multi_label": multi_label}
+
+# The metric of each that 'best' means the highest of.
+BEST = {"single_label": "top1", "multi_label": "map"}
+
+
+def create_metrics(name: str, **options: Any) -> MetricFunction:
+    """Returns a function (logits, labels, mask) -> {metric: Sum}, by name.
+
+    Raises:
+      ValueError: `name` is no key of `METRICS`, or an option is out of its range.
+    """
+    return lookup(METRICS, name, "metric")(**options)
+
+
+class Accumulator:
+    """Adds the metrics of batches on the host, in float64."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Sum] = {}
+
+    def add(self, metrics: Mapping[str, Sum]) -> None:
+        for name, (total, count) in jax.device_get(dict(metrics)).items():
+            old = self._sums.get(name, Sum(0.0, 0.0))
+            self._sums[name] = Sum(old.total + float(total), old.count + float(count))
+
+    def count(self, name: str) -> float:
+        """What the sum of metric `name` is divided by."""
+        return self._sums[name].count
+
+    def means(self) -> dict[str, float]:
+        """Each metric's mean; NaN where nothing counted."""
+        return {name: s.total / s.count if s.count else float("nan") for name, s in self._sums.items()}

@@ -1,0 +1,124 @@
+"""Mixup and CutMix: a batch whose images are each of two, inside the compiled step.
+
+As timm's `Mixup` has it with its default mode 'batch': one share and one choice between the two for
+the whole batch, the share of CutMix corrected to the pixels that it really covers. Image 2 i is
+mixed with image 2 i + 1 and that with 2 i, which in a shuffled batch is as random as any pairing,
+does not depend on the number of devices or hosts, and sends nothing between devices as long as
+each has an even number of images. (timm pairs with the reversed batch, for which every device
+would send all its images to another.)
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from xception_flax.text.errors import UserError
+from xception_flax.text.ranges import check_range
+
+Batch = dict[str, jax.Array]
+Mix = Callable[[jax.Array, Batch], Batch]
+
+_PURPOSE = 0x6D6978  # keeps the key apart from those of dropout
+
+
+def make_mixing(
+    *,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+    probability: float = 1.0,
+    switch_probability: float = 0.5,
+) -> Mix | None:
+    """Returns `mix(key, batch) -> batch`, or None where nothing is to be mixed: both alphas 0.
+
+    `mix` takes `images` `[N, H, W, C]` uint8, N even, and `labels` `[N]` or `[N, num_classes]`. The
+    images it returns are uint8 again, rounded, as timm's `FastCollateMixup` does: within half of a
+    level, for a quarter of the memory. Where `mask` is 0 for one of a pair, it is for both. With them
+    come `labels`, of the image with the larger share, `minor_labels`, of the other, and `share` `[N]`
+    float32, 1/2 to 1, of the former.
+
+    Args:
+      mixup_alpha: the share of an image is drawn from Beta(alpha, alpha) (Zhang et al. 2017, arXiv
+        1710.09412, section 2: 0.1 to 0.4 on ImageNet); 0 for no mixup.
+      cutmix_alpha: as much of the image stays around a rectangle of the other (Yun et al. 2019, arXiv
+        1905.04899, section 3.1: 1); 0 for no CutMix. The rectangle has the image's aspect ratio and
+        its centre anywhere, so that the border cuts off some of it.
+      probability: of mixing a batch at all; timm's `prob`.
+      switch_probability: of CutMix instead of mixup, where there are both; timm's `switch_prob`.
+
+    Raises:
+      ValueError: a value out of its range.
+    """
+    check_range("mix.mixup_alpha", mixup_alpha, 0)
+    check_range("mix.cutmix_alpha", cutmix_alpha, 0)
+    check_range("mix.probability", probability, 0, 1)
+    check_range("mix.switch_probability", switch_probability, 0, 1)
+    if not mixup_alpha and not cutmix_alpha:
+        return None
+    if not mixup_alpha or not cutmix_alpha:
+        switch_probability = float(cutmix_alpha > 0)
+
+    def mix(key: jax.Array, batch: Batch) -> Batch:
+        images, labels = batch["images"], batch["labels"]
+        if images.shape[0] % 2:
+            raise UserError(f"mix needs an even number of images, got a batch of {images.shape[0]}.")
+        any_key, switch_key, share_key, box_key = jax.random.split(key, 4)
+        cut = jax.random.bernoulli(switch_key, switch_probability)
+        alpha = jnp.where(cut, cutmix_alpha, mixup_alpha)
+        share = jax.random.beta(share_key, alpha, alpha, dtype=jnp.float32)
+        share = jnp.where(jax.random.bernoulli(any_key, probability), share, 1.0)
+        box = _box(box_key, share, *images.shape[1:3])
+        # What an image keeps of each of its pixels: the same everywhere, or 0 in the box and 1 around it.
+        kept = jnp.where(cut, 1.0 - box, share)[None, :, :, None]
+        share = jnp.where(cut, 1.0 - jnp.mean(box), share)
+
+        own, other = images.astype(jnp.float32), _swap(images).astype(jnp.float32)
+        mixed = jnp.round(kept * own + (1 - kept) * other).astype(images.dtype)
+
+        def by_share(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Of each image that of the larger share and that of the smaller one."""
+            others = _swap(values)
+            return jnp.where(share < 0.5, others, values), jnp.where(share < 0.5, values, others)
+
+        major, minor = by_share(labels)
+        shares = jnp.full(images.shape[0], jnp.maximum(share, 1 - share), jnp.float32)
+        mixed_batch = batch | {"images": mixed, "labels": major, "minor_labels": minor, "share": shares}
+        if "mask" in batch:  # who is mixed with an image that does not count does not count either
+            first, second = by_share(batch["mask"])
+            mixed_batch["mask"] = first * jnp.where(shares < 1, second, 1)
+        return mixed_batch
+
+    return mix
+
+
+def mixing_key(seed: int, step: jax.Array | int) -> jax.Array:
+    """The key of step `step`, counted from 0: nothing but the two decides how a batch is mixed."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), _PURPOSE)
+
+
+def soft_labels(batch: Batch, num_classes: int) -> jax.Array:
+    """Returns the targets `[N, num_classes]` float32 of a mixed batch, each the shares of its classes."""
+
+    def one_hot(labels: jax.Array) -> jax.Array:
+        return jax.nn.one_hot(labels, num_classes) if labels.ndim == 1 else labels.astype(jnp.float32)
+
+    share = batch["share"][:, None]
+    return share * one_hot(batch["labels"]) + (1 - share) * one_hot(batch["minor_labels"])
+
+
+def _swap(x: jax.Array) -> jax.Array:
+    """Element 2 i for 2 i + 1 and that for 2 i."""
+    return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
+
+
+def _box(key: jax.Array, share: jax.Array, height: int, width: int) -> jax.Array:
+    """`[height, width]`, 1 in a rectangle of area 1 - share as far as the image goes, around a random pixel."""
+    y_key, x_key = jax.random.split(key)
+
+    def inside(key: jax.Array, size: int) -> jax.Array:
+        side = (size * jnp.sqrt(1 - share)).astype(jnp.int32)
+        first = jax.random.randint(key, (), 0, size) - side // 2
+        at = jnp.arange(size)
+        return (at >= first) & (at < first + side)
+
+    return (inside(y_key, height)[:, None] & inside(x_key, width)).astype(jnp.float32)

@@ -1,0 +1,224 @@
+"""Learning-rate schedules, optimizers and the mask of what weight decay touches.
+
+A schedule is a *factor* of the learning rate, so `learning_rate` stays one number of the recipe.
+Durations are in epochs or in images, never in steps: a recipe keeps its meaning at another batch
+size.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from xception_flax.models.layers import is_classifier
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import lookup
+from xception_flax.text.ranges import check_range
+
+PyTree = Any
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+
+# Schedules -----------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """What a schedule must know of a run to turn epochs and images into steps."""
+
+    batch_size: int
+    num_images: int  # of one epoch
+    total_steps: int
+
+
+def constant(run: Run) -> Schedule:
+    """Factor 1 at every step."""
+    return lambda step: jnp.ones((), jnp.float32)
+
+
+def exponential(
+    run: Run,
+    *,
+    decay_rate: float,
+    every_epochs: float | None = None,
+    every_images: int | None = None,
+    staircase: bool = True,
+) -> Schedule:
+    """Factor `decay_rate ** (images seen / every)`.
+
+    Args:
+      decay_rate: factor of one decay, above 0 and at most 1; the paper: 0.94 on ImageNet, 0.9 on JFT (section 4.2).
+      every_epochs: epochs between two decays (ImageNet: 2). Exactly one of this and `every_images`.
+      every_images: images between two decays (JFT: 3,000,000).
+      staircase: decay at once after each interval, not a little at each step.
+    """
+    if (every_epochs is None) == (every_images is None):
+        raise UserError(
+            "schedule 'exponential' takes exactly one of every_epochs and every_images, "
+            f"got every_epochs={every_epochs}, every_images={every_images}."
+        )
+    check_range("schedule.decay_rate", decay_rate, 0, above=True)
+    if every_images is None:
+        check_range("schedule.every_epochs", every_epochs, 0, above=True)
+        every = every_epochs * run.num_images
+    else:
+        check_range("schedule.every_images", every_images, 1)
+        every = every_images
+    interval_steps = every / run.batch_size
+
+    def factor(step: jax.Array | int) -> jax.Array:
+        # Half a step makes `floor` safe from the rounding of the division at whole intervals.
+        intervals = jnp.floor((step + 0.5) / interval_steps) if staircase else step / interval_steps
+        return jnp.asarray(decay_rate, jnp.float32) ** intervals
+
+    return factor
+
+
+def cosine(run: Run, *, warmup_epochs: float = 0.0, final_factor: float = 0.0) -> Schedule:
+    """Linear warm-up from 0 to 1, then half a cosine down to `final_factor`, 0 to 1 (Loshchilov & Hutter 2017)."""
+    check_range("schedule.warmup_epochs", warmup_epochs, 0)
+    check_range("schedule.final_factor", final_factor, 0)
+    warmup_steps = round(warmup_epochs * run.num_images / run.batch_size)
+    if warmup_steps >= run.total_steps:
+        raise UserError(
+            f"schedule 'cosine': warmup_epochs={warmup_epochs:g} are {warmup_steps} steps, "
+            f"but the whole run has {run.total_steps}; train longer, or set --config.schedule.warmup_epochs=0."
+        )
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup_steps else 1.0,
+        peak_value=1.0,
+        warmup_steps=warmup_steps,
+        decay_steps=run.total_steps,
+        end_value=final_factor,
+    )
+
+
+SCHEDULES = {"constant": constant, "exponential": exponential, "cosine": cosine}
+
+
+def create_schedule(name: str = "constant", *, run: Run, **options: Any) -> Schedule:
+    """Returns the schedule `name`, a function from the step to a factor of the learning rate.
+
+    Args:
+      name: a key of `SCHEDULES`.
+      run: sizes that turn epochs and images into steps.
+      **options: the schedule's own keywords.
+
+    Raises:
+      ValueError: unknown name, or a value out of its range.
+    """
+    return lookup(SCHEDULES, name, "schedule")(run, **options)
+
+
+# Optimizers ----------------------------------------------------------------------------------------
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """True for what weight decay touches: kernels, not biases and not batch normalization's scale."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def backbone_mask(params: PyTree) -> PyTree:
+    """True for the backbone, False for the classifier: what fine-tuning treats differently."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not is_classifier(path[0].key), params)
+
+
+def sgd(
+    learning_rate: Schedule,
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    decoupled_weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """SGD with momentum: `m = momentum * m + g; p -= learning_rate * m` (paper, section 4.2).
+
+    `decoupled_weight_decay` subtracts `learning_rate * decay * p` beside the momentum (SGDW); the
+    paper's weight decay is in the loss instead.
+    """
+    check_range("optimizer.momentum", momentum, 0, 1, below=True)
+    check_range("optimizer.decoupled_weight_decay", decoupled_weight_decay, 0)
+    return optax.chain(
+        optax.trace(momentum, nesterov=nesterov),
+        optax.add_decayed_weights(decoupled_weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def rmsprop(
+    learning_rate: Schedule, *, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1.0
+) -> optax.GradientTransformation:
+    """RMSprop as `tf.train.RMSPropOptimizer` (TF1) computes it, which the paper trained JFT with.
+
+        s = decay * s + (1 - decay) * g^2        s starts at 1
+        m = momentum * m + learning_rate * g / sqrt(s + epsilon)
+        p -= m
+
+    Most other libraries start `s` at 0 and add epsilon outside the root. Decay and epsilon are not
+    in the paper; the defaults are Inception V3's.
+    """
+    check_range("optimizer.decay", decay, 0, 1, below=True)
+    check_range("optimizer.momentum", momentum, 0, 1, below=True)
+    check_range("optimizer.epsilon", epsilon, 0, above=True)
+    return optax.rmsprop(
+        learning_rate, decay=decay, eps=epsilon, initial_scale=1.0, eps_in_sqrt=True, momentum=momentum
+    )
+
+
+def adamw(
+    learning_rate: Schedule,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
+    decoupled_weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019); decay is `learning_rate * decoupled_weight_decay * p`."""
+    check_range("optimizer.beta1", beta1, 0, 1, below=True)
+    check_range("optimizer.beta2", beta2, 0, 1, below=True)
+    check_range("optimizer.epsilon", epsilon, 0, above=True)
+    check_range("optimizer.decoupled_weight_decay", decoupled_weight_decay, 0)
+    return optax.adamw(learning_rate, beta1, beta2, epsilon, weight_decay=decoupled_weight_decay, mask=decay_mask)
+
+
+OPTIMIZERS = {"sgd": sgd, "rmsprop": rmsprop, "adamw": adamw}
+
+
+def create_optimizer(
+    name: str,
+    learning_rate: float,
+    *,
+    schedule: Schedule,
+    backbone_factor: float = 1.0,
+    clip_norm: float | None = None,
+    **options: Any,
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """Returns the optimizer and its learning rate as a function of the step.
+
+    Args:
+      name: a key of `OPTIMIZERS`.
+      learning_rate: at factor 1 of the schedule.
+      schedule: factor of the learning rate; see `create_schedule`.
+      backbone_factor: factor of the learning rate for all layers but the classifier (`layers.is_classifier`),
+        for fine-tuning; 0 freezes them, and their gradients are not computed.
+      clip_norm: gradients longer than this (global L2 norm, all parameters together) are shortened
+        to it; None leaves them.
+      **options: the optimizer's own keywords.
+
+    Raises:
+      ValueError: unknown name, or a value out of its range.
+    """
+    check_range("optimizer.learning_rate", learning_rate, 0)
+    check_range("optimizer.backbone_factor", backbone_factor, 0)
+    if clip_norm is not None:
+        check_range("optimizer.clip_norm (None: no clipping)", clip_norm, 0, above=True)
+
+    def rate(step: jax.Array | int) -> jax.Array:
+        return learning_rate * schedule(step)
+
+    tx = lookup(OPTIMIZERS, name, "optimizer")(rate, **options)
+    if backbone_factor != 1:  # of the whole update, decoupled weight decay too: that is the learning rate's factor
+        tx = optax.chain(tx, optax.masked(optax.scale(backbone_factor), backbone_mask))
+    if clip_norm is not None:
+        tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+    return tx, rate

@@ -1,0 +1,153 @@
+"""Where arrays live: the mesh, the batch over all of its devices, the state over 'fsdp'.
+
+The mesh has two axes. Both split the batch; 'fsdp' also splits the large arrays of the state
+(parameters, optimizer, averages), so that a chip holds a share of them. No model knows of either:
+under `jit` over global arrays the compiler places the collectives, and batch normalization sees
+the global batch.
+"""
+
+import math
+import socket
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from xception_flax.host import allocator
+from xception_flax.text.errors import UserError
+from xception_flax.text.ranges import check_range
+
+PyTree = Any
+
+BATCH_AXES = ("data", "fsdp")
+
+# A smaller array costs more to gather than it saves: 64 Ki elements are 256 KiB.
+MIN_SHARDED_ELEMENTS = 2**16
+
+
+def create_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh over all devices of all hosts, with axes ('data', 'fsdp').
+
+    Args:
+      data: devices that only split the batch; -1 for all that `fsdp` leaves.
+      fsdp: devices that also split the state; -1 for all that `data` leaves.
+      devices: those to take in place of all, such as those of a machine that is only described.
+
+    Raises:
+      ValueError: `data * fsdp` is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    sizes = {"data": data, "fsdp": fsdp}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) == 1 and fixed > 0 and count % fixed == 0:
+        sizes[free[0]] = count // fixed
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
+        if len(free) == 1:
+            other = "fsdp" if free == ["data"] else "data"
+            divisors = [str(d) for d in range(1, count + 1) if count % d == 0]
+            advice = f"mesh.{other} must divide their number: take {' or '.join(divisors)}"
+        else:
+            advice = "leave one of them, and only one, at -1 to fill up"
+        raise UserError(f"mesh: data={data} x fsdp={fsdp} must cover the {_devices(count)} exactly; {advice}.")
+    return jax.make_mesh(tuple(sizes.values()), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
+    """Raises ValueError unless every device gets the same number of images in each part of a step."""
+    check_range("step.accumulation_steps", accumulation_steps, 1)
+    parts = mesh.size * accumulation_steps
+    if batch_size < 1 or batch_size % parts:
+        factors = _devices(mesh.size) + (
+            f" x step.accumulation_steps={accumulation_steps}" if accumulation_steps > 1 else ""
+        )
+        lower = batch_size // parts * parts
+        near = f"{lower} or {lower + parts}" if lower > 0 else str(parts)
+        multiple = "a multiple" if batch_size > 0 else "a positive multiple"
+        raise UserError(
+            f"batch_size={batch_size} does not divide over {factors}; it must be {multiple} of {parts}: take {near}."
+        )
+
+
+def _devices(number: int) -> str:
+    return f"{number} device" if number == 1 else f"{number} devices"
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def processes_per_host() -> int:
+    """Processes of this run on this host, this one included; all processes must call it."""
+    if jax.process_count() == 1:
+        return 1
+    host = np.uint32(zlib.crc32(socket.gethostname().encode()))
+    return int(np.sum(multihost_utils.process_allgather(host) == host))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: the first dimension over all devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def state_shardings(mesh: Mesh, abstract_state: PyTree) -> PyTree:
+    """The sharding of each array of a state, from its shape alone.
+
+    One rule: an array of at least `MIN_SHARDED_ELEMENTS` is split over 'fsdp' along its largest
+    dimension that divides (the last of equals); everything else is on every device.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def rule(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        if fsdp > 1 and math.prod(leaf.shape) >= MIN_SHARDED_ELEMENTS:
+            dims = [d for d in range(len(leaf.shape)) if leaf.shape[d] % fsdp == 0]
+            if dims:
+                largest = max(dims, key=lambda d: (leaf.shape[d], d))
+                spec = [None] * len(leaf.shape)
+                spec[largest] = "fsdp"
+                return NamedSharding(mesh, PartitionSpec(*spec))
+        return replicated(mesh)
+
+    return jax.tree.map(rule, abstract_state)
+
+
+def check_memory(mesh: Mesh, abstract_state: PyTree) -> None:
+    """Raises ValueError where a device's share of the state alone is more than its memory; of CPUs, what the
+    host has free.
+
+    Args:
+      mesh: of devices that are there.
+      abstract_state: shape, type and sharding of each array.
+    """
+    leaves = jax.tree.leaves(abstract_state)
+    share = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    devices = mesh.local_devices
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit") or allocator.free_memory_bytes() // len(devices)
+    if share > memory:
+        raise UserError(
+            f"parameters, averages and optimizer take {share / 1e9:,.3g} GB on each device, which has "
+            f"{memory / 1e9:,.3g} GB; take a smaller network (model.width), or split them by mesh.fsdp."
+        )
+
+
+def abstract_batch(mesh: Mesh, shapes: dict[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns what `global_batch` will make, without data: from (global shape, type) a key."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def global_batch(mesh: Mesh, local_batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Makes one global array a key from what each host has: `[N / hosts, ...]` -> `[N, ...]`."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(values))
+        for name, values in local_batch.items()
+    }

@@ -1,0 +1,1 @@
+"""Weights to begin with: of this project's runs, and of other libraries' files."""

@@ -1,0 +1,214 @@
+"""The weights of `keras.applications.Xception` and `InceptionV3` as variables of ours, and back: one table, both ways.
+
+Xception's layers have the same names on both sides, but for the four residual convolutions: Keras
+numbers them by itself (`conv2d`, `conv2d_1`, ..., in older files `convolution2d_1`, ...), here they
+are `block2_residual` and so on. Inception V3's convolutions are all numbered in Keras, in the order
+in which they are made; here they have names.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from xception_flax.text.errors import UserError
+from xception_flax.weights import reading
+from xception_flax.weights.reading import MAX_BYTES, Layers
+
+PyTree = Any
+
+# What Keras numbers, in its order.
+XCEPTION_NUMBERED = ("block2_residual", "block3_residual", "block4_residual", "block13_residual")
+_MIXED_35 = ("1x1", "5x5_1", "5x5_2", "3x3dbl_1", "3x3dbl_2", "3x3dbl_3", "pool")
+_REDUCE_35 = ("3x3", "3x3dbl_1", "3x3dbl_2", "3x3dbl_3")
+_MIXED_17 = ("1x1", *(f"7x7_{i}" for i in (1, 2, 3)), *(f"7x7dbl_{i}" for i in (1, 2, 3, 4, 5)), "pool")
+_REDUCE_17 = ("3x3_1", "3x3_2", "7x7x3_1", "7x7x3_2", "7x7x3_3", "7x7x3_4")
+_MIXED_8 = ("1x1", "3x3_1", "3x3_2a", "3x3_2b", "3x3dbl_1", "3x3dbl_2", "3x3dbl_3a", "3x3dbl_3b", "pool")
+INCEPTION_V3_NUMBERED = (
+    *(f"stem_conv{i}" for i in (1, 2, 3, 4, 5)),
+    *(f"mixed{i}_{conv}" for i in (0, 1, 2) for conv in _MIXED_35),
+    *(f"mixed3_{conv}" for conv in _REDUCE_35),
+    *(f"mixed{i}_{conv}" for i in (4, 5, 6, 7) for conv in _MIXED_17),
+    *(f"mixed8_{conv}" for conv in _REDUCE_17),
+    *(f"mixed{i}_{conv}" for i in (9, 10) for conv in _MIXED_8),
+)
+
+_NUMBERED_CONV = re.compile(r"conv(?:olution)?2d(?:_([0-9]{1,6}))?$")
+_NUMBERED_NORM = re.compile(r"batch_?normalization(?:_([0-9]{1,6}))?$")
+
+# Ours of Xception, and where Keras 3 keeps a layer: its class, and its rank among those of its class.
+_XCEPTION_LAYER = re.compile(r"block(?P<block>\d+)_(?P<kind>conv|sepconv|residual)(?P<i>\d*)(?P<bn>_bn)?")
+_PLACE = re.compile(
+    r"(?P<parent>/(?:.*/)?layers)/(?P<keras_class>conv2d|separable_conv2d|batch_normalization|dense)(?:_(?P<rank>[0-9]{1,6}))?"
+)
+
+
+class Weight(NamedTuple):
+    """One array of a Keras layer, in the order of `layer.get_weights()`."""
+
+    collection: str  # of our variables
+    path: tuple[str, ...]  # below the layer's name
+    to_flax: Callable[[np.ndarray], np.ndarray] = lambda w: w
+    to_keras: Callable[[np.ndarray], np.ndarray] = lambda w: w
+
+
+# Keras keeps a depthwise kernel as [kh, kw, C, multiplier], XLA as [kh, kw, 1, C * multiplier].
+_DEPTHWISE = Weight(
+    "params",
+    ("depthwise", "kernel"),
+    to_flax=lambda w: w.reshape(*w.shape[:2], 1, -1),
+    to_keras=lambda w: w.reshape(*w.shape[:2], w.shape[-1], 1),
+)
+_STATISTICS = (Weight("batch_stats", ("mean",)), Weight("batch_stats", ("var",)))
+
+# Kinds of layers by the number of their arrays, which is unambiguous in these networks but for two.
+_KINDS: dict[int, tuple[Weight, ...]] = {
+    1: (Weight("params", ("kernel",)),),
+    3: (Weight("params", ("bias",)), *_STATISTICS),  # normalization without scale: Inception V3
+    4: (Weight("params", ("scale",)), Weight("params", ("bias",)), *_STATISTICS),
+}
+_SEPARABLE = (_DEPTHWISE, Weight("params", ("pointwise", "kernel")))
+_DENSE = (Weight("params", ("kernel",)), Weight("params", ("bias",)))
+
+
+def _weights_of(layer: str, count: int) -> tuple[Weight, ...]:
+    weights = (_SEPARABLE if "sepconv" in layer else _DENSE) if count == 2 else _KINDS.get(count)
+    if weights is None:
+        raise UserError(f"Keras layer {layer!r} has {count} arrays; no layer of Xception or Inception V3 has so many.")
+    return weights
+
+
+def _our_names(keras_names: Sequence[str], variables: Mapping[str, PyTree]) -> dict[str, str]:
+    """Our name of each Keras layer: numbered ones by their rank, which is the order in which they were made."""
+    numbered = INCEPTION_V3_NUMBERED if "stem_conv1" in variables["params"] else XCEPTION_NUMBERED
+    names = {name: name for name in keras_names}
+    for pattern, suffix in ((_NUMBERED_CONV, ""), (_NUMBERED_NORM, "_bn")):
+        found = sorted((int(match[1] or 0), name) for name in keras_names if (match := pattern.match(name)))
+        if len(found) > len(numbered):
+            raise UserError(f"{len(found)} Keras layers such as {found[-1][1]!r}, expected {len(numbered)}.")
+        names |= {name: ours + suffix for (_, name), ours in zip(found, numbered, strict=False)}
+    return names
+
+
+def read_layers(path: Path, template: Mapping[str, PyTree], max_bytes: int = MAX_BYTES) -> Layers:
+    """Returns (name, arrays) of each layer in a file that Keras wrote, as `from_keras` takes them.
+
+    Any of `model.save('x.h5')`, `model.save_weights('x.weights.h5')` (Keras 3) and
+    `model.save_weights('x.h5')` (Keras 1 and 2, and the published weights).
+
+    Args:
+      template: variables of our model, or their shapes: what tells layers apart where Keras wrote no names.
+      max_bytes: of all arrays together.
+
+    Raises:
+      ValueError: it is no such file, or a damaged one.
+    """
+    try:
+        layers = [(name, arrays) for name, arrays in reading.read(path, "hdf5", max_bytes) if arrays]
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as weights of Keras: {error}.") from None
+    if not layers:
+        raise UserError(f"{path} has no layers with weights in it; expected a file of Keras' model.save_weights().")
+    if any(name.startswith("/") for name, _ in layers):
+        names = _names_by_rank([name for name, _ in layers], template, path)
+        layers = [(names[name], arrays) for name, arrays in layers]
+    return layers
+
+
+def _names_by_rank(places: Sequence[str], template: Mapping[str, PyTree], path: Path) -> dict[str, str]:
+    """Our name of each layer of Xception by its place in a file of Keras 3.0 to 3.5, which wrote no names.
+
+    A place is a class and how many of that class come before in `model.layers`: '/layers/conv2d_3'. Those
+    are in the order of their distance from the output. No two of one class in Xception are equally far, so
+    that every version of Keras has one order; in Inception V3 many are.
+
+    Raises:
+      ValueError: it is another network, or not the whole of this one.
+    """
+    found, dense, parents = [], [], set()
+    for place in places:
+        match = _PLACE.fullmatch(place)
+        if match and match["keras_class"] == "dense":
+            dense.append(place)
+        else:
+            found.append((match["keras_class"], int(match["rank"] or 0), place) if match else (place, 0, place))
+            parents.add(match["parent"] if match else place)
+    ours = sorted(_class_and_order(name) for name in template["params"] if name != "predictions")
+    if [layer[0] for layer in sorted(found)] != [layer[0] for layer in ours] or len(parents) > 1 or len(dense) > 1:
+        raise UserError(
+            f"{path}: Keras before 3.6 wrote no names of layers into it, and by their order only those of the whole "
+            "Xception can be told apart. With Keras 3.6 or newer: model.load_weights(FILE), "
+            "model.save_weights('new.weights.h5')."
+        )
+    names = {theirs[-1]: layer[-1] for theirs, layer in zip(sorted(found), ours, strict=True)}
+    return names | dict.fromkeys(dense, "predictions")
+
+
+def _class_and_order(name: str) -> tuple[str, int, int, int, str]:
+    """Keras' class of a layer of Xception of ours, and what sorts those of a class as Keras does."""
+    match = _XCEPTION_LAYER.fullmatch(name)
+    if match is None:
+        return name, 0, 0, 0, name
+    kind = ("conv", "sepconv", "residual").index(match["kind"])
+    keras_class = "batch_normalization" if match["bn"] else ("conv2d", "separable_conv2d", "conv2d")[kind]
+    return keras_class, int(match["block"]), kind, int(match["i"] or 0), name
+
+
+def from_keras(layers: Iterable[tuple[str, Sequence[np.ndarray]]], template: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """Returns our variables with the weights of a Keras model.
+
+    Args:
+      layers: (name, arrays) of each layer of the model, in any order:
+        `[(layer.name, layer.get_weights()) for layer in model.layers]`.
+      template: variables of our model, or their shapes: what must be filled, each exactly once.
+
+    Raises:
+      ValueError: a layer, array or shape that does not match, or one of ours that stays without.
+    """
+    layers = [(name, arrays) for name, arrays in layers if len(arrays)]
+    names = _our_names([name for name, _ in layers], template)
+    expected, variables = flatten_dict(template), {}
+    for theirs, arrays in layers:
+        for weight, array in zip(_weights_of(theirs, len(arrays)), arrays, strict=True):
+            place = (weight.collection, names[theirs], *weight.path)
+            if place not in expected:
+                raise UserError(f"Keras layer {theirs!r}: our network has no {'/'.join(place)}.")
+            if place in variables:
+                raise UserError(f"Keras layer {theirs!r}: {'/'.join(place)} is filled twice.")
+            value = weight.to_flax(np.asarray(array))
+            if value.shape != expected[place].shape:
+                raise UserError(
+                    f"Keras layer {theirs!r}: {'/'.join(place)} must have shape {tuple(expected[place].shape)}, "
+                    f"got {value.shape}."
+                )
+            variables[place] = value
+    if missing := expected.keys() - variables.keys():
+        raise UserError(f"no Keras layer for {', '.join(sorted('/'.join(p) for p in missing)[:5])}.")
+    return unflatten_dict(variables)
+
+
+def to_keras(variables: Mapping[str, PyTree], layers: Iterable[tuple[str, int]]) -> list[list[np.ndarray]]:
+    """Returns the arrays for each Keras layer, in the order of `layer.set_weights()`; the inverse of `from_keras`.
+
+    Args:
+      variables: of our model.
+      layers: (name, number of arrays) of each layer that has arrays.
+
+    Raises:
+      ValueError: a layer that our network does not have.
+    """
+    layers, ours = list(layers), flatten_dict(variables)
+    names = _our_names([name for name, _ in layers], variables)
+    result = []
+    for theirs, count in layers:
+        arrays = []
+        for weight in _weights_of(theirs, count):
+            place = (weight.collection, names[theirs], *weight.path)
+            if place not in ours:
+                raise UserError(f"Keras layer {theirs!r}: our network has no {names[theirs]!r}.")
+            arrays.append(weight.to_keras(np.asarray(ours[place])))
+        result.append(arrays)
+    return result
