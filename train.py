@@ -31,14 +31,18 @@ from xception_flax.host import allocator, processes
 from xception_flax.host.files import file_errors
 from xception_flax.models import costs
 from xception_flax.recipes import groups, reading
+from xception_flax.recipes.comparing import alike
 from xception_flax.runs import curves, history, profiling, progress
 from xception_flax.runs.workdir import (
-    alike,
+    CHECKPOINTS,
+    CURVES,
+    HISTORY,
+    PROFILE,
     check_claim,
     check_workdir,
     claim,
+    has_checkpoints,
     how_to_train_on,
-    recipe_to_json,
     remember,
 )
 from xception_flax.text import naming
@@ -105,7 +109,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     if len(train_data.class_names) < 2:
         raise UserError(f"the data has one class only, {train_data.class_names[0]!r}; expected two or more.")
     data.check_class_names(train_data.class_names, eval_data)
-    begun = checkpoint.has_steps(workdir)
+    begun = has_checkpoints(workdir)
     same = {"whether the workdir has checkpoints": begun}
     processes.agree("data", lambda: train_data.identity() | eval_data.identity() | same)
     if config.model.num_classes != len(train_data.class_names):
@@ -157,13 +161,11 @@ def train(config: ConfigDict, workdir: Path) -> int:
             stack.enter_context(claim(workdir, config))
         processes.check_shared(workdir)
         manager = stack.enter_context(
-            checkpoint.open_manager(workdir, best_metric=metrics.BEST[config.metrics.name], **config.checkpoint)
+            checkpoint.open_manager(
+                workdir / CHECKPOINTS, best_metric=metrics.BEST[config.metrics.name], **config.checkpoint
+            )
         )
-        meta = {
-            "recipe": naming.from_json(recipe_to_json(config)),
-            "class_names": list(train_data.class_names),
-            "num_images": train_data.num_images,
-        }
+        meta = {"class_names": list(train_data.class_names), "num_images": train_data.num_images}
         start_step = manager.latest_step() or 0
         begins_with = loaded.meta() if loaded else None
         processes.agree("start", lambda: {"the newest checkpoint": start_step, "the initial weights": begins_with})
@@ -205,7 +207,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             )
         )
         profiled = range(max(profiled.start, start_step + 1), profiled.stop)
-        profile = stack.enter_context(profiling.Profile(profiled, workdir / "profile", report, enabled=first_host))
+        profile = stack.enter_context(profiling.Profile(profiled, workdir / PROFILE, report, enabled=first_host))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(train_state.params))
         report.say(
             f"{config.model.name}, {parameters:,} parameters, {train_data.num_images:,} images, {total_steps} steps of "
@@ -287,7 +289,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 **{k: console.percent(v) for k, v in results.items() if k not in progress.NO_SHARES},
                 "evaluated": f"split {config.data.eval_split!r}, {results['count']:,} images, {weights} weights",
                 **bad_images(workdir, results),
-                "curves": naming.shown(workdir / "curves.png"),
+                "curves": naming.shown(workdir / CURVES),
             },
         )
         draw_curves(workdir)  # last: nothing that happens to the picture hides the results
@@ -324,7 +326,7 @@ def bad_images(workdir: Path, results: dict[str, float]) -> dict[str, str]:
     """Returns the row of the table about what was left out; none where the recipe replaces no bad images."""
     if "bad_images" not in results:
         return {}
-    records = history.read_metrics(workdir / "metrics.jsonl")
+    records = history.read_metrics(workdir / HISTORY)
     trained = sum(record.get("train/bad_images", 0) for record in records)
     return {
         "bad images": f"left out: {trained:,} times in training, {results['bad_images']:,} in evaluation; "
@@ -357,9 +359,9 @@ def check_same_data(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -
 
 def draw_curves(workdir: Path) -> None:
     """Draws curves.png from metrics.jsonl."""
-    records = history.read_metrics(workdir / "metrics.jsonl")
-    with file_errors(workdir / "curves.png", "written"):
-        curves.draw_curves(records, naming.shown(workdir), workdir / "curves.png")
+    records = history.read_metrics(workdir / HISTORY)
+    with file_errors(workdir / CURVES, "written"):
+        curves.draw_curves(records, naming.shown(workdir), workdir / CURVES)
 
 
 if __name__ == "__main__":
