@@ -2,9 +2,9 @@
 
 A folder `STEP/` has the items `raw` (parameters and batch statistics), `ema` (their
 averages, where the recipe keeps them), `optimizer` and `meta` (JSON: the class names, the number of
-images, what the run began with, the step, a checksum of every array; before version 0.2 the recipe
-too, which stands in the workdir). What only evaluates reads one of the first two. The position in the
-data is the step.
+images, the initial weights, the step, a checksum of every array; older ones have the recipe too, which
+nobody reads: it is in the workdir). What only evaluates reads one of the first two. The position in
+the data is the step.
 """
 
 import asyncio
