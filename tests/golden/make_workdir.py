@@ -1,4 +1,4 @@
-"""Writes workdir_0.1.tar.gz: a small run of the version before modules had folders, and what that version said of it.
+"""Writes workdir_0.1.tar.xz: a small run of the version before modules had folders, and what that version said of it.
 
     git worktree add /tmp/old 995551f && cd /tmp/old
     JAX_PLATFORMS=cpu PYTHONPATH=. python NEW/tests/golden/make_workdir.py NEW/tests/golden
@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
             run = pretrained.restore_run(workdir, sharding.create_mesh(), str(step))
             logits[str(step)] = np.asarray(run.model.apply(run.variables, (images - 127.5) / 127.5, train=False))
         np.savez(workdir / "logits.npz", **logits)
-        with tarfile.open(folder / "workdir_0.1.tar.gz", "w:gz") as archive:
+        with tarfile.open(folder / "workdir_0.1.tar.xz", "w:xz", preset=9) as archive:
             for name in (*NAMES, "said.json", "logits.npz"):
                 archive.add(workdir / name, name)
 

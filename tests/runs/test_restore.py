@@ -1,6 +1,6 @@
 """Runs read back: one of version 0.1 for ever, and what stands in the way.
 
-`golden/workdir_0.1.tar.gz` is a run that the version before modules had folders wrote, with what that version said of
+`golden/workdir_0.1.tar.xz` is a run that the version before modules had folders wrote, with what that version said of
 it; `golden/make_workdir.py` says how it was made. It is never made anew: it stands for the runs that users have.
 """
 
@@ -22,7 +22,7 @@ from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import read_recipe
 from xception_flax.weights import initial
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "workdir_0.1.tar.gz"
+GOLDEN = Path(__file__).parents[1] / "golden" / "workdir_0.1.tar.xz"
 STEPS = (40, 79)
 
 
