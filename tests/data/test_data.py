@@ -129,7 +129,7 @@ def test_the_contract_covers_every_source(prepared):
 def test_contract(prepared, name):
     """Random access that pickles, classes, and batches of the promised shapes; evaluation sees each image once."""
     source = data.SOURCES[name]("train", **prepared[name])
-    assert isinstance(source, sources.source.Source)
+    assert isinstance(source, sources.Source)
     assert len(source.class_names) == 10
     for i in (len(source) - 1, 0):
         example = source[i]
@@ -947,9 +947,7 @@ def test_a_label_of_no_class_is_refused(label):
     for several in (False, True):
         record = {"image": b"", "label": [1, label] if several else label}
         source = sources.tfds.TfdsSource([record], tuple("abcde"), "image", "label", several)
-        with pytest.raises(
-            sources.source.InputError, match=f"record 0 has the label {label}, which is none of 5 classes"
-        ):
+        with pytest.raises(sources.InputError, match=f"record 0 has the label {label}, which is none of 5 classes"):
             source[0]
 
 

@@ -10,11 +10,9 @@ whole.
 
 import argparse
 import os
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +21,7 @@ import tensorflow_datasets as tfds
 from xception_flax.commands import cli
 from xception_flax.data import MAX_THREADS, decoding, sources
 from xception_flax.display import console
-from xception_flax.prepare import imagenet, records
-from xception_flax.prepare.check import (
-    Checked,
-    _check_directory,
-    _common_classes,
-    _describe,
-    _folder_splits,
-    _open,
-    _read,
-    _repeated,
-)
+from xception_flax.prepare import check, folder, imagenet, records
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
@@ -65,7 +53,7 @@ def main(argv: list[str]) -> int:
     _add_output(command)
 
     command = commands.add_parser("check", help="reads every image", allow_abbrev=False)
-    command.set_defaults(function=check)
+    command.set_defaults(function=check_data_set)
     command.add_argument(
         "dataset", type=cli.directory, metavar="DATASET", help="NAME/VERSION of a prepared data set, or a folder"
     )
@@ -136,67 +124,13 @@ def prepare_imagenet(arguments: argparse.Namespace) -> int:
 
 
 def prepare_folder(arguments: argparse.Namespace) -> int:
-    source = arguments.source.expanduser().absolute()
-    name = arguments.name or re.sub(r"\W+", "_", source.name.lower()).strip("_")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(f"--name must be of small letters, digits and _, and begin with a letter; got {name!r}.")
-    _check_directory(source)
-    there, fraction = _folder_splits(source, arguments.val_fraction)
-    unreadable = [split for split in there if not re.fullmatch(r"[\w-]+", split) or split == "all"]
-    if unreadable:
-        raise UserError(
-            f"{source}: TFDS reads no split {unreadable[0]!r}; rename the folder, by letters, digits, _ and -, "
-            "and not 'all', which is all of them."
-        )
-    files = {
-        split: sources.folder.folder(split, data_dir=str(source), val_fraction=fraction)
-        for split in there or ("train", "val")
-    }
-    class_names = _common_classes(source, files)
-    if len(class_names) < 2:
-        raise UserError(f"{source} has one class only, {class_names[0]!r}; expected two or more.")
-    unreadable = [class_name for class_name in class_names if class_name.splitlines() != [class_name.strip()]]
-    if unreadable:
-        raise UserError(
-            f"{source}: TFDS reads no class {unreadable[0]!r}; rename the folder, without white space around its "
-            "name or line breaks."
-        )
-    unreadable = [
-        path for of_split in files.values() for path in of_split.paths if not naming.is_unicode(naming.decoded(path))
-    ]
-    if unreadable:
-        raise UserError(f"{naming.shown(unreadable[0])}: TFDS takes no file name that is not UTF-8; rename it.")
+    directory = arguments.source.expanduser().absolute()
+    files = folder.open_folder(directory, arguments.val_fraction)
+    class_names = next(iter(files.values())).class_names
+    info = folder.create_info(arguments.name or folder.default_name(directory), class_names, arguments.data_dir)
     if unread := sources.folder.unread_of(files.values()):
-        print(f"{naming.shown(source)}: {unread}", file=sys.stderr)
-    splits = {
-        split: [
-            records.EncodedImage(
-                # One name on every system, and the path as it is on this one.
-                naming.canonical(Path(path).relative_to(source)),
-                label,
-                path,
-                0,
-                os.stat(path).st_size,
-            )
-            for path, label in zip(of_split.paths, of_split.labels, strict=True)
-        ]
-        for split, of_split in files.items()
-    }
-    info = tfds.core.DatasetInfo(
-        builder=tfds.core.DatasetIdentity(
-            name=name, version=tfds.core.Version("1.0.0"), data_dir=str(arguments.data_dir), module_name=""
-        ),
-        description=f"Images of {len(class_names)} classes.",
-        features=tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(),
-                "label": tfds.features.ClassLabel(names=class_names),
-                "file_name": tfds.features.Text(),
-            }
-        ),
-        supervised_keys=("image", "label"),
-    )
-    return _prepare(info, splits, arguments, str(source))
+        print(f"{naming.shown(directory)}: {unread}", file=sys.stderr)
+    return _prepare(info, folder.list_images(directory, files), arguments, str(directory))
 
 
 def _prepare(
@@ -238,31 +172,17 @@ def _prepare(
 # Checking ------------------------------------------------------------------------------------------
 
 
-def check(arguments: argparse.Namespace) -> int:
-    splits = _open(arguments.dataset.expanduser().absolute(), arguments.val_fraction)
+def check_data_set(arguments: argparse.Namespace) -> int:
+    splits = check.open_splits(arguments.dataset.expanduser().absolute(), arguments.val_fraction)
     of_training = {split: source for split, source in splits.items() if split in ("train", "val")} or splits
-    class_names = _common_classes(arguments.dataset, of_training)
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise UserError(f"--json: {arguments.json.parent} is no directory.")
+    class_names = folder.common_classes(arguments.dataset, of_training)
     if arguments.json is not None:
-        try:
-            arguments.json.open("a").close()  # before hours of reading
-        except OSError as error:
-            raise UserError(f"--json: {arguments.json} cannot be written: {error.strerror}.") from None
-    images: dict[str, list[Checked]] = {}
-    with (
-        console.counting(f"reading {arguments.dataset.name}", sum(map(len, splits.values())), "images") as advance,
-        futures.ThreadPoolExecutor(arguments.num_threads) as executor,
-    ):
-        for split, source in splits.items():
-            images[split] = []
-            for begin in range(0, len(source), 1024):  # a future an image would be gigabytes
-                block = range(begin, min(begin + 1024, len(source)))
-                for image in executor.map(lambda i, source=source: _read(source, i), block):
-                    images[split].append(image)
-                    advance(1)
-    report = {split: _describe(found, splits[split].class_names) for split, found in images.items()}
-    repeated = _repeated(images)
+        _check_json(arguments.json)
+    total = sum(map(len, splits.values()))
+    with console.counting(f"reading {arguments.dataset.name}", total, "images") as advance:
+        images = check.read_all(splits, arguments.num_threads, advance)
+    report = {split: check.describe(found, splits[split].class_names) for split, found in images.items()}
+    repeated = check.repeated(images)
     if arguments.json is not None:
         unread = sorted({file for source in splits.values() for file in getattr(source, "unread", ())})
         content = {"splits": report, "repeated": repeated, "unread": [file._asdict() for file in unread]}
@@ -274,6 +194,16 @@ def check(arguments: argparse.Namespace) -> int:
     if other:  # of no matter to training, but `evaluate` will refuse them
         print(f"\nother classes than training's: split {', '.join(other)}")
     return 1 if other or any(described["undecodable"] for described in report.values()) else 0
+
+
+def _check_json(path: Path) -> None:
+    """Raises UserError where no file can be written to `path`: before hours of reading, not after."""
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--json: {path.parent} is no directory.")
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"--json: {path} cannot be written: {error.strerror}.") from None
 
 
 def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]]) -> None:

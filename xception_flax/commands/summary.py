@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from xception_flax import models
 from xception_flax.commands import cli
 from xception_flax.display import console
-from xception_flax.models.summary import Row, Shape, _totals, _trace, fold, summarize
+from xception_flax.models.summary import Row, Shape, fold, summarize, totals, trace_network
 from xception_flax.recipes import reading
 from xception_flax.runs import history
 
@@ -94,7 +94,7 @@ def _record(config: ConfigDict, image_shape: Shape, totals: tuple[int, int, int,
 
 def _summarize_one(config: ConfigDict, image_shape: tuple[int, int, int], *, by: str) -> None:
     rows = summarize(models.create_model(**config), image_shape, by=by)
-    record = _record(config, image_shape, _totals(rows))
+    record = _record(config, image_shape, totals(rows))
     title = f"{config.name}, images {' x '.join(map(str, image_shape))}, {_classes(config)}"
     _show_rows(title, fold(rows) if by == "stages" else rows, by=by)
     console.show_table(
@@ -111,9 +111,9 @@ def _summarize_one(config: ConfigDict, image_shape: tuple[int, int, int], *, by:
 
 
 def _compare(configs: Sequence[ConfigDict], image_shapes: Sequence[tuple[int, int, int]]) -> None:
-    traces = [_trace(models.create_model(**c), shape) for c, shape in zip(configs, image_shapes, strict=True)]
+    traces = [trace_network(models.create_model(**c), shape) for c, shape in zip(configs, image_shapes, strict=True)]
     records = [
-        _record(config, shape, _totals(trace.layers))
+        _record(config, shape, totals(trace.layers))
         for config, shape, trace in zip(configs, image_shapes, traces, strict=True)
     ]
     columns = {

@@ -42,7 +42,7 @@ class _Trace(NamedTuple):
     features: Shape  # the last stage of the network's `endpoints`
 
 
-def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> _Trace:
+def trace_network(model: nn.Module, image_shape: tuple[int, int, int]) -> _Trace:
     inputs: dict[str, Shape] = {}
     features: Shape = ()
 
@@ -99,15 +99,15 @@ def summarize(model: nn.Module, image_shape: tuple[int, int, int], *, by: str = 
     """
     parts = lookup({"stages": _stages, "layers": _layers}, by, "grouping")
     height, width, channels = image_shape
-    trace = _trace(model, image_shape)
+    trace = trace_network(model, image_shape)
     # A stride is exact when read from two image sizes: an image larger by a multiple of it has just as
     # many more pixels in the output, whatever borders are lost on the way. 3 is the auxiliary tower's.
     growth = 6 * max(model.strides.values())
-    larger = _trace(model, (height + growth, width + growth, channels))
+    larger = trace_network(model, (height + growth, width + growth, channels))
     rows = []
     for (name, shape, layers), (_, larger_shape, _) in zip(parts(trace), parts(larger), strict=True):
         stride = growth // (larger_shape[0] - shape[0]) if len(shape) == 3 else None
-        rows.append(Row(name, 1, shape, stride, *_totals(layers)))
+        rows.append(Row(name, 1, shape, stride, *totals(layers)))
     return rows
 
 
@@ -117,10 +117,10 @@ def fold(rows: Iterable[Row]) -> list[Row]:
     for _, same in itertools.groupby(rows, lambda row: row[1:]):
         same = list(same)
         name = same[0].name if len(same) == 1 else f"{same[0].name} ... {same[-1].name}"
-        folded.append(Row(name, len(same), same[0].shape, same[0].stride, *_totals(same)))
+        folded.append(Row(name, len(same), same[0].shape, same[0].stride, *totals(same)))
     return folded
 
 
-def _totals(parts: Iterable[costs.Layer | Row]) -> tuple[int, int, int, int]:
+def totals(parts: Iterable[costs.Layer | Row]) -> tuple[int, int, int, int]:
     columns = zip(*((p.parameters, p.statistics, p.macs, p.activation_bytes) for p in parts), strict=True)
     return tuple(map(sum, columns))

@@ -2,7 +2,8 @@
 
 import collections
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,32 +11,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xception_flax.data import decoding, sources
+from xception_flax.prepare.folder import check_directory, splits_there
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
-
-def _folder_splits(directory: Path, val_fraction: float | None) -> tuple[tuple[str, ...], float]:
-    """The splits that have a folder there; and where none has one, the share of 'val'."""
-    there = sources.folder.folder_splits(str(directory))
-    if there and val_fraction is not None:
-        raise UserError(f"{directory} has folders of splits ({', '.join(there)}) already; leave out --val-fraction.")
-    return there, val_fraction or sources.folder.VAL_FRACTION
-
-
-def _check_directory(path: Path) -> None:
-    if not path.is_dir():
-        raise UserError(f"{path} is no directory; expected the folders CLASS/*.jpg or train/CLASS/*.jpg there.")
-
-
-def _common_classes(directory: Path, splits: Mapping[str, sources.source.Source]) -> tuple[str, ...]:
-    first, class_names = next((split, source.class_names) for split, source in splits.items())
-    for split, source in splits.items():
-        if source.class_names != class_names:
-            raise UserError(
-                f"{directory}: {first} and {split} must have the same classes; "
-                f"only in one: {', '.join(sorted(set(class_names) ^ set(source.class_names))[:5])}."
-            )
-    return class_names
+BLOCK = 1024  # images that are submitted at a time: a future an image would be gigabytes
 
 
 class Checked(NamedTuple):
@@ -54,9 +34,9 @@ class Checked(NamedTuple):
     largest: int | None = None
 
 
-def _open(directory: Path, val_fraction: float | None) -> dict[str, sources.source.Source]:
+def open_splits(directory: Path, val_fraction: float | None) -> dict[str, sources.Source]:
     """The splits of a prepared data set, or of a folder, as training has them; where it is small one may be empty."""
-    _check_directory(directory)
+    check_directory(directory)
     if (directory / "dataset_info.json").exists():
         if val_fraction is not None:
             raise UserError(f"{directory} is a data set, which has its splits; leave out --val-fraction.")
@@ -65,16 +45,38 @@ def _open(directory: Path, val_fraction: float | None) -> dict[str, sources.sour
     for pattern in ("*/dataset_info.json", "*/*/dataset_info.json"):
         if below := next(directory.glob(pattern), None):
             raise UserError(f"{directory} has data sets below it; give one version of one, as {below.parent}.")
-    splits, fraction = _folder_splits(directory, val_fraction)
+    splits, fraction = splits_there(directory, val_fraction)
     if splits:
         return {split: sources.folder.folder(split, data_dir=str(directory)) for split in splits}
     return sources.folder.split_by_names(sources.folder.classes_in(directory), fraction)
 
 
-def _read(source: sources.source.Source, index: int) -> Checked:
+def read_all(
+    splits: Mapping[str, sources.Source], num_threads: int, advance: Callable[[int], None]
+) -> dict[str, list[Checked]]:
+    """Reads every image of every split, in their order; `advance` is told of each.
+
+    Args:
+      splits: by name.
+      num_threads: that read at a time.
+      advance: called with the number of images that were read since the last call.
+    """
+    images: dict[str, list[Checked]] = {split: [] for split in splits}
+    with futures.ThreadPoolExecutor(num_threads) as executor:
+        for split, source in splits.items():
+            for begin in range(0, len(source), BLOCK):
+                block = range(begin, min(begin + BLOCK, len(source)))
+                for image in executor.map(lambda i, source=source: read(source, i), block):
+                    images[split].append(image)
+                    advance(1)
+    return images
+
+
+def read(source: sources.Source, index: int) -> Checked:
+    """Reads one example of a source and decodes its image; what is wrong with it is in the result."""
     try:
         example = source[index]
-    except (sources.source.InputError, OSError):
+    except (sources.InputError, OSError):
         return Checked(f"record {index}", (), 0, b"", 0, 0)
     content, name, label = (
         example["image"],
@@ -91,7 +93,8 @@ def _read(source: sources.source.Source, index: int) -> Checked:
     return Checked(name, tuple(classes.tolist()), len(content), digest, height, width, largest)
 
 
-def _describe(images: Sequence[Checked], class_names: Sequence[str]) -> dict[str, Any]:
+def describe(images: Sequence[Checked], class_names: Sequence[str]) -> dict[str, Any]:
+    """Counts by class, names of what cannot be decoded, and (least, median, largest) of bytes and pixels, for JSON."""
     labels = np.array([label for image in images for label in image.classes], int)
     counts = np.bincount(labels, minlength=len(class_names))
     largest = [image.largest for image in images if image.largest is not None]
@@ -113,8 +116,8 @@ def _spread(values: Iterable[int]) -> list[int]:
     return [round(f(values)) for f in (np.min, np.median, np.max)] if len(values) else [0, 0, 0]
 
 
-def _repeated(images: Mapping[str, Sequence[Checked]]) -> list[list[str]]:
-    """The images of equal bytes, where there is more than one, each as 'SPLIT: NAME'."""
+def repeated(images: Mapping[str, Sequence[Checked]]) -> list[list[str]]:
+    """Images of equal bytes, where there is more than one, each as 'SPLIT: NAME'."""
     places = collections.defaultdict(list)
     for split, found in images.items():
         for image in found:

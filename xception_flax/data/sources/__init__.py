@@ -9,7 +9,9 @@ sent to worker processes: they must pickle.
 from collections.abc import Callable
 
 from xception_flax.data.sources import arrays, digits, fashion_mnist, folder, tfds
-from xception_flax.data.sources.source import Source
+from xception_flax.data.sources.source import InputError, Source
+
+__all__ = ["SOURCES", "InputError", "Source"]
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits.digits,

@@ -1,0 +1,51 @@
+"""The door: `xception-flax VERB` and `python -m xception_flax VERB` are one, list every verb, and answer mistakes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xception_flax.__main__ import VERBS
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(Path(sys.executable).with_name("xception-flax"))
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_every_file_of_commands_is_a_verb():
+    files = {path.stem for path in (ROOT / "xception_flax" / "commands").glob("*.py")} - {"__init__", "cli"}
+    assert files == {verb.replace("-", "_") for verb in VERBS}
+
+
+@pytest.mark.parametrize("door", [[SCRIPT], [sys.executable, "-m", "xception_flax"]], ids=["script", "module"])
+def test_help_lists_the_verbs_with_a_line_each(door):
+    result = run(*door, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    for verb, what in VERBS.items():
+        assert f"{verb:<11} {what}" in lines
+        assert len(f"  {verb:<11} {what}") <= 120
+
+
+def test_without_a_verb_the_help_is_an_error():
+    result = run(SCRIPT)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "verbs:" in result.stderr
+
+
+def test_a_misspelt_verb_is_a_line():
+    result = run(SCRIPT, "evaluat", "--workdir", "w")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert (
+        result.stderr
+        == f"error: unknown verb 'evaluat'; did you mean 'evaluate'? There are: {', '.join(sorted(VERBS))}.\n"
+    )
+
+
+def test_a_verb_calls_itself_by_the_door():
+    for door in ([SCRIPT], [sys.executable, "-m", "xception_flax"]):
+        assert run(*door, "summary", "--help").stdout.startswith("usage: xception-flax summary [-h]")
