@@ -64,7 +64,9 @@ def restore(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None = No
     try:
         model = models.create_model(**recipe.model)
         abstract_variables = state.abstract_variables(model, image_shape(recipe), mesh)
-    except Exception as error:  # the file may have been changed by hand, and what Flax then raises has no end
+    except UserError as error:
+        raise UserError(f"{workdir / CONFIG}: {error}") from None
+    except Exception as error:  # the file may have been changed by hand, and Flax then raises anything
         reason = (str(error).strip().splitlines() or [""])[0][:300]
         raise UserError(f"{workdir / CONFIG} is no recipe of a network: {type(error).__name__}: {reason}") from error
     kept = recipe.step.ema_decay > 0
