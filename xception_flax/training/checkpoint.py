@@ -176,7 +176,7 @@ def _make_step_folder(check: Callable[[Path], None]) -> type[ocp.path.atomicity.
 
 
 def open_manager(
-    workdir: Path, *, best_metric: str, keep_latest: int = 2, keep_best: int = 1, read_only: bool = False
+    workdir: Path, /, keep_latest: int = 2, keep_best: int = 1, *, best_metric: str, read_only: bool = False
 ) -> Checkpoints:
     """Returns the manager of a workdir's checkpoints; a context manager, which waits for saves at its end.
 
@@ -184,7 +184,7 @@ def open_manager(
       workdir: of the run.
       best_metric: evaluation metric that 'best' means the highest of.
       keep_latest: checkpoints to keep, the newest.
-      keep_best: checkpoints to keep beside them, those with the highest `best_metric`.
+      keep_best: checkpoints to keep beside them, those with the best evaluation.
       read_only: save and remove nothing, for a look into a run that may still be going on.
 
     Raises:
