@@ -57,13 +57,14 @@ def _complete(prefix: str, group: Group, given: Mapping[str, Any], texts: Mappin
     """Returns every key of a group with its value: that of the command line, or the recipe's, or the default."""
     choice = ""
     if group.selector:
-        given, choice = _choose(prefix, group, given, texts.get(group.selector))
+        given, texts = _choose(prefix, group, given, texts)
+        choice = given[group.selector]
     keys = group.keys(choice)
     for key in (*given, *texts):
         if key not in keys:
             where = f" with {prefix}{group.selector}={choice!r}" if choice else ""
             known = (*keys, *GROUPS) if group is LOOP else keys
-            raise UserError(f"unknown recipe key {written(prefix + key)}{where}; {suggest(key, known)}")
+            raise UserError(f"unknown recipe key {written(f'{prefix}{key}')}{where}; {suggest(key, known)}")
     resolved = {}
     for key, (annotation, default, _) in keys.items():
         name = f"recipe key '{prefix}{key}'"
@@ -78,14 +79,16 @@ def _complete(prefix: str, group: Group, given: Mapping[str, Any], texts: Mappin
     return resolved
 
 
-def _choose(prefix: str, group: Group, given: Mapping[str, Any], text: str | None) -> tuple[Mapping[str, Any], str]:
-    """Returns what the recipe gives of a group, and the entry of its table that is chosen.
+def _choose(
+    prefix: str, group: Group, given: Mapping[str, Any], texts: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns both arguments with the selector, an entry of the group's table, among what is given.
 
-    Where `text`, of the command line, chooses another than the recipe, the keys that only the recipe's own takes go.
+    Where the command line chooses another entry than the recipe, the keys that only the recipe's takes go.
     """
-    name, table = prefix + group.selector, group.table
-    own = given.get(group.selector, keys_of(group.function)[group.selector].default)
-    choice = own if text is None else values.parse(f"recipe key '{name}'", text, str)
+    selector, table, texts = group.selector, group.table, dict(texts)
+    name, own = prefix + selector, given.get(selector, keys_of(group.function)[selector].default)
+    choice = values.parse(f"recipe key '{name}'", texts.pop(selector), str) if selector in texts else own
     if choice is inspect.Parameter.empty:
         raise UserError(f"recipe key '{name}' is missing; {suggest('', table)}")
     if not isinstance(choice, str) or choice not in table:
@@ -93,4 +96,4 @@ def _choose(prefix: str, group: Group, given: Mapping[str, Any], text: str | Non
     if choice != own and isinstance(own, str) and own in table:
         gone = group.keys(own).keys() - group.keys(choice).keys()
         given = {key: value for key, value in given.items() if key not in gone}
-    return given, choice
+    return {**given, selector: choice}, texts
