@@ -42,8 +42,10 @@ def test_a_key_is_shown_with_value_type_default_and_meaning(capsys):
 
 
 def test_lines_fit_a_terminal_but_for_long_values(capsys):
-    long = [line for line in run(capsys, str(CONFIGS / "imagenet_modern.py")).splitlines() if len(line) > 100]
-    assert all(line.startswith(("* data.train_transforms=", "* data.eval_transforms=")) for line in long)
+    _, *lines = run(capsys, str(CONFIGS / "imagenet_modern.py")).splitlines()  # the first has the file's path
+    long = [line for line in lines if len(line) > 100]
+    assert len(long) == 1
+    assert long[0].startswith("* data.train_transforms=")
 
 
 @pytest.mark.parametrize("name", ["digits", "digits:lenet", "imagenet_modern", "imagenet_aligned:xception71", "jft"])
