@@ -729,7 +729,7 @@ def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
     [
         (["--config", "configs/digts.py"], "no recipe file 'configs/digts.py'; did you mean 'configs/digits.py'"),
         (["--config.optimizer.learning_rat=1"], "unknown recipe key 'optimizer.learning_rat'.* mean 'learning_rate'"),
-        (["--config.batch_size=lots"], "recipe key 'batch_size' must be int, got 'lots'"),
+        (["--config.batch_size=lots"], "recipe key 'batch_size' must be an integer, got 'lots'"),
         (["--config.model.name=exception"], "unknown model.name 'exception'; did you mean 'xception'"),
         (["--config.optimizer.name=sdg"], "unknown optimizer.name 'sdg'; did you mean 'sgd'"),
         (["--config.data.source=digit"], "unknown data.source 'digit'; did you mean 'digits'"),

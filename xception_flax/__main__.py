@@ -14,6 +14,7 @@ VERBS = {
     "prepare": "writes a data set for training (imagenet, folder), or reads every image of one (check)",
     "show-data": "draws the images that a network would see, augmented and mixed",
     "summary": "says what a network is made of and what it costs",
+    "recipe": "shows every key that a recipe takes: its value, type, default and meaning",
     "precompile": "compiles the training step for a TPU slice that is not there, and says what it costs",
 }
 

@@ -371,7 +371,7 @@ def test_a_recipe(monkeypatch, capsys):
             "argument --num-classes: not allowed with --config.model.num_classes",
         ),
         (["xception", "--config.model.widht=1"], "unknown recipe key 'model.widht'.* did you mean 'width'"),
-        (["xception", "--config.model.width=wide"], "recipe key 'model.width' must be float, got 'wide'"),
+        (["xception", "--config.model.width=wide"], "recipe key 'model.width' must be a number, got 'wide'"),
         (["xception", "--config.model.width=0"], "width must be positive, got 0"),
         (["xception", "--config.data.image_size=64"], "--config.data.image_size cannot be changed here; .*: model"),
         (["--config", DIGITS, "--config.epochs=3"], "--config.epochs cannot be changed here; only keys of: model"),

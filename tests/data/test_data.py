@@ -996,7 +996,7 @@ def test_mistakes_with_tfds_are_refused(prepared, tmp_path):
         ),
     ]:
         with pytest.raises(ValueError, match=message):
-            sources.tfds.tfds(**keywords)
+            sources.tfds.tfds(keywords.pop("split"), **keywords)
 
 
 @pytest.mark.parametrize(

@@ -242,8 +242,9 @@ def test_extremes(name, choice, least, one_device):
         values = {group.selector: choice} | (values if name != "model" or choice == "lenet" else {"num_classes": 10})
         values |= {group.selector: choice, **least.get(choice, {})}
     accepted = set()
-    for key, parameter in checking.parameters_of("", group, values).items():
-        for value in extremes(parameter.annotation):
+    keys = group.keys(choice)
+    for key in keys:
+        for value in extremes(keys[key].annotation):
             what = f"{name}.{key}".lstrip("."), repr(value)
             message = refusal(lambda key=key, value=value: TRY[name](resolve(name, values | {key: value}), one_device))
             if message is None:
@@ -253,8 +254,8 @@ def test_extremes(name, choice, least, one_device):
             assert len(message) < 1000, (what, message)
             # A text may be called by what it is: 'unknown split'.
             assert key in message or isinstance(value, str) or choice in NOT_THERE, (what, message)
-    keys = {f"{name}.{key}".lstrip(".") for key in checking.parameters_of("", group, values)}
-    expected = {(key, value) for value, taken in ACCEPTED.items() for key in taken if key in keys}
+    names = {f"{name}.{key}".lstrip(".") for key in keys}
+    expected = {(key, value) for value, taken in ACCEPTED.items() for key in taken if key in names}
     assert accepted == (set() if choice in NOT_THERE else expected)
 
 

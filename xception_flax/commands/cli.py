@@ -1,4 +1,4 @@
-"""Starting a command: arguments every command has, several hosts, quiet logs, errors in a line."""
+"""What every command shares: its arguments, its start on one host or several, quiet logs, errors in a line."""
 
 import argparse
 import contextlib
@@ -24,12 +24,12 @@ from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 
-# Of images there are no more, and of an array of so many the bytes fit 64 bits: it is refused as too large.
+# No data set has more images, and the bytes of so many still fit in 64 bits: what is too large is refused as that.
 MAX_COUNT = 10**10
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors as every other mistake of a user's: one line."""
+    """A parser whose errors are UserErrors: one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help shows what there is.")
@@ -58,7 +58,7 @@ def positive(text: str) -> int:
 
 
 def parser(prog: str, description: str | None, examples: str, *, hosts: bool = True) -> argparse.ArgumentParser:
-    """Returns a parser with the arguments about several hosts, which every command takes that opens devices."""
+    """Returns a parser; `hosts` adds the arguments about several hosts, which every command with devices takes."""
     arguments = _Parser(
         prog=prog,
         description=description,
@@ -80,12 +80,12 @@ def parser(prog: str, description: str | None, examples: str, *, hosts: bool = T
 
 
 def start(arguments: argparse.Namespace) -> None:
-    """Connects the hosts, keeps what is compiled, sets the allocator and quiets the libraries.
+    """Connects the hosts, enables the compilation cache, sets the allocator and quiets the libraries.
 
-    To be called before JAX touches a device.
+    Must be called before JAX opens a device.
     """
     absl_logging.set_verbosity(absl_logging.ERROR)
-    if not os.environ.get("XCEPTION_FLAX_TRACEBACK"):
+    if not _wants_traceback():
         _say_failed_saves_once()
     logging.getLogger("jax").setLevel(logging.ERROR)
     by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
@@ -102,18 +102,18 @@ def start(arguments: argparse.Namespace) -> None:
     compilation_cache.enable()
     if platform == "cpu":
         allocator.keep_freed_memory()
-    if platform == "cpu" and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # which is JAX's own choice
-        # On a CPU that prefers no gather or scatter instruction, as many of Intel's do, XLA takes the
-        # preference for a feature, misses it in the CPU and logs an error at each program out of the
-        # cache, kilobytes long and without consequence (jax-ml/jax#38445). Real errors are raised too.
+    if platform == "cpu" and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # JAX's own choice, not the user's
+        # XLA notes for many of Intel's CPUs that gather and scatter are slow, later takes the note for a feature that
+        # the CPU lacks, and logs kilobytes about it for each program out of the cache, without consequence
+        # (jax-ml/jax#38445). Real errors are raised as well as logged.
         jax.config.update("jax_logging_level", "CRITICAL")
 
 
 def _say_failed_saves_once() -> None:
-    """Leaves a failed save to the one error that is raised of it: before that threads print a thousand lines.
+    """Silences the thousand lines that threads print when a save fails; one error is raised for it in any case.
 
-    Orbax logs each of its threads, asyncio each task that nobody asked for its end, and TensorStore's results come to
-    event loops that are closed, or to an interpreter that is ending.
+    Orbax logs for each of its threads, asyncio for each task whose result nobody read, and TensorStore delivers results
+    to event loops that are closed, or to an interpreter that is shutting down.
     """
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -126,15 +126,15 @@ def _say_failed_saves_once() -> None:
     sys.unraisablehook = unraisable
 
 
-# Of the file system, whatever wrote: no space or quota left, a broken disk, one that has become read-only.
+# No space or quota left, a broken disk, one that has become read-only: the user's to mend, whatever was being written.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command on `argv`, or the arguments of this process, and exits with its code.
 
-    A UserError is printed, with code 2. All else is a defect and keeps its traceback, as everything does
-    with XCEPTION_FLAX_TRACEBACK=1. Of several processes none is left waiting for one that failed.
+    A UserError is printed, and the code is 2. Any other error is a defect and keeps its traceback; with
+    XCEPTION_FLAX_TRACEBACK=1 every error does. Where one of several processes fails, the others are told and end too.
     """
     _make_streams_lenient()
     try:
@@ -152,7 +152,7 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
 
 
 def _make_streams_lenient() -> None:
-    """What cannot be printed is no reason to lose what was computed."""
+    """Lets no letter or closed stream end a command: what was computed is worth more than its printing."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by `>&-`
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -161,7 +161,7 @@ def _make_streams_lenient() -> None:
 
 
 def _outcome(main: Callable[[list[str]], int], argv: list[str]) -> tuple[int, str | None]:
-    """Returns the exit code, and what to say where the command failed: '' for nothing."""
+    """Returns the exit code and, where the command failed, what to say of it; '' says nothing."""
     try:
         code = main(argv)
         sys.stdout.flush()
@@ -172,15 +172,19 @@ def _outcome(main: Callable[[list[str]], int], argv: list[str]) -> tuple[int, st
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be flushed
         return 128 + signal.SIGPIPE, ""
     except UserError as error:
-        if os.environ.get("XCEPTION_FLAX_TRACEBACK"):
+        if _wants_traceback():
             raise
         return 2, _complaint(str(error))
     except OSError as error:
-        if error.errno not in DISK_ERRORS or os.environ.get("XCEPTION_FLAX_TRACEBACK"):
+        if error.errno not in DISK_ERRORS or _wants_traceback():
             raise
         return 2, _complaint(f"{error.filename or 'a file, or what the output goes to'}: {error.strerror}.")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT, "\ninterrupted"
+
+
+def _wants_traceback() -> bool:
+    return bool(os.environ.get("XCEPTION_FLAX_TRACEBACK"))
 
 
 def complain(message: str) -> None:
@@ -193,7 +197,7 @@ def _complaint(message: str) -> str:
 
 
 def _nobody_reads(pipe: int) -> bool:
-    """Whether the reader of a pipe has gone, as `head` goes."""
+    """Whether a pipe has lost its reader, such as `head` after its last line."""
     poll = select.poll()
     poll.register(pipe, select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))
@@ -201,10 +205,10 @@ def _nobody_reads(pipe: int) -> bool:
 
 @contextlib.contextmanager
 def out_of_memory(advice: str) -> Iterator[None]:
-    """Makes an error of the advice where memory, of the host or of a device, runs out within.
+    """Turns running out of memory, the host's or a device's, into an error that gives advice.
 
     Raises:
-      ValueError: it did.
+      ValueError: memory ran out within the context.
     """
     try:
         yield

@@ -19,7 +19,7 @@ from xception_flax import models
 from xception_flax.commands import cli
 from xception_flax.display import console
 from xception_flax.models.summary import Row, Shape, fold, summarize, totals, trace_network
-from xception_flax.recipes import reading
+from xception_flax.recipes import checking, reading
 from xception_flax.runs import history
 
 EXAMPLES = """\
@@ -165,7 +165,7 @@ def main(argv: list[str]) -> int:
         if any(text.startswith("--config.model.name=") for text in overrides):
             parser.error("--config.model.name is for a recipe's network (--config); else give the network as NAME")
         choices = [
-            (reading.resolve_group("model", {"name": name}, overrides), IMAGE_SIZES.get(name, IMAGE_SIZE), 3)
+            (checking.resolve_group("model", {"name": name}, overrides), IMAGE_SIZES.get(name, IMAGE_SIZE), 3)
             for name in (models.MODELS if arguments.all else [arguments.name])
         ]
     # Shapes need no accelerator, and opening one would take memory from a run that is on it.

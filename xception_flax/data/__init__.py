@@ -26,43 +26,38 @@ MAX_THREADS, MAX_WORKERS = 1024, 256
 
 def load(
     source: str,
-    *,
-    train: bool,
-    batch_size: int,
-    seed: int = 0,
     image_size: int,
     channels: int = 3,
     train_split: str = "train",
     eval_split: str = "test",
     train_transforms: str = "resize",
     eval_transforms: str = "resize",
-    process_index: int = 0,
-    process_count: int = 1,
-    processes_per_host: int = 1,
     num_threads: int = -1,
     num_workers: int = -1,
     min_decoded_side: int = 0,
     on_bad_image: str = "stop",
     max_value: int | None = None,
+    *,
+    train: bool,
+    batch_size: int,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    processes_per_host: int = 1,
     **options: Any,
 ) -> Split:
     """Returns the batches of a data set, for training or for evaluation.
 
     Args:
       source: a key of `SOURCES`.
-      train: which of the two: shuffled, endless and augmented, or in order, once and padded.
-      batch_size: of the global batch.
-      seed: of order and augmentation.
       image_size: pixels a side of the square images that the network gets, at most 10,000.
-      channels: 1 or 3.
+      channels: 1 for gray images, 3 for RGB.
       train_split: name of the split to train on, as the source has it.
       eval_split: name of the split to evaluate on.
-      train_transforms: chain of augmentations; see `data/transforms.py`.
+      train_transforms: chain of augmentations, as `data.transforms` has them: 'random_resized_crop | flip_left_right'.
       eval_transforms: chain of transforms in evaluation.
-      process_index: of this host.
-      process_count: number of hosts.
-      processes_per_host: that share this host's CPUs.
-      num_threads: that read and decode, in each process; -1 for what `pipeline.choose_threads` says.
+      num_threads: threads that read and decode, in each process; -1 for as many as suit the CPUs (see
+        `pipeline.choose_threads`).
       num_workers: worker processes; 0: threads of this process do the work; -1 as above. Neither number
         changes a batch.
       min_decoded_side: where positive, JPEGs are decoded at 1/2, 3/8, 1/4 or 1/8 of their size as long as both
@@ -71,6 +66,12 @@ def load(
         black image with mask 0 in its place, which loss, gradient and metrics leave out and count.
       max_value: of images of 16 bits, the value that becomes 255: 4095 where a camera or scanner of 12 bits wrote them;
         None for 65,535, and a run does not begin where most make no use of the upper half.
+      train: which of the two: shuffled, endless and augmented, or in order, once and padded.
+      batch_size: of the global batch.
+      seed: of order and augmentation.
+      process_index: of this host.
+      process_count: number of hosts.
+      processes_per_host: that share this host's CPUs.
       **options: the source's own keywords, such as `data_dir`.
 
     Raises:

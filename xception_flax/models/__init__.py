@@ -34,6 +34,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 FLOAT_TYPES = tuple(map(jnp.dtype, ("bfloat16", "float16", "float32", "float64")))
 
 
+class _NoFields(nn.Module):
+    pass
+
+
+# 'parent' and 'name', which every linen module takes: they are not fields of the network.
+NO_FIELDS = frozenset(inspect.signature(_NoFields).parameters)
+
+
 def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Module:
     """Returns the network `name` as a linen module.
 
@@ -47,7 +55,7 @@ def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Mod
       ValueError: unknown name or attribute, or a value out of its range.
     """
     constructor = lookup(MODELS, name, "model")
-    known = set(inspect.signature(constructor).parameters) - {"parent", "name"}
+    known = set(inspect.signature(constructor).parameters) - NO_FIELDS
     for field in fields:
         if field not in known:
             raise UserError(f"model {name!r} has no attribute {field!r}; {suggest(field, known)}")

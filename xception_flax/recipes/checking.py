@@ -1,148 +1,99 @@
-"""Filling in every default of a recipe, and checking every key and value."""
+"""One walk over a recipe: every default filled in, every override in its place, every key and value checked."""
 
 import inspect
-import math
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import typeguard
-from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from xception_flax.recipes.groups import ENDLESS, GROUPS, LOOP, Group, Loop
+from xception_flax.recipes import overrides
+from xception_flax.recipes.groups import GROUPS, LOOP, Group, Loop
+from xception_flax.recipes.signatures import keys_of
+from xception_flax.text import values
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest, written
-from xception_flax.text.ranges import LARGEST, check_number
-
-MAX_TEXT = 4096  # characters of a value: as many bytes as Linux takes for a path
 
 
-def resolve(recipe: Mapping[str, Any]) -> ConfigDict:
-    """Returns the recipe with every default filled in, every key and type checked.
+def resolve(
+    recipe: Mapping[str, Any], arguments: Sequence[str] = (), groups: Sequence[str] | None = None
+) -> ConfigDict:
+    """Returns the recipe with overrides applied, every default filled in, every key and type checked.
+
+    Args:
+      recipe: the keys of the loop, and the groups.
+      arguments: overrides, such as `--config.model.width=0.5`.
+      groups: those that the overrides may touch; None for all.
 
     Raises:
       ValueError: an unknown, missing or mistyped key, or a value out of its range.
     """
-    top = {key: value for key, value in recipe.items() if key not in GROUPS}
-    resolved = complete("", LOOP, top)
+    texts = overrides.split(arguments, groups)
+    resolved = _complete("", LOOP, {key: value for key, value in recipe.items() if key not in GROUPS}, texts[""])
     Loop(**resolved)
     for name, group in GROUPS.items():
-        values = recipe.get(name, {})
-        if not isinstance(values, Mapping):
-            raise UserError(f"recipe key {name!r} must be a group of keys, got {written(values)}.")
-        resolved[name] = complete(f"{name}.", group, values)
+        given = recipe.get(name, {})
+        if not isinstance(given, Mapping):
+            raise UserError(f"recipe key {name!r} must be a group of keys, got {written(given)}.")
+        resolved[name] = _complete(f"{name}.", group, given, texts[name])
     return ConfigDict(resolved, convert_dict=True)
 
 
-def parameters_of(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
-    """The parameters that a group feeds: of its function and of the entry it selects."""
-    parameters = dict(inspect.signature(group.function).parameters)
+def resolve_group(name: str, given: Mapping[str, Any], arguments: Sequence[str] = ()) -> ConfigDict:
+    """Returns one group without a recipe around it, resolved as in one.
+
+    Args:
+      name: a key of `GROUPS`.
+      given: keys of the group, such as `{"name": "xception"}`.
+      arguments: overrides; they may only touch this group.
+
+    Raises:
+      ValueError: a key of another group, an unknown or missing key or a wrong value.
+    """
+    texts = overrides.split(arguments, (name,))
+    return ConfigDict(_complete(f"{name}.", GROUPS[name], given, texts[name]), convert_dict=True)
+
+
+def _complete(prefix: str, group: Group, given: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
+    """Returns every key of a group with its value: that of the command line, or the recipe's, or the default."""
+    choice = ""
     if group.selector:
-        choice = values.get(group.selector, parameters[group.selector].default)
-        if choice is inspect.Parameter.empty:
-            raise UserError(f"recipe key '{prefix}{group.selector}' is missing; {suggest('', group.table)}")
-        if not isinstance(choice, str) or choice not in group.table:
-            raise UserError(f"unknown {prefix}{group.selector} {written(choice)}; {suggest(choice, group.table)}")
-        parameters = dict(inspect.signature(group.table[choice]).parameters) | parameters
-    return {
-        name: parameter
-        for name, parameter in parameters.items()
-        if name not in group.supplied and parameter.kind is not parameter.VAR_KEYWORD
-    }
-
-
-def unknown_key(prefix: str, key: str, group: Group, values: Mapping[str, Any], known: Sequence[str]) -> UserError:
-    choice = values.get(group.selector) if group.selector else None
-    where = f" with {prefix}{group.selector}={choice!r}" if choice else ""
-    known = [*known, *GROUPS] if group is LOOP else known
-    return UserError(f"unknown recipe key {written(f'{prefix}{key}')}{where}; {suggest(key, known)}")
-
-
-def complete(prefix: str, group: Group, values: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = parameters_of(prefix, group, values)
-    for key in values:
-        if key not in parameters:
-            raise unknown_key(prefix, key, group, values, list(parameters))
+        given, texts = _choose(prefix, group, given, texts)
+        choice = given[group.selector]
+    keys = group.keys(choice)
+    for key in (*given, *texts):
+        if key not in keys:
+            where = f" with {prefix}{group.selector}={choice!r}" if choice else ""
+            known = (*keys, *GROUPS) if group is LOOP else keys
+            raise UserError(f"unknown recipe key {written(f'{prefix}{key}')}{where}; {suggest(key, known)}")
     resolved = {}
-    for key, parameter in parameters.items():
-        value = values.get(key, parameter.default)
-        if value is parameter.empty:
+    for key, (annotation, default, _) in keys.items():
+        name = f"recipe key '{prefix}{key}'"
+        if key in texts:
+            resolved[key] = values.parse(name, texts[key], annotation)
+        elif key not in given and keys[key].is_required:
             raise UserError(
-                f"recipe key '{prefix}{key}' is missing; set it by --config.{prefix}{key}=VALUE "
-                f"({_type_name(parameter.annotation)})."
+                f"{name} is missing; set it by --config.{prefix}{key}=VALUE ({values.describe(annotation)})."
             )
-        if key in values and not fits(value, parameter.annotation):
-            raise mistyped(prefix + key, parameter.annotation, value)
-        if prefix + key in ENDLESS and value == math.inf:
-            value = LARGEST
-        for leaf in _leaves(value):
-            _check_value(prefix + key, leaf)
-        resolved[key] = _canonical(value, parameter.annotation)
+        else:
+            resolved[key] = values.check(name, given.get(key, default), annotation)
     return resolved
 
 
-def _leaves(value: Any, depth: int = 3) -> Iterator[Any]:
-    """What a value is made of: itself, or all that its tuples and lists hold, down to a depth that no key has."""
-    if isinstance(value, list | tuple) and depth:
-        for element in value:
-            yield from _leaves(element, depth - 1)
-    else:
-        yield value
+def _choose(
+    prefix: str, group: Group, given: Mapping[str, Any], texts: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns both arguments with the selector, an entry of the group's table, among what is given.
 
-
-def _check_value(key: str, value: Any) -> None:
-    """Raises ValueError for what no key has a meaning for, whatever its type and its own range."""
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise UserError(f"recipe key '{key}' must be an integer of 64 bits, got {written(value)}.")
-    if isinstance(value, int | float):
-        check_number(f"recipe key '{key}'", value)
-    if isinstance(value, str) and ("\0" in value or len(value) > MAX_TEXT):
-        raise UserError(
-            f"recipe key '{key}' must be a text of at most {MAX_TEXT:,} characters, none of them NUL, "
-            f"got {written(value)}."
-        )
-
-
-def fits(value: Any, annotation: Any) -> bool:
-    leaves = list(_leaves(value))
-    # bool is an int to Python, and never to the author of a recipe.
-    if any(isinstance(leaf, bool) for leaf in leaves) and bool not in (annotation, *typing.get_args(annotation)):
-        return False
-    # A text is a sequence to Python, and so are bytes and a range; a list here is one too many in another.
-    if any(isinstance(leaf, Sequence) and not isinstance(leaf, str) for leaf in leaves):
-        return False
-    if isinstance(value, str) and typing.get_origin(annotation) is Sequence:
-        return False
-    if annotation is DTypeLike:  # which is anything to typeguard, and None a float64 to NumPy
-        return value is not None and (isinstance(value, str) or _names_dtype(value))
-    try:
-        typeguard.check_type(value, annotation, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
-    except typeguard.TypeCheckError:
-        return False
-    return True
-
-
-def _names_dtype(value: Any) -> bool:
-    try:
-        np.dtype(value)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _canonical(value: Any, annotation: Any) -> Any:
-    """The form that survives JSON: tuples for lists, names for types."""
-    if annotation is DTypeLike and not isinstance(value, str):
-        return np.dtype(value).name
-    return tuple(value) if isinstance(value, list) else value
-
-
-def mistyped(key: str, annotation: Any, value: Any) -> UserError:
-    return UserError(f"recipe key '{key}' must be {_type_name(annotation)}, got {written(value)}.")
-
-
-def _type_name(annotation: Any) -> str:
-    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return name.replace("collections.abc.", "").replace("typing.", "")
+    Where the command line chooses another entry than the recipe, the keys that only the recipe's takes go.
+    """
+    selector, table, texts = group.selector, group.table, dict(texts)
+    name, own = prefix + selector, given.get(selector, keys_of(group.function)[selector].default)
+    choice = values.parse(f"recipe key '{name}'", texts.pop(selector), str) if selector in texts else own
+    if choice is inspect.Parameter.empty:
+        raise UserError(f"recipe key '{name}' is missing; {suggest('', table)}")
+    if not isinstance(choice, str) or choice not in table:
+        raise UserError(f"unknown {name} {written(choice)}; {suggest(choice, table)}")
+    if choice != own and isinstance(own, str) and own in table:
+        gone = group.keys(own).keys() - group.keys(choice).keys()
+        given = {key: value for key, value in given.items() if key not in gone}
+    return {**given, selector: choice}, texts

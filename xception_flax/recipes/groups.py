@@ -7,9 +7,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from xception_flax import data, models
+from xception_flax.recipes.signatures import Key, keys_of
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 from xception_flax.text.ranges import check_range
+from xception_flax.text.values import Endless
 from xception_flax.training import checkpoint, metrics, mixing, optimizers, sharding, steps
 
 
@@ -32,8 +34,8 @@ class Loop:
     epochs: float
     seed: int = 0
     log_every_steps: int = 50
-    eval_every_epochs: float = 1.0
-    checkpoint_every_epochs: float = 1.0
+    eval_every_epochs: Endless = 1.0
+    checkpoint_every_epochs: Endless = 1.0
     profile: str = ""
 
     def __post_init__(self) -> None:
@@ -77,47 +79,38 @@ def profiled_steps(profile: str) -> range:
 
 
 class Group(NamedTuple):
-    """The function that a group of a recipe feeds.
+    """The function that a group of a recipe feeds; its keys stand between `/` and `*` in the signature.
 
-    Where `selector` is set, that key names an entry of `table`, and the group also takes the
-    keywords of the entry. `supplied` are the parameters that the program gives and no recipe can.
+    Where `selector` is set, that key names an entry of `table`, and the keys of the entry are the group's too.
     """
 
     function: Callable[..., Any]
-    supplied: frozenset[str] = frozenset()
     selector: str = ""
     table: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 
+    def keys(self, choice: str = "") -> dict[str, Key]:
+        """Returns the keys of the function and of the entry `choice`; of a key that both have, the function's."""
+        own = keys_of(self.function)
+        entry = keys_of(self.table[choice]) if self.selector else {}
+        return {**own, **{name: key for name, key in entry.items() if name not in own}}
 
-def _group(function: Callable[..., Any], supplied: str = "", **choice: Any) -> Group:
-    return Group(function, frozenset(supplied.split()), **choice)
 
+LOOP = Group(Loop)
 
 GROUPS = {
-    "model": _group(models.create_model, "parent", selector="name", table=models.MODELS),
-    "init": _group(Init),
-    "normalize": _group(steps.create_normalizer),
-    "loss": _group(steps.create_loss),
-    "metrics": _group(metrics.create_metrics, selector="name", table=metrics.METRICS),
-    "optimizer": _group(optimizers.create_optimizer, "schedule", selector="name", table=optimizers.OPTIMIZERS),
-    "schedule": _group(optimizers.create_schedule, "run", selector="name", table=optimizers.SCHEDULES),
-    "mix": _group(mixing.make_mixing),
-    "step": _group(
-        steps.make_train_step, "model tx loss metrics normalize abstract_state mesh seed mix backbone_frozen"
-    ),
-    "data": _group(
-        data.load,
-        "train batch_size seed process_index process_count processes_per_host split",
-        selector="source",
-        table=data.SOURCES,
-    ),
-    "mesh": _group(sharding.create_mesh, "devices"),
-    "checkpoint": _group(checkpoint.open_manager, "folder best_metric read_only"),
+    "model": Group(models.create_model, "name", models.MODELS),
+    "init": Group(Init),
+    "normalize": Group(steps.create_normalizer),
+    "loss": Group(steps.create_loss),
+    "metrics": Group(metrics.create_metrics, "name", metrics.METRICS),
+    "optimizer": Group(optimizers.create_optimizer, "name", optimizers.OPTIMIZERS),
+    "schedule": Group(optimizers.create_schedule, "name", optimizers.SCHEDULES),
+    "mix": Group(mixing.make_mixing),
+    "step": Group(steps.make_train_step),
+    "data": Group(data.load, "source", data.SOURCES),
+    "mesh": Group(sharding.create_mesh),
+    "checkpoint": Group(checkpoint.open_manager),
 }
-
-
-LOOP = _group(Loop)
-
 
 # Keys that change how a result is computed or shown and not the result: free to differ on resuming.
 # On bad images: what a run that did not stop has read is the same.
@@ -130,13 +123,7 @@ OPERATIONAL = (
     "profile",
 )
 
-
 OPERATIONAL_GROUPS = ("mesh", "checkpoint")
-
 
 # Keys that each host of a run may have of its own.
 PER_HOST = ("data.data_dir", "data.num_threads", "data.num_workers")
-
-
-# Keys of which infinity means something: at the end alone. JSON has none, so it becomes float32's largest number.
-ENDLESS = ("eval_every_epochs", "checkpoint_every_epochs")

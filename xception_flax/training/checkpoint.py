@@ -177,7 +177,7 @@ def _make_step_folder(check: Callable[[Path], None]) -> type[ocp.path.atomicity.
 
 
 def open_manager(
-    folder: Path, *, best_metric: str, keep_latest: int = 2, keep_best: int = 1, read_only: bool = False
+    folder: Path, /, keep_latest: int = 2, keep_best: int = 1, *, best_metric: str, read_only: bool = False
 ) -> Checkpoints:
     """Returns the manager of a run's checkpoints; a context manager, which waits for saves at its end.
 
@@ -185,7 +185,7 @@ def open_manager(
       folder: of the checkpoints; made if it is not there.
       best_metric: evaluation metric that 'best' means the highest of.
       keep_latest: checkpoints to keep, the newest.
-      keep_best: checkpoints to keep beside them, those with the highest `best_metric`.
+      keep_best: checkpoints to keep beside them, those with the best evaluation.
       read_only: save and remove nothing, for a look into a run that may still be going on.
 
     Raises:

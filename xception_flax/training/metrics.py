@@ -103,7 +103,7 @@ def single_label() -> MetricFunction:
     return compute
 
 
-def multi_label(*, k: int = 100, class_weights: str | None = None) -> MetricFunction:
+def multi_label(k: int = 100, class_weights: str | None = None) -> MetricFunction:
     """Mean average precision over the k best predictions (paper, table 2: MAP@100), as `map`.
 
     Labels are `[N, num_classes]`, 0 or 1. The mean is over the examples with at least one label of
@@ -154,6 +154,10 @@ BEST = {"single_label": "top1", "multi_label": "map"}
 
 def create_metrics(name: str, **options: Any) -> MetricFunction:
     """Returns a function (logits, labels, mask) -> {metric: Sum}, by name.
+
+    Args:
+      name: a key of `METRICS`.
+      **options: the metrics' own keywords.
 
     Raises:
       ValueError: `name` is no key of `METRICS`, or an option is out of its range.

@@ -23,7 +23,6 @@ _PURPOSE = 0x6D6978  # keeps the key apart from those of dropout
 
 
 def make_mixing(
-    *,
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 0.0,
     probability: float = 1.0,

@@ -32,14 +32,14 @@ class Run(NamedTuple):
     total_steps: int
 
 
-def constant(run: Run) -> Schedule:
+def constant(run: Run, /) -> Schedule:
     """Factor 1 at every step."""
     return lambda step: jnp.ones((), jnp.float32)
 
 
 def exponential(
     run: Run,
-    *,
+    /,
     decay_rate: float,
     every_epochs: float | None = None,
     every_images: int | None = None,
@@ -48,6 +48,7 @@ def exponential(
     """Factor `decay_rate ** (images seen / every)`.
 
     Args:
+      run: sizes that turn epochs and images into steps.
       decay_rate: factor of one decay, above 0 and at most 1; the paper: 0.94 on ImageNet, 0.9 on JFT (section 4.2).
       every_epochs: epochs between two decays (ImageNet: 2). Exactly one of this and `every_images`.
       every_images: images between two decays (JFT: 3,000,000).
@@ -75,8 +76,14 @@ def exponential(
     return factor
 
 
-def cosine(run: Run, *, warmup_epochs: float = 0.0, final_factor: float = 0.0) -> Schedule:
-    """Linear warm-up from 0 to 1, then half a cosine down to `final_factor`, 0 to 1 (Loshchilov & Hutter 2017)."""
+def cosine(run: Run, /, warmup_epochs: float = 0.0, final_factor: float = 0.0) -> Schedule:
+    """Linear warm-up from 0 to 1, then half a cosine down to `final_factor` (Loshchilov & Hutter 2017).
+
+    Args:
+      run: sizes that turn epochs into steps.
+      warmup_epochs: length of the warm-up in epochs; 0 for none.
+      final_factor: factor of the learning rate at the last step.
+    """
     check_range("schedule.warmup_epochs", warmup_epochs, 0)
     check_range("schedule.final_factor", final_factor, 0)
     warmup_steps = round(warmup_epochs * run.num_images / run.batch_size)
@@ -126,15 +133,19 @@ def backbone_mask(params: PyTree) -> PyTree:
 
 def sgd(
     learning_rate: Schedule,
-    *,
+    /,
     momentum: float = 0.9,
     nesterov: bool = False,
     decoupled_weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
     """SGD with momentum: `m = momentum * m + g; p -= learning_rate * m` (paper, section 4.2).
 
-    `decoupled_weight_decay` subtracts `learning_rate * decay * p` beside the momentum (SGDW); the
-    paper's weight decay is in the loss instead.
+    Args:
+      learning_rate: as a function of the step.
+      momentum: share of the old `m` that a step keeps.
+      nesterov: whether the step is by `momentum * m + g` of the new `m` (Nesterov's momentum).
+      decoupled_weight_decay: `learning_rate * decoupled_weight_decay * p` is subtracted beside the momentum (SGDW); the
+        paper's weight decay is in the loss instead.
     """
     check_range("optimizer.momentum", momentum, 0, 1, below=True)
     check_range("optimizer.decoupled_weight_decay", decoupled_weight_decay, 0)
@@ -146,7 +157,7 @@ def sgd(
 
 
 def rmsprop(
-    learning_rate: Schedule, *, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1.0
+    learning_rate: Schedule, /, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1.0
 ) -> optax.GradientTransformation:
     """RMSprop as `tf.train.RMSPropOptimizer` (TF1) computes it, which the paper trained JFT with.
 
@@ -156,6 +167,12 @@ def rmsprop(
 
     Most other libraries start `s` at 0 and add epsilon outside the root. Decay and epsilon are not
     in the paper; the defaults are Inception V3's.
+
+    Args:
+      learning_rate: as a function of the step.
+      decay: share of the old `s`, the mean of squared gradients, that a step keeps.
+      momentum: share of the old `m` that a step keeps.
+      epsilon: added to `s` under the root.
     """
     check_range("optimizer.decay", decay, 0, 1, below=True)
     check_range("optimizer.momentum", momentum, 0, 1, below=True)
@@ -167,13 +184,21 @@ def rmsprop(
 
 def adamw(
     learning_rate: Schedule,
-    *,
+    /,
     beta1: float = 0.9,
     beta2: float = 0.999,
     epsilon: float = 1e-8,
     decoupled_weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019); decay is `learning_rate * decoupled_weight_decay * p`."""
+    """AdamW (Loshchilov & Hutter 2019).
+
+    Args:
+      learning_rate: as a function of the step.
+      beta1: share of the old mean of gradients that a step keeps.
+      beta2: share of the old mean of squared gradients that a step keeps.
+      epsilon: added to the root of that mean.
+      decoupled_weight_decay: a step subtracts `learning_rate * decoupled_weight_decay * p` too.
+    """
     check_range("optimizer.beta1", beta1, 0, 1, below=True)
     check_range("optimizer.beta2", beta2, 0, 1, below=True)
     check_range("optimizer.epsilon", epsilon, 0, above=True)
@@ -187,22 +212,22 @@ OPTIMIZERS = {"sgd": sgd, "rmsprop": rmsprop, "adamw": adamw}
 def create_optimizer(
     name: str,
     learning_rate: float,
-    *,
-    schedule: Schedule,
     backbone_factor: float = 1.0,
     clip_norm: float | None = None,
+    *,
+    schedule: Schedule,
     **options: Any,
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """Returns the optimizer and its learning rate as a function of the step.
 
     Args:
       name: a key of `OPTIMIZERS`.
-      learning_rate: at factor 1 of the schedule.
-      schedule: factor of the learning rate; see `create_schedule`.
+      learning_rate: the learning rate where the schedule's factor is 1.
       backbone_factor: factor of the learning rate for all layers but the classifier (`layers.is_classifier`),
         for fine-tuning; 0 freezes them, and their gradients are not computed.
       clip_norm: gradients longer than this (global L2 norm, all parameters together) are shortened
         to it; None leaves them.
+      schedule: factor of the learning rate; see `create_schedule`.
       **options: the optimizer's own keywords.
 
     Raises:

@@ -65,11 +65,11 @@ class Loss(NamedTuple):
     penalty: Callable[[PyTree], jax.Array]  # params -> scalar
 
 
-def create_loss(name: str, *, label_smoothing: float = 0.0, weight_decay: float = 0.0) -> Loss:
+def create_loss(name: str, label_smoothing: float = 0.0, weight_decay: float = 0.0) -> Loss:
     """Returns the loss `name`.
 
     Args:
-      name: a key of `LOSSES`.
+      name: 'softmax' for one label an image, 'sigmoid' for any number of labels.
       label_smoothing: share of the target that is spread over all classes (Inception V3: 0.1).
       weight_decay: L2 in the loss, as the paper has it (section 4.3): `weight_decay / 2 * sum of
         squares` of all kernels, so that its gradient is `weight_decay * kernel`. It passes through
@@ -147,13 +147,14 @@ def make_train_step(
     normalize: Callable[[jax.Array], jax.Array],
     abstract_state: TrainState,
     mesh: Mesh,
+    /,
+    ema_decay: float = 0.0,
+    accumulation_steps: int = 1,
+    lowering: str = "platform",
     *,
     seed: int,
     mix: Mix | None = None,
     backbone_frozen: bool = False,
-    ema_decay: float = 0.0,
-    accumulation_steps: int = 1,
-    lowering: str = "platform",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Sum]]]:
     """Returns the compiled `train_step(state, batch) -> (state, metrics)`; the old state is donated.
 
@@ -164,11 +165,6 @@ def make_train_step(
 
     Args:
       abstract_state: shapes and shardings, from `state.make_init`.
-      seed: of dropout and mixing.
-      mix: from `mixing.make_mixing`; it mixes the whole batch, before it is split into parts. The
-        loss takes the soft labels, and the metrics the label with the larger share.
-      backbone_frozen: whether `tx` leaves the backbone as it is: no gradient of it is computed, and
-        `gradient_norm` is the classifier's.
       ema_decay: share of the old average that a step keeps (Polyak averaging, section 4.2). In
         the first steps less: min(ema_decay, (1 + step) / (10 + step)), as
         `tf.train.ExponentialMovingAverage(num_updates=step)`. 0 keeps no average.
@@ -177,6 +173,11 @@ def make_train_step(
         its moving statistics follow, one part after the other.
       lowering: how operations are computed, see `ops.lowering`; 'fused' is for the Xception networks
         with a batch of which each TPU has a multiple of 16 images.
+      seed: of dropout and mixing.
+      mix: from `mixing.make_mixing`; it mixes the whole batch, before it is split into parts. The
+        loss takes the soft labels, and the metrics the label with the larger share.
+      backbone_frozen: whether `tx` leaves the backbone as it is: no gradient of it is computed, and
+        `gradient_norm` is the classifier's.
     """
     check_range("step.ema_decay, the share kept,", ema_decay, 0, 1, below=True)
     check_range("step.accumulation_steps", accumulation_steps, 1)

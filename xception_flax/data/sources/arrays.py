@@ -16,11 +16,15 @@ from xception_flax.text.lookup import suggest
 MAX_RATIO = 500
 
 
-def arrays(split: str, *, path: str) -> Arrays:
+def arrays(split: str, /, path: str) -> Arrays:
     """Arrays of an .npz file: `{split}_images` uint8, `{split}_labels` integers `[N]` or 0/1 `[N, classes]`.
 
     Labels may be whole numbers of any type, and `[N, 1]`. `class_names` in the file is optional; without it classes
     are called by their numbers.
+
+    Args:
+      split: which of the arrays.
+      path: of the .npz file.
 
     Raises:
       ValueError: no such file or array, or one of another kind, of which the message says what is expected; more

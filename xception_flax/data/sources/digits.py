@@ -8,7 +8,7 @@ from xception_flax.data.sources.source import Arrays
 from xception_flax.text.lookup import lookup
 
 
-def digits(split: str) -> Arrays:
+def digits(split: str, /) -> Arrays:
     """1,797 handwritten digits, 8 x 8 pixels, inside this package; splits 'train', 'validation', 'test'.
 
     The test part of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998, CC

@@ -78,7 +78,7 @@ class Files:
         }
 
 
-def folder(split: str, *, data_dir: str, val_fraction: float = VAL_FRACTION) -> Files:
+def folder(split: str, /, data_dir: str, val_fraction: float = VAL_FRACTION) -> Files:
     """A folder of images, a folder a class; classes are numbered in the order of their names.
 
     Either `data_dir/split/CLASS/image.jpg`, or `data_dir/CLASS/image.jpg` alone: that has the splits
@@ -88,7 +88,7 @@ def folder(split: str, *, data_dir: str, val_fraction: float = VAL_FRACTION) -> 
 
     Args:
       split: name of a folder, or 'train' or 'val'.
-      data_dir: the folder.
+      data_dir: the folder of images: CLASS/*.jpg, or SPLIT/CLASS/*.jpg.
       val_fraction: share of 'val', where there are no folders of splits.
 
     Raises:

@@ -51,7 +51,7 @@ class TfdsSource:
 
 def tfds(
     split: str,
-    *,
+    /,
     name: str | None = None,
     data_dir: str | None = None,
     image_key: str = "image",

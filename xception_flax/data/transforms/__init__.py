@@ -11,7 +11,6 @@ import ast
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import cv2
 import numpy as np
@@ -28,8 +27,9 @@ from xception_flax.data.transforms.geometry import (
     resize,
     resize_center_crop,
 )
+from xception_flax.text import values
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import cut, lookup, suggest, written
+from xception_flax.text.lookup import lookup, suggest, written
 
 Image = np.ndarray
 Transform = Callable[[Image, np.random.Generator], Image]
@@ -54,8 +54,8 @@ TRANSFORMS: dict[str, Callable[..., Image]] = {
 def parse_transforms(text: str, image_size: int) -> tuple[Transform, ...]:
     """Turns a recipe's `'name(keyword=value) | name'` into functions of (image, rng).
 
-    A value is a number, a string in quotes, True or False. Each transform is called once, on a
-    black image, so that a value out of its range shows here.
+    A value is written as on a command line; quotes around a text may be left out. Each transform is called
+    once, on a black image, so that a value out of its range shows here.
 
     Raises:
       ValueError: bad syntax, an unknown transform or keyword, a value of the wrong type or out of its
@@ -65,22 +65,14 @@ def parse_transforms(text: str, image_size: int) -> tuple[Transform, ...]:
 
 
 def _parse(call: str, image_size: int) -> Transform:
-    wrong = UserError(
-        f"a transform must be written as name or name(keyword=value), joined by '|'; got {written(call)}."
-    )
-    try:
-        node = ast.parse(call, mode="eval").body
-        name = node.func.id if isinstance(node, ast.Call) else node.id
-        keywords = node.keywords if isinstance(node, ast.Call) else []
-        if (isinstance(node, ast.Call) and node.args) or any(k.arg is None for k in keywords):
-            raise wrong
-    except (SyntaxError, AttributeError, ValueError, RecursionError, MemoryError):  # the parser has all of them
-        raise wrong from None
+    name, texts = _split(call)
     transform = lookup(TRANSFORMS, name, "transform")
     parameters = dict(list(inspect.signature(transform).parameters.items())[2:])
-    options = {k.arg: _value(call, name, k, parameters) for k in keywords}
-    if len(options) < len(keywords):
-        raise UserError(f"transform {written(call)} gives a keyword twice.")
+    options = {}
+    for key, text in texts.items():
+        if key not in parameters:
+            raise UserError(f"transform {name!r} takes no {key!r}; {suggest(key, parameters)}")
+        options[key] = values.parse(f"transform {name!r}: {key}", text, parameters[key].annotation)
     if "image_size" in parameters:
         options.setdefault("image_size", image_size)
     for key, parameter in parameters.items():
@@ -94,18 +86,21 @@ def _parse(call: str, image_size: int) -> Transform:
     return transform
 
 
-def _value(call: str, name: str, keyword: ast.keyword, parameters: dict[str, inspect.Parameter]) -> Any:
-    if keyword.arg not in parameters:
-        raise UserError(f"transform {name!r} takes no {keyword.arg!r}; {suggest(keyword.arg, parameters)}")
-    expected = parameters[keyword.arg].annotation
-    words = {float: "a number", int: "an integer", bool: "True or False", str: "a string in quotes"}[expected]
+def _split(call: str) -> tuple[str, dict[str, str]]:
+    """Returns the name of a transform and the text of each keyword's value."""
+    wrong = UserError(
+        f"a transform must be written as name or name(keyword=value), joined by '|'; got {written(call)}."
+    )
     try:
-        value = ast.literal_eval(keyword.value)
-    except (ValueError, TypeError, RecursionError, MemoryError):  # a name without quotes, most likely
-        value = None
-    kinds = (int, float) if expected is float else expected
-    # bool is an int to Python, and never to the author of a recipe.
-    if not isinstance(value, kinds) or (isinstance(value, bool) and expected is not bool):
-        written = cut(ast.get_source_segment(call, keyword.value))
-        raise UserError(f"transform {name!r}: {keyword.arg} must be {words}, got {written}.")
-    return value + 0 if isinstance(value, float) else value  # -0.0 is 0, and no end of an interval to NumPy
+        node = ast.parse(call, mode="eval").body
+        if isinstance(node, ast.Name):
+            return node.id, {}
+        name, keywords = node.func.id, node.keywords
+        texts = {keyword.arg: ast.get_source_segment(call, keyword.value) for keyword in keywords}
+    except (SyntaxError, AttributeError, ValueError, RecursionError, MemoryError):  # the parser has all of them
+        raise wrong from None
+    if node.args or None in texts:  # a value without a keyword, or `**keywords`
+        raise wrong
+    if len(texts) < len(keywords):
+        raise UserError(f"transform {written(call)} gives a keyword twice.")
+    return name, texts

@@ -1,0 +1,98 @@
+"""What stands in the signatures of the groups' functions, and of all that their selectors choose from."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from xception_flax.recipes import groups, signatures
+from xception_flax.text import values
+from xception_flax.training import optimizers, steps
+
+GROUPS = {"": groups.LOOP, **groups.GROUPS}
+FUNCTIONS = {
+    **{name: group.function for name, group in GROUPS.items()},
+    **{f"{name}.{choice}": entry for name, group in GROUPS.items() for choice, entry in group.table.items()},
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_every_key_has_a_type_a_default_of_it_and_a_meaning(function):
+    """An object of the program's, such as a mesh, that stands between / and * has no such type."""
+    for name, key in signatures.keys_of(function).items():
+        values.describe(key.annotation)
+        assert key.meaning, f"{name} has no entry in 'Args:' or 'Attributes:' of the docstring"
+        if not key.is_required:
+            values.check(name, key.default, key.annotation)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_docstring_tells_of_all_that_a_function_takes_and_of_nothing_else(function):
+    signature = inspect.signature(getattr(function, "func", function))
+    told = signatures.meanings_of(function)
+    assert {name.lstrip("*") for name in told} <= signature.parameters.keys()
+
+
+@pytest.mark.parametrize(("name", "group"), GROUPS.items(), ids=GROUPS)
+def test_keys_are_what_a_function_takes_by_name_beside_what_the_program_gives(name, group):
+    """`function(a, b, **config.group, c=c)` binds, whatever entry is chosen, and so does the call of the entry."""
+    for choice in group.table or [""]:
+        keys = dict.fromkeys(group.keys(choice))
+        bind(group.function, keys)
+        if choice:
+            own = signatures.keys_of(group.function)
+            bind(group.table[choice], {key: None for key in signatures.keys_of(group.table[choice]) if key not in own})
+
+
+def bind(function: Callable[..., Any], keys: dict[str, Any]) -> None:
+    """Raises TypeError unless the program can call `function`: before / by position, behind * by name."""
+    parameters = inspect.signature(function).parameters.values()
+    before = [None for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    behind = {p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY} | keys
+    inspect.signature(function).bind(*before, **behind)
+
+
+def test_what_the_program_gives_is_no_key():
+    keys = {name: set(group.keys(next(iter(group.table), ""))) for name, group in GROUPS.items()}
+    assert keys["step"] == {"ema_decay", "accumulation_steps", "lowering"}
+    assert keys["checkpoint"] == {"keep_latest", "keep_best"}
+    assert keys["mesh"] == {"data", "fsdp"}
+    assert keys["init"] == {"weights", "checkpoint"}
+    assert keys["schedule"] == {"name"}
+    assert not keys["data"] & {"train", "batch_size", "seed", "process_index", "process_count", "split"}
+    assert not any(
+        {"parent"} & group.keys(choice).keys() for group in GROUPS.values() for choice in group.table or [""]
+    )
+    assert "name" not in signatures.keys_of(groups.GROUPS["model"].table["xception"])
+    assert "learning_rate" not in signatures.keys_of(optimizers.sgd)
+
+
+def test_a_partials_values_are_defaults():
+    """In its own signature all that follows a keyword that it sets can no longer be given by position."""
+    keys = groups.GROUPS["model"].keys("xception41p")
+    assert (keys["preactivation"].default, keys["bn_epsilon"].default, keys["width"].default) == (True, 1e-5, 1.0)
+
+
+def test_a_meaning_is_the_first_sentence():
+    def function(a: int, b: int, c: int, *, d: int) -> None:
+        """Does nothing.
+
+        Args:
+          a: of the first,
+            as Who et al. 2017 have it. And more.
+          b: one that ends in 0.5
+          c: 'x' or
+             'y' (see data/x.py). 'z' is none.
+          d: the program's.
+
+        Raises:
+          ValueError: never.
+        """
+
+    assert [key.meaning for key in signatures.keys_of(function).values()] == [
+        "of the first, as Who et al. 2017 have it",
+        "one that ends in 0.5",
+        "'x' or 'y' (see data/x.py)",
+    ]
+    assert signatures.keys_of(steps.create_loss)["name"].meaning.startswith("'softmax' for")

@@ -1,0 +1,111 @@
+"""Shows every key that a recipe takes, by group: its value, type, default and meaning.
+
+A * stands before what is not the default. KEY=VALUE is written as train.py takes it, behind `--config.`
+"""
+
+import shlex
+import textwrap
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from xception_flax.commands import cli
+from xception_flax.display import console
+from xception_flax.recipes import reading
+from xception_flax.recipes.groups import GROUPS, LOOP
+from xception_flax.recipes.signatures import Key
+from xception_flax.text import naming, values
+
+EXAMPLES = """\
+  xception-flax recipe configs/digits.py
+  xception-flax recipe configs/digits.py --config.model.name=lenet
+  xception-flax recipe configs/imagenet.py | grep -A2 decay
+  xception-flax recipe configs/imagenet.py --json"""
+
+WIDTH = 100  # columns of a terminal that lines fit in, but for long values
+TYPE_COLUMN = 46
+
+
+class Row(NamedTuple):
+    """A key of the recipe as it is shown.
+
+    Attributes:
+      name: with its group, 'model.width'.
+      key: what its signature says of it.
+      value: in this recipe.
+      choices: where it names an entry of a table, the table's names.
+    """
+
+    name: str
+    key: Key
+    value: Any
+    choices: tuple[str, ...]
+
+    @property
+    def type(self) -> str:
+        return values.describe(self.key.annotation).removeprefix("a ").removeprefix("an ")
+
+    @property
+    def meaning(self) -> str:
+        return self.key.meaning + (f": {', '.join(self.choices)}" if self.choices else "")
+
+    @property
+    def default(self) -> Any:
+        """As the recipe would have it."""
+        return values.check(self.name, self.key.default, self.key.annotation)
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser("xception-flax recipe", __doc__, EXAMPLES, hosts=False)
+    parser.add_argument("config", metavar="FILE[:ARG]", help="the recipe, and its argument")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON instead, an object by key")
+    parser.add_argument("--config.KEY=VALUE", dest="ignored", metavar="", help="override a key of the recipe")
+    arguments, overrides = parser.parse_known_args(argv)
+    config = reading.load(arguments.config, overrides)
+    if arguments.json:
+        rows = (row for group in ("", *GROUPS) for row in _rows(group, config))
+        print(naming.to_json({row.name: _record(row) for row in rows}, allow_nan=False))
+        return 0
+    print(naming.harmless(f"{arguments.config}: * is not the default; train.py --config.KEY=VALUE sets a value"))
+    for group in ("", *GROUPS):
+        selector = GROUPS[group].selector if group else ""
+        console.show_title(f"{group}: {config[group][selector]}" if selector else group or "outside of groups")
+        for line in (line for row in _rows(group, config) for line in _lines(row)):
+            print(naming.harmless(line))
+    return 0
+
+
+def _rows(name: str, config: ConfigDict) -> Iterator[Row]:
+    """The keys of a group in the order of its signatures; of group '', those outside of groups."""
+    group, chosen = (GROUPS[name], config[name]) if name else (LOOP, config)
+    for key, described in group.keys(chosen[group.selector] if group.selector else "").items():
+        choices = tuple(group.table) if key == group.selector else ()
+        yield Row(f"{name}.{key}" if name else key, described, chosen[key], choices)
+
+
+def _record(row: Row) -> dict[str, Any]:
+    default = {} if row.key.is_required else {"default": row.default}
+    return {"value": row.value, "type": row.type, **default, "meaning": row.meaning}
+
+
+def _lines(row: Row) -> Iterator[str]:
+    """The value, with type and default beside it where they fit; the meaning below."""
+    text = values.as_text(row.value, row.key.annotation)
+    marker, default = "*", "required"
+    if not row.key.is_required:
+        marker = " " if row.value == row.default else "*"
+        default = f"default {values.as_text(row.default, row.key.annotation) or repr('')}"
+    assignment = f"{marker} {row.name}={_quoted(text)}"
+    if len(assignment) >= TYPE_COLUMN:
+        yield assignment
+        assignment = ""
+    yield f"{assignment:{TYPE_COLUMN}}{row.type}, {default}"
+    yield from textwrap.wrap(row.meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _quoted(text: str) -> str:
+    """A value for a shell, in double quotes where there are single ones in it and nothing that a shell looks for."""
+    if "'" in text and not set(text) & set('"$`\\!'):
+        return f'"{text}"'
+    return shlex.quote(text) if text else ""

@@ -1,0 +1,42 @@
+"""Overrides on the command line: `--config.KEY=VALUE`, `--config.GROUP.KEY=VALUE`."""
+
+from collections.abc import Sequence
+
+from xception_flax.recipes.groups import GROUPS
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import cut, suggest, written
+
+Texts = dict[str, dict[str, str]]
+
+
+def split(overrides: Sequence[str], groups: Sequence[str] | None = None) -> Texts:
+    """Returns the text of each value by group and key; the keys outside of groups are those of ''.
+
+    Args:
+      overrides: `('--config.model.width=0.5', ...)`; of one key given twice the last counts.
+      groups: those that may be changed; None for all, and the keys outside of groups.
+
+    Raises:
+      ValueError: an argument is none of these forms, or names no group, or one that may not be changed.
+    """
+    texts: Texts = {name: {} for name in ("", *GROUPS)}
+    for override in overrides:
+        name, value = _name_and_value(override)
+        group, _, key = name.rpartition(".")
+        if groups is not None and name.partition(".")[0] not in groups:
+            raise UserError(f"{cut(f'--config.{name}')} cannot be changed here; only keys of: {', '.join(groups)}.")
+        if name in GROUPS:
+            raise UserError(f"--config.{name} is a group; set one of its keys: --config.{name}.KEY=VALUE.")
+        if "." in name and group not in GROUPS:
+            raise UserError(
+                f"unknown recipe group {written(group)} in {cut(f'--config.{name}')}; {suggest(group, GROUPS)}"
+            )
+        texts[group][key] = value
+    return texts
+
+
+def _name_and_value(override: str) -> tuple[str, str]:
+    name, equals, value = override.removeprefix("--config.").partition("=")
+    if not override.startswith("--config.") or not equals or not name:
+        raise UserError(f"unknown argument {written(override)}; a recipe's key is set by --config.KEY=VALUE.")
+    return name, value
