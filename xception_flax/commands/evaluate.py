@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from xception_flax import data, models
 from xception_flax.commands import cli
+from xception_flax.data.batch import Batch
 from xception_flax.display import console, pictures
 from xception_flax.host import processes
 from xception_flax.recipes import reading
@@ -19,8 +20,9 @@ from xception_flax.runs import history, progress
 from xception_flax.runs.workdir import alike, read_recipe
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
-from xception_flax.training import checkpoint, metrics, sharding, state, steps
+from xception_flax.training import checkpoint, metrics, sharding, state
 from xception_flax.training.evaluation import evaluate
+from xception_flax.training.program import make_evaluation
 
 EXAMPLES = """\
   xception-flax evaluate --workdir runs/digits
@@ -42,7 +44,7 @@ class Mistakes:
         self.predictions: list[str] = []
         self.confidences: list[float] = []
 
-    def __call__(self, batch: data.pipeline.Batch, logits: jax.Array) -> None:
+    def __call__(self, batch: Batch[np.ndarray], logits: jax.Array) -> None:
         scores = np.asarray(jax.nn.softmax(logits))
         predicted = scores.argmax(-1)
         for i in np.flatnonzero((predicted != batch["labels"]) & (batch["mask"] > 0)):
@@ -133,13 +135,7 @@ def _evaluate_checkpoint(
     )
     processes.agree("data", lambda: {"--batch-size": batch_size, "--weights": weights} | split.identity())
     dark = split.check_max_value()  # it may be of another place than the training's
-    eval_step = steps.make_eval_step(
-        model,
-        steps.create_loss(**config.loss),
-        metrics.create_metrics(**config.metrics),
-        steps.create_normalizer(**config.normalize),
-        mesh,
-    )
+    eval_step = make_evaluation(config, model, mesh)
     step, meta, variables = checkpoint.read_variables(
         arguments.workdir,
         arguments.checkpoint,

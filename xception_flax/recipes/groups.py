@@ -10,7 +10,7 @@ from xception_flax import data, models
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 from xception_flax.text.ranges import check_range
-from xception_flax.training import checkpoint, metrics, mixing, optimizers, sharding, steps
+from xception_flax.training import checkpoint, losses, metrics, mixing, optimizers, sharding, steps
 from xception_flax.weights import initial
 
 
@@ -83,7 +83,7 @@ GROUPS = {
     "model": _group(models.create_model, "parent", selector="name", table=models.MODELS),
     "init": _group(initial.load, "model image_shape mesh class_names mean std"),
     "normalize": _group(steps.create_normalizer),
-    "loss": _group(steps.create_loss),
+    "loss": _group(losses.create_loss),
     "metrics": _group(metrics.create_metrics, selector="name", table=metrics.METRICS),
     "optimizer": _group(optimizers.create_optimizer, "schedule", selector="name", table=optimizers.OPTIMIZERS),
     "schedule": _group(optimizers.create_schedule, "run", selector="name", table=optimizers.SCHEDULES),
