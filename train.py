@@ -82,7 +82,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     Raises:
       ValueError: the recipe cannot be run here; nothing has been written but, at most, an empty run's config.json.
     """
-    # Prepare: all that can be wrong shows here, before anything is written.
+    # Prepare. Whatever is wrong shows here, before anything is written.
     check_workdir(workdir, config)
     processes.agree("recipe", lambda: alike(config) | processes.software())
     first_host, begun = jax.process_index() == 0, checkpoint.has_steps(workdir)
@@ -95,10 +95,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
     abstract_batch = check_program(program, mesh, train_data, eval_data)
     notes = [data.unread_of((train_data.source, eval_data.source))]
     notes += [] if begun else [split.check_max_value() for split in (train_data, eval_data)]
-    loaded = None if begun else load_initial(config, program, mesh, train_data)
+    pretrained = None if begun else load_initial(config, program, mesh, train_data)  # else a checkpoint has them
 
     with contextlib.ExitStack() as stack:
-        # Resume, or begin.
+        # Resume from the newest checkpoint, or begin.
         if first_host:
             stack.enter_context(claim(workdir, config))
         processes.check_shared(workdir)
@@ -107,7 +107,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         )
         meta = create_meta(config, train_data)
         start_step = manager.latest_step() or 0
-        begins_with = loaded.meta() if loaded else None
+        begins_with = pretrained.meta() if pretrained else None
         processes.agree("start", lambda: {"the newest checkpoint": start_step, "the initial weights": begins_with})
         if start_step:
             saved = checkpoint.read_meta(manager, start_step)
@@ -124,11 +124,11 @@ def train(config: ConfigDict, workdir: Path) -> int:
             train_state = checkpoint.restore_state(manager, program.abstract_state, start_step)
             notes.append(f"going on from the checkpoint of step {start_step}")
         else:
-            loaded = loaded or load_initial(config, program, mesh, train_data)
-            train_state = program.init(jax.random.key(config.seed), loaded.arrays)
-            meta["init"] = loaded.meta()
-            notes.append(str(loaded) if config.init.weights != "random" else "")
-            del loaded  # its arrays have been copied
+            pretrained = pretrained or load_initial(config, program, mesh, train_data)
+            train_state = program.init(jax.random.key(config.seed), pretrained.arrays)
+            meta["init"] = pretrained.meta()
+            notes.append(str(pretrained) if config.init.weights != "random" else "")
+            del pretrained  # the state has copies of its arrays
         report = stack.enter_context(open_report(config, workdir, program, mesh, train_data, start_step))
         for line in filter(None, [describe(config, workdir, program, mesh), *notes]):
             report.say(line)
@@ -197,13 +197,13 @@ def train(config: ConfigDict, workdir: Path) -> int:
 
 
 def load_data(config: ConfigDict, begun: bool) -> tuple[data.Split, data.Split]:
-    """Returns the data to train on and to evaluate on, the same on all hosts.
+    """Returns the training split and the evaluation split, after a check that all hosts have the same ones.
 
     Args:
-      begun: whether the workdir has checkpoints, which hosts must agree on too.
+      begun: whether the workdir has checkpoints; on this too the hosts must agree.
 
     Raises:
-      ValueError: the two do not go together, or not with the recipe.
+      ValueError: the splits have different classes, or not those of the recipe, or hosts differ.
     """
     load = dict(
         **config.data,
@@ -230,10 +230,13 @@ def load_data(config: ConfigDict, begun: bool) -> tuple[data.Split, data.Split]:
 def check_program(
     program: Program, mesh: Mesh, train_data: data.Split, eval_data: data.Split
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Traces both steps from shapes, where all that does not fit together shows, and returns those of a batch.
+    """Traces both steps, so that what does not fit together shows before anything is compiled.
+
+    Returns:
+      Shape, type and sharding of each array of a training batch.
 
     Raises:
-      ValueError: the data does not fit the program, or the state not the devices.
+      ValueError: the data does not fit the program, or the state does not fit the devices.
     """
     sharding.check_memory(mesh, program.abstract_state)
     abstract_batch = sharding.abstract_batch(mesh, train_data.batch_shapes)
@@ -259,7 +262,7 @@ def steps_to_profile(config: ConfigDict, total_steps: int) -> range:
     """Returns the steps to trace.
 
     Raises:
-      ValueError: the run does not have them all.
+      ValueError: the run ends before the last of them.
     """
     steps = groups.profiled_steps(config.profile)
     if steps and steps[-1] > total_steps:
@@ -297,8 +300,8 @@ def describe(config: ConfigDict, workdir: Path, program: Program, mesh: Mesh) ->
 
 
 def count_masked(totals: metrics.Accumulator, batch_size: int) -> int:
-    """Returns how many images of the steps in `totals` did not count."""
-    steps = totals.count("gradient_norm")  # which has one a step
+    """Returns how many images of the steps in `totals` were left out."""
+    steps = totals.count("gradient_norm")  # it is counted once a step
     return round(steps * batch_size - totals.count("loss"))
 
 

@@ -22,12 +22,9 @@ class RunLength(NamedTuple):
     total_steps: int
 
     def ends_interval(self, step: int, every_epochs: float) -> bool:
-        """Whether a multiple of `every_epochs` ends within step `step`.
-
-        Where one ends, so does one of any `every_epochs` that divides it.
-        """
+        """Whether a multiple of `every_epochs` ends within step `step`, counted from 1."""
         interval = every_epochs * (self.num_images / self.batch_size)  # in steps
-        # A little more, against the rounding of the division: a multiple of 0.1 epochs ends where that of 0.2 does.
+        # The small term is for the rounding of the division: what is due every 0.2 epochs is due with all of 0.1.
         return math.floor(step / interval + 1e-9) > math.floor((step - 1) / interval + 1e-9)
 
 

@@ -180,6 +180,7 @@ def _make_objective(
             "penalty": Sum(penalty, jnp.ones(())),
             **metrics(logits, batch["labels"], mask),
         }
+        # With `weight` the mean over parts of this mean is that over all images that count.
         mean = jnp.mean(jnp.where(mask > 0, losses, 0) * batch["weight"]) if "mask" in batch else jnp.mean(losses)
         return mean + penalty, (updates.get("batch_stats", {}), sums)
 
@@ -187,7 +188,7 @@ def _make_objective(
 
 
 def _with_weight(batch: Batch[jax.Array]) -> Batch[jax.Array]:
-    """Returns the batch, if it is masked with its `weight`."""
+    """Returns the batch, with `weight` where it has a `mask`."""
     if "mask" not in batch:
         return batch
     mask = batch["mask"]
