@@ -27,13 +27,18 @@ from xception_flax.display import console
 from xception_flax.host import allocator, processes
 from xception_flax.models import costs
 from xception_flax.recipes import groups, reading
+from xception_flax.recipes.comparing import alike
 from xception_flax.runs import curves, history, profiling, progress
-from xception_flax.runs.saving import check_same_data, create_meta, save_where_input_ends
+from xception_flax.runs.saving import check_same_data, save_where_input_ends
 from xception_flax.runs.workdir import (
-    alike,
+    CHECKPOINTS,
+    CURVES,
+    HISTORY,
+    PROFILE,
     check_claim,
     check_workdir,
     claim,
+    has_checkpoints,
     how_to_train_on,
     remember,
 )
@@ -85,7 +90,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     # Prepare. Whatever is wrong shows here, before anything is written.
     check_workdir(workdir, config)
     processes.agree("recipe", lambda: alike(config) | processes.software())
-    first_host, begun = jax.process_index() == 0, checkpoint.has_steps(workdir)
+    first_host, begun = jax.process_index() == 0, has_checkpoints(workdir)
     mesh = sharding.create_mesh(**config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
     train_data, eval_data = load_data(config, begun)
@@ -102,10 +107,11 @@ def train(config: ConfigDict, workdir: Path) -> int:
         if first_host:
             stack.enter_context(claim(workdir, config))
         processes.check_shared(workdir)
+        best_metric = metrics.BEST[config.metrics.name]
         manager = stack.enter_context(
-            checkpoint.open_manager(workdir, best_metric=metrics.BEST[config.metrics.name], **config.checkpoint)
+            checkpoint.open_manager(workdir / CHECKPOINTS, best_metric=best_metric, **config.checkpoint)
         )
-        meta = create_meta(config, train_data)
+        meta = {"class_names": list(train_data.class_names), "num_images": train_data.num_images}
         start_step = manager.latest_step() or 0
         begins_with = pretrained.meta() if pretrained else None
         processes.agree("start", lambda: {"the newest checkpoint": start_step, "the initial weights": begins_with})
@@ -133,7 +139,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         for line in filter(None, [describe(config, workdir, program, mesh), *notes]):
             report.say(line)
         profiled = range(max(profiled.start, start_step + 1), profiled.stop)
-        profile = stack.enter_context(profiling.Profile(profiled, workdir / "profile", report, enabled=first_host))
+        profile = stack.enter_context(profiling.Profile(profiled, workdir / PROFILE, report, enabled=first_host))
 
         # Loop.
         totals = metrics.Accumulator(max_pending=MAX_STEPS_IN_FLIGHT)
@@ -321,12 +327,12 @@ def show_results(config: ConfigDict, workdir: Path, results: dict[str, float], w
         "evaluated": f"split {config.data.eval_split!r}, {results['count']:,} images, {weights} weights",
     }
     if "bad_images" in results:
-        trained = history.count_bad_images(workdir / "metrics.jsonl")
+        trained = history.count_bad_images(workdir / HISTORY)
         rows["bad images"] = (
             f"left out: {trained:,} times in training, {results['bad_images']:,} in evaluation; "
             "`xception-flax prepare check` names those of a folder or TFDS data set"
         )
-    console.show_table("finished", rows | {"curves": naming.shown(workdir / "curves.png")})
+    console.show_table("finished", rows | {"curves": naming.shown(workdir / CURVES)})
     curves.draw_run(workdir)  # last: nothing that happens to the picture hides the results
 
 

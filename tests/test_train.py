@@ -31,8 +31,8 @@ from xception_flax.display import console
 from xception_flax.host import signals
 from xception_flax.models import ops
 from xception_flax.runs import history, progress
+from xception_flax.runs.restore import restore
 from xception_flax.training import evaluation, metrics, sharding
-from xception_flax.weights import initial
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -875,7 +875,7 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
         ]
         == 0
     )
-    assert initial.restore_run(tmp_path / "w", sharding.create_mesh(), "latest").class_names == ("x", "\xe9")
+    assert restore(tmp_path / "w", sharding.create_mesh(), "latest").class_names == ("x", "\xe9")
     code, _, err = command("b")
     assert code == 2
     assert "error: the data has changed since" in err

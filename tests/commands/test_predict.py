@@ -14,8 +14,7 @@ import train
 from xception_flax.commands import cli, evaluate, predict
 from xception_flax.data import sources
 from xception_flax.recipes import reading
-from xception_flax.runs.workdir import read_recipe
-from xception_flax.weights import initial
+from xception_flax.runs.restore import restore
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
 
@@ -63,9 +62,12 @@ def test_it_predicts_what_evaluate_counts(workdir, digits, monkeypatch, capsys):
 
 
 def test_images_that_may_be_black_by_mistake_are_counted(workdir, digits, monkeypatch, capsys):
-    config = read_recipe(workdir)
-    config.data.max_value = None
-    monkeypatch.setattr(predict, "read_recipe", lambda _: config)
+    def unsaid(*arguments):
+        run = restore(*arguments)
+        run.recipe.data.max_value = None
+        return run
+
+    monkeypatch.setattr(predict, "restore", unsaid)
     files = [digits[0] / f"{i:03}.png" for i in range(6)]
     code, out, err = run(monkeypatch, capsys, "--workdir", workdir, *files, "--json", "--batch-size", 2)
     assert (code, out.count("\n")) == (0, 6)
@@ -107,9 +109,9 @@ def test_a_bad_file_is_named_and_the_others_are_predicted(workdir, digits, tmp_p
 
 def test_an_output_that_is_not_finite_is_an_error_of_its_image(workdir, digits, one_device):
     """Finite weights may still be too large for an image."""
-    run = initial.restore_run(workdir, one_device, "latest")
+    run = restore(workdir, one_device, "latest")
     run = run._replace(variables=jax.tree.map(lambda array: array * 1e30, run.variables))
     path = digits[0] / "000.png"
-    ((found, error),) = predict.predict(run, read_recipe(workdir), [path], one_device, 1)
+    ((found, error),) = predict.predict(run, [path], one_device, 1)
     assert (found, str(error)) == (path, "the network's output for it is not finite.")
     assert isinstance(error, ValueError)

@@ -12,7 +12,7 @@ from xception_flax import MODELS, create_model, data
 from xception_flax.commands import evaluate
 from xception_flax.data import sources
 from xception_flax.recipes import reading
-from xception_flax.runs.workdir import differences
+from xception_flax.recipes.comparing import differences
 from xception_flax.training import program, sharding
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -118,7 +118,7 @@ def test_a_run_on_them_from_its_data_to_its_predictions(folder, tmp_path, monkey
     assert "\x1b" not in err + out
     assert read_recipe(workdir).data.data_dir == str(data_dir)
     (workdir / "config.json").read_bytes().decode("ascii")
-    with checkpoint.open_manager(workdir, best_metric="top1", read_only=True) as manager:
+    with checkpoint.open_manager(workdir / "checkpoints", best_metric="top1", read_only=True) as manager:
         assert checkpoint.read_meta(manager, manager.latest_step())["class_names"] == names
 
     code, out, err = run(monkeypatch, evaluate.main, "--workdir", workdir)

@@ -49,7 +49,7 @@ def assert_equal(a: TrainState, b: TrainState) -> None:
 
 
 def open_manager(path, **options):
-    return checkpoint.open_manager(path, best_metric="top1", **options)
+    return checkpoint.open_manager(path / "checkpoints", best_metric="top1", **options)
 
 
 @pytest.mark.parametrize("ema", [True, False])
@@ -395,7 +395,9 @@ def two_steps(tmp_path_factory, one_device):
 
 
 def read(workdir, which, state):
-    return checkpoint.read_variables(workdir, which, "raw", abstract(state).variables("raw"), best_metric="top1")
+    return checkpoint.read_variables(
+        workdir / "checkpoints", which, "raw", abstract(state).variables("raw"), best_metric="top1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -515,11 +517,11 @@ def test_a_failed_save_leaves_no_thread(tmp_path, one_device, monkeypatch):
 
 def test_a_folder_that_cannot_be_read_or_made_is_named(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
-    for attempt in (open_manager, checkpoint.has_steps):
+    for attempt in (lambda folder: checkpoint.open_manager(folder, best_metric="top1"), checkpoint.has_steps):
         with pytest.raises(
             ValueError, match=rf"the checkpoints in {tmp_path}/checkpoints cannot be read: Not a directory"
         ):
-            attempt(tmp_path)
+            attempt(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import train
 from tests.weights.test_keras import keras_apply, narrow_keras_model
 from xception_flax import create_model
 from xception_flax.recipes import reading
+from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import read_recipe
 from xception_flax.training import sharding, state
 from xception_flax.weights import initial, timm
@@ -72,7 +73,8 @@ def keras_file(keras_model, tmp_path_factory) -> Path:
 
 def load(weights, model, mesh, **options):
     given = dict(image_shape=(71, 71, 3), class_names=CLASSES[: model.num_classes], mean=(127.5,), std=(127.5,))
-    return initial.load(str(weights), model=model, mesh=mesh, **given | options)
+    init = {"weights": str(weights), "checkpoint": options.pop("checkpoint", "latest")}
+    return initial.load(**init, model=model, mesh=mesh, **given | options)
 
 
 def shapes_of(model) -> dict:
@@ -224,7 +226,7 @@ def test_a_run_begins_with_the_weights_of_keras(run, keras_model, one_device):
     """A frozen backbone is saved as it began: each array, to rounding in the averages, and what it makes of images."""
     workdir, _ = run
     layers = [(layer.name, layer.get_weights()) for layer in keras_model.layers if layer.name != "predictions"]
-    found = {weights: initial.restore_run(workdir, one_device, "latest", weights) for weights in ("raw", "ema")}
+    found = {weights: restore(workdir, one_device, "latest", weights) for weights in ("raw", "ema")}
     variables = flatten_dict(found["raw"].variables)
     backbone = found["raw"].model.clone(num_classes=0)
     expected = flatten_dict(keras_weights.from_keras(layers, shapes_of(backbone)))
@@ -271,7 +273,7 @@ def test_it_goes_on_without_the_file(run, tmp_path, capsys):
 def test_a_run_is_weights_to_begin_with(run, model, one_device):
     """Its classifier too, where the classes are the same ones: four others are others."""
     workdir, _ = run
-    mine = flatten_dict(initial.restore_run(workdir, one_device, "best").variables)
+    mine = flatten_dict(restore(workdir, one_device, "best").variables)
     found = load(workdir, model, one_device)
     assert_equal(found.arrays, mine)
     assert found.origin == {"workdir": str(workdir), "step": 2, "weights": "ema"}
@@ -389,7 +391,7 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
             load(weights, **dict(model=model, mesh=one_device) | options)
 
 
-def test_a_folder_that_is_no_workdir_is_named(one_device, tmp_path):
+def test_a_folder_that_is_no_workdir_is_named(model, one_device, tmp_path):
     rewrite = "load it into the model with Keras, and write model.save_weights('model.weights.h5')"
     run = tmp_path / "run"
     for file in (
@@ -407,14 +409,14 @@ def test_a_folder_that_is_no_workdir_is_named(one_device, tmp_path):
         "saved": f"; this is a SavedModel of TensorFlow: {rewrite}",
         "tf": f"; this has a checkpoint of TensorFlow: {rewrite}",
         "orbax": "; this is a checkpoint of Orbax, and not of such a run",
-        "hub": f", or a file; give {tmp_path}/hub/model.safetensors",
+        "hub": f"; it has a file of weights: give {tmp_path}/hub/model.safetensors",
         "run/checkpoints": f": this is within one; give {run}",
         "run/checkpoints/236": f": this is within one; give {run} and 236 as its checkpoint",
         "run/checkpoints/236/raw": f": this is within one; give {run} and 236 as its checkpoint",
     }.items():
-        expected = f"{tmp_path / folder} has no checkpoint; expected the workdir of a run of train.py{message}."
+        expected = f"init.weights: {tmp_path / folder} is no workdir of a run: it has no config.json{message}."
         with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
-            initial.restore_run(tmp_path / folder, one_device, "latest")
+            load(tmp_path / folder, model, one_device)
 
 
 @pytest.mark.parametrize(("value", "fields"), [(np.nan, {}), (1e39, {}), (7e4, {"param_dtype": "float16"})])

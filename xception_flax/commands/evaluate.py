@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,17 +9,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from xception_flax import data, models
+from xception_flax import data
 from xception_flax.commands import cli
 from xception_flax.data.batch import Batch
 from xception_flax.display import console, pictures
 from xception_flax.host import processes
 from xception_flax.recipes import reading
+from xception_flax.recipes.comparing import alike
 from xception_flax.runs import history, progress
-from xception_flax.runs.workdir import alike, read_recipe
+from xception_flax.runs.restore import restore
+from xception_flax.runs.workdir import mistakes_picture, read_recipe
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
-from xception_flax.training import checkpoint, metrics, sharding, state
+from xception_flax.training import sharding
 from xception_flax.training.evaluation import evaluate
 from xception_flax.training.program import make_evaluation
 
@@ -105,8 +106,7 @@ def _picture_path(arguments: argparse.Namespace, config: ConfigDict) -> Path | N
             raise UserError("--picture: none is drawn on several hosts, nor for several labels an image; leave it out.")
         return None
     # A file a split: a glance at one is no reason to lose the picture of another.
-    split = re.sub(r"[^\w.+-]", "_", config.data.eval_split)
-    picture = arguments.picture or arguments.workdir / f"mistakes_{split}.png"
+    picture = arguments.picture or arguments.workdir / mistakes_picture(config.data.eval_split)
     pictures.check_path(picture)
     return picture
 
@@ -121,10 +121,6 @@ def _evaluate_checkpoint(
     if batch_size is None:
         batch_size = -(-config.batch_size // mesh.size) * mesh.size
     sharding.check_batch_size(batch_size, mesh)
-    weights = arguments.weights or ("ema" if config.step.ema_decay else "raw")
-    if weights == "ema" and not config.step.ema_decay:
-        raise UserError("--weights ema: this run keeps no averaged weights (step.ema_decay is 0); take raw.")
-    model = models.create_model(**config.model)
     split = data.load(
         **config.data,
         train=False,
@@ -133,24 +129,16 @@ def _evaluate_checkpoint(
         process_count=jax.process_count(),
         processes_per_host=sharding.processes_per_host(),
     )
-    processes.agree("data", lambda: {"--batch-size": batch_size, "--weights": weights} | split.identity())
+    processes.agree("data", lambda: {"--batch-size": batch_size, "--weights": arguments.weights} | split.identity())
     dark = split.check_max_value()  # it may be of another place than the training's
-    eval_step = make_evaluation(config, model, mesh)
-    step, meta, variables = checkpoint.read_variables(
-        arguments.workdir,
-        arguments.checkpoint,
-        weights,
-        state.abstract_variables(model, split.image_shape, mesh),
-        best_metric=metrics.BEST[config.metrics.name],
-    )
-    processes.agree("checkpoint", lambda: {"the checkpoint": {"step": step, "meta": meta}})
-    class_names = meta["class_names"]
-    data.check_class_names(class_names, split)
-
-    mistakes = Mistakes(class_names) if picture is not None else None
-    results = evaluate(eval_step, variables, split, mesh, on_batch=mistakes)
+    run = restore(arguments.workdir, mesh, arguments.checkpoint, arguments.weights)
+    processes.agree("checkpoint", lambda: {"the checkpoint": {"step": run.step, "meta": run.meta}})
+    data.check_class_names(run.class_names, split)
+    eval_step = make_evaluation(config, run.model, mesh)
+    mistakes = Mistakes(run.class_names) if picture is not None else None
+    results = evaluate(eval_step, run.variables, split, mesh, on_batch=mistakes)
     rows = {
-        "checkpoint": f"step {step}, {weights} weights",
+        "checkpoint": f"step {run.step}, {run.weights} weights",
         "data": f"{config.data.source}, split {config.data.eval_split!r}, {results['count']:,} images",
         **({"not read": unread} if (unread := data.unread_of([split.source], whole=False)) else {}),
         **({"16 bits": dark} if dark else {}),
@@ -180,4 +168,4 @@ def _evaluate_checkpoint(
             title,
             picture,
         )
-    return {"step": step, "weights": weights, "split": config.data.eval_split, **results}, rows, draw
+    return {"step": run.step, "weights": run.weights, "split": config.data.eval_split, **results}, rows, draw

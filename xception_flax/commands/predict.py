@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from rich.cells import cell_len
 
 from xception_flax.commands import cli
@@ -18,11 +17,10 @@ from xception_flax.data.pipeline import prepare_image
 from xception_flax.data.sources import folder
 from xception_flax.display import console
 from xception_flax.runs import history
-from xception_flax.runs.workdir import read_recipe
+from xception_flax.runs.restore import Run, restore
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.training import sharding, steps
-from xception_flax.weights import initial
 
 EXAMPLES = """\
   xception-flax predict --workdir runs/photos cat.jpg dog.png
@@ -45,16 +43,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=cli.positive, default=32, metavar="N", help="images at a time (32)")
     parser.add_argument("--json", action="store_true", help="a line of JSON an image in place of the table")
     arguments = parser.parse_args(argv)
-    config = read_recipe(arguments.workdir)
     paths = list(_files(arguments.images))
     cli.start(arguments)
     with cli.out_of_memory(OUT_OF_MEMORY):
         mesh = sharding.create_mesh()
-        run = initial.restore_run(arguments.workdir, mesh, arguments.checkpoint, arguments.weights)
+        run = restore(arguments.workdir, mesh, arguments.checkpoint, arguments.weights)
         width = min(max(cell_len(naming.shown(path)) for path in paths), MAX_WIDTH)
         readable, unreadable, dark = 0, 0, []
         # What is known of an image is printed at once: nothing that happens to another loses it.
-        for path, scores in predict(run, config, paths, mesh, arguments.batch_size, dark):
+        for path, scores in predict(run, paths, mesh, arguments.batch_size, dark):
             if isinstance(scores, UserError):
                 cli.complain(f"{naming.shown(path)}: {scores}")
                 unreadable += 1
@@ -78,8 +75,7 @@ def main(argv: list[str]) -> int:
 
 
 def predict(
-    run: initial.Run,
-    config: ConfigDict,
+    run: Run,
     paths: Sequence[Path],
     mesh: jax.sharding.Mesh,
     batch_size: int,
@@ -92,14 +88,13 @@ def predict(
 
     Args:
       run: what predicts.
-      config: its recipe.
       paths: of image files.
       mesh: the mesh of the run's variables.
       batch_size: images at a time; rounded up to a multiple of the devices.
       dark: gets the files of 16 bits that use no upper half, where the recipe does not say which value is white.
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    image_shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    config, image_shape = run.recipe, run.image_shape
     chain = transforms.parse_transforms(config.data.eval_transforms, config.data.image_size)
     normalize = steps.create_normalizer(**config.normalize)
     to_probabilities = jax.nn.sigmoid if config.loss.name == "sigmoid" else jax.nn.softmax

@@ -2,13 +2,10 @@
 
 import contextlib
 import errno
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
 
@@ -47,27 +44,6 @@ def write_whole(path: Path, content: Iterable[bytes]) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Returns what a config.json holds, with no look at its keys.
-
-    Raises:
-      ValueError: it cannot be read, is no JSON or holds something else than keys and values.
-    """
-    with file_errors(path, "read"):
-        content = path.read_bytes()
-    try:
-        values = naming.restored(json.loads(content))
-        if not isinstance(values, dict):
-            raise UserError(f"expected keys and values in braces, got {content[:40]!r}")
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
-        raise UserError(
-            f"{path} is damaged: {reason}. The command that began the run writes it anew in another workdir; copy it "
-            "from there."
-        ) from None
-    return values
 
 
 def check_kind(path: Path, *, folder: bool = False, access: int = os.R_OK | os.W_OK) -> None:

@@ -27,6 +27,7 @@ import jax
 
 from xception_flax.host import signals
 from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import differing
 
 START_SECONDS = 300  # that a process waits for the others; JAX's own default
 JAX_START_SECONDS = START_SECONDS + 30  # JAX ends the process with a stack in place of a sentence: it must come later
@@ -186,13 +187,12 @@ def _version(name: str) -> str:
 def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Says of each value that differs what it is where: 'seed is 0 on process 0, 1 on process 1'. A row a process."""
     said = []
-    for name in dict.fromkeys(name for row in rows for name in row):
+    for name in differing(rows):
         found: dict[str, list[int]] = {}
         for process, row in enumerate(rows):
             found.setdefault(json.dumps(row[name], sort_keys=True) if name in row else "missing", []).append(process)
-        if len(found) > 1:
-            values = [f"{_shortened(value)} on {_processes(where)}" for value, where in found.items()]
-            said.append(f"{name} is {', '.join(values)}")
+        values = [f"{_shortened(value)} on {_processes(where)}" for value, where in found.items()]
+        said.append(f"{name} is {', '.join(values)}")
     return said
 
 

@@ -9,7 +9,6 @@ record by record it is what TFDS itself writes.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import os
@@ -26,6 +25,7 @@ from tensorflow_datasets.core.naming import ShardedFileTemplate
 from tensorflow_datasets.core.utils.shard_utils import ShardConfig, get_shard_boundaries
 
 from xception_flax.host import files
+from xception_flax.host.locks import try_lock
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
@@ -188,7 +188,7 @@ def _template(info: tfds.core.DatasetInfo, split: str, directory: Path) -> Shard
 def claim(layout: Layout) -> Iterator[list[Shard]]:
     """Makes the incomplete directory, keeps other processes out of it, and yields the shards that it lacks.
 
-    On a file system without locks nobody is kept out.
+    The lock is that of `host.locks`, on `PREPARED`.
 
     Raises:
       ValueError: the data set is there already, or another is or was being prepared in its place, or the
@@ -202,12 +202,8 @@ def claim(layout: Layout) -> Iterator[list[Shard]]:
     except OSError as error:
         raise UserError(f"{incomplete} cannot be written: {error.strerror}; take another --data-dir.") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{incomplete} is being written by another process; wait for its end.") from None
-        except OSError:  # no such locks here: as many shared file systems do without, so do we
-            pass
+        if not try_lock(file):
+            raise UserError(f"{incomplete} is being written by another process; wait for its end.")
         _check_absent(layout)  # once more: another process may have ended since
         file.seek(0)
         there = file.read()

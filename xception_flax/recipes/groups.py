@@ -11,7 +11,6 @@ from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 from xception_flax.text.ranges import check_range
 from xception_flax.training import checkpoint, losses, metrics, mixing, optimizers, sharding, steps
-from xception_flax.weights import initial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +42,21 @@ class Loop:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"recipe key 'seed' must be in [0, 2**32), got {written(self.seed)}.")
         profiled_steps(self.profile)
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """What a run begins with; read by `weights.initial.load`.
+
+    Attributes:
+      weights: 'random'; 'keras', the published weights from Keras' own cache (`~/.keras/models`, or
+        `KERAS_HOME`); a file of Keras (.h5) or timm (.safetensors, .npz); or the workdir of a run, of which
+        the averaged weights are taken where it has them.
+      checkpoint: of a workdir: latest, best or a step.
+    """
+
+    weights: str = "random"
+    checkpoint: str = "latest"
 
 
 def profiled_steps(profile: str) -> range:
@@ -81,7 +95,7 @@ def _group(function: Callable[..., Any], supplied: str = "", **choice: Any) -> G
 
 GROUPS = {
     "model": _group(models.create_model, "parent", selector="name", table=models.MODELS),
-    "init": _group(initial.load, "model image_shape mesh class_names mean std"),
+    "init": _group(Init),
     "normalize": _group(steps.create_normalizer),
     "loss": _group(losses.create_loss),
     "metrics": _group(metrics.create_metrics, selector="name", table=metrics.METRICS),
@@ -98,7 +112,7 @@ GROUPS = {
         table=data.SOURCES,
     ),
     "mesh": _group(sharding.create_mesh, "devices"),
-    "checkpoint": _group(checkpoint.open_manager, "workdir best_metric read_only"),
+    "checkpoint": _group(checkpoint.open_manager, "folder best_metric read_only"),
 }
 
 

@@ -19,6 +19,7 @@ from rich.progress import (
 from xception_flax.display.console import duration, percent, stderr_console
 from xception_flax.host.files import file_errors
 from xception_flax.runs.history import Events, open_metrics, to_json
+from xception_flax.runs.workdir import HISTORY, TENSORBOARD
 from xception_flax.text import naming
 
 NO_SHARES = ("loss", "count", "bad_images")  # of what an evaluation returns; all else is a share of 1
@@ -78,8 +79,8 @@ class RunProgress:
         if not enabled:
             return
         self._console = stderr_console()
-        self._path = workdir / "metrics.jsonl"
-        self._events = Events(workdir / "tensorboard", start_step)
+        self._path = workdir / HISTORY
+        self._events = Events(workdir / TENSORBOARD, start_step)
         self._file, strange = open_metrics(self._path, start_step)
         self._bar = Progress(
             TextColumn("{task.description}"),

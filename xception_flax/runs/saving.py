@@ -1,4 +1,4 @@
-"""What a run saves beside its arrays, and when its input ends before the run does."""
+"""Whether a checkpoint fits the data of a run, and what is saved where that data ends too early."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -6,24 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from xception_flax import data
-from xception_flax.runs.workdir import recipe_to_json
-from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint
 from xception_flax.training.metrics import Sum, check_finite
 from xception_flax.training.state import TrainState
-
-
-def create_meta(config: ConfigDict, train_data: data.Split) -> dict[str, Any]:
-    """Returns the JSON values of each checkpoint of a run: its recipe, and what data it is trained on."""
-    return {
-        "recipe": naming.from_json(recipe_to_json(config)),
-        "class_names": list(train_data.class_names),
-        "num_images": train_data.num_images,
-    }
 
 
 def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
@@ -31,7 +19,7 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: P
 
     Args:
       saved: what `checkpoint.read_meta` returns of it.
-      now: from `create_meta`.
+      now: the same keys of this run.
     """
     for key in ("class_names", "num_images"):
         if saved.get(key) != now[key]:

@@ -1,81 +1,89 @@
-"""The folder of a run: what lies in it, whose it is, and the recipe that it keeps."""
+"""The folder of a run: the names of all that lies in it, whose it is, and the recipe that it keeps."""
 
 import contextlib
-import fcntl
 import functools
+import json
 import os
+import re
 import shlex
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
-from xception_flax.host.files import check_kind, file_errors, read_config, write_whole
+from xception_flax.host.files import check_kind, file_errors, write_whole
+from xception_flax.host.locks import try_lock
 from xception_flax.recipes.checking import resolve
-from xception_flax.recipes.groups import OPERATIONAL, OPERATIONAL_GROUPS, PER_HOST
+from xception_flax.recipes.comparing import differences, to_json
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint
 
-# What a run writes there: this file, `history`, `curves`, `profiling` and `training.checkpoint`.
-FILES = (".lock", "config.json", "metrics.jsonl", "curves.png")
+LOCK = ".lock"  # held by the process that trains, whose name is in it
+CONFIG = "config.json"  # the recipe, every default filled in
+HISTORY = "metrics.jsonl"  # see `history`
+CURVES = "curves.png"
+CHECKPOINTS = "checkpoints"  # see `training.checkpoint`
+TENSORBOARD = "tensorboard"  # the history again, as events
+PROFILE = "profile"  # see `profiling`
+
+FILES = (LOCK, CONFIG, HISTORY, CURVES)
+FOLDERS = (CHECKPOINTS, TENSORBOARD, PROFILE)
+REPLACED = (CONFIG, HISTORY)  # by new files at each start, whoever the old ones belong to
 
 
-FOLDERS = ("checkpoints", "tensorboard", "profile")
+def mistakes_picture(split: str) -> str:
+    """The name of the picture of what the network gets wrong in a split of the data."""
+    return "mistakes_" + re.sub(r"[^\w.+-]", "_", split) + ".png"
 
 
-REPLACED = ("config.json", "metrics.jsonl")  # by new files at each start, whoever the old ones belong to
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether a run has saved something, found without opening or making anything.
 
-
-def recipe_to_json(config: ConfigDict) -> str:
-    """The recipe as JSON text, keys sorted."""
-    return naming.to_json(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    Raises:
+      ValueError: the folder cannot be read.
+    """
+    return checkpoint.has_steps(workdir / CHECKPOINTS)
 
 
 def read_recipe(workdir: Path) -> ConfigDict:
-    """Returns the recipe that `workdir` was trained with.
+    """Returns the recipe that `workdir` was trained with, resolved.
 
     Raises:
-      ValueError: there is none, or it is not one of this version.
+      ValueError: there is none, it is damaged, or it is not one of this version.
     """
-    path = workdir / "config.json"
+    path = workdir / CONFIG
     with file_errors(path, "read"):
         if not path.is_file():
-            raise UserError(f"{workdir} is no workdir of a run: it has no config.json{checkpoint.run_around(workdir)}.")
-    recipe = read_config(path)
+            raise UserError(f"{workdir} is no workdir of a run: it has no {CONFIG}{run_around(workdir)}.")
+        content = path.read_bytes()
     try:
-        return resolve(recipe)
+        values = naming.restored(json.loads(content))
+        if not isinstance(values, dict):
+            raise UserError(f"expected keys and values in braces, got {content[:40]!r}")
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise UserError(
+            f"{path} is damaged: {reason}. The command that began the run writes it anew in another workdir; copy it "
+            "from there."
+        ) from None
+    try:
+        return resolve(values)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """Lines 'key: old -> new' for every key that differs and changes the result."""
-    flat_old, flat_new = (_flatten(naming.from_json(recipe_to_json(config))) for config in (old, new))
-    return [
-        f"{key}: {flat_old.get(key, '(none)')!r} -> {flat_new.get(key, '(none)')!r}"
-        for key in sorted(flat_old | flat_new)
-        if flat_old.get(key) != flat_new.get(key)
-        and key not in OPERATIONAL
-        and key.partition(".")[0] not in OPERATIONAL_GROUPS
-    ]
-
-
-def alike(config: ConfigDict) -> dict[str, Any]:
-    """The keys of a resolved recipe that all hosts of a run must have alike, by the name that a message gives them."""
-    flat = _flatten(naming.from_json(recipe_to_json(config)))
-    return {f"recipe key {key}": value for key, value in flat.items() if key not in PER_HOST}
-
-
-def _flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in recipe.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def run_around(folder: Path) -> str:
+    """What to give in place of a folder within the workdir of a run, for an error; '' for other folders."""
+    folder = folder.absolute()
+    for parent in folder.parents:
+        if (parent / CONFIG).is_file() and has_checkpoints(parent):
+            step = next((part for part in folder.relative_to(parent).parts if part.isdecimal()), None)
+            return f": this is within one; give {parent}" + (f" and {step} as its checkpoint" if step else "")
+    return ""
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
@@ -96,14 +104,14 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     for name in FILES + FOLDERS:
         access = os.R_OK if name in REPLACED else os.R_OK | os.W_OK
         check_kind(workdir / name, folder=name in FOLDERS, access=access)
-    if not (workdir / "config.json").is_file():
-        foreign = [name for name in ("checkpoints", "metrics.jsonl", "curves.png") if (workdir / name).exists()]
+    if not (workdir / CONFIG).is_file():
+        foreign = [name for name in (CHECKPOINTS, HISTORY, CURVES) if (workdir / name).exists()]
         if foreign:
             raise UserError(
-                f"workdir {workdir} has {', '.join(foreign)} and no config.json: not a run of this program, or a "
+                f"workdir {workdir} has {', '.join(foreign)} and no {CONFIG}: not a run of this program, or a "
                 "damaged one. Nothing was changed; take another workdir."
             )
-    if (workdir / "config.json").is_file() and (changed := differences(read_recipe(workdir), config)):
+    if (workdir / CONFIG).is_file() and (changed := differences(read_recipe(workdir), config)):
         raise UserError(
             f"{workdir} holds a run of another recipe; nothing was changed. Take a new workdir, or the old values:\n  "
             + "\n  ".join(changed)
@@ -113,21 +121,15 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
 
 def _check_place(workdir: Path, config: ConfigDict) -> None:
     """Raises ValueError for a folder that an unset variable in a script, or a slip, names; a run in it goes on."""
-    if (workdir / "config.json").is_file():
+    if (workdir / CONFIG).is_file():
         return
     here, program = os.path.realpath(workdir), Path(__file__).parents[2]
     if config.data.source == "folder":
         images = os.path.realpath(os.path.expanduser(config.data.data_dir))
-        if Path(images) in (
-            Path(here),
-            *Path(here).parents,
-        ):  # where it would be taken for a class
+        if Path(here).is_relative_to(images):  # where it would be taken for a class
             raise UserError(f"workdir {workdir} lies in the folder of the images, {images}; take one outside of it.")
-    for place, what in (
-        ("/", "the root of all folders"),
-        ("~", "your home folder"),
-        (program, "this program's folder"),
-    ):
+    places = {"/": "the root of all folders", "~": "your home folder", program: "this program's folder"}
+    for place, what in places.items():
         if here == os.path.realpath(os.path.expanduser(place)):
             raise UserError(f"workdir {str(workdir)!r} is {what}; take a folder that is for this run alone.")
 
@@ -144,41 +146,36 @@ def how_to_train_on(workdir: Path) -> str:
 def _could_train_on(workdir: Path, changed: Sequence[str]) -> bool:
     """Whether what another recipe changes leaves the weights of the run in `workdir` as good."""
     groups = {line.partition(":")[0].partition(".")[0] for line in changed}
-    return checkpoint.has_steps(workdir) and not groups & {"model", "normalize"}
+    return has_checkpoints(workdir) and not groups & {"model", "normalize"}
 
 
 @contextlib.contextmanager
 def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
     """Makes `workdir`, with its `config.json`, and keeps every other run out of it meanwhile.
 
-    The lock is the kernel's, on `workdir/.lock`: it goes with the process, however that ends. On a
-    file system without locks there is none.
+    The lock is that of `host.locks`, on `LOCK`, which says who holds it.
 
     Raises:
       ValueError: another process holds it, or the reasons of `check_workdir`.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("a+")
+        file = (workdir / LOCK).open("a+")
     except OSError as error:
         raise _not_writable(workdir, error) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file):
             file.seek(0)
             holder = file.read() or "another process"
             raise UserError(
                 f"workdir {workdir} is in use by {holder} (it holds {file.name}); wait for its end, or take another."
-            ) from None
-        except OSError:  # no such locks here: as many shared file systems do without, so do we
-            pass
-        with file_errors(workdir / ".lock", "written"):
+            )
+        with file_errors(workdir / LOCK, "written"):
             file.truncate(0)
             file.write(_holder())
             file.flush()
         check_workdir(workdir, config)  # once more: another run may have begun here and ended since
-        if not (workdir / "config.json").exists():
+        if not (workdir / CONFIG).exists():
             remember(workdir, config)
         yield
 
@@ -191,7 +188,7 @@ def check_claim(workdir: Path) -> None:
 
     To be asked before something is written there: Orbax makes the folder again where it is gone.
     """
-    lock = workdir / ".lock"
+    lock = workdir / LOCK
     try:
         try:
             holder = lock.read_text(errors="replace")
@@ -203,10 +200,10 @@ def check_claim(workdir: Path) -> None:
     except OSError as error:
         raise UserError(
             f"workdir {workdir} was removed, renamed or closed to this run while it was going on "
-            f"(.lock: {error.strerror}). Put it back, and the same command goes on from its newest checkpoint."
+            f"({LOCK}: {error.strerror}). Put it back, and the same command goes on from its newest checkpoint."
         ) from None
     if holder != _holder():
-        raise UserError(f"workdir {workdir} now belongs to {holder or 'another run'}, by its .lock; this run ends.")
+        raise UserError(f"workdir {workdir} now belongs to {holder or 'another run'}, by its {LOCK}; this run ends.")
 
 
 @functools.cache  # the name of a host may change, and its claims stay
@@ -220,4 +217,4 @@ def _not_writable(workdir: Path, error: OSError) -> UserError:
 
 def remember(workdir: Path, config: ConfigDict) -> None:
     """Writes `config.json`, whole or not at all, and a power cut does not undo it."""
-    write_whole(workdir / "config.json", [recipe_to_json(config).encode()])
+    write_whole(workdir / CONFIG, [to_json(config).encode()])

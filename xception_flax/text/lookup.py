@@ -1,8 +1,8 @@
 """Choosing an entry of a table by name, and other words of an error that helps."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from xception_flax.text.errors import UserError
 
@@ -35,6 +35,12 @@ def suggest(name: str, names: Iterable[str], spell: Callable[[str], str] = str) 
     if len(names) > MAX_LISTED:
         return hint.strip() or f"there are {len(names)}, and none is like it."
     return f"{hint}{'There' if hint else 'there'} are: {', '.join(map(spell, names)) if names else 'none'}."
+
+
+def differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names that are missing in one of the rows, or whose values are not equal in all of them."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if any(name not in row or row[name] != rows[0].get(name) for row in rows)]
 
 
 def written(value: object) -> str:

@@ -1,8 +1,9 @@
 """Checkpoints by Orbax: one folder a step, with everything in it, verified when written and when read.
 
-`workdir/checkpoints/STEP/` has the items `raw` (parameters and batch statistics), `ema` (their
-averages, where the recipe keeps them), `optimizer` and `meta` (JSON: the recipe, the class names,
-the step, a checksum of every array). What only evaluates reads one of the first two. The position in
+A folder `STEP/` has the items `raw` (parameters and batch statistics), `ema` (their
+averages, where the recipe keeps them), `optimizer` and `meta` (JSON: the class names, the number of
+images, the initial weights, the step, a checksum of every array; older ones have the recipe too, which
+nobody reads: it is in the workdir). What only evaluates reads one of the first two. The position in
 the data is the step.
 """
 
@@ -43,7 +44,7 @@ READ_TIMES, READ_AGAIN_SECONDS = 20, 0.5
 
 
 class Checkpoints(ocp.CheckpointManager):
-    """Orbax' manager, of the folder of checkpoints of a workdir.
+    """Orbax' manager of a folder of checkpoints.
 
     Attributes:
       folder: by its own name; `directory` is the same by a plain path.
@@ -176,12 +177,12 @@ def _make_step_folder(check: Callable[[Path], None]) -> type[ocp.path.atomicity.
 
 
 def open_manager(
-    workdir: Path, *, best_metric: str, keep_latest: int = 2, keep_best: int = 1, read_only: bool = False
+    folder: Path, *, best_metric: str, keep_latest: int = 2, keep_best: int = 1, read_only: bool = False
 ) -> Checkpoints:
-    """Returns the manager of a workdir's checkpoints; a context manager, which waits for saves at its end.
+    """Returns the manager of a run's checkpoints; a context manager, which waits for saves at its end.
 
     Args:
-      workdir: of the run.
+      folder: of the checkpoints; made if it is not there.
       best_metric: evaluation metric that 'best' means the highest of.
       keep_latest: checkpoints to keep, the newest.
       keep_best: checkpoints to keep beside them, those with the highest `best_metric`.
@@ -200,7 +201,7 @@ def open_manager(
     kept = [policies.LatestN(keep_latest)]
     if keep_best:  # both rules at once: `max_to_keep` with `best_fn` would delete the newest
         kept.append(policies.BestN(get_metric_fn=score, n=keep_best, keep_checkpoints_without_metrics=False))
-    folder = (workdir / "checkpoints").absolute()
+    folder = folder.absolute()
     steps = _steps(folder)
     try:
         if folder.is_dir() and not read_only:  # or the first save would find out
@@ -221,22 +222,13 @@ def open_manager(
     return manager
 
 
-def has_steps(workdir: Path) -> bool:
-    """Whether there is any checkpoint in `workdir`, found without opening or making anything.
+def has_steps(folder: Path) -> bool:
+    """Whether there is any checkpoint in `folder`, found without opening or making anything.
 
     Raises:
       ValueError: the folder cannot be read.
     """
-    return bool(_steps(workdir / "checkpoints"))
-
-
-def run_around(folder: Path) -> str:
-    """What to give in place of a folder within the workdir of a run, for an error; '' for other folders."""
-    for parent in folder.absolute().parents:
-        if (parent / "config.json").is_file() and has_steps(parent):
-            step = next((part for part in folder.absolute().relative_to(parent).parts if part.isdecimal()), None)
-            return f": this is within one; give {parent}" + (f" and {step} as its checkpoint" if step else "")
-    return ""
+    return bool(_steps(folder))
 
 
 def _steps(folder: Path) -> list[int]:
@@ -362,12 +354,12 @@ def restore_variables(manager: Checkpoints, abstract_variables: PyTree, weights:
 
 
 def read_variables(
-    workdir: Path, which: str, weights: str, abstract_variables: PyTree, *, best_metric: str
+    folder: Path, which: str, weights: str, abstract_variables: PyTree, *, best_metric: str
 ) -> tuple[int, dict[str, Any], PyTree]:
     """Reads (step, meta, variables) of a run that may be going on, and removing older checkpoints.
 
     Args:
-      workdir: of the run.
+      folder: of the run's checkpoints.
       which: 'latest', 'best' or the number of a step.
       weights: 'raw' or 'ema'.
       abstract_variables: as for `restore_variables`.
@@ -379,7 +371,7 @@ def read_variables(
     said = set()
     while True:
         try:
-            with open_manager(workdir, best_metric=best_metric, read_only=True) as manager:
+            with open_manager(folder, best_metric=best_metric, read_only=True) as manager:
                 step = find_step(manager, which)
                 return step, read_meta(manager, step), restore_variables(manager, abstract_variables, weights, step)
         except ValueError as error:

@@ -20,11 +20,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from xception_flax import models
-from xception_flax.host.files import file_errors, read_config
+from xception_flax.runs.restore import Run, restore
+from xception_flax.runs.workdir import CONFIG, run_around
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest
-from xception_flax.training import checkpoint as checkpoints
-from xception_flax.training import metrics, state
+from xception_flax.training import state
 from xception_flax.weights import keras, reading, timm
 
 Place = tuple[str, ...]  # of an array: ('params', 'predictions', 'kernel')
@@ -84,29 +84,9 @@ class Pretrained(NamedTuple):
         return f"initial weights: {len(self.arrays)} arrays of {origin}{taken_for}; left random: {random}"
 
 
-class Run(NamedTuple):
-    """A checkpoint of a run.
-
-    Attributes:
-      model: its network.
-      variables: what `model.apply` takes, on the devices.
-      recipe: as in config.json.
-      class_names: what the logits stand for.
-      step: of the checkpoint.
-      weights: which of its weights they are: 'raw' or 'ema'.
-    """
-
-    model: nn.Module
-    variables: dict[str, Any]
-    recipe: dict[str, Any]
-    class_names: tuple[str, ...]
-    step: int
-    weights: str
-
-
 def load(
-    weights: str = "random",
-    checkpoint: str = "latest",
+    weights: str,
+    checkpoint: str,
     *,
     model: nn.Module,
     image_shape: tuple[int, int, int],
@@ -118,10 +98,8 @@ def load(
     """Returns the weights that a run begins with.
 
     Args:
-      weights: 'random'; 'keras', the published weights from Keras' own cache (`~/.keras/models`, or
-        `KERAS_HOME`); a file of Keras (.h5) or timm (.safetensors, .npz); or the workdir of a run, of which
-        the averaged weights are taken where it has them.
-      checkpoint: of a workdir: latest, best or a step.
+      weights: as in `recipes.groups.Init`.
+      checkpoint: the same.
       model: the network that takes them.
       image_shape: `(H, W, C)` of one image.
       mesh: where they go.
@@ -141,7 +119,8 @@ def load(
     normalize, taken_for = {"mean": mean, "std": std}, ""
     try:
         path = _published(model) if weights == "keras" else Path(weights).expanduser()
-        is_dir, form = path.is_dir(), reading.recognize(path) if path.is_file() else None
+        is_dir, is_run = path.is_dir(), (path / CONFIG).is_file()
+        form = reading.recognize(path) if path.is_file() else None
     except UserError:
         raise
     except ValueError as error:
@@ -149,10 +128,10 @@ def load(
     except (OSError, RuntimeError) as error:  # the latter: ~ of nobody
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"init.weights: {weights[:200]!r} cannot be opened: {reason}.") from None
-    if is_dir:
-        run = restore_run(path, mesh, checkpoint)
+    if is_run:
+        run = restore(path, mesh, checkpoint)
         origin = {"workdir": str(path.absolute()), "step": run.step, "weights": run.weights}
-        _check_settings(path, model, _fields(run.model, model, path), normalize, run.recipe["normalize"])
+        _check_settings(path, model, _fields(run.model, model, path), normalize, run.recipe.normalize)
         values = _from_run(run, shapes, tuple(class_names), path)
     elif form:
         library, values = _from_file(path, form, shapes)
@@ -162,6 +141,9 @@ def load(
         published = _digest(path, "md5") in {md5 for files in KERAS_FILES.values() for _, md5 in files}
         _check_settings(path, model, fields, normalize, PUBLISHED_NORMALIZE if published else {})
         taken_for = "" if published else f"images as (x - {_number(mean)}) / {_number(std)}"
+    elif is_dir:
+        found = run_around(path) or _other_library(path)
+        raise UserError(f"init.weights: {path} is no workdir of a run: it has no {CONFIG}{found}.")
     elif Path(f"{path}.index").is_file():
         raise UserError(
             f"init.weights: {path} is a checkpoint of TensorFlow ({path.name}.index), and is not read; "
@@ -176,47 +158,13 @@ def load(
     return Pretrained(arrays, tuple(place for place in shapes if place not in arrays), origin, taken_for)
 
 
-def restore_run(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None = None) -> Run:
-    """Reads the network of a run from one of its checkpoints.
-
-    Args:
-      checkpoint: latest, best or a step.
-      weights: 'raw', 'ema', or None for 'ema' where the run keeps them.
-
-    Raises:
-      ValueError: no such checkpoint or weights, or a damaged one.
-    """
-    config = workdir / "config.json"
-    with file_errors(workdir, "read"):
-        if not config.is_file() or not checkpoints.has_steps(workdir):
-            raise UserError(f"{workdir} has no checkpoint; expected the workdir of a run of train.py{_hint(workdir)}.")
-    recipe = read_config(config)
-    try:
-        size, channels = recipe["data"]["image_size"], recipe["data"]["channels"]
-        kept = recipe["step"]["ema_decay"] > 0
-        model = models.create_model(**recipe["model"])
-        abstract = state.abstract_variables(model, (size, size, channels), mesh)
-        best_metric = metrics.BEST[recipe["metrics"]["name"]]
-        recipe["normalize"]["mean"], recipe["normalize"]["std"]  # which are compared later
-    except Exception as error:  # whatever is wrong with it, and there is no end to what may be
-        lines = str(error).strip().splitlines() or [""]
-        raise UserError(f"{config} is no recipe of a network: {type(error).__name__}: {lines[0][:300]}") from error
-    if weights == "ema" and not kept:
-        raise UserError(f"{workdir} keeps no averaged weights (step.ema_decay is 0); take raw.")
-    weights = weights or ("ema" if kept else "raw")
-    step, meta, variables = checkpoints.read_variables(workdir, checkpoint, weights, abstract, best_metric=best_metric)
-    return Run(model, variables, recipe, tuple(meta["class_names"]), step, weights)
-
-
-def _hint(folder: Path) -> str:
-    """What a folder is that is no workdir, and what to do, for an error."""
-    if within := checkpoints.run_around(folder):
-        return within
+def _other_library(folder: Path) -> str:
+    """What a folder of another library is, and what to do, for an error; '' for other folders."""
     names = set()
     with contextlib.suppress(OSError):  # it is not there, or nobody may look
         names = set(os.listdir(folder))
     if files := sorted(name for name in names if Path(name).suffix in (".h5", ".hdf5", ".safetensors", ".npz")):
-        return f", or a file; give {folder / files[0]}"
+        return f"; it has a file of weights: give {folder / files[0]}"
     if "saved_model.pb" in names:
         return f"; this is a SavedModel of TensorFlow: {reading.REWRITE_KERAS}"
     if any(name.endswith(".index") for name in names):

@@ -1,0 +1,42 @@
+"""Two recipes beside each other: what differs, and what may."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from xception_flax.recipes.groups import OPERATIONAL, OPERATIONAL_GROUPS, PER_HOST
+from xception_flax.text import naming
+from xception_flax.text.lookup import differing
+
+
+def to_json(config: ConfigDict) -> str:
+    """The recipe as JSON text, keys sorted."""
+    return naming.to_json(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Lines 'key: old -> new' for every key that differs and changes the result."""
+    old, new = _flat(old), _flat(new)
+    return [
+        f"{key}: {old.get(key, '(none)')!r} -> {new.get(key, '(none)')!r}"
+        for key in sorted(differing([old, new]))
+        if key not in OPERATIONAL and key.partition(".")[0] not in OPERATIONAL_GROUPS
+    ]
+
+
+def alike(config: ConfigDict) -> dict[str, Any]:
+    """The keys of a resolved recipe that all hosts of a run must have alike, by the name that a message gives them."""
+    return {f"recipe key {key}": value for key, value in _flat(config).items() if key not in PER_HOST}
+
+
+def _flat(config: ConfigDict) -> dict[str, Any]:
+    """The values by their whole keys, 'model.width', as JSON has them."""
+
+    def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        flat = {}
+        for key, value in values.items():
+            flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return flat
+
+    return flatten(naming.from_json(to_json(config)))
