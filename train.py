@@ -244,7 +244,7 @@ def check_program(
     Raises:
       ValueError: the data does not fit the program, or the state does not fit the devices.
     """
-    sharding.check_memory(mesh, program.abstract_state)
+    sharding.check_state_fits(mesh, program.abstract_state)
     abstract_batch = sharding.abstract_batch(mesh, train_data.batch_shapes)
     jax.eval_shape(program.train_step, program.abstract_state, abstract_batch)
     variables = program.abstract_state.variables(program.weights)

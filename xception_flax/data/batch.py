@@ -2,10 +2,10 @@
 
 from typing import Generic, NotRequired, TypedDict, TypeVar
 
-Array = TypeVar("Array")  # NumPy's on a host, JAX' in a step
+_Array = TypeVar("_Array")  # NumPy's on a host, JAX' in a step
 
 
-class Batch(TypedDict, Generic[Array]):
+class Batch(TypedDict, Generic[_Array]):
     """N examples. Each array has one row per example, so that all are split over devices alike.
 
     A data set makes `images`, `labels` and, where some images do not count, `mask`; the rest is added within the
@@ -23,9 +23,9 @@ class Batch(TypedDict, Generic[Array]):
         mean over parts of a masked batch the mean over all images that count (`steps.make_train_step`).
     """
 
-    images: Array
-    labels: Array
-    mask: NotRequired[Array]
-    minor_labels: NotRequired[Array]
-    share: NotRequired[Array]
-    weight: NotRequired[Array]
+    images: _Array
+    labels: _Array
+    mask: NotRequired[_Array]
+    minor_labels: NotRequired[_Array]
+    share: NotRequired[_Array]
+    weight: NotRequired[_Array]

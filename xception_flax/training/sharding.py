@@ -118,7 +118,7 @@ def state_shardings(mesh: Mesh, abstract_state: PyTree) -> PyTree:
     return jax.tree.map(rule, abstract_state)
 
 
-def check_memory(mesh: Mesh, abstract_state: PyTree) -> None:
+def check_state_fits(mesh: Mesh, abstract_state: PyTree) -> None:
     """Raises ValueError where a device's share of the state alone is more than its memory; of CPUs, what the
     host has free.
 
