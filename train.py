@@ -13,26 +13,23 @@ from xception_flax.text.errors import UserError
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
 
-import collections
 import contextlib
-import math
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from xception_flax import data
 from xception_flax.commands import cli
 from xception_flax.display import console
 from xception_flax.host import allocator, processes
-from xception_flax.host.files import file_errors
 from xception_flax.models import costs
 from xception_flax.recipes import groups, reading
 from xception_flax.recipes.comparing import alike
 from xception_flax.runs import curves, history, profiling, progress
+from xception_flax.runs.saving import check_same_data, save_where_input_ends
 from xception_flax.runs.workdir import (
     CHECKPOINTS,
     CURVES,
@@ -48,7 +45,7 @@ from xception_flax.runs.workdir import (
 from xception_flax.text import naming
 from xception_flax.training import checkpoint, metrics, sharding
 from xception_flax.training.evaluation import evaluate
-from xception_flax.training.program import create_program
+from xception_flax.training.program import Program, create_program
 from xception_flax.weights import initial
 
 EXAMPLES = """\
@@ -90,13 +87,130 @@ def train(config: ConfigDict, workdir: Path) -> int:
     Raises:
       ValueError: the recipe cannot be run here; nothing has been written but, at most, an empty run's config.json.
     """
+    # Prepare. Whatever is wrong shows here, before anything is written.
     check_workdir(workdir, config)
     processes.agree("recipe", lambda: alike(config) | processes.software())
-    first_host = jax.process_index() == 0
+    first_host, begun = jax.process_index() == 0, has_checkpoints(workdir)
     mesh = sharding.create_mesh(**config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
+    train_data, eval_data = load_data(config, begun)
+    program = create_program(config, mesh, train_data.image_shape, train_data.num_images)
+    length, total_steps, weights = program.length, program.length.total_steps, program.weights
+    profiled = steps_to_profile(config, total_steps)
+    abstract_batch = check_program(program, mesh, train_data, eval_data)
+    notes = [data.unread_of((train_data.source, eval_data.source))]
+    notes += [] if begun else [split.check_max_value() for split in (train_data, eval_data)]
+    pretrained = None if begun else load_initial(config, program, mesh, train_data)  # else a checkpoint has them
 
-    # Data.
+    with contextlib.ExitStack() as stack:
+        # Resume from the newest checkpoint, or begin.
+        if first_host:
+            stack.enter_context(claim(workdir, config))
+        processes.check_shared(workdir)
+        best_metric = metrics.BEST[config.metrics.name]
+        manager = stack.enter_context(
+            checkpoint.open_manager(workdir / CHECKPOINTS, best_metric=best_metric, **config.checkpoint)
+        )
+        meta = {"class_names": list(train_data.class_names), "num_images": train_data.num_images}
+        start_step = manager.latest_step() or 0
+        begins_with = pretrained.meta() if pretrained else None
+        processes.agree("start", lambda: {"the newest checkpoint": start_step, "the initial weights": begins_with})
+        if start_step:
+            saved = checkpoint.read_meta(manager, start_step)
+            check_same_data(saved, meta, workdir)
+            meta["init"] = saved.get("init")
+        if first_host:
+            remember(workdir, config)  # the mesh or the place of the data may be new
+        if start_step >= total_steps:
+            return already_finished(workdir, total_steps)
+        # The step is compiled while the state is made or read.
+        background = stack.enter_context(ThreadPoolExecutor(max_workers=1))
+        compiling = background.submit(program.train_step.lower(program.abstract_state, abstract_batch).compile)
+        if start_step:
+            train_state = checkpoint.restore_state(manager, program.abstract_state, start_step)
+            notes.append(f"going on from the checkpoint of step {start_step}")
+        else:
+            pretrained = pretrained or load_initial(config, program, mesh, train_data)
+            train_state = program.init(jax.random.key(config.seed), pretrained.arrays)
+            meta["init"] = pretrained.meta()
+            notes.append(str(pretrained) if config.init.weights != "random" else "")
+            del pretrained  # the state has copies of its arrays
+        report = stack.enter_context(open_report(config, workdir, program, mesh, train_data, start_step))
+        for line in filter(None, [describe(config, workdir, program, mesh), *notes]):
+            report.say(line)
+        profiled = range(max(profiled.start, start_step + 1), profiled.stop)
+        profile = stack.enter_context(profiling.Profile(profiled, workdir / PROFILE, report, enabled=first_host))
+
+        # Loop.
+        totals = metrics.Accumulator(max_pending=MAX_STEPS_IN_FLIGHT)
+        stack.enter_context(save_where_input_ends(manager, lambda: train_state, totals.pending, meta))
+        batches = stack.enter_context(contextlib.closing(train_data.batches(start_step)))
+        stop = stack.enter_context(signals.StopRequest(several_processes=jax.process_count() > 1))
+        for step in range(start_step + 1, total_steps + 1):
+            with profile.step(step, totals.pending):
+                with report.input_wait():
+                    batch = next(batches)
+                train_state, sums = compiling.result()(train_state, sharding.global_batch(mesh, batch))
+                totals.add(sums)
+            report.advance(step)
+            if step == start_step + 1:
+                jax.block_until_ready((sums, program.learning_rate(step)))  # which compiles at its first call too
+                report.compiled(step)
+                allocator.release_free_memory()
+
+            last = step == total_steps
+            stopping = stop.signal is not None if jax.process_count() == 1 else manager.reached_preemption(step)
+            recording = last or stopping or step % config.log_every_steps == 0
+            evaluating = last or length.ends_interval(step, config.eval_every_epochs)
+            saving = last or stopping or length.ends_interval(step, config.checkpoint_every_epochs)
+            if recording or evaluating or saving:
+                metrics.check_finite(sums, step)
+                checkpoint.check_saves(manager)
+                if first_host:
+                    check_claim(workdir)
+            if recording:
+                means = totals.means() | {"learning_rate": float(program.learning_rate(step - 1))}
+                if train_data.masked:
+                    means["bad_images"] = count_masked(totals, config.batch_size)
+                report.train(step, means)
+                totals.clear()
+            results = None
+            if evaluating:
+                with report.pause("evaluation"):
+                    results = evaluate(program.eval_step, train_state.variables(weights), eval_data, mesh)
+                report.evaluation(step, results, weights)
+            if saving:
+                with report.pause("checkpoint"):
+                    if first_host:
+                        check_claim(workdir)  # an evaluation may have taken an hour
+                    report.sync()
+                    checkpoint.save(manager, train_state, meta, results)
+                report.checkpoint(step)
+            if stopping and not last:
+                break
+
+        # Finish.
+        checkpoint.check_saves(manager, wait=True)
+        if not last:
+            report.say(f"stopped at step {step}, checkpoint written; the same command goes on from there")
+            return 128 + (stop.signal or signal.SIGTERM)  # of several processes one alone may have got it
+    if first_host:
+        show_results(config, workdir, results, weights)
+    return 0
+
+
+# Prepare -------------------------------------------------------------------------------------------
+
+
+def load_data(config: ConfigDict, begun: bool) -> tuple[data.Split, data.Split]:
+    """Returns the training split and the evaluation split, after a check that all hosts have the same ones.
+
+    Args:
+      begun: whether the workdir has checkpoints; on this too the hosts must agree.
+
+    Raises:
+      ValueError: the splits have different classes, or not those of the recipe, or hosts differ.
+    """
     load = dict(
         **config.data,
         batch_size=config.batch_size,
@@ -109,7 +223,6 @@ def train(config: ConfigDict, workdir: Path) -> int:
     if len(train_data.class_names) < 2:
         raise UserError(f"the data has one class only, {train_data.class_names[0]!r}; expected two or more.")
     data.check_class_names(train_data.class_names, eval_data)
-    begun = has_checkpoints(workdir)
     same = {"whether the workdir has checkpoints": begun}
     processes.agree("data", lambda: train_data.identity() | eval_data.identity() | same)
     if config.model.num_classes != len(train_data.class_names):
@@ -117,251 +230,110 @@ def train(config: ConfigDict, workdir: Path) -> int:
             f"model.num_classes is {config.model.num_classes}, but the data has {len(train_data.class_names)} classes; "
             f"set --config.model.num_classes={len(train_data.class_names)}."
         )
+    return train_data, eval_data
 
-    steps_per_epoch = train_data.num_images / config.batch_size
 
-    def is_due(step: int, every_epochs: float) -> bool:
-        """Whether a multiple of `every_epochs` ends within this step; every second is due where every first is."""
-        interval = every_epochs * steps_per_epoch
-        return math.floor(step / interval + 1e-9) > math.floor((step - 1) / interval + 1e-9)
+def check_program(
+    program: Program, mesh: Mesh, train_data: data.Split, eval_data: data.Split
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Traces both steps, so that what does not fit together shows before anything is compiled.
 
-    # Network, loss, optimizer, steps.
-    program = create_program(config, mesh, train_data.image_shape, train_data.num_images)
-    init, abstract_state, weights = program.init, program.abstract_state, program.weights
-    train_step, eval_step, learning_rate = program.train_step, program.eval_step, program.learning_rate
-    total_steps = program.total_steps
-    profiled = groups.profiled_steps(config.profile)
-    if profiled and profiled[-1] > total_steps:
-        raise UserError(f"profile={config.profile} is not within the {total_steps} steps of this run.")
-    sharding.check_memory(mesh, abstract_state)
-    # Traced from shapes, before anything is compiled or written: what does not fit together shows here.
+    Returns:
+      Shape, type and sharding of each array of a training batch.
+
+    Raises:
+      ValueError: the data does not fit the program, or the state does not fit the devices.
+    """
+    sharding.check_state_fits(mesh, program.abstract_state)
     abstract_batch = sharding.abstract_batch(mesh, train_data.batch_shapes)
-    jax.eval_shape(train_step, abstract_state, abstract_batch)
-    jax.eval_shape(eval_step, abstract_state.variables(weights), sharding.abstract_batch(mesh, eval_data.batch_shapes))
+    jax.eval_shape(program.train_step, program.abstract_state, abstract_batch)
+    variables = program.abstract_state.variables(program.weights)
+    jax.eval_shape(program.eval_step, variables, sharding.abstract_batch(mesh, eval_data.batch_shapes))
+    return abstract_batch
 
-    def load_initial() -> initial.Pretrained:
-        return initial.load(
-            **config.init,
-            **config.normalize,
-            model=program.model,
-            image_shape=train_data.image_shape,
-            mesh=mesh,
-            class_names=train_data.class_names,
-        )
 
-    # A run that goes on has its own; one that begins finds out before anything is written.
-    loaded, dark = None, []
-    if not begun:
-        dark = [split.check_max_value() for split in (train_data, eval_data)]
-        loaded = load_initial()
+def load_initial(config: ConfigDict, program: Program, mesh: Mesh, train_data: data.Split) -> initial.Pretrained:
+    """Returns the weights that the run begins with."""
+    return initial.load(
+        **config.init,
+        **config.normalize,
+        model=program.model,
+        image_shape=train_data.image_shape,
+        mesh=mesh,
+        class_names=train_data.class_names,
+    )
 
-    # Workdir, checkpoint.
-    with contextlib.ExitStack() as stack:
-        if first_host:
-            stack.enter_context(claim(workdir, config))
-        processes.check_shared(workdir)
-        manager = stack.enter_context(
-            checkpoint.open_manager(
-                workdir / CHECKPOINTS, best_metric=metrics.BEST[config.metrics.name], **config.checkpoint
-            )
-        )
-        meta = {"class_names": list(train_data.class_names), "num_images": train_data.num_images}
-        start_step = manager.latest_step() or 0
-        begins_with = loaded.meta() if loaded else None
-        processes.agree("start", lambda: {"the newest checkpoint": start_step, "the initial weights": begins_with})
-        if start_step:
-            saved = checkpoint.read_meta(manager, start_step)
-            check_same_data(saved, meta, workdir)
-            meta["init"] = saved.get("init")
-        if first_host:
-            remember(workdir, config)  # the mesh or the place of the data may be new
-        if start_step >= total_steps:
-            if first_host:
-                print(f"{naming.shown(workdir)}: this run is finished ({total_steps} steps); nothing to do.")
-                print(naming.harmless(how_to_train_on(workdir)))
-                draw_curves(workdir)
-            return 0
-        # The step is compiled while the state is made or read.
-        background = stack.enter_context(ThreadPoolExecutor(max_workers=1))
-        compiling = background.submit(train_step.lower(abstract_state, abstract_batch).compile)
-        if start_step:
-            train_state = checkpoint.restore_state(manager, abstract_state, start_step)
-        else:
-            loaded = loaded or load_initial()
-            train_state = init(jax.random.key(config.seed), loaded.arrays)
-            meta["init"], said = loaded.meta(), str(loaded)
-            del loaded  # its arrays have been copied
 
-        device_kind = mesh.devices.flat[0].device_kind
+def steps_to_profile(config: ConfigDict, total_steps: int) -> range:
+    """Returns the steps to trace.
+
+    Raises:
+      ValueError: the run ends before the last of them.
+    """
+    steps = groups.profiled_steps(config.profile)
+    if steps and steps[-1] > total_steps:
+        raise UserError(f"profile={config.profile} is not within the {total_steps} steps of this run.")
+    return steps
+
+
+# Report --------------------------------------------------------------------------------------------
+
+
+def open_report(
+    config: ConfigDict, workdir: Path, program: Program, mesh: Mesh, train_data: data.Split, start_step: int
+) -> progress.RunProgress:
+    """Returns what shows and records the run; a context manager."""
+    device_kind = mesh.devices.flat[0].device_kind
+    peak = costs.peak_images_per_second(program.model, train_data.image_shape, device_kind, mesh.size)
+    return progress.RunProgress(
+        workdir,
+        start_step=start_step,
+        **program.length._asdict(),
+        enabled=jax.process_index() == 0,
         # Of the whole step; nothing is said where the backbone has no backward pass.
-        peak = costs.peak_images_per_second(program.model, train_data.image_shape, device_kind, mesh.size)
-        report = stack.enter_context(
-            progress.RunProgress(
-                workdir,
-                start_step=start_step,
-                total_steps=total_steps,
-                batch_size=config.batch_size,
-                num_images=train_data.num_images,
-                enabled=first_host,
-                peak_images_per_second=peak if config.optimizer.backbone_factor else None,
-            )
-        )
-        profiled = range(max(profiled.start, start_step + 1), profiled.stop)
-        profile = stack.enter_context(profiling.Profile(profiled, workdir / PROFILE, report, enabled=first_host))
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(train_state.params))
-        report.say(
-            f"{config.model.name}, {parameters:,} parameters, {train_data.num_images:,} images, {total_steps} steps of "
-            f"{config.batch_size} on {mesh.size} x {device_kind}, {naming.shown(workdir)}"
-        )
-        if unread := data.unread_of((train_data.source, eval_data.source)):
-            report.say(unread)
-        for line in filter(None, dark):
-            report.say(line)
-        if start_step:
-            report.say(f"going on from the checkpoint of step {start_step}")
-        elif config.init.weights != "random":
-            report.say(said)
+        peak_images_per_second=peak if config.optimizer.backbone_factor else None,
+    )
 
-        # Loop.
-        in_flight: collections.deque = collections.deque()
-        stack.enter_context(save_where_input_ends(manager, lambda: train_state, in_flight, meta))
-        batches = stack.enter_context(contextlib.closing(train_data.batches(start_step)))
-        stop = stack.enter_context(signals.StopRequest(several_processes=jax.process_count() > 1))
-        totals = metrics.Accumulator()
-        for step in range(start_step + 1, total_steps + 1):
-            with profile.step(step, in_flight):
-                with report.input_wait():
-                    batch = next(batches)
-                train_state, sums = compiling.result()(train_state, sharding.global_batch(mesh, batch))
-                in_flight.append(sums)
-                if len(in_flight) > MAX_STEPS_IN_FLIGHT:
-                    totals.add(in_flight.popleft())
-            report.advance(step)
 
-            if step == start_step + 1:
-                jax.block_until_ready((sums, learning_rate(step)))  # which compiles at its first call too
-                report.compiled(step)
-                allocator.release_free_memory()
+def describe(config: ConfigDict, workdir: Path, program: Program, mesh: Mesh) -> str:
+    """Returns the run in a line."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
+    length, device_kind = program.length, mesh.devices.flat[0].device_kind
+    return (
+        f"{config.model.name}, {parameters:,} parameters, {length.num_images:,} images, {length.total_steps} steps of "
+        f"{length.batch_size} on {mesh.size} x {device_kind}, {naming.shown(workdir)}"
+    )
 
-            stopping = stop.signal is not None if jax.process_count() == 1 else manager.reached_preemption(step)
-            last = step == total_steps
-            evaluating = last or is_due(step, config.eval_every_epochs)
-            saving = last or stopping or is_due(step, config.checkpoint_every_epochs)
-            recording = last or stopping or step % config.log_every_steps == 0
-            if evaluating or saving or recording:
-                check_finite(sums, step)
-                checkpoint.check_saves(manager)
-                if first_host:
-                    check_claim(workdir)
-            if recording:
-                while in_flight:
-                    totals.add(in_flight.popleft())
-                means = totals.means() | {"learning_rate": float(learning_rate(step - 1))}
-                if train_data.masked:
-                    seen = totals.count("gradient_norm") * config.batch_size  # once a step
-                    means["bad_images"] = round(seen - totals.count("loss"))
-                report.train(step, means)
-                totals = metrics.Accumulator()
 
-            results = None
-            if evaluating:
-                with report.pause("evaluation"):
-                    results = evaluate(eval_step, train_state.variables(weights), eval_data, mesh)
-                report.evaluation(step, results, weights)
-            if saving:
-                with report.pause("checkpoint"):
-                    if first_host:
-                        check_claim(workdir)  # an evaluation may have taken an hour
-                    report.sync()
-                    checkpoint.save(manager, train_state, meta, results)
-                report.checkpoint(step)
-            if stopping and not last:
-                break
-        checkpoint.check_saves(manager, wait=True)
-        if step < total_steps:
-            report.say(f"stopped at step {step}, checkpoint written; the same command goes on from there")
-            return 128 + (stop.signal or signal.SIGTERM)  # of several processes one alone may have got it
+def count_masked(totals: metrics.Accumulator, batch_size: int) -> int:
+    """Returns how many images of the steps in `totals` were left out."""
+    steps = totals.count("gradient_norm")  # it is counted once a step
+    return round(steps * batch_size - totals.count("loss"))
 
-    if first_host:
-        console.show_table(
-            "finished",
-            {
-                **{k: console.percent(v) for k, v in results.items() if k not in progress.NO_SHARES},
-                "evaluated": f"split {config.data.eval_split!r}, {results['count']:,} images, {weights} weights",
-                **bad_images(workdir, results),
-                "curves": naming.shown(workdir / CURVES),
-            },
-        )
-        draw_curves(workdir)  # last: nothing that happens to the picture hides the results
+
+def already_finished(workdir: Path, total_steps: int) -> int:
+    """Says that there is nothing to do, and how to train on; returns the exit code."""
+    if jax.process_index() == 0:
+        print(f"{naming.shown(workdir)}: this run is finished ({total_steps} steps); nothing to do.")
+        print(naming.harmless(how_to_train_on(workdir)))
+        curves.draw_run(workdir)
     return 0
 
 
-@contextlib.contextmanager
-def save_where_input_ends(
-    manager: Any, state: Callable[[], Any], in_flight: collections.deque, meta: dict[str, Any]
-) -> Iterator[None]:
-    """Saves what was trained where a bad image, a file or a worker process ends the input, and says so.
-
-    With several processes none can save alone: there the last checkpoint is what is left.
-    """
-    try:
-        yield
-    except data.InputError as error:
-        step = int(state().step)
-        if jax.process_count() == 1 and step > (manager.latest_step() or 0):
-            for sums in in_flight:
-                check_finite(sums, step)
-            checkpoint.save(manager, state(), meta, None)
-        checkpoint.check_saves(manager, wait=jax.process_count() == 1)
-        last = manager.latest_step()
-        left = (
-            f"the checkpoint of step {last} is written; the same command goes on from there"
-            if last
-            else "no step was done"
-        )
-        raise UserError(f"{error}\nStopped after step {step}; {left}.") from error
-
-
-def bad_images(workdir: Path, results: dict[str, float]) -> dict[str, str]:
-    """Returns the row of the table about what was left out; none where the recipe replaces no bad images."""
-    if "bad_images" not in results:
-        return {}
-    records = history.read_metrics(workdir / HISTORY)
-    trained = sum(record.get("train/bad_images", 0) for record in records)
-    return {
-        "bad images": f"left out: {trained:,} times in training, {results['bad_images']:,} in evaluation; "
-        "`xception-flax prepare check` names those of a folder or TFDS data set"
+def show_results(config: ConfigDict, workdir: Path, results: dict[str, float], weights: str) -> None:
+    """Shows the table of a run that is finished, and draws its curves."""
+    rows = {
+        **{name: console.percent(value) for name, value in results.items() if name not in progress.NO_SHARES},
+        "evaluated": f"split {config.data.eval_split!r}, {results['count']:,} images, {weights} weights",
     }
-
-
-def check_finite(sums: dict[str, metrics.Sum], step: int) -> None:
-    """Stops a run whose loss or gradient is no longer a number, before that state is saved."""
-    if not float(sums["loss"].count):
-        raise UserError(f"none of the images of step {step} can be decoded; look at the data.")
-    for name in ("loss", "gradient_norm"):
-        value = float(sums[name].total / sums[name].count)
-        if not math.isfinite(value):
-            raise UserError(
-                f"the {name} is {value} at step {step}; checkpoints from before it are kept. Lower "
-                "optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir."
-            )
-
-
-def check_same_data(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
-    """Raises ValueError where the checkpoint was trained on other classes or another number of images."""
-    for key in ("class_names", "num_images"):
-        if saved.get(key) != now[key]:
-            raise UserError(
-                f"the data has changed since {workdir} was begun: {key} was {str(saved.get(key))[:200]}, now it is "
-                f"{str(now[key])[:200]}. Give the same data, or take a new workdir."
-            )
-
-
-def draw_curves(workdir: Path) -> None:
-    """Draws curves.png from metrics.jsonl."""
-    records = history.read_metrics(workdir / HISTORY)
-    with file_errors(workdir / CURVES, "written"):
-        curves.draw_curves(records, naming.shown(workdir), workdir / CURVES)
+    if "bad_images" in results:
+        trained = history.count_bad_images(workdir / HISTORY)
+        rows["bad images"] = (
+            f"left out: {trained:,} times in training, {results['bad_images']:,} in evaluation; "
+            "`xception-flax prepare check` names those of a folder or TFDS data set"
+        )
+    console.show_table("finished", rows | {"curves": naming.shown(workdir / CURVES)})
+    curves.draw_run(workdir)  # last: nothing that happens to the picture hides the results
 
 
 if __name__ == "__main__":

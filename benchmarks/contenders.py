@@ -111,20 +111,21 @@ def build_xception_flax_glibc(job: Job) -> Run:
     import jax.numpy as jnp
 
     from benchmarks.inputs import network
-    from xception_flax.training import metrics, optimizers, sharding, state, steps
+    from xception_flax.training import losses, metrics, optimizers, sharding, state, steps
+    from xception_flax.training.length import RunLength
 
     model, variables = network(job), _variables(job)
     if job.mode == "forward":
         return _jitted_forward(model, variables, job)
 
     mesh = sharding.create_mesh()
-    schedule = optimizers.create_schedule(run=optimizers.Run(job.batch, num_images=job.batch, total_steps=1))
+    schedule = optimizers.create_schedule(run=RunLength(job.batch, num_images=job.batch, total_steps=1))
     tx, _ = optimizers.create_optimizer("sgd", LEARNING_RATE, schedule=schedule, momentum=MOMENTUM)
     _, abstract_state = state.make_init(model, tx, (job.size, job.size, 3), mesh, ema=False)
     train_step = steps.make_train_step(
         model,
         tx,
-        steps.create_loss("softmax"),
+        losses.create_loss("softmax"),
         metrics.create_metrics("single_label"),
         steps.create_normalizer(mean=(127.5,), std=(127.5,)),
         abstract_state,

@@ -72,7 +72,7 @@ def write(job: Job, readings: list[str]) -> dict[str, Any]:
         np.savez(folder / "keras.npz", **named)
     if "timm" in readings:
         np.savez(folder / "timm.npz", **timm.to_timm(variables))
-    layers = costs.measure(network(job), (job.size, job.size, 3))
+    layers = costs.list_layers(network(job), (job.size, job.size, 3))
     return {"macs": sum(layer.macs for layer in layers), "parameters": sum(layer.parameters for layer in layers)}
 
 

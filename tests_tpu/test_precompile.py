@@ -50,7 +50,7 @@ def compiled(config: ConfigDict) -> jax.stages.Compiled:
 
 @pytest.fixture(scope="module")
 def layers(config: ConfigDict) -> list[costs.Layer]:
-    return costs.measure(create_model(**config.model), (96, 96, 3))
+    return costs.list_layers(create_model(**config.model), (96, 96, 3))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def parameters(layers: list[costs.Layer]) -> int:
 
 
 def test_report_adds_up(compiled: jax.stages.Compiled, config: ConfigDict, parameters: int) -> None:
-    report = planning.report.measure(compiled, config, 8)
+    report = planning.report.create_report(compiled, config, 8)
     # Parameters, momentum and averages, float32, and twice the moving statistics; tiles pad little rows.
     assert 3 * 4 * parameters < report.state < 1.2 * 3 * 4 * parameters
     assert report.state < report.memory < 1 * slices.GIB
@@ -67,7 +67,7 @@ def test_report_adds_up(compiled: jax.stages.Compiled, config: ConfigDict, param
     network = sum(cost.flops for cost in report.kinds.values())
     assert network == pytest.approx(report.flops, rel=0.15)
     # All bytes as the compiler counts them; those of HBM are fewer.
-    assert sum(cost.size for cost in Hlo(compiled.as_text()).costs()) == pytest.approx(report.xla_size, rel=0.2)
+    assert sum(cost.size for cost in Hlo(compiled.as_text()).traffic()) == pytest.approx(report.xla_size, rel=0.2)
     assert sum(cost.size for cost in report.kinds.values()) < report.xla_size
     assert all(report.kinds[kind].size > 0 for kind in (*planning.report.KINDS.values(), report.UPDATE))
 
@@ -124,7 +124,7 @@ def test_fsdp_gathers_and_scatters(parameters: int) -> None:
     compiled = compile_for(changed)
     kinds = {c.kind for c in Hlo(compiled.as_text()).collectives()}
     assert "all-gather" in kinds
-    report = planning.report.measure(compiled, changed, 8)
+    report = planning.report.create_report(compiled, changed, 8)
     assert report.state < 0.5 * 3 * 4 * parameters  # the large arrays are split by eight
 
 

@@ -38,7 +38,7 @@ def test_command(cpus_for_chips: None, capsys: pytest.CaptureFixture[str]) -> No
     assert result["steps"] == round(36 * 1257 / 64)
     # Six times the multiply-adds of eight images.
     model = reading.load(f"{DIGITS}:lenet").model
-    macs = sum(layer.macs for layer in costs.measure(create_model(**model), (48, 48, 1)))
+    macs = sum(layer.macs for layer in costs.list_layers(create_model(**model), (48, 48, 1)))
     assert result["network_flops"] == 6 * macs * 8
     # What the chips must add up is at least the gradient: 74,010 float32.
     assert set(result["collectives"]) == {"all-reduce"}
@@ -156,7 +156,7 @@ def test_largest_batch() -> None:
 
 def test_every_layer_has_a_kind() -> None:
     for name in MODELS:
-        layers = costs.measure(create_model(name, num_classes=10), (96, 96, 3))
+        layers = costs.list_layers(create_model(name, num_classes=10), (96, 96, 3))
         assert {layer.module for layer in layers} <= set(planning.report.KINDS)
 
 
@@ -176,7 +176,7 @@ def test_every_layer_has_a_kind() -> None:
     ],
 )
 def test_kinds_by_where_an_operation_is_from(op_name: str, kind: str) -> None:
-    layers = costs.measure(create_model("xception", num_classes=10, width=0.125), (96, 96, 3))
+    layers = costs.list_layers(create_model("xception", num_classes=10, width=0.125), (96, 96, 3))
     paths = {"/".join(layer.path): planning.report.KINDS[layer.module] for layer in layers}
     assert planning.report.kind_of(f"jit(train_step)/{op_name}", paths, "Xception") == kind
 

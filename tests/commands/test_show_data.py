@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from xception_flax import data
 from xception_flax.commands import show_data
 from xception_flax.recipes import reading
-from xception_flax.training import mixing, sharding, steps
+from xception_flax.training import losses, mixing, sharding, steps
 from xception_flax.training.metrics import create_metrics
 from xception_flax.training.optimizers import create_optimizer
 from xception_flax.training.state import make_init
@@ -42,7 +42,7 @@ def test_it_shows_what_a_step_sees():
     mesh = sharding.create_mesh()
     tx, _ = create_optimizer("sgd", 0.0, schedule=lambda step: jnp.ones(()))
     init, abstract = make_init(Linear(), tx, split.image_shape, mesh, ema=False)
-    normalize, loss = steps.create_normalizer(**config.normalize), steps.create_loss("softmax")
+    normalize, loss = steps.create_normalizer(**config.normalize), losses.create_loss("softmax")
     train_step = steps.make_train_step(
         Linear(),
         tx,

@@ -160,7 +160,7 @@ def test_variants(name, fields):
     assert {(row.shape[0], row.stride) for row in spatial} == ends
     assert spatial[-1].shape == endpoints[list(model.strides)[-1]].shape[1:]
 
-    measured = costs.measure(model, (size, size, 3))
+    measured = costs.list_layers(model, (size, size, 3))
     assert totals(stages) == totals(summary.fold(stages)) == totals(measured)
 
 
@@ -271,7 +271,7 @@ def test_tables_fit_a_terminal_of_80_columns(monkeypatch, capsys, options):
 
 def test_layers(monkeypatch, capsys):
     model = create_model("xception", middle_repeats=1)
-    layers, measured = summary.summarize(model, (64, 64, 3), by="layers"), costs.measure(model, (64, 64, 3))
+    layers, measured = summary.summarize(model, (64, 64, 3), by="layers"), costs.list_layers(model, (64, 64, 3))
     assert [(row.name, row.shape) for row in layers] == [("/".join(m.path), m.shape) for m in measured]
     assert totals(layers) == totals(measured)
 
@@ -295,7 +295,7 @@ def test_fields_of_the_network(monkeypatch, capsys):
     half = record("xception", "--config.model.width=0.5", "--config.model.output_stride=16", "--channels", "1")
     model = create_model("xception", width=0.5, output_stride=16)
     assert [half[k] for k in ("parameters", "statistics", "macs", "activation_bytes")] == totals(
-        costs.measure(model, (299, 299, 1))
+        costs.list_layers(model, (299, 299, 1))
     )
     # Half the bytes but for the 1000 logits, which are float32 in any case.
     bfloat16 = record("--config.model.dtype=bfloat16", "xception", "--config.model.param_dtype=bfloat16")
@@ -313,7 +313,7 @@ def test_all_with_options(monkeypatch, capsys):
     assert code == 0
     records = json.loads(out.splitlines()[-1])
     assert {record["image_size"] for record in records} == {75}
-    lenet = costs.measure(create_model("lenet", width=0.25), (75, 75, 3))
+    lenet = costs.list_layers(create_model("lenet", width=0.25), (75, 75, 3))
     assert [records[-1][k] for k in ("parameters", "statistics", "macs", "activation_bytes")] == totals(lenet)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from xception_flax import MODELS, create_model
-from xception_flax.training import sharding, steps
+from xception_flax.training import losses, sharding, steps
 from xception_flax.training.metrics import create_metrics
 from xception_flax.training.optimizers import create_optimizer
 from xception_flax.training.state import make_init
@@ -62,7 +62,7 @@ def test_eight_devices_equal_one(monkeypatch, one_device, name):
             train_step = steps.make_train_step(
                 model,
                 tx,
-                steps.create_loss("softmax", weight_decay=1e-3),
+                losses.create_loss("softmax", weight_decay=1e-3),
                 create_metrics("single_label"),
                 steps.create_normalizer((127.5,), (127.5,)),
                 abstract,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from xception_flax import MODELS, create_model
-from xception_flax.models.costs import measure
+from xception_flax.models.costs import list_layers
 
 # At 1000 classes and the default image size: trainable parameters, moving statistics, multiply-adds,
 # shapes of the stages. Parameters of the aligned networks are timm's (golden/timm.npz has them too).
@@ -97,7 +97,7 @@ def test_sizes(name):
     variables = abstract_variables(model)
     assert count(variables["params"]) == parameters
     assert count(variables.get("batch_stats", {})) == statistics
-    layers = measure(model, (size, size, 3))
+    layers = list_layers(model, (size, size, 3))
     assert sum(layer.parameters for layer in layers) == parameters
     assert sum(layer.statistics for layer in layers) == statistics
     assert sum(layer.macs for layer in layers) == macs
@@ -231,7 +231,7 @@ def test_remat_changes_memory_only(name):
 def test_auxiliary_tower_of_inception_v3():
     """TF-slim's: 128 of 1x1, 768 of 5x5, a classifier; off by default, and in no logits."""
     model = create_model("inception_v3", auxiliary=True)
-    layers = {layer.path[0]: layer for layer in measure(model, (299, 299, 3))}
+    layers = {layer.path[0]: layer for layer in list_layers(model, (299, 299, 3))}
     assert layers["auxiliary_conv1"].shape == (5, 5, 128)
     assert layers["auxiliary_conv2"].shape == (1, 1, 768)
     assert layers["auxiliary_predictions"].shape == (1000,)
@@ -243,7 +243,7 @@ def test_auxiliary_tower_of_inception_v3():
     )
     assert endpoints["auxiliary_logits"].shape == (2, 1000)
     with pytest.raises(ValueError, match="needs 'stage4' features of 17 x 17, which 299 pixels give, got 7 x 7"):
-        measure(model, (139, 139, 3))
+        list_layers(model, (139, 139, 3))
 
 
 def test_xception_parameters_by_kind():
@@ -274,14 +274,14 @@ def test_xception_parameters_by_kind():
 
 def test_xception_shapes_at_299_pixels():
     shapes = {
-        layer.path[0].removesuffix("_bn"): layer.shape for layer in measure(create_model("xception"), (299, 299, 3))
+        layer.path[0].removesuffix("_bn"): layer.shape for layer in list_layers(create_model("xception"), (299, 299, 3))
     }
     assert {name: shapes[name] for name in XCEPTION_SHAPES} == XCEPTION_SHAPES
 
 
 def test_xception_cost_at_299_pixels():
     """8.357 GMAC an image: 90.6 % pointwise, 7.8 % dense convolutions, 1.6 % depthwise."""
-    layers = measure(create_model("xception"), (299, 299, 3))
+    layers = list_layers(create_model("xception"), (299, 299, 3))
     total = sum(layer.macs for layer in layers)
     assert total / 1e9 == pytest.approx(8.357, abs=5e-4)
 

@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xception_flax import create_model
 from xception_flax.models import layers, ops, towers
-from xception_flax.models.costs import measure
+from xception_flax.models.costs import list_layers
 
 ORDERS = ("depthwise_first", "pointwise_first")
 
@@ -123,7 +123,7 @@ def test_parameters_and_multiply_adds_follow_the_formula(order, channels):
         if channels % count == 0:
             assert squares == channels**2 // count
         expected = inputs * features + 9 * squares
-        measured = measure(_WithoutTrain(module), (6, 5, inputs))
+        measured = list_layers(_WithoutTrain(module), (6, 5, inputs))
         assert sum(layer.parameters for layer in measured) == expected
         assert sum(layer.macs for layer in measured) == expected * 6 * 5
 
@@ -222,7 +222,9 @@ def test_one_tower_a_channel_makes_xception():
 def test_parameters_of_a_whole_network_follow_the_formula(count):
     """Each separable convolution's 9 C weights of the depthwise part become 9 * (sum of squares of its segments)."""
     inputs = [64, 128, 128, 256, 256, 728, *(8 * [728, 728, 728]), 728, 728, 1024, 1536]
-    network = sum(layer.parameters for layer in measure(create_model("xception_towers", towers=count), (299, 299, 3)))
+    network = sum(
+        layer.parameters for layer in list_layers(create_model("xception_towers", towers=count), (299, 299, 3))
+    )
     assert network == 22_855_952 + sum(9 * (sum(s * s for s in layers.segments(c, count)) - c) for c in inputs)
 
 
@@ -231,7 +233,7 @@ def test_parameters_of_a_whole_network_follow_the_formula(count):
 def test_equal_width_keeps_the_cost(count, keep):
     """Within 1 % of Xception's, 22,855,952 parameters or 8.357 billion multiply-adds."""
     width = towers.equal_width(count, keep=keep)
-    network = measure(create_model("xception_towers", towers=count, width=width), (299, 299, 3))
+    network = list_layers(create_model("xception_towers", towers=count, width=width), (299, 299, 3))
     target = {"parameters": 22_855_952, "macs": 8_357_403_496}[keep]
     assert sum(getattr(layer, keep) for layer in network) == pytest.approx(target, rel=0.01)
     assert width == 1.0 if count is None else width < 1.0
@@ -240,7 +242,7 @@ def test_equal_width_keeps_the_cost(count, keep):
 def test_equal_width_with_the_pointwise_convolution_first():
     width = towers.equal_width(3, order="pointwise_first")
     fields = dict(towers=3, order="pointwise_first", width=width)
-    network = measure(create_model("xception_towers", **fields), (299, 299, 3))
+    network = list_layers(create_model("xception_towers", **fields), (299, 299, 3))
     assert sum(layer.parameters for layer in network) == pytest.approx(22_855_952, rel=0.01)
 
 

@@ -55,15 +55,15 @@ ROW = 128 * 4  # 20 float32, padded to 128
 
 
 def test_tpu_instructions_by_hand() -> None:
-    costs = {cost.opcode + cost.op_name: cost for cost in Hlo(TPU).costs()}
-    copy = costs["copy-startstep/conv1/dot_general"]  # it has no name: its user's, and of that the convolution's
+    traffic = {part.opcode + part.op_name: part for part in Hlo(TPU).traffic()}
+    copy = traffic["copy-startstep/conv1/dot_general"]  # it has no name: its user's, and of that the convolution's
     assert (copy.size, copy.hbm_size) == (2 * IMAGES, IMAGES)  # read from HBM, written into the chip
-    fusion = costs["fusionstep/conv1/dot_general"]
+    fusion = traffic["fusionstep/conv1/dot_general"]
     assert (fusion.size, fusion.hbm_size) == (IMAGES + FEATURES + 2 * ROW, FEATURES + 2 * ROW)
-    assert costs["addstep/add"].size == 3 * ROW
-    scatter = costs["fusionstep/grad"]
+    assert traffic["addstep/add"].size == 3 * ROW
+    scatter = traffic["fusionstep/grad"]
     assert scatter.size == 1024 * 4 + 128 * 4
-    assert sum(cost.opcode.endswith("-done") for cost in costs.values()) == 0
+    assert sum(part.opcode.endswith("-done") for part in traffic.values()) == 0
 
 
 def test_tpu_collectives_by_hand() -> None:
@@ -85,7 +85,7 @@ def test_real_program_of_eight_devices() -> None:
     assert hlo.collectives() == [Collective("all-reduce", 32 * 4, 1)]
     # One device has 128 rows. XLA may write the product between the two, and read it again.
     least = (128 * 64 + 64 * 32 + 32) * 4 + 2 * 32 * 4
-    size = sum(cost.size for cost in hlo.costs())
+    size = sum(part.size for part in hlo.traffic())
     assert least <= size <= least + 2 * 128 * 32 * 4 + 2048
     assert size == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.01)
 
@@ -96,6 +96,6 @@ def test_loops_count_their_trips() -> None:
 
     shapes = jax.ShapeDtypeStruct((128, 64), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
     hlo = Hlo(jax.jit(powers).lower(*shapes).compile().as_text())
-    products = [cost for cost in hlo.costs() if cost.op_name.endswith("dot_general")]
-    assert sum(cost.times for cost in products) == 5
-    assert sum(cost.size for cost in products) == 5 * (2 * 128 * 64 + 64 * 64) * 4
+    products = [part for part in hlo.traffic() if part.op_name.endswith("dot_general")]
+    assert sum(part.times for part in products) == 5
+    assert sum(part.size for part in products) == 5 * (2 * 128 * 64 + 64 * 64) * 4

@@ -133,7 +133,7 @@ def test_recipe_fits_together(name, tmp_path):
     sums, logits = jax.eval_shape(made.eval_step, made.abstract_state.variables(made.weights), batches[False])
     assert "loss" in sums
     assert logits.shape == (16, 10)
-    assert (made.total_steps, made.weights) == (1, "ema")
+    assert (made.length.total_steps, made.weights) == (1, "ema")
 
 
 @pytest.mark.parametrize("name", STEPPING)

@@ -28,7 +28,8 @@ from xception_flax.data.transforms import TRANSFORMS, parse_transforms
 from xception_flax.recipes import checking, groups
 from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import check_range
-from xception_flax.training import checkpoint, metrics, mixing, optimizers, sharding, steps
+from xception_flax.training import checkpoint, losses, metrics, mixing, optimizers, sharding, steps
+from xception_flax.training.length import RunLength
 from xception_flax.training.program import create_program
 from xception_flax.training.state import abstract_variables
 from xception_flax.weights import initial
@@ -96,7 +97,7 @@ MINIMAL = {
     "optimizer": {"name": "sgd", "learning_rate": 0.1},
     "data": {"source": "digits", "image_size": 8, "channels": 1},
 }
-RUN = optimizers.Run(batch_size=8, num_images=1257, total_steps=157)
+RUN = RunLength(batch_size=8, num_images=1257, total_steps=157)
 
 
 def resolve(name: str, values: dict[str, Any]) -> ConfigDict:
@@ -133,7 +134,7 @@ def try_normalize(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def try_loss(config: ConfigDict, mesh: Mesh) -> None:
-    loss = steps.create_loss(**config.loss)
+    loss = losses.create_loss(**config.loss)
     finite((loss.example(jnp.eye(2), jnp.arange(2)), loss.penalty({"conv1": {"kernel": jnp.ones(2)}})))
 
 

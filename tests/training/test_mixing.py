@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xception_flax.data.batch import Batch
 from xception_flax.training import mixing, sharding
 
 COLLECTIVES = re.compile(r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter")
@@ -154,6 +155,7 @@ def test_who_is_mixed_with_a_bad_image_does_not_count():
     masked = batch() | {"mask": np.where(np.arange(16) == 5, 0, 1).astype(np.float32)}
     mixed = mixing.make_mixing(mixup_alpha=1.0)(mixing.mixing_key(0, 0), masked)
     assert np.flatnonzero(np.asarray(mixed["mask"]) == 0).tolist() == [4, 5]
+    assert {*mixed, "weight"} == set(Batch.__annotations__)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])

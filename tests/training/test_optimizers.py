@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from xception_flax.training.optimizers import OPTIMIZERS, SCHEDULES, Run, create_optimizer, create_schedule, decay_mask
+from xception_flax.training.length import RunLength
+from xception_flax.training.optimizers import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule, decay_mask
 
-IMAGENET = Run(batch_size=1536, num_images=1_281_167, total_steps=83_409)
+IMAGENET = RunLength(batch_size=1536, num_images=1_281_167, total_steps=83_409)
 
 
 def constant(step):
@@ -27,7 +28,7 @@ def test_imagenet_schedule_is_the_papers():
 def test_jft_schedule_counts_samples():
     """Section 4.2: 0.001, times 0.9 every 3,000,000 samples; the batch size does not matter."""
     for batch_size in (500, 1536, 4096):
-        run = Run(batch_size, num_images=350_000_000, total_steps=10**6)
+        run = RunLength(batch_size, num_images=350_000_000, total_steps=10**6)
         schedule = create_schedule("exponential", run=run, decay_rate=0.9, every_images=3_000_000)
         _, rate = create_optimizer("rmsprop", 0.001, schedule=schedule)
         for samples in (0, 2_990_000, 3_010_000, 8_990_000, 9_010_000, 150_010_000):
@@ -37,20 +38,20 @@ def test_jft_schedule_counts_samples():
 
 def test_staircase_falls_exactly_at_each_interval():
     """Every step of 40 whole intervals, compiled too: no interval is early or late by a rounding."""
-    run = Run(batch_size=10, num_images=30, total_steps=1000)
+    run = RunLength(batch_size=10, num_images=30, total_steps=1000)
     schedule = create_schedule("exponential", run=run, decay_rate=0.5, every_epochs=1.0)
     factors = jax.jit(jax.vmap(schedule))(jnp.arange(120))
     np.testing.assert_array_equal(factors, np.float32(0.5) ** (np.arange(120) // 3))
 
 
 def test_smooth_exponential():
-    run = Run(batch_size=10, num_images=40, total_steps=1000)
+    run = RunLength(batch_size=10, num_images=40, total_steps=1000)
     schedule = create_schedule("exponential", run=run, decay_rate=0.5, every_epochs=1.0, staircase=False)
     assert float(schedule(2)) == pytest.approx(0.5**0.5, rel=1e-6)
 
 
 def test_cosine_with_warmup():
-    run = Run(batch_size=10, num_images=100, total_steps=100)
+    run = RunLength(batch_size=10, num_images=100, total_steps=100)
     schedule = create_schedule("cosine", run=run, warmup_epochs=2.0, final_factor=0.1)
     assert float(schedule(0)) == 0
     assert float(schedule(10)) == pytest.approx(0.5)
@@ -73,7 +74,7 @@ def test_cosine_with_warmup():
 )
 def test_bad_schedules_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
-        create_schedule(name, run=Run(10, 100, 100), **options)
+        create_schedule(name, run=RunLength(10, 100, 100), **options)
 
 
 def run_optimizer(tx, gradients: np.ndarray, start: np.ndarray) -> np.ndarray:
@@ -102,7 +103,7 @@ def test_rmsprop_is_tf1s(problem):
         m = momentum * m + 0.001 * 0.9 ** (t // 7) * g / np.sqrt(s + epsilon)
         w = w - m
         expected.append(w)
-    schedule = create_schedule("exponential", run=Run(1, 1, 20), decay_rate=0.9, every_images=7)
+    schedule = create_schedule("exponential", run=RunLength(1, 1, 20), decay_rate=0.9, every_images=7)
     tx, _ = create_optimizer("rmsprop", 0.001, schedule=schedule, decay=decay, momentum=momentum, epsilon=epsilon)
     np.testing.assert_allclose(run_optimizer(tx, gradients, p), expected, rtol=1e-5)
 
@@ -115,7 +116,7 @@ def test_sgd_is_tf1s_momentum(problem):
         m = 0.9 * m + g
         w = w - 0.045 * 0.94 ** (t // 6) * m
         expected.append(w)
-    schedule = create_schedule("exponential", run=Run(1, 3, 20), decay_rate=0.94, every_epochs=2.0)
+    schedule = create_schedule("exponential", run=RunLength(1, 3, 20), decay_rate=0.94, every_epochs=2.0)
     tx, _ = create_optimizer("sgd", 0.045, schedule=schedule)
     np.testing.assert_allclose(run_optimizer(tx, gradients, p), expected, rtol=1e-5)
 

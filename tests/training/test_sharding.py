@@ -65,11 +65,11 @@ def test_a_state_that_fits_no_device_is_refused(monkeypatch):
         )
 
     split, whole = sharding.create_mesh(fsdp=2), sharding.create_mesh()
-    sharding.check_memory(split, state(split))
+    sharding.check_state_fits(split, state(split))
     with pytest.raises(
         ValueError, match=r"take 0\.00105 GB on each device, which has 0\.001 GB; .*model\.width.*mesh\.fsdp"
     ):
-        sharding.check_memory(whole, state(whole))
+        sharding.check_state_fits(whole, state(whole))
 
 
 def test_state_rule():

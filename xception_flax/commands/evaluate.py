@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from xception_flax import data
 from xception_flax.commands import cli
+from xception_flax.data.batch import Batch
 from xception_flax.display import console, pictures
 from xception_flax.host import processes
 from xception_flax.recipes import reading
@@ -20,8 +21,9 @@ from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import mistakes_picture, read_recipe
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
-from xception_flax.training import metrics, sharding, steps
+from xception_flax.training import sharding
 from xception_flax.training.evaluation import evaluate
+from xception_flax.training.program import make_evaluation
 
 EXAMPLES = """\
   xception-flax evaluate --workdir runs/digits
@@ -43,7 +45,7 @@ class Mistakes:
         self.predictions: list[str] = []
         self.confidences: list[float] = []
 
-    def __call__(self, batch: data.pipeline.Batch, logits: jax.Array) -> None:
+    def __call__(self, batch: Batch[np.ndarray], logits: jax.Array) -> None:
         scores = np.asarray(jax.nn.softmax(logits))
         predicted = scores.argmax(-1)
         for i in np.flatnonzero((predicted != batch["labels"]) & (batch["mask"] > 0)):
@@ -132,13 +134,7 @@ def _evaluate_checkpoint(
     run = restore(arguments.workdir, mesh, arguments.checkpoint, arguments.weights)
     processes.agree("checkpoint", lambda: {"the checkpoint": {"step": run.step, "meta": run.meta}})
     data.check_class_names(run.class_names, split)
-    eval_step = steps.make_eval_step(
-        run.model,
-        steps.create_loss(**config.loss),
-        metrics.create_metrics(**config.metrics),
-        steps.create_normalizer(**config.normalize),
-        mesh,
-    )
+    eval_step = make_evaluation(config, run.model, mesh)
     mistakes = Mistakes(run.class_names) if picture is not None else None
     results = evaluate(eval_step, run.variables, split, mesh, on_batch=mistakes)
     rows = {

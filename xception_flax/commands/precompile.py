@@ -31,12 +31,13 @@ from xception_flax.planning.report import (
     DoesNotFit,
     Report,
     compile_step,
+    create_report,
     estimate,
     largest_batch,
-    measure,
 )
 from xception_flax.recipes import reading
 from xception_flax.runs import history
+from xception_flax.training.length import create_length
 
 EXAMPLES = """\
   xception-flax precompile --config configs/imagenet.py --topology v5e:4x4
@@ -141,7 +142,7 @@ def main(argv: list[str]) -> int:
                     compiled = thread.submit(compile_step, changed, devices, num_images or batch_size).result()
             except DoesNotFit as error:
                 return error
-        return measure(compiled, changed, where.num_chips)
+        return create_report(compiled, changed, where.num_chips)
 
     report = at(config.batch_size)
     fits = isinstance(report, Report)
@@ -169,7 +170,7 @@ def main(argv: list[str]) -> int:
     if fits:
         result |= {"state_bytes": report.state} | estimate(report, where, config.batch_size / where.num_chips)
         if num_images is not None:
-            steps = max(1, round(config.epochs * num_images / config.batch_size))
+            steps = create_length(config.epochs, config.batch_size, num_images).total_steps
             result |= {"steps": steps, "hours": steps * result["step_seconds"] / 3600}
     _show_memory(config, where, result)
     if fits:

@@ -23,6 +23,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from xception_flax.data.batch import Batch
 from xception_flax.data.decoding import WHITE, BadImageError, decode, is_dark, largest_value, white
 from xception_flax.data.sources.folder import Files
 from xception_flax.data.sources.source import Example, InputError, Source
@@ -30,8 +31,6 @@ from xception_flax.data.transforms import Transform
 from xception_flax.host import allocator
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
-
-Batch = dict[str, np.ndarray]
 
 ON_BAD_IMAGE = ("stop", "replace")
 
@@ -97,7 +96,7 @@ class Split:
 
     @property
     def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and type of each array of the *global* batch.
+        """Shape and type of each array of the *global* batch; see `batch.Batch`.
 
         Raises:
           InputError: example 0, whose label tells, cannot be read.
@@ -198,13 +197,11 @@ class Split:
         """Whether batches have a `mask`: in evaluation, and where bad images are replaced."""
         return not self.train or self.on_bad_image == "replace"
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Iterator[Batch[np.ndarray]]:
         """Yields this host's share of batch `start_step`, `start_step + 1`, ...
 
-        `images` `[batch_size / process_count, H, W, C]` uint8 and `labels` `[...]` int32, or
-        `[..., num_classes]` uint8; where `masked`, also `mask` `[...]` float32: 0 for padding and for what
-        stands for a bad image, which is black. The generator must be closed (`contextlib.closing`)
-        where it is not read to its end.
+        Of `batch_size / process_count` examples: `images`, `labels` and, where `masked`, `mask`; what stands for a
+        bad image is black. The generator must be closed (`contextlib.closing`) where it is not read to its end.
 
         In memory are, besides the batch last yielded, at most `BATCHES_AHEAD`; with worker processes at most
         six for each of them: two in the making, and in the queues of either side one and one that waits.
@@ -291,7 +288,7 @@ class _Shares:
     def __repr__(self) -> str:
         return f"shares of {self._size} images"
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch[np.ndarray]:
         batch = {name: np.empty((self._size, *shape), dtype) for name, (shape, dtype) in self._arrays.items()}
         rows = iter(range(self._size))  # each thread takes the next: `next` of it is one step for Python
 
@@ -342,7 +339,7 @@ def prepare_image(
 
 
 class _Prepare(grain.transforms.RandomMap):
-    """Decodes and augments one example."""
+    """Decodes and augments one example: a row of each array of a batch."""
 
     def __init__(
         self,
@@ -359,7 +356,7 @@ class _Prepare(grain.transforms.RandomMap):
         self._max_value = max_value
         self._replace = replace
 
-    def random_map(self, example: Example, rng: np.random.Generator) -> Batch:
+    def random_map(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
         prepared = {"labels": _label(example), "mask": example.get("mask", np.float32(1))}
         try:
             image = prepare_image(

@@ -34,7 +34,7 @@ class Layer(NamedTuple):
     activation_bytes: int
 
 
-def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
+def list_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
     """Returns the layers of `model` in the order of their computation, for one image `(H, W, C)`.
 
     Nothing is computed and no array is made.
@@ -87,7 +87,7 @@ def training_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     products of the size of each: the gradient of its input and that of its weights. What is computed
     again to save memory does not count, nor does what is not a convolution or a dense layer.
     """
-    return 2 * 3 * sum(layer.macs for layer in measure(model, image_shape))
+    return 2 * 3 * sum(layer.macs for layer in list_layers(model, image_shape))
 
 
 def peak_images_per_second(

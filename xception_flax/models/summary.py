@@ -57,7 +57,7 @@ def trace_network(model: nn.Module, image_shape: tuple[int, int, int]) -> _Trace
         return result
 
     with nn.intercept_methods(record):
-        layers = costs.measure(model, image_shape)
+        layers = costs.list_layers(model, image_shape)
     return _Trace(layers, inputs, features)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from xception_flax.models import ops
-from xception_flax.models.costs import measure
+from xception_flax.models.costs import list_layers
 from xception_flax.models.layers import ACTIVATIONS, Conv, PointwiseConv, TowerConv, segments
 from xception_flax.models.xception import ENTRY_FLOW, STEM, Xception
 from xception_flax.text.errors import UserError
@@ -171,10 +171,10 @@ def equal_width(towers: int | None, *, order: str = "depthwise_first", keep: str
 
     def ratio(width: float) -> float:
         network = XceptionTowers(towers=towers, order=order, width=width)
-        return sum(map(quantity, measure(network, image_shape))) / target
+        return sum(map(quantity, list_layers(network, image_shape))) / target
 
     image_shape = (299, 299, 3)
-    target = sum(map(quantity, measure(Xception(), image_shape)))
+    target = sum(map(quantity, list_layers(Xception(), image_shape)))
     # The narrowest layer must have a channel for each tower, which sets the least width.
     narrowest = {"depthwise_first": STEM[1], "pointwise_first": ENTRY_FLOW[0][0]}
     channels = lookup(narrowest, order, "order")

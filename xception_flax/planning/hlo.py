@@ -56,8 +56,8 @@ class Instruction(NamedTuple):
     target: str
 
 
-class Cost(NamedTuple):
-    """What an instruction that is run costs, all its repetitions together.
+class Traffic(NamedTuple):
+    """The bytes that an instruction moves, all its repetitions together.
 
     Attributes:
       opcode: its kind.
@@ -96,8 +96,8 @@ class Hlo:
             elif self._computations and (match := _INSTRUCTION.match(line)):
                 computation[match[1]] = _instruction(*match.groups())
 
-    def costs(self) -> Iterator[Cost]:
-        """Yields each instruction that is run, also those in loops and branches."""
+    def traffic(self) -> Iterator[Traffic]:
+        """Yields that of each instruction that is run, also of those in loops and branches."""
         for name, times in self._run(self._entry, 1):
             computation = self._computations[name]
             op_names = _with_users(computation, {i.name: self._op_name(i) for i in computation.values()})
@@ -105,7 +105,7 @@ class Hlo:
                 moved = _moved(instruction, computation)
                 if moved:
                     size, hbm = sum(a.size for a in moved), sum(a.size for a in moved if not a.on_chip)
-                    yield Cost(instruction.opcode, op_names[instruction.name], times, times * size, times * hbm)
+                    yield Traffic(instruction.opcode, op_names[instruction.name], times, times * size, times * hbm)
 
     def collectives(self) -> list[Collective]:
         """Returns what is sent between devices, the largest first; also where XLA has hidden it in a fusion."""

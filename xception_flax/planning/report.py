@@ -116,14 +116,14 @@ def compile_step(config: ConfigDict, devices: Iterable[Any], num_images: int) ->
         raise DoesNotFit(max(int(float(n) * 2 ** {"M": 20, "G": 30, "T": 40}[unit]) for n, unit in amounts)) from None
 
 
-def measure(compiled: jax.stages.Compiled, config: ConfigDict, num_chips: int) -> Report:
+def create_report(compiled: jax.stages.Compiled, config: ConfigDict, num_chips: int) -> Report:
     """Returns what the compiled step of a recipe costs each of `num_chips` chips."""
     memory, cost, hlo = compiled.memory_analysis(), compiled.cost_analysis(), Hlo(compiled.as_text())
     network = models.create_model(**config.model)
-    layers = costs.measure(network, _image_shape(config))
+    layers = costs.list_layers(network, _image_shape(config))
     kinds = collections.defaultdict(lambda: [0.0, 0])
     paths = {"/".join(layer.path): KINDS[layer.module] for layer in layers}
-    parts = list(hlo.costs())
+    parts = list(hlo.traffic())
     with_kernels = {name for part in parts if (name := fused_layer(part.op_name))}
     for layer in layers:
         kind = KERNELS if "/".join(layer.path[:-1]) in with_kernels else KINDS[layer.module]

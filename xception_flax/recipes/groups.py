@@ -12,7 +12,7 @@ from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 from xception_flax.text.ranges import check_range
 from xception_flax.text.values import Endless
-from xception_flax.training import checkpoint, metrics, mixing, optimizers, sharding, steps
+from xception_flax.training import checkpoint, losses, metrics, mixing, optimizers, sharding, steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ GROUPS = {
     "model": Group(models.create_model, "name", models.MODELS),
     "init": Group(Init),
     "normalize": Group(steps.create_normalizer),
-    "loss": Group(steps.create_loss),
+    "loss": Group(losses.create_loss),
     "metrics": Group(metrics.create_metrics, "name", metrics.METRICS),
     "optimizer": Group(optimizers.create_optimizer, "name", optimizers.OPTIMIZERS),
     "schedule": Group(optimizers.create_schedule, "name", optimizers.SCHEDULES),

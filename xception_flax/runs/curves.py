@@ -8,8 +8,23 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from xception_flax.display.lettering import Lettering
+from xception_flax.host.files import file_errors
+from xception_flax.runs import history
+from xception_flax.runs.workdir import CURVES, HISTORY
+from xception_flax.text import naming
 
 TRAIN_COLOR, EVAL_COLOR, RATE_COLOR = "#4c78a8", "#e45756", "#72b7b2"
+
+
+def draw_run(workdir: Path) -> None:
+    """Draws curves.png of a run from its metrics.jsonl.
+
+    Raises:
+      ValueError: one cannot be read, or the other not be written.
+    """
+    records = history.read_metrics(workdir / HISTORY)
+    with file_errors(workdir / CURVES, "written"):
+        draw_curves(records, naming.shown(workdir), workdir / CURVES)
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:

@@ -77,6 +77,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for line in _lines(path) if (record := _parse_record(line)) is not None]
 
 
+def count_bad_images(path: Path) -> int:
+    """Returns how many times training left out a bad image, by the records of a metrics.jsonl."""
+    return sum(record.get("train/bad_images", 0) for record in read_metrics(path))
+
+
 def open_metrics(path: Path, start_step: int) -> tuple[Any, list[int]]:
     """Opens metrics.jsonl to go on after `start_step`, where later records, of a run cut off, are removed.
 

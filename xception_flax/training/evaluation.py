@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from xception_flax import data
+from xception_flax.data.batch import Batch
 from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint, metrics, sharding
 
-BatchCallback = Callable[[data.pipeline.Batch, jax.Array], None]
+BatchCallback = Callable[[Batch[np.ndarray], jax.Array], None]
 
 
 def evaluate(

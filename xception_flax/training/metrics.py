@@ -3,6 +3,8 @@
 `mask` is 1 for an example that counts and 0 for padding.
 """
 
+import collections
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -114,7 +116,7 @@ def multi_label(k: int = 100, class_weights: str | None = None) -> MetricFunctio
       class_weights: path of a `.npy` file with `[num_classes]` weights; None weights all alike.
     """
     check_range("metrics.k", k, 1)
-    weights = None if class_weights is None else _load_weights(class_weights)
+    weights = None if class_weights is None else _load_class_weights(class_weights)
 
     def compute(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, Sum]:
         if weights is not None and weights.shape != logits.shape[-1:]:
@@ -134,7 +136,7 @@ def multi_label(k: int = 100, class_weights: str | None = None) -> MetricFunctio
     return compute
 
 
-def _load_weights(path: str) -> np.ndarray:
+def _load_class_weights(path: str) -> np.ndarray:
     if not os.path.isfile(path):  # nor a pipe, which would be waited for
         raise UserError(f"metrics.class_weights: {path} is no readable .npy file (no such file).")
     try:
@@ -166,20 +168,57 @@ def create_metrics(name: str, **options: Any) -> MetricFunction:
 
 
 class Accumulator:
-    """Adds the metrics of batches on the host, in float64."""
+    """Adds the metrics of batches on the host, in float64.
 
-    def __init__(self) -> None:
+    Attributes:
+      pending: sums that devices may still be computing, not added yet.
+    """
+
+    def __init__(self, max_pending: int = 0) -> None:
+        """Begins with nothing.
+
+        Args:
+          max_pending: batches that the host may run ahead of the devices; to add one more waits for the first of them.
+        """
+        self._max_pending = max_pending
+        self.pending: collections.deque[Mapping[str, Sum]] = collections.deque()
         self._sums: dict[str, Sum] = {}
 
-    def add(self, metrics: Mapping[str, Sum]) -> None:
-        for name, (total, count) in jax.device_get(dict(metrics)).items():
-            old = self._sums.get(name, Sum(0.0, 0.0))
-            self._sums[name] = Sum(old.total + float(total), old.count + float(count))
+    def add(self, sums: Mapping[str, Sum]) -> None:
+        """Adds the sums of a batch."""
+        self.pending.append(sums)
+        self._wait(self._max_pending)
 
     def count(self, name: str) -> float:
         """What the sum of metric `name` is divided by."""
+        self._wait()
         return self._sums[name].count
 
     def means(self) -> dict[str, float]:
         """Each metric's mean; NaN where nothing counted."""
+        self._wait()
         return {name: s.total / s.count if s.count else float("nan") for name, s in self._sums.items()}
+
+    def clear(self) -> None:
+        """Begins anew."""
+        self.pending.clear()
+        self._sums = {}
+
+    def _wait(self, max_pending: int = 0) -> None:
+        while len(self.pending) > max_pending:
+            for name, (total, count) in jax.device_get(dict(self.pending.popleft())).items():
+                old = self._sums.get(name, Sum(0.0, 0.0))
+                self._sums[name] = Sum(old.total + float(total), old.count + float(count))
+
+
+def check_finite(sums: Mapping[str, Sum], step: int) -> None:
+    """Raises ValueError where loss or gradient of step `step` are no longer numbers: before its state is saved."""
+    if not float(sums["loss"].count):
+        raise UserError(f"none of the images of step {step} can be decoded; look at the data.")
+    for name in ("loss", "gradient_norm"):
+        value = float(sums[name].total / sums[name].count)
+        if not math.isfinite(value):
+            raise UserError(
+                f"the {name} is {value} at step {step}; checkpoints from before it are kept. Lower "
+                "optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir."
+            )

@@ -13,11 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from xception_flax.data.batch import Batch
 from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import check_range
 
-Batch = dict[str, jax.Array]
-Mix = Callable[[jax.Array, Batch], Batch]
+Mix = Callable[[jax.Array, Batch[jax.Array]], Batch[jax.Array]]
 
 _PURPOSE = 0x6D6978  # keeps the key apart from those of dropout
 
@@ -30,11 +30,9 @@ def make_mixing(
 ) -> Mix | None:
     """Returns `mix(key, batch) -> batch`, or None where nothing is to be mixed: both alphas 0.
 
-    `mix` takes `images` `[N, H, W, C]` uint8, N even, and `labels` `[N]` or `[N, num_classes]`. The
-    images it returns are uint8 again, rounded, as timm's `FastCollateMixup` does: within half of a
-    level, for a quarter of the memory. Where `mask` is 0 for one of a pair, it is for both. With them
-    come `labels`, of the image with the larger share, `minor_labels`, of the other, and `share` `[N]`
-    float32, 1/2 to 1, of the former.
+    `mix` takes an even number of images. Those that it returns are uint8 again, rounded, as timm's
+    `FastCollateMixup` does: within half of a level, for a quarter of the memory. Where `mask` is 0 for one
+    of a pair, it is for both. It adds `minor_labels` and `share`; see `data.batch.Batch`.
 
     Args:
       mixup_alpha: the share of an image is drawn from Beta(alpha, alpha) (Zhang et al. 2017, arXiv
@@ -57,7 +55,7 @@ def make_mixing(
     if not mixup_alpha or not cutmix_alpha:
         switch_probability = float(cutmix_alpha > 0)
 
-    def mix(key: jax.Array, batch: Batch) -> Batch:
+    def mix(key: jax.Array, batch: Batch[jax.Array]) -> Batch[jax.Array]:
         images, labels = batch["images"], batch["labels"]
         if images.shape[0] % 2:
             raise UserError(f"mix needs an even number of images, got a batch of {images.shape[0]}.")
@@ -95,7 +93,7 @@ def mixing_key(seed: int, step: jax.Array | int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), _PURPOSE)
 
 
-def soft_labels(batch: Batch, num_classes: int) -> jax.Array:
+def soft_labels(batch: Batch[jax.Array], num_classes: int) -> jax.Array:
     """Returns the targets `[N, num_classes]` float32 of a mixed batch, each the shares of its classes."""
 
     def one_hot(labels: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ size.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from xception_flax.models.layers import is_classifier
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup
 from xception_flax.text.ranges import check_range
+from xception_flax.training.length import RunLength
 
 PyTree = Any
 Schedule = Callable[[jax.Array | int], jax.Array]
@@ -24,21 +25,13 @@ Schedule = Callable[[jax.Array | int], jax.Array]
 # Schedules -----------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
-    """What a schedule must know of a run to turn epochs and images into steps."""
-
-    batch_size: int
-    num_images: int  # of one epoch
-    total_steps: int
-
-
-def constant(run: Run, /) -> Schedule:
+def constant(run: RunLength, /) -> Schedule:
     """Factor 1 at every step."""
     return lambda step: jnp.ones((), jnp.float32)
 
 
 def exponential(
-    run: Run,
+    run: RunLength,
     /,
     decay_rate: float,
     every_epochs: float | None = None,
@@ -76,7 +69,7 @@ def exponential(
     return factor
 
 
-def cosine(run: Run, /, warmup_epochs: float = 0.0, final_factor: float = 0.0) -> Schedule:
+def cosine(run: RunLength, /, warmup_epochs: float = 0.0, final_factor: float = 0.0) -> Schedule:
     """Linear warm-up from 0 to 1, then half a cosine down to `final_factor` (Loshchilov & Hutter 2017).
 
     Args:
@@ -104,12 +97,12 @@ def cosine(run: Run, /, warmup_epochs: float = 0.0, final_factor: float = 0.0) -
 SCHEDULES = {"constant": constant, "exponential": exponential, "cosine": cosine}
 
 
-def create_schedule(name: str = "constant", *, run: Run, **options: Any) -> Schedule:
+def create_schedule(name: str = "constant", *, run: RunLength, **options: Any) -> Schedule:
     """Returns the schedule `name`, a function from the step to a factor of the learning rate.
 
     Args:
       name: a key of `SCHEDULES`.
-      run: sizes that turn epochs and images into steps.
+      run: its length, which turns epochs and images into steps.
       **options: the schedule's own keywords.
 
     Raises:

@@ -1,7 +1,7 @@
 """What a recipe computes: network, loss, optimizer and steps, put together for a mesh.
 
-Here and nowhere else, so that what `train.py` runs and what `planning` compiles for a machine that
-is not there are the same.
+Here and nowhere else: what `train.py` runs, what `xception-flax evaluate` scores and what `planning` compiles for a
+machine that is not there are the same.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from xception_flax import models
-from xception_flax.text.errors import UserError
-from xception_flax.training import metrics, mixing, optimizers, state, steps
+from xception_flax.training import losses, metrics, mixing, optimizers, state, steps
+from xception_flax.training.length import RunLength, create_length
 
 
 class Program(NamedTuple):
@@ -27,7 +27,7 @@ class Program(NamedTuple):
       train_step: see `steps.make_train_step`.
       eval_step: see `steps.make_eval_step`.
       learning_rate: a step's number -> the learning rate of that step.
-      total_steps: of the whole run.
+      length: of the whole run.
       weights: which weights are evaluated, 'ema' where the recipe keeps them, else 'raw'.
     """
 
@@ -37,7 +37,7 @@ class Program(NamedTuple):
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
     learning_rate: Callable[[int], jax.Array]
-    total_steps: int
+    length: RunLength
     weights: str
 
 
@@ -52,26 +52,17 @@ def create_program(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, int, 
       ValueError: values of the recipe that do not go together.
     """
     model = models.create_model(**config.model)
-    normalize = steps.create_normalizer(**config.normalize)
-    loss = steps.create_loss(**config.loss)
-    compute_metrics = metrics.create_metrics(**config.metrics)
-    total_steps = max(1, round(config.epochs * num_images / config.batch_size))
-    if total_steps >= 2**31:
-        raise UserError(
-            f"epochs={config.epochs:g} of {num_images:,} images are {total_steps:.3g} steps of batch_size="
-            f"{config.batch_size:,}; a step is counted in 32 bits, up to {2**31 - 1:,}."
-        )
-    run = optimizers.Run(config.batch_size, num_images, total_steps)
-    schedule = optimizers.create_schedule(**config.schedule, run=run)
+    length = create_length(config.epochs, config.batch_size, num_images)
+    schedule = optimizers.create_schedule(**config.schedule, run=length)
     tx, learning_rate = optimizers.create_optimizer(**config.optimizer, schedule=schedule)
     weights = "ema" if config.step.ema_decay else "raw"
     init, abstract_state = state.make_init(model, tx, image_shape, mesh, ema=weights == "ema")
     train_step = steps.make_train_step(
         model,
         tx,
-        loss,
-        compute_metrics,
-        normalize,
+        losses.create_loss(**config.loss),
+        metrics.create_metrics(**config.metrics),
+        steps.create_normalizer(**config.normalize),
         abstract_state,
         mesh,
         seed=config.seed,
@@ -79,5 +70,23 @@ def create_program(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, int, 
         backbone_frozen=config.optimizer.backbone_factor == 0,
         **config.step,
     )
-    eval_step = steps.make_eval_step(model, loss, compute_metrics, normalize, mesh)
-    return Program(model, init, abstract_state, train_step, eval_step, learning_rate, total_steps, weights)
+    eval_step = make_evaluation(config, model, mesh)
+    return Program(model, init, abstract_state, train_step, eval_step, learning_rate, length, weights)
+
+
+def make_evaluation(config: ConfigDict, model: nn.Module, mesh: Mesh) -> Callable[..., Any]:
+    """Returns the evaluation step of a resolved recipe, see `steps.make_eval_step`; it is not compiled yet.
+
+    Args:
+      model: the recipe's network.
+
+    Raises:
+      ValueError: a value of the recipe that is out of its range.
+    """
+    return steps.make_eval_step(
+        model,
+        losses.create_loss(**config.loss),
+        metrics.create_metrics(**config.metrics),
+        steps.create_normalizer(**config.normalize),
+        mesh,
+    )

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from xception_flax.data.batch import Batch
 from xception_flax.host import allocator
 from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import check_range
@@ -117,7 +118,7 @@ def state_shardings(mesh: Mesh, abstract_state: PyTree) -> PyTree:
     return jax.tree.map(rule, abstract_state)
 
 
-def check_memory(mesh: Mesh, abstract_state: PyTree) -> None:
+def check_state_fits(mesh: Mesh, abstract_state: PyTree) -> None:
     """Raises ValueError where a device's share of the state alone is more than its memory; of CPUs, what the
     host has free.
 
@@ -144,7 +145,7 @@ def abstract_batch(mesh: Mesh, shapes: dict[str, tuple[tuple[int, ...], np.dtype
     }
 
 
-def global_batch(mesh: Mesh, local_batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+def global_batch(mesh: Mesh, local_batch: Batch[np.ndarray]) -> Batch[jax.Array]:
     """Makes one global array a key from what each host has: `[N / hosts, ...]` -> `[N, ...]`."""
     sharding = batch_sharding(mesh)
     return {

@@ -1,8 +1,7 @@
 """The training step and the evaluation step: pure functions, compiled with explicit shardings."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,92 +9,23 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from xception_flax.data.batch import Batch
 from xception_flax.models import ops
 from xception_flax.models.ops.tpu import DEVICE_KINDS
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import lookup, suggest, written
+from xception_flax.text.lookup import suggest, written
 from xception_flax.text.ranges import check_number, check_range
 from xception_flax.training import sharding
+from xception_flax.training.losses import Loss
 from xception_flax.training.metrics import MetricFunction, Sum, masked_sum
 from xception_flax.training.mixing import Mix, mixing_key, soft_labels
-from xception_flax.training.optimizers import backbone_mask, decay_mask
+from xception_flax.training.optimizers import backbone_mask
 from xception_flax.training.state import TrainState
 
 PyTree = Any
-Batch = dict[str, jax.Array]
-
-
-# Losses --------------------------------------------------------------------------------------------
-
-
-def softmax(logits: jax.Array, labels: jax.Array, label_smoothing: float) -> jax.Array:
-    """Cross-entropy of one label an image: `[N, C]`, `[N]` integers or `[N, C]` floating shares -> `[N]` (nats)."""
-    soft = labels.ndim == 2 and jnp.issubdtype(labels.dtype, jnp.floating)  # rows of 0 and 1 are integers
-    if labels.ndim != 1 and not soft:
-        raise UserError(
-            f"loss 'softmax' takes one label an image, got labels of shape {labels.shape}; for several labels "
-            "set loss.name=sigmoid and metrics.name=multi_label."
-        )
-    targets = labels.astype(logits.dtype) if soft else jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
-
-
-def sigmoid(logits: jax.Array, labels: jax.Array, label_smoothing: float) -> jax.Array:
-    """Binary cross-entropy summed over the classes, any number of labels an image (JFT).
-
-    `[N, C]`, `[N, C]` of 0 and 1, or of shares between them -> `[N]` (nats). Smoothing draws each target towards 1/2.
-    """
-    if labels.shape != logits.shape:
-        raise UserError(
-            f"loss 'sigmoid' takes a row of 0 and 1 an image, got labels of shape {labels.shape} for logits of "
-            f"shape {logits.shape}; for one label an image set loss.name=softmax and metrics.name=single_label."
-        )
-    targets = labels.astype(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
-    return jnp.sum(optax.sigmoid_binary_cross_entropy(logits, targets), axis=-1)
-
-
-LOSSES = {"softmax": softmax, "sigmoid": sigmoid}
-
-
-class Loss(NamedTuple):
-    """What a run minimises: mean of `example` over the batch plus `penalty` of the parameters."""
-
-    example: Callable[[jax.Array, jax.Array], jax.Array]  # logits, labels -> [N]; smoothed; labels may be soft
-    plain: Callable[[jax.Array, jax.Array], jax.Array]  # the same without smoothing, for evaluation
-    penalty: Callable[[PyTree], jax.Array]  # params -> scalar
-
-
-def create_loss(name: str, label_smoothing: float = 0.0, weight_decay: float = 0.0) -> Loss:
-    """Returns the loss `name`.
-
-    Args:
-      name: 'softmax' for one label an image, 'sigmoid' for any number of labels.
-      label_smoothing: share of the target that is spread over all classes (Inception V3: 0.1).
-      weight_decay: L2 in the loss, as the paper has it (section 4.3): `weight_decay / 2 * sum of
-        squares` of all kernels, so that its gradient is `weight_decay * kernel`. It passes through
-        momentum and clipping with the rest of the gradient; `optimizer.decoupled_weight_decay` is
-        the other kind.
-
-    Raises:
-      ValueError: unknown name, or a value out of its range.
-    """
-    function = lookup(LOSSES, name, "loss.name")
-    check_range("loss.label_smoothing", label_smoothing, 0, 1, below=True)
-    check_range("loss.weight_decay", weight_decay, 0)
-
-    def penalty(params: PyTree) -> jax.Array:
-        squares = jax.tree.map(
-            lambda p, decayed: jnp.sum(jnp.square(p.astype(jnp.float32))) if decayed else 0.0,
-            params,
-            decay_mask(params),
-        )
-        return weight_decay / 2 * jax.tree.reduce(jnp.add, squares, jnp.zeros((), jnp.float32))
-
-    return Loss(
-        example=partial(function, label_smoothing=label_smoothing),
-        plain=partial(function, label_smoothing=0.0),
-        penalty=penalty,
-    )
+Sums = dict[str, Sum]
+# (params, batch_stats, batch, key) -> (gradient, (new batch_stats, sums)): what `jax.grad(..., has_aux=True)` returns.
+Gradient = Callable[[PyTree, PyTree, Batch[jax.Array], jax.Array], tuple[PyTree, tuple[PyTree, Sums]]]
 
 
 # Normalisation -------------------------------------------------------------------------------------
@@ -155,13 +85,12 @@ def make_train_step(
     seed: int,
     mix: Mix | None = None,
     backbone_frozen: bool = False,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Sum]]]:
+) -> Callable[[TrainState, Batch[jax.Array]], tuple[TrainState, Sums]]:
     """Returns the compiled `train_step(state, batch) -> (state, metrics)`; the old state is donated.
 
-    A batch is `images` `[N, H, W, C]` uint8 and `labels`; it may have a `mask` `[N]`, 0 for images that loss,
-    gradient and metrics leave out (batch statistics see them: they are black). The step is a pure function of state,
-    batch and seed; dropout's and mixing's randomness comes from the seed and the step number,
-    whatever the number of devices.
+    A batch is what `data.batch.Batch` says; images whose `mask` is 0 are black, and batch statistics do see them. The
+    step is a pure function of state, batch and seed: the randomness of dropout and mixing comes from the seed and the
+    number of the step, whatever the number of devices.
 
     Args:
       abstract_state: shapes and shardings, from `state.make_init`.
@@ -188,71 +117,18 @@ def make_train_step(
             f"step.lowering='fused' has kernels for {', '.join(DEVICE_KINDS)} only, and this is a {kind}; leave it out."
         )
 
-    def objective(params: PyTree, batch_stats: PyTree, part: Batch, key: jax.Array):
-        if backbone_frozen:
-            stop = jax.lax.stop_gradient
-            params = jax.tree.map(lambda p, frozen: stop(p) if frozen else p, params, backbone_mask(params))
-        logits, updates = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            normalize(part["images"]),
-            train=True,
-            rngs={"dropout": key},
-            mutable=["batch_stats"],
-        )
-        targets = part["labels"] if mix is None else soft_labels(part, logits.shape[-1])
-        losses, penalty = loss.example(logits, targets), loss.penalty(params)
-        mask = part.get("mask", jnp.ones(logits.shape[0]))
-        sums = {
-            "loss": masked_sum(losses, mask),
-            "penalty": Sum(penalty, jnp.ones(())),
-            **metrics(logits, part["labels"], mask),
-        }
-        # `part["weight"]` makes the mean over parts of this mean that of all images that count.
-        mean = jnp.mean(jnp.where(mask > 0, losses, 0) * part["weight"]) if "mask" in part else jnp.mean(losses)
-        return mean + penalty, (updates.get("batch_stats", {}), sums)
-
-    def gradient(*arguments):
-        # A kernel that each chip runs on its share asks for the mesh in context; see `ops`.
-        with ops.lowering(lowering), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return jax.grad(objective, has_aux=True)(*arguments)
-
+    objective = _make_objective(model, loss, metrics, normalize, mixed=mix is not None, backbone_frozen=backbone_frozen)
+    gradient = _make_gradient(objective, mesh, accumulation_steps, lowering)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
 
-    def accumulated_gradient(params: PyTree, batch_stats: PyTree, batch: Batch, key: jax.Array):
-        def split(x: jax.Array) -> jax.Array:
-            # Part i takes every accumulation_steps-th image, so that each image stays on its device.
-            x = x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
-            spec = PartitionSpec(None, sharding.BATCH_AXES)
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-        def add(carry, part_and_key):
-            batch_stats, total = carry
-            grads, (batch_stats, sums) = gradient(params, batch_stats, *part_and_key)
-            return (batch_stats, jax.tree.map(jnp.add, total, (grads, sums))), None
-
-        parts = (jax.tree.map(split, batch), jax.random.split(key, accumulation_steps))
-        first = jax.tree.map(lambda x: x[0], parts)
-        grads, (_, sums) = jax.eval_shape(gradient, params, batch_stats, *first)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
-        # Gradients are added up in the carry, not stacked: memory for one more, not for all.
-        (batch_stats, (grads, sums)), _ = jax.lax.scan(add, (batch_stats, zeros), parts)
-        return jax.tree.map(lambda g: g / accumulation_steps, grads), (batch_stats, sums)
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Sum]]:
+    def train_step(state: TrainState, batch: Batch[jax.Array]) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if mix is not None:
             batch = mix(mixing_key(seed, state.step), batch)
         # What 'fsdp' splits is stored in shares and computed with whole; only the batch is split in
         # the network. Left to itself the compiler would split channels too, and copy back and forth.
         params = jax.lax.with_sharding_constraint(state.params, sharding.replicated(mesh))
-        if "mask" in batch:
-            mask = batch["mask"]
-            weight = mask.size / jnp.maximum(jnp.sum(mask), 1)
-            batch = {**batch, "weight": jnp.broadcast_to(weight, mask.shape)}
-        if accumulation_steps == 1:
-            grads, (batch_stats, sums) = gradient(params, state.batch_stats, batch, key)
-        else:
-            grads, (batch_stats, sums) = accumulated_gradient(params, state.batch_stats, batch, key)
+        grads, (batch_stats, sums) = gradient(params, state.batch_stats, _with_weight(batch), key)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         sums["gradient_norm"] = Sum(optax.tree.norm(grads), jnp.ones(()))
 
@@ -275,6 +151,83 @@ def make_train_step(
     )
 
 
+def _make_objective(
+    model: nn.Module,
+    loss: Loss,
+    metrics: MetricFunction,
+    normalize: Callable[[jax.Array], jax.Array],
+    *,
+    mixed: bool,
+    backbone_frozen: bool,
+) -> Callable[[PyTree, PyTree, Batch[jax.Array], jax.Array], tuple[jax.Array, tuple[PyTree, Sums]]]:
+    """Returns `objective(params, batch_stats, batch, key) -> (mean loss + penalty, (new batch_stats, sums))`."""
+
+    def objective(params: PyTree, batch_stats: PyTree, batch: Batch[jax.Array], key: jax.Array):
+        if backbone_frozen:
+            stop = jax.lax.stop_gradient
+            params = jax.tree.map(lambda p, frozen: stop(p) if frozen else p, params, backbone_mask(params))
+        logits, updates = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            normalize(batch["images"]),
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
+        targets = soft_labels(batch, logits.shape[-1]) if mixed else batch["labels"]
+        losses, penalty = loss.example(logits, targets), loss.penalty(params)
+        mask = batch.get("mask", jnp.ones(logits.shape[0]))
+        sums = {
+            "loss": masked_sum(losses, mask),
+            "penalty": Sum(penalty, jnp.ones(())),
+            **metrics(logits, batch["labels"], mask),
+        }
+        # With `weight` the mean over parts of this mean is that over all images that count.
+        mean = jnp.mean(jnp.where(mask > 0, losses, 0) * batch["weight"]) if "mask" in batch else jnp.mean(losses)
+        return mean + penalty, (updates.get("batch_stats", {}), sums)
+
+    return objective
+
+
+def _with_weight(batch: Batch[jax.Array]) -> Batch[jax.Array]:
+    """Returns the batch, with `weight` where it has a `mask`."""
+    if "mask" not in batch:
+        return batch
+    mask = batch["mask"]
+    weight = mask.size / jnp.maximum(jnp.sum(mask), 1)
+    return {**batch, "weight": jnp.broadcast_to(weight, mask.shape)}
+
+
+def _make_gradient(objective: Callable[..., Any], mesh: Mesh, accumulation_steps: int, lowering: str) -> Gradient:
+    """Returns the gradient of `objective`: of a batch at once, or the mean over its parts, one after the other."""
+
+    def at_once(*arguments):
+        # A kernel that each chip runs on its share asks for the mesh in context; see `ops`.
+        with ops.lowering(lowering), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.grad(objective, has_aux=True)(*arguments)
+
+    def split(x: jax.Array) -> jax.Array:
+        # Part i takes every accumulation_steps-th image, so that each image stays on its device.
+        x = x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
+        spec = PartitionSpec(None, sharding.BATCH_AXES)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def accumulated(params: PyTree, batch_stats: PyTree, batch: Batch[jax.Array], key: jax.Array):
+        def add(carry, part_and_key):
+            batch_stats, total = carry
+            grads, (batch_stats, sums) = at_once(params, batch_stats, *part_and_key)
+            return (batch_stats, jax.tree.map(jnp.add, total, (grads, sums))), None
+
+        parts = (jax.tree.map(split, batch), jax.random.split(key, accumulation_steps))
+        first = jax.tree.map(lambda x: x[0], parts)
+        grads, (_, sums) = jax.eval_shape(at_once, params, batch_stats, *first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
+        # Gradients are added up in the carry, not stacked: memory for one more, not for all.
+        (batch_stats, (grads, sums)), _ = jax.lax.scan(add, (batch_stats, zeros), parts)
+        return jax.tree.map(lambda g: g / accumulation_steps, grads), (batch_stats, sums)
+
+    return at_once if accumulation_steps == 1 else accumulated
+
+
 def _average(keep: jax.Array, old: PyTree, new: PyTree) -> PyTree:
     return jax.tree.map(lambda o, n: (keep * o + (1 - keep) * n).astype(o.dtype), old, new)
 
@@ -285,15 +238,14 @@ def make_eval_step(
     metrics: MetricFunction,
     normalize: Callable[[jax.Array], jax.Array],
     mesh: Mesh,
-) -> Callable[[PyTree, Batch], tuple[dict[str, Sum], jax.Array]]:
+) -> Callable[[PyTree, Batch[jax.Array]], tuple[Sums, jax.Array]]:
     """Returns the compiled `eval_step(variables, batch) -> (metrics, logits)`.
 
-    `variables` is what `TrainState.variables` gives. A batch also has `mask` `[N]`: 0 for padding.
-    The loss is without smoothing and without penalty. Logits are `[N, num_classes]`, on the
-    devices of their images.
+    `variables` is what `TrainState.variables` gives. A batch (`data.batch.Batch`) must have its `mask`. The loss is
+    without smoothing and without penalty. Logits are `[N, num_classes]`, on the devices of their images.
     """
 
-    def eval_step(variables: PyTree, batch: Batch) -> tuple[dict[str, Sum], jax.Array]:
+    def eval_step(variables: PyTree, batch: Batch[jax.Array]) -> tuple[Sums, jax.Array]:
         variables = jax.lax.with_sharding_constraint(variables, sharding.replicated(mesh))
         logits = model.apply(variables, normalize(batch["images"]), train=False)
         sums = metrics(logits, batch["labels"], batch["mask"])

@@ -1,0 +1,31 @@
+"""A batch: the arrays that travel from a data set to a step, by name."""
+
+from typing import Generic, NotRequired, TypedDict, TypeVar
+
+_Array = TypeVar("_Array")  # NumPy's on a host, JAX' in a step
+
+
+class Batch(TypedDict, Generic[_Array]):
+    """N examples. Each array has one row per example, so that all are split over devices alike.
+
+    A data set makes `images`, `labels` and, where some images do not count, `mask`; the rest is added within the
+    training step, by the one that is named.
+
+    Attributes:
+      images: `[N, H, W, C]` uint8.
+      labels: `[N]` int32, or `[N, num_classes]` uint8, a row of 0 and 1, where an image may have several labels. Of
+        an image that is mixed of two, the label of the larger share.
+      mask: `[N]` float32: 0 for padding and for images that cannot be decoded, which loss, gradient and metrics
+        leave out; else 1. Without it all images count.
+      minor_labels: as `labels`, of the smaller share (`mixing.make_mixing`).
+      share: `[N]` float32, 1/2 to 1: the larger share (`mixing.make_mixing`).
+      weight: `[N]` float32, the batch size over the number of images that count, the same in each row: it makes the
+        mean over parts of a masked batch the mean over all images that count (`steps.make_train_step`).
+    """
+
+    images: _Array
+    labels: _Array
+    mask: NotRequired[_Array]
+    minor_labels: NotRequired[_Array]
+    share: NotRequired[_Array]
+    weight: NotRequired[_Array]

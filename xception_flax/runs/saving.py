@@ -1,0 +1,66 @@
+"""Whether a checkpoint fits the data of a run, and what is saved where that data ends too early."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from xception_flax import data
+from xception_flax.text.errors import UserError
+from xception_flax.training import checkpoint
+from xception_flax.training.metrics import Sum, check_finite
+from xception_flax.training.state import TrainState
+
+
+def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
+    """Raises ValueError where the checkpoint was trained on other classes or another number of images.
+
+    Args:
+      saved: what `checkpoint.read_meta` returns of it.
+      now: the same keys of this run.
+    """
+    for key in ("class_names", "num_images"):
+        if saved.get(key) != now[key]:
+            raise UserError(
+                f"the data has changed since {workdir} was begun: {key} was {str(saved.get(key))[:200]}, now it is "
+                f"{str(now[key])[:200]}. Give the same data, or take a new workdir."
+            )
+
+
+@contextlib.contextmanager
+def save_where_input_ends(
+    manager: checkpoint.Checkpoints,
+    state: Callable[[], TrainState],
+    pending: Iterable[Mapping[str, Sum]],
+    meta: dict[str, Any],
+) -> Iterator[None]:
+    """Saves what was trained where a bad image, a file or a worker process ends the input, and says so.
+
+    With several processes none can save alone: there the last checkpoint is what is left.
+
+    Args:
+      state: returns the newest state.
+      pending: the sums of steps that have not been looked at yet.
+      meta: as for `checkpoint.save`.
+
+    Raises:
+      ValueError: the input ended; the message says what is saved.
+    """
+    try:
+        yield
+    except data.InputError as error:
+        step = int(state().step)
+        if jax.process_count() == 1 and step > (manager.latest_step() or 0):
+            for sums in pending:
+                check_finite(sums, step)
+            checkpoint.save(manager, state(), meta, None)
+        checkpoint.check_saves(manager, wait=jax.process_count() == 1)
+        last = manager.latest_step()
+        left = (
+            f"the checkpoint of step {last} is written; the same command goes on from there"
+            if last
+            else "no step was done"
+        )
+        raise UserError(f"{error}\nStopped after step {step}; {left}.") from error

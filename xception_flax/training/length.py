@@ -1,0 +1,43 @@
+"""How long a run is: what turns its epochs into steps."""
+
+import math
+from typing import NamedTuple
+
+from xception_flax.text.errors import UserError
+
+MAX_STEPS = 2**31 - 1  # a step is counted in 32 bits
+
+
+class RunLength(NamedTuple):
+    """The length of a run.
+
+    Attributes:
+      batch_size: images a step.
+      num_images: images an epoch.
+      total_steps: of the whole run.
+    """
+
+    batch_size: int
+    num_images: int
+    total_steps: int
+
+    def ends_interval(self, step: int, every_epochs: float) -> bool:
+        """Whether a multiple of `every_epochs` ends within step `step`, counted from 1."""
+        interval = every_epochs * (self.num_images / self.batch_size)  # in steps
+        # The small term is for the rounding of the division: what is due every 0.2 epochs is due with all of 0.1.
+        return math.floor(step / interval + 1e-9) > math.floor((step - 1) / interval + 1e-9)
+
+
+def create_length(epochs: float, batch_size: int, num_images: int) -> RunLength:
+    """Returns the length of a run of `epochs` passes over `num_images`: whole steps, at least one.
+
+    Raises:
+      ValueError: more steps than can be counted.
+    """
+    total_steps = max(1, round(epochs * num_images / batch_size))
+    if total_steps > MAX_STEPS:
+        raise UserError(
+            f"epochs={epochs:g} of {num_images:,} images are {total_steps:.3g} steps of batch_size={batch_size:,}; "
+            f"a step is counted in 32 bits, up to {MAX_STEPS:,}."
+        )
+    return RunLength(batch_size, num_images, total_steps)
