@@ -74,7 +74,7 @@ def load(
       **options: the source's own keywords, such as `data_dir`.
 
     Raises:
-      ValueError: a name, number or path that is wrong; the message says what is expected.
+      UserError: a name, number or path that is wrong; the message says what is expected.
     """
     function = lookup(SOURCES, source, "source")
     if batch_size < 1 or batch_size % process_count:
@@ -129,7 +129,7 @@ def load(
 
 
 def check_class_names(expected: Sequence[str], split: Split) -> None:
-    """Raises ValueError unless the classes of `split` are those, in the same order.
+    """Raises UserError unless the classes of `split` are those, in the same order.
 
     Where they differ, the same number would mean another class: a folder that one split lacks
     shifts all that follow it. They are compared in Unicode's composed form, in which sources have them.

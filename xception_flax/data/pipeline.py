@@ -137,7 +137,7 @@ class Split:
         """Prepares example 0.
 
         Raises:
-          ValueError: the transforms make another shape of it than `image_shape`.
+          UserError: the transforms make another shape of it than `image_shape`.
         """
         try:
             image, rng = self.source[0]["image"], np.random.default_rng(self.seed)
@@ -156,7 +156,7 @@ class Split:
           A line for people where some of those of 16 bits have no value of the upper half, else ''.
 
         Raises:
-          ValueError: most of them have none.
+          UserError: most of them have none.
         """
         if self.max_value is not None:
             return ""
@@ -325,7 +325,7 @@ def prepare_image(
 
     Raises:
       BadImageError: it cannot be decoded, or a transform does not take it.
-      ValueError: the transforms make another shape of it.
+      UserError: the transforms make another shape of it.
     """
     image = decode(image, image_shape[-1], min_side, max_value)
     for transform in chain:

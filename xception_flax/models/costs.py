@@ -40,7 +40,7 @@ def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
     Nothing is computed and no array is made.
 
     Raises:
-      ValueError: the model does not take images of this shape.
+      UserError: the model does not take images of this shape.
     """
     layers: list[Layer] = []
 

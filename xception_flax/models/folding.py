@@ -33,7 +33,7 @@ def fold_batch_norm(
       image_shape: `(H, W, C)` of an image that the network takes.
 
     Raises:
-      ValueError: there are no statistics to fold.
+      UserError: there are no statistics to fold.
     """
     if not variables.get("batch_stats"):
         raise UserError("fold_batch_norm needs variables with 'batch_stats'; this network, or this file, has none.")

@@ -98,7 +98,7 @@ def parse_slice(name: str) -> Slice:
     """Returns the slice that is called 'v5e:2x4': generation, colon, sides.
 
     Raises:
-      ValueError: no chip, or no slice of it, is called so.
+      UserError: no chip, or no slice of it, is called so.
     """
     generation, _, shape = name.partition(":")
     if generation not in CHIPS:
@@ -132,7 +132,7 @@ def devices(where: Slice) -> Iterable[Any]:
     """Returns devices of the slice, to compile for.
 
     Raises:
-      ValueError: libtpu is missing, or does not describe such a slice.
+      UserError: libtpu is missing, or does not describe such a slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu, which is not installed here.\npip install -e '.[tpu]'")

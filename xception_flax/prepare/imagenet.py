@@ -54,7 +54,7 @@ def find(directory: Path, *, subset: bool) -> dict[str, Path]:
       subset: any size will do.
 
     Raises:
-      ValueError: one is missing, or has not the size that is published.
+      UserError: one is missing, or has not the size that is published.
     """
     paths = {split: directory.expanduser().absolute() / tar.name for split, tar in TARS.items()}
     missing = [path.name for path in paths.values() if not path.is_file()]
@@ -96,7 +96,7 @@ def list_images(
       subset: any number of images will do.
 
     Raises:
-      ValueError: not a tar, cut off, damaged, with other names in it than are published, or with fewer images.
+      UserError: not a tar, cut off, damaged, with other names in it than are published, or with fewer images.
     """
     images = {
         "train": list(_train(paths["train"], info.features["label"].names, advance)),

@@ -58,7 +58,7 @@ class EncodedImage:
         """Returns the bytes of the image.
 
         Raises:
-          ValueError: the file is shorter than it was.
+          UserError: the file is shorter than it was.
         """
         if self.content is not None:
             return self.content
@@ -144,7 +144,7 @@ def create_layout(
     """Returns the shards that TFDS would write of these images, in its order.
 
     Raises:
-      ValueError: an empty split, two images of one name in it, a file too large to be an image, or a directory whose
+      UserError: an empty split, two images of one name in it, a file too large to be an image, or a directory whose
         name is not UTF-8.
     """
     directory = data_dir.expanduser().absolute() / info.name / str(info.version)
@@ -191,7 +191,7 @@ def claim(layout: Layout) -> Iterator[list[Shard]]:
     On a file system without locks nobody is kept out.
 
     Raises:
-      ValueError: the data set is there already, or another is or was being prepared in its place, or the
+      UserError: the data set is there already, or another is or was being prepared in its place, or the
         disk has no room for it.
     """
     incomplete, made_of = layout.incomplete, naming.to_json(layout.made_of)
@@ -244,7 +244,7 @@ def write(layout: Layout, shards: Sequence[Shard], num_threads: int, advance: Ca
     """Writes shards, `num_threads` at a time; `advance` is told the bytes of each record.
 
     Raises:
-      ValueError: the disk is full, or an image cannot be read.
+      UserError: the disk is full, or an image cannot be read.
     """
     serializer = ExampleSerializer(layout.info.features.get_serialized_info())
 

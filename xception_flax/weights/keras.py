@@ -104,7 +104,7 @@ def read_layers(path: Path, template: Mapping[str, PyTree], max_bytes: int = MAX
       max_bytes: of all arrays together.
 
     Raises:
-      ValueError: it is no such file, or a damaged one.
+      UserError: it is no such file, or a damaged one.
     """
     try:
         layers = [(name, arrays) for name, arrays in reading.read(path, "hdf5", max_bytes) if arrays]
@@ -126,7 +126,7 @@ def _names_by_rank(places: Sequence[str], template: Mapping[str, PyTree], path: 
     that every version of Keras has one order; in Inception V3 many are.
 
     Raises:
-      ValueError: it is another network, or not the whole of this one.
+      UserError: it is another network, or not the whole of this one.
     """
     found, dense, parents = [], [], set()
     for place in places:
@@ -166,7 +166,7 @@ def from_keras(layers: Iterable[tuple[str, Sequence[np.ndarray]]], template: Map
       template: variables of our model, or their shapes: what must be filled, each exactly once.
 
     Raises:
-      ValueError: a layer, array or shape that does not match, or one of ours that stays without.
+      UserError: a layer, array or shape that does not match, or one of ours that stays without.
     """
     layers = [(name, arrays) for name, arrays in layers if len(arrays)]
     names = _our_names([name for name, _ in layers], template)
@@ -198,7 +198,7 @@ def to_keras(variables: Mapping[str, PyTree], layers: Iterable[tuple[str, int]])
       layers: (name, number of arrays) of each layer that has arrays.
 
     Raises:
-      ValueError: a layer that our network does not have.
+      UserError: a layer that our network does not have.
     """
     layers, ours = list(layers), flatten_dict(variables)
     names = _our_names([name for name, _ in layers], variables)

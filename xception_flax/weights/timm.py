@@ -56,7 +56,7 @@ def read_state(path: Path, form: str, max_bytes: int = MAX_BYTES) -> dict[str, n
       max_bytes: of all arrays together.
 
     Raises:
-      ValueError: it is no such file, or a damaged one.
+      UserError: it is no such file, or a damaged one.
     """
     try:
         return {name: array for name, (array,) in reading.read(path, form, max_bytes)}
@@ -71,7 +71,7 @@ def timm_names(template: Mapping[str, PyTree]) -> dict[tuple[str, ...], str]:
       template: variables of an Aligned Xception or an Xception of ours, or their shapes.
 
     Raises:
-      ValueError: a layer that timm's networks do not have.
+      UserError: a layer that timm's networks do not have.
     """
     params = template["params"]
     legacy = "block2_sepconv1" in params
@@ -107,7 +107,7 @@ def from_timm(state: Mapping[str, np.ndarray], template: Mapping[str, PyTree]) -
       template: variables of our model, or their shapes: what must be filled.
 
     Raises:
-      ValueError: an array that is missing, superfluous or of another shape.
+      UserError: an array that is missing, superfluous or of another shape.
     """
     names, variables = timm_names(template), {}
     for path, expected in flatten_dict(template).items():
@@ -132,7 +132,7 @@ def to_timm(variables: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
     """Returns the arrays of timm's state_dict; the inverse of `from_timm`.
 
     Raises:
-      ValueError: a layer that timm's networks do not have.
+      UserError: a layer that timm's networks do not have.
     """
     names = timm_names(variables)
     state = {}

@@ -23,7 +23,7 @@ def arrays(split: str, *, path: str) -> Arrays:
     are called by their numbers.
 
     Raises:
-      ValueError: no such file or array, or one of another kind, of which the message says what is expected; more
+      UserError: no such file or array, or one of another kind, of which the message says what is expected; more
         than there is memory for, by the header, before it is read.
     """
     if not os.path.isfile(path):  # which, unlike Path's, is False where a path is too long to be one

@@ -92,7 +92,7 @@ def folder(split: str, *, data_dir: str, val_fraction: float = VAL_FRACTION) -> 
       val_fraction: share of 'val', where there are no folders of splits.
 
     Raises:
-      ValueError: no such folder, no class in it, a class without images, both layouts at once.
+      UserError: no such folder, no class in it, a class without images, both layouts at once.
     """
     directory = existing_directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
     check_range("data.val_fraction", val_fraction, 0, 1, above=True, below=True)
@@ -151,7 +151,7 @@ def classes_in(directory: Path) -> Files:
     """Returns all images of `directory/CLASS` and below.
 
     Raises:
-      ValueError: no class, or a class without images.
+      UserError: no class, or a class without images.
     """
     classes = _folders(directory)
     if not classes:
@@ -184,7 +184,7 @@ def folder_splits(data_dir: str, split: str = "train") -> tuple[str, ...]:
       split: the name of one of them, where none is called 'train'.
 
     Raises:
-      ValueError: no such folder, folders in folders of which none is that split, or both layouts at once: of
+      UserError: no such folder, folders in folders of which none is that split, or both layouts at once: of
         which images would be left out.
     """
     directory = existing_directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
@@ -215,7 +215,7 @@ def _folders(directory: Path) -> list[Path]:
     """The folders there in the order of their names, but for hidden ones.
 
     Raises:
-      ValueError: it cannot be read, or two have names that look the same.
+      UserError: it cannot be read, or two have names that look the same.
     """
     try:
         with os.scandir(directory) as entries:
@@ -238,7 +238,7 @@ def list_files(directory: Path, *, below: bool = True) -> tuple[list[Path], list
     Links to folders are followed, but no folder is entered twice.
 
     Raises:
-      ValueError: one is a link to nothing, or a folder cannot be read.
+      UserError: one is a link to nothing, or a folder cannot be read.
     """
     found = list(_walk(directory, below=below))
     images, unread = [], [Unread(path, why) for path, why in found if why]
@@ -272,7 +272,7 @@ def _walk(directory: Path, *, below: bool = True, left_out: Collection[str] | No
       left_out: folders there not to enter.
 
     Raises:
-      ValueError: a folder cannot be read.
+      UserError: a folder cannot be read.
     """
 
     def is_within_hidden(place: str) -> bool:

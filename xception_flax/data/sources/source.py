@@ -56,7 +56,7 @@ def distinct(names: Iterable[str], what: str) -> tuple[str, ...]:
     """Names of classes in Unicode's composed form.
 
     Raises:
-      ValueError: two are the same: a table, a picture or a JSON would show one of them.
+      UserError: two are the same: a table, a picture or a JSON would show one of them.
     """
     names = tuple(map(composed, names))
     if len(set(names)) < len(names):
@@ -66,7 +66,7 @@ def distinct(names: Iterable[str], what: str) -> tuple[str, ...]:
 
 
 def check_num_classes(num_classes: int, num_images: int, what: str) -> None:
-    """Raises ValueError where classes that nobody has named are more than images, and than any data set has.
+    """Raises UserError where classes that nobody has named are more than images, and than any data set has.
 
     One wrong label would otherwise take all memory for their names.
     """
@@ -78,7 +78,7 @@ def check_num_classes(num_classes: int, num_images: int, what: str) -> None:
 
 
 def check_memory(path: str | Path, num_bytes: int) -> None:
-    """Raises ValueError where so much does not fit into memory, before it is tried."""
+    """Raises UserError where so much does not fit into memory, before it is tried."""
     if num_bytes > (free := allocator.free_memory_bytes()):
         raise UserError(
             f"{path} holds {num_bytes / 2**30:,.1f} GiB by its header, and of memory {free / 2**30:,.1f} GiB are free; "

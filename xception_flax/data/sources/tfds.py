@@ -71,7 +71,7 @@ def tfds(
       label_key: feature with the label or labels.
 
     Raises:
-      ValueError: unknown, not prepared, prepared in a format without random access, or features
+      UserError: unknown, not prepared, prepared in a format without random access, or features
         that are not there.
     """
     import tensorflow_datasets as library  # here: half a second that other sources need not pay

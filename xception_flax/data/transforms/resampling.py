@@ -30,7 +30,7 @@ def resample(image: Image, height: int, width: int, kernel: str = "bilinear", an
       antialias: widen the kernel where the image shrinks, so that every pixel counts, as PIL does.
 
     Raises:
-      ValueError: unknown kernel.
+      UserError: unknown kernel.
     """
     opencv, pil = lookup(KERNELS, kernel, "kernel")
     # Where nothing shrinks PIL's bilinear is OpenCV's, but for rounding; its bicubic is another kernel.
