@@ -20,9 +20,11 @@ FASHION_CLASSES = (
 def fashion_mnist(split: str, *, data_dir: str = "/usr/share/datasets/fashion-mnist") -> Arrays:
     """Fashion-MNIST (Xiao et al. 2017) from its four IDX files; splits 'train', 'validation', 'test'.
 
-    'validation' is the last twelfth of the published training set (5,000 of 60,000 images),
-    'train' the rest. Debian's package dataset-fashion-mnist puts the files into the default
-    `data_dir`.
+    'validation' is the last twelfth of the published training set (5,000 of 60,000 images), 'train' the rest. Debian's
+    package dataset-fashion-mnist puts the files into the default `data_dir`.
+
+    Raises:
+      UserError: a split is unknown, or a file is missing or damaged.
     """
     directory = existing_directory(data_dir, "the four IDX files of Fashion-MNIST")
     images, labels = [], []
