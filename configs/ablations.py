@@ -1,4 +1,4 @@
-"""The paper's ablations, and the axis that it left unexplored: imagenet.py with exactly one change.
+"""The paper's ablations, and the dimension that it left unexplored: imagenet.py with exactly one change.
 
     python train.py --config configs/ablations.py:NAME --workdir WORKDIR --config.data.data_dir=DIR
 
@@ -6,15 +6,15 @@ NAME is one of
 
     no_residual       without residual connections (section 4.6): clearly slower and worse
     mid_relu          ReLU between depthwise and pointwise convolution (section 4.7): worse than none
-    mid_elu           ELU there (section 4.7): worse than none
-    fc                two fully connected layers of 4096 before the classifier (table 2, there on JFT)
+    mid_elu           ELU in the same place (section 4.7): worse than none
+    fc                two fully connected layers of 4096 before the classifier (table 2, on JFT)
     wd_4e-5           the weight decay of Inception V3 (section 4.3): 'quite suboptimal' for Xception
     towers_K          every separable convolution as K convolutions of K segments of the channels, from
                       1 (regular convolution) to 64; 3 or 4 is Inception (sections 1.2 and 5). Fewer
                       towers have more parameters: 1 has 8.0, 2 has 4.5, 4 has 2.8 times Xception's
-    towers_K_equal    the same with the width at which the parameters are as many as Xception's, to 1 %
-                      (0.35, 0.46, 0.60 for these), so that only the structure differs; K up to 60, as
-                      narrower networks have no channel for each tower
+    towers_K_equal    the same, with a width that gives as many parameters as Xception, to 1 % (0.35,
+                      0.46, 0.60 for K of 1, 2, 4), so that only the structure differs. K is at most 60:
+                      beyond, the narrower network lacks a channel for each tower
 
 Data, hardware: as for imagenet.py. Measured by us: not yet run.
 """
@@ -47,7 +47,8 @@ def get_config(name: str) -> ConfigDict:
         group, option = key.split(".")
         config[group][option] = value
     if towers:
-        config.model.name = "xception_towers"  # [ours] as are the two below: sections 1.2 and 5 ask for it
+        # [ours] All three: sections 1.2 and 5 ask for such networks.
+        config.model.name = "xception_towers"
         config.model.towers = int(towers[1])
         if towers[2]:
             from xception_flax.models.towers import equal_width

@@ -1,9 +1,9 @@
-"""A narrow Xception on CIFAR-10, whose images are scaled up threefold: five halvings need room.
+"""A narrow Xception on CIFAR-10. Images are scaled up threefold, since the network halves them five times.
 
     python train.py --config configs/cifar10.py --workdir WORKDIR --config.data.data_dir=DATA
 
-Data: TFDS `cifar10`, prepared once; TFDS needs TensorFlow for that, to write the images as PNG, and
-the network. In an environment of its own (pip install tensorflow-datasets tensorflow importlib_resources):
+Data: TFDS `cifar10`, prepared once. For that, TFDS needs TensorFlow, to write the images as PNG, and access to the
+internet. In a separate environment (pip install tensorflow-datasets tensorflow importlib_resources):
 
     python -c "import tensorflow_datasets as tfds; tfds.builder('cifar10', data_dir='DATA', \\
         file_format='array_record').download_and_prepare()"
@@ -36,13 +36,13 @@ def get_config() -> ConfigDict:
         dtype="bfloat16",  # [ours]
     )
     config.normalize = dict(mean=(127.5,), std=(127.5,))  # [ours]
-    config.loss = dict(name="softmax", weight_decay=5e-4)  # [WRN] the value; of kernels alone: [ours]
+    config.loss = dict(name="softmax", weight_decay=5e-4)  # [WRN] the value; only for kernels: [ours]
     config.metrics = dict(name="single_label")
-    # The probability is that of the authors' command for CIFAR (clovaai/CutMix-PyTorch), not of the text.
+    # The probability is from the authors' command for CIFAR (clovaai/CutMix-PyTorch), not from the paper.
     config.mix = dict(cutmix_alpha=1.0, probability=0.5)  # [CutMix]
 
     config.optimizer = dict(name="sgd", learning_rate=0.1, momentum=0.9, nesterov=True)  # [WRN]
-    config.schedule = dict(name="cosine", warmup_epochs=5.0)  # [ours] WRN's has three steps
+    config.schedule = dict(name="cosine", warmup_epochs=5.0)  # [ours] WRN lowers the rate in three steps
     config.step = dict(ema_decay=0.999)  # [ours]
 
     config.data = dict(
@@ -50,8 +50,8 @@ def get_config() -> ConfigDict:
         name="cifar10",
         train_split="train",
         eval_split="test",
-        image_size=96,  # [ours] of 32 pixels
-        # Padded by 4 as in He et al. 2016 (section 4.2), with black; [WRN] fills with reflections of the image.
+        image_size=96,  # [ours] scaled up from 32 pixels
+        # Padded by 4 as in He et al. 2016 (section 4.2), with black; [WRN] pads with reflections of the image.
         train_transforms="random_crop_with_padding(image_size=32, padding=4) | flip_left_right | resize",  # [ours]
         eval_transforms="resize",  # [ours]
     )

@@ -1,4 +1,4 @@
-"""Handwritten digits: real data inside the package, about two minutes on two CPU cores.
+"""Handwritten digits: real data in the package, about two minutes on two CPU cores.
 
     python train.py --config configs/digits.py --workdir runs/digits
     xception-flax evaluate --workdir runs/digits --split test
@@ -7,8 +7,8 @@
 Data: 1,257 digits of 8 x 8 pixels to train on, 180 to watch ('validation'), 360 held out ('test').
 Hardware: a laptop CPU.
 Measured by us: see the README. Size and augmentation were compared on folds of the first two parts
-(40 epochs: 5 of 719 wrong on two folds; 30 epochs: 10 of 1,078 on three), the length is cut to two
-minutes. The third was looked at with two earlier versions: 99.17 % (32 pixels), 99.44 % (40 epochs).
+(40 epochs: 5 of 719 wrong on two folds; 30 epochs: 10 of 1,078 on three); the length is chosen for two
+minutes. The third part was used with two earlier versions: 99.17 % (32 pixels), 99.44 % (40 epochs).
 Every value is ours.
 """
 
@@ -43,7 +43,7 @@ def get_config(network: str = "xception") -> ConfigDict:
     config.step = dict(ema_decay=0.99)
     config.data = dict(
         source="digits",
-        image_size=48,  # of 8 pixels: five halvings need room
+        image_size=48,  # scaled up from 8 pixels, since the network halves it five times
         channels=1,
         train_split="train",
         eval_split="validation",

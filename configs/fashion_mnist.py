@@ -1,9 +1,9 @@
-"""A narrow Xception on Fashion-MNIST, from its four IDX files; a bigger exercise than the digits.
+"""A narrow Xception on Fashion-MNIST, from its four IDX files; larger than the digits.
 
     python train.py --config configs/fashion_mnist.py --workdir runs/fashion --config.data.data_dir=DIR
     xception-flax evaluate --workdir runs/fashion --split test
 
-Data: 55,000 images to train on, 5,000 to choose by, 10,000 to report on. Debian: apt install
+Data: 55,000 images to train on, 5,000 to validate, 10,000 to test. Debian: apt install
 dataset-fashion-mnist puts the files into the default data_dir.
 Hardware: a laptop CPU. Expected, measured by us: not yet run.
 Every value is ours.

@@ -3,11 +3,11 @@
     python train.py --config configs/imagenet_aligned.py --workdir WORKDIR --config.data.data_dir=DIR
     python train.py --config configs/imagenet_aligned.py:xception41 ...     another of the family
 
-(By the argument, not by --config.model.name: xception41p has an epsilon of its own.)
+(Choose by the argument, not by --config.model.name: xception41p needs another epsilon.)
 
-Data and hardware: as for imagenet.py, whose recipe this is but for the network; about 1.7 times its
-multiply-adds for xception65 (`xception-flax summary --all`). Neither DeepLab's paper nor timm
-gives a whole recipe for these networks on ImageNet.
+Recipe, data and hardware: those of imagenet.py, except for the network. xception65 has about 1.7 times the
+multiply-adds of Xception (`xception-flax summary --all`). Neither DeepLab's paper nor timm gives a whole
+recipe for these networks on ImageNet.
 Measured by us: not yet run.
 """
 
@@ -27,5 +27,5 @@ def get_config(network: str = "xception65") -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).with_name("imagenet.py")))["get_config"]()
     config.model.name = network  # [ours] the rest is imagenet.py's
     if network == "xception41p":
-        config.model.bn_epsilon = 1e-5  # [ours] as timm has it for this one
+        config.model.bn_epsilon = 1e-5  # [ours] timm's value for this network
     return config

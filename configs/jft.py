@@ -3,14 +3,14 @@
     python train.py --config configs/jft.py --workdir WORKDIR --config.data.name=NAME --config.data.data_dir=DIR
     python train.py --config configs/jft.py:fc --workdir WORKDIR ...     with the two 4096-wide layers
 
-Data: JFT (350 million images, 17,000 classes) and FastEval14k are private to Google. Any TFDS set
-with a sequence of class labels does (`data.label_key` names the feature), or arrays of an .npz file:
+Data: JFT (350 million images, 17,000 classes) and FastEval14k are private to Google. Use any TFDS data set
+with a sequence of class labels (`data.label_key` names the feature), or arrays of an .npz file:
 
     --config.data.source=arrays --config.data.path=FILE.npz --config.model.num_classes=N
 
 Hardware: any number of devices that divides the batch; the paper had 60 NVIDIA K80 for over a month.
 Expected (paper, table 2, MAP@100 on FastEval14k): 6.70 without, 6.78 with the fully connected layers.
-Measured by us: not yet run, and no figure on other data compares with the paper's.
+Measured by us: not yet run. Figures on other data do not compare with the paper's.
 
 Tags as in imagenet.py: [paper], [Inception V3], [ours].
 """
@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.batch_size = 1536  # [ours] not in the paper
     config.epochs = 10.0  # [ours] the paper trained for a month, without convergence
     config.log_every_steps = 100  # [ours]
-    config.eval_every_epochs = 0.02  # [ours] 7 million images of JFT
+    config.eval_every_epochs = 0.02  # [ours] every 7 million images of JFT
     config.checkpoint_every_epochs = 0.02  # [ours]
 
     config.model = dict(
@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.metrics = dict(
         name="multi_label",
         k=100,  # [paper] 4.1: MAP over the top-100 guesses
-        class_weights=None,  # [paper] weights classes by how common they are, in numbers that are private
+        class_weights=None,  # [paper] weights classes by how common they are; its weights are private
     )
     config.optimizer = dict(
         name="rmsprop",  # [paper] 4.2
@@ -73,6 +73,6 @@ def get_config(variant: str = "") -> ConfigDict:
         train_transforms="random_resized_crop(min_area=0.08) | flip_left_right",  # [ours]
         eval_transforms="center_crop(fraction=0.875)",  # [ours]
     )
-    config.mesh = dict(data=-1, fsdp=1)  # [ours] synchronous; the paper's was asynchronous on JFT (4.4)
+    config.mesh = dict(data=-1, fsdp=1)  # [ours] synchronous; the paper trained asynchronously on JFT (4.4)
     config.checkpoint = dict(keep_latest=2, keep_best=1)  # [ours]
     return config

@@ -669,7 +669,7 @@ def test_a_killed_worker_loses_nothing(tmp_path):
     code, _, err = finish(process)
     assert code == 2, err
     message = (
-        r"error: a worker process that reads the data was ended by SIGKILL, as the system does to whom memory runs "
+        r"error: a worker process that reads the data was ended by SIGKILL, as the system does when memory runs "
         r"out\. Take fewer by --config\.data\.num_workers=N.*\n"
         r"Stopped after step (\d+); the checkpoint of step (\d+) is written"
     )
@@ -851,7 +851,7 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
     code, _, err = command("a")
     assert code == 0
     assert "\n1 of 17 files is not read: 1 .heic (x/0.heic).\n" in err
-    assert "\nthe training data: 1 of 3 images of 16 bits looked at use no upper half; if white is less" in err
+    assert "\nthe training data: 1 of 3 images of 16 bits looked at have no value in the upper half; if white" in err
     (tmp_path / "a" / "train" / "x" / "1.png").write_bytes(dark)  # a run that was begun is not refused for that
 
     # Older checkpoints have the names of classes as they were on their disk.

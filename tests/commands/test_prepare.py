@@ -588,12 +588,12 @@ def test_check_says_what_is_white_in_sixteen_bits(tmp_path, capsys):
     run("check", tmp_path)
     out = capsys.readouterr().out
     assert re.findall(r"16 bits +(\d+) images, of values up to (\S+)\n", out) == [("17", "3,990"), ("3", "1,680")]
-    assert "\n16 bits with little in the upper ones: train by --config.data.max_value=4095\n" in out
+    assert "\nno value in the upper half of 16 bits: train by --config.data.max_value=4095\n" in out
     cv2.imwrite(str(tmp_path / "b" / "19.png"), np.full((4, 4), 40_000, np.uint16))
     run("check", tmp_path, "--json", tmp_path / "report.json")
     out = capsys.readouterr().out
     assert "max_value" not in out
-    assert "\n19 of 20 images of 16 bits use no upper half; is white less than 65535 there?\n" in out
+    assert "\n19 of 20 images of 16 bits have no value in the upper half; is white less than 65535 there?\n" in out
     wide = {
         name: split["sixteen_bits"]
         for name, split in json.loads((tmp_path / "report.json").read_text())["splits"].items()

@@ -783,7 +783,7 @@ def test_mistakes_in_idx_files_are_refused(prepared, tmp_path):
     with pytest.raises(ValueError, match=r"expected 8 bytes of \(2, 2, 2\), got more\.$"):
         sources.fashion_mnist.fashion_mnist("train", data_dir=str(tmp_path))
     images.write_bytes(gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2**31, 2**31, 2) + b"abc"))
-    with pytest.raises(ValueError, match=r"ubyte\.gz holds 8,589,934,592\.0 GiB by its header, and of memory"):
+    with pytest.raises(ValueError, match=r"ubyte\.gz holds 8,589,934,592\.0 GiB by its header, but"):
         sources.fashion_mnist.fashion_mnist("train", data_dir=str(tmp_path))
     images.write_bytes(gzip.compress(struct.pack(">HBBI", 0, 8, 1, 3) + b"abc"))
     with pytest.raises(ValueError, match="expected an IDX file of bytes with 3 dimensions"):
@@ -925,7 +925,7 @@ def test_an_npz_file_is_believed_before_it_is_read(tmp_path, monkeypatch):
     assert allocator.free_memory_bytes() > 2**27
     monkeypatch.setattr(allocator, "free_memory_bytes", lambda: 2**21)
     monkeypatch.setattr(np, "load", None)
-    with pytest.raises(ValueError, match=r"a\.npz holds 0\.0 GiB by its header, and of memory 0\.0 GiB are free; data"):
+    with pytest.raises(ValueError, match=r"a\.npz holds 0\.0 GiB by its header, but 0\.0 GiB of memory are free; data"):
         sources.arrays.arrays("train", path=str(path))
 
 

@@ -376,8 +376,8 @@ def test_nobody_trains_on_near_black_without_a_word(tmp_path, monkeypatch):
     (tmp_path / "train" / "a" / "00.png").write_bytes(bright)
     monkeypatch.setattr(pipeline, "IMAGES_LOOKED_AT", 40)
     assert split.check_max_value() == (
-        "the training data: 2 of 40 images of 16 bits looked at use no upper half; if white is less than 65535 there, "
-        "set data.max_value."
+        "the training data: 2 of 40 images of 16 bits looked at have no value in the upper half; "
+        "if white is less than 65535 there, set data.max_value."
     )
     for path in paths:
         path.write_bytes(bright)
@@ -395,7 +395,7 @@ def test_one_image_of_each_class_is_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "IMAGES_LOOKED_AT", 2)
     split = load(tmp_path, train=True)
     assert split._sample() == [0, 10, 20, 30, 40, 50, 59]
-    assert "2 of 7 images of 16 bits looked at use no upper half" in split.check_max_value()
+    assert "2 of 7 images of 16 bits looked at have no value in the upper half" in split.check_max_value()
     monkeypatch.setattr(pipeline, "CLASSES_LOOKED_AT", 3)
     assert split._sample() == [0, 20, 50, 59]
 

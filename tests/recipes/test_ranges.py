@@ -315,7 +315,7 @@ def test_extremes_in_a_chain(name):
         ("step", {"accumulation_steps": 0}, r"^step\.accumulation_steps must be at least 1, got 0\.$"),
         ("", {"epochs": 1e20}, r"^epochs=1e\+20 of 1,257 images are 1\.57e\+22 steps of batch_size=8; "),
         ("", {"eval_every_epochs": 1e-320}, r"^recipe key 'eval_every_epochs' must not be nearer to 0 than 1\.2e-38"),
-        ("", {"batch_size": 2**40}, r"^batch_size=1,099,511,627,776 of data\.image_size=8 takes 70,369 GB, and of"),
+        ("", {"batch_size": 2**40}, r"^batch_size=1,099,511,627,776 of data\.image_size=8 takes 70,369 GB, but this"),
         ("data", {"image_size": 10**6}, r"^data\.image_size must be in \[1, 10,000\], got 1000000\.$"),
         ("data", {"num_workers": 10**4}, r"^data\.num_workers \(-1: .*\) must be in \[-1, 256\], got 10000\.$"),
         ("init", {"weights": LONG_NAME}, r"^init\.weights: 'x{200}' cannot be opened: File name too long\.$"),

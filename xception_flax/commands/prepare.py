@@ -4,8 +4,7 @@
   folder     your own images, CLASS/*.jpg, as a TFDS data set
   check      reads every image of a data set or of a folder
 
-What was stopped or killed goes on by the same command. A data set lies in VERSION.incomplete until it is
-whole.
+After a stop or a kill the same command goes on. A data set lies in VERSION.incomplete until it is complete.
 """
 
 import argparse
@@ -87,7 +86,7 @@ def _add_threads(command: argparse.ArgumentParser) -> None:
         type=_threads,
         default=min(16, os.cpu_count() or 1),
         metavar="N",
-        help="that read at a time; default: %(default)s",
+        help="that read at the same time; default: %(default)s",
     )
 
 
@@ -160,7 +159,7 @@ def _prepare(
         naming.shown(layout.directory),
         rows
         | {
-            # Without the version TFDS takes its own data set of that name, where it has one.
+            # Without the version, TFDS would take its own data set of that name, if it has one.
             "train by": f"--config.data.source=tfds --config.data.name={info.name}:{info.version} "
             f"--config.data.data_dir={shlex.quote(str(layout.directory.parent.parent))}",
             "read all by": f"xception-flax prepare check {shlex.quote(str(layout.directory))}",
@@ -191,13 +190,13 @@ def check_data_set(arguments: argparse.Namespace) -> int:
     if unread := sources.folder.unread_of(splits.values()):
         print(f"\n{unread}")
     other = [split for split, source in splits.items() if source.class_names != class_names]
-    if other:  # of no matter to training, but `evaluate` will refuse them
+    if other:  # training does not use these splits, but `evaluate` would refuse them
         print(f"\nother classes than training's: split {', '.join(other)}")
     return 1 if other or any(described["undecodable"] for described in report.values()) else 0
 
 
 def _check_json(path: Path) -> None:
-    """Raises UserError where no file can be written to `path`: before hours of reading, not after."""
+    """Raises UserError if no file can be written to `path`; call it before hours of reading, not after."""
     if not path.absolute().parent.is_dir():
         raise UserError(f"--json: {path.parent} is no directory.")
     try:
@@ -227,11 +226,12 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
     found = [wide for split in report.values() if (wide := split["sixteen_bits"])]
     largest = max((wide["largest"] for wide in found), default=0)
     if found and decoding.is_dark(largest):
-        print(f"\n16 bits with little in the upper ones: train by --config.data.max_value={decoding.white(largest)}")
+        print(f"\nno value in the upper half of 16 bits: train by --config.data.max_value={decoding.white(largest)}")
     elif dark := sum(wide["dark"] for wide in found):
         number = sum(wide["images"] for wide in found)
         print(
-            f"\n{dark:,} of {number:,} images of 16 bits use no upper half; is white less than {decoding.WHITE} there?"
+            f"\n{dark:,} of {number:,} images of 16 bits have no value in the upper half; is white less than "
+            f"{decoding.WHITE} there?"
         )
 
     def is_across(names: Sequence[str]) -> bool:
@@ -239,7 +239,7 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
 
     across = sum(map(is_across, repeated))
     print(f"\n{len(repeated):,} files are there more than once, {across:,} of them in more than one split")
-    for names in sorted(repeated, key=is_across, reverse=True)[:10]:  # those first, which are worse
+    for names in sorted(repeated, key=is_across, reverse=True)[:10]:  # the worse ones first
         print(f"  {' = '.join(map(naming.shown, names[:5]))}{' ...' if len(names) > 5 else ''}")
     undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
     if undecodable:

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     arguments, overrides = parser.parse_known_args(argv)
     config = reading.load(arguments.config, overrides)
     pictures.check_path(arguments.output)
-    jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, with this recipe perhaps
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, perhaps with this recipe
     train = arguments.split == "train"
     split = data.load(**config.data, batch_size=config.batch_size, seed=config.seed, train=train)
     if dark := split.check_max_value():
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
 
 
 def batches(config: ConfigDict, split: data.Split) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batches as the loss sees them: in training what `mixing.make_mixing` adds is in them."""
+    """Yields batches as the loss sees them: in training they are mixed by `mixing.make_mixing`."""
     mix = mixing.make_mixing(**config.mix) if split.train else None
     mix = mix and jax.jit(mix)
     with contextlib.closing(split.batches()) as loaded:
@@ -75,14 +75,13 @@ def batches(config: ConfigDict, split: data.Split) -> Iterator[dict[str, np.ndar
 
 
 def first_images(batch: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
-    """The first `number` images of a batch that are no padding."""
+    """Returns the first `number` images of a batch, without padding."""
     real = np.flatnonzero(batch["mask"]) if "mask" in batch else np.arange(len(batch["images"]))
     return {key: value[real[:number]] for key, value in batch.items()}
 
 
 def captions(batch: dict[str, np.ndarray], class_names: Sequence[str]) -> list[str]:
-    """The class of each image; of a mixed one a line for each of two, with their shares."""
-
+    """Returns the class of each image; for a mixed image, two lines with the classes and their shares."""
     class_names = [naming.shown(name) for name in class_names]
 
     def classes(label: np.ndarray) -> str:

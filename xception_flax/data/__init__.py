@@ -1,6 +1,6 @@
 """Data sets: sources by name, and `load`, which makes batches of them.
 
-No module in here calls JAX: worker processes import them and must never open an accelerator.
+No module in this folder calls JAX: worker processes import them, and must never open an accelerator.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from xception_flax.text.ranges import check_range
 
 __all__ = ["SOURCES", "InputError", "Split", "check_class_names", "load", "unread_of"]
 
-# Beyond these more of them is a mistake, which would cost the machine its memory before it is seen.
+# A larger number is a mistake, which would fill the machine's memory before anybody sees it.
 MAX_THREADS, MAX_WORKERS = 1024, 256
 
 
@@ -50,23 +50,23 @@ def load(
 
     Args:
       source: a key of `SOURCES`.
-      image_size: pixels a side of the square images that the network gets, at most 10,000.
+      image_size: side of the square images that the network gets, in pixels; at most 10,000.
       channels: 1 for gray images, 3 for RGB.
-      train_split: name of the split to train on, as the source has it.
+      train_split: name of the split to train on, as the source calls it.
       eval_split: name of the split to evaluate on.
       train_transforms: chain of augmentations, as `data.transforms` has them: 'random_resized_crop | flip_left_right'.
       eval_transforms: chain of transforms in evaluation.
-      num_threads: threads that read and decode, in each process; -1 for as many as suit the CPUs (see
-        `pipeline.choose_threads`).
-      num_workers: worker processes; 0: threads of this process do the work; -1 as above. Neither number
-        changes a batch.
-      min_decoded_side: where positive, JPEGs are decoded at 1/2, 3/8, 1/4 or 1/8 of their size as long as both
-        sides keep so many pixels: faster for large photos, and other values (see `decoding.decode`).
-      on_bad_image: what to do with one that cannot be decoded: 'stop' names it and stops; 'replace' puts a
+      num_threads: threads that read and decode, in each process; -1 for as many as suit the CPUs
+        (`pipeline.choose_threads`).
+      num_workers: worker processes; with 0 the threads of this process do the work; -1 as for num_threads. Neither
+        number changes a batch.
+      min_decoded_side: if positive, JPEGs are decoded at 1/2, 3/8, 1/4 or 1/8 of their size, as long as both sides
+        keep at least this many pixels. This is faster for large photos, and gives other values (`decoding.decode`).
+      on_bad_image: what to do with an image that cannot be decoded: 'stop' names it and stops; 'replace' puts a
         black image with mask 0 in its place, which loss, gradient and metrics leave out and count.
-      max_value: of images of 16 bits, the value that becomes 255: 4095 where a camera or scanner of 12 bits wrote them;
-        None for 65,535, and a run does not begin where most make no use of the upper half.
-      train: which of the two: shuffled, endless and augmented, or in order, once and padded.
+      max_value: of images of 16 bits, the value that becomes 255: 4095 for a 12-bit camera or scanner. None means
+        65,535; then a run does not begin if most of them have no value in the upper half.
+      train: if true, shuffled, endless and augmented; otherwise in order, once and padded.
       batch_size: of the global batch.
       seed: of order and augmentation.
       process_index: of this host.
@@ -75,7 +75,7 @@ def load(
       **options: the source's own keywords, such as `data_dir`.
 
     Raises:
-      ValueError: a name, number or path that is wrong; the message says what is expected.
+      UserError: a name, a number or a path is wrong; the message says what is expected.
     """
     function = lookup(SOURCES, source, "source")
     if batch_size < 1 or batch_size % process_count:
@@ -94,8 +94,8 @@ def load(
     batch_bytes = batch_size // process_count * image_size**2 * channels
     if batch_bytes > (memory := allocator.free_memory_bytes()):
         raise UserError(
-            f"batch_size={batch_size:,} of data.image_size={image_size:,} takes {batch_bytes / 1e9:,.0f} GB, and of "
-            f"this host's memory {memory / 1e9:,.0f} GB are free; take less of either."
+            f"batch_size={batch_size:,} of data.image_size={image_size:,} takes {batch_bytes / 1e9:,.0f} GB, but this "
+            f"host has {memory / 1e9:,.0f} GB of free memory; make either smaller."
         )
     try:
         transforms = parse_transforms(train_transforms if train else eval_transforms, image_size)
@@ -104,7 +104,7 @@ def load(
     examples = function(train_split if train else eval_split, **options)
     if not len(examples):
         raise UserError(f"source {source!r}: split {train_split if train else eval_split!r} has no images.")
-    if train and batch_size > len(examples):  # it would hold images twice, and an epoch would be less than a step
+    if train and batch_size > len(examples):  # a batch would hold images twice, and a step be more than an epoch
         raise UserError(
             f"batch_size={batch_size} is more than the {len(examples)} images of split {train_split!r}; "
             f"take at most {len(examples)}."
@@ -130,10 +130,10 @@ def load(
 
 
 def check_class_names(expected: Sequence[str], split: Split) -> None:
-    """Raises ValueError unless the classes of `split` are those, in the same order.
+    """Raises UserError unless the classes of `split` are the expected ones, in the same order.
 
-    Where they differ, the same number would mean another class: a folder that one split lacks
-    shifts all that follow it. They are compared in Unicode's composed form, in which sources have them.
+    Otherwise a label would mean another class: if a split lacks the folder of one class, the numbers of all later
+    classes shift. Names are compared in Unicode's composed form, in which sources give them.
     """
     expected = tuple(map(composed, expected))
     if expected != split.class_names:

@@ -1,9 +1,8 @@
-"""From the bytes of a file to uint8 `[H, W, C]`, or a `BadImageError` that says what is wrong with them.
+"""From the bytes of a file to uint8 `[H, W, C]`, or a `BadImageError` that says what is wrong.
 
-JPEGs by libjpeg-turbo (simplejpeg), all else by Pillow. A file is decoded to its end or refused:
-libjpeg's warnings, with which OpenCV, Pillow and TensorFlow return a picture that is gray or
-displaced below some row, are errors here. A JPEG has no checksum: bytes changed into others that are
-valid too, nobody can see.
+JPEGs are decoded by libjpeg-turbo (simplejpeg), other formats by Pillow. A file is decoded to its end or refused.
+Where libjpeg only warns, OpenCV, Pillow and TensorFlow return an image that is gray or displaced below some row; here
+its warnings are errors. A JPEG has no checksum, so damage that leaves a valid file cannot be detected.
 """
 
 import contextlib
@@ -20,47 +19,47 @@ from xception_flax.text.errors import UserError
 
 Image = np.ndarray
 
-# 256 MiB as RGB, which is Pillow's own limit too: 9,459 x 9,459. Of what a header claims, before memory is taken.
+# 256 MiB as RGB: 9,459 x 9,459 pixels, Pillow's own limit too. The header is checked before memory is taken.
 MAX_PIXELS = 2**28 // 3
 
 FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow's 40; some of the others start programs
 
-# Of 16 bits. No header says which value is white, but PNM's: PNG's sBIT tells how exact the values are, which are
-# scaled to 16 bits all the same, and TIFF's MaxSampleValue is of one image and by its definition not for display.
+# White in 16 bits. Only PNM's header says which value is white. PNG's sBIT says how precise the values are, which are
+# scaled to 16 bits anyway. TIFF's MaxSampleValue describes one image, and by its definition is not for display.
 WHITE = 2**16 - 1
 TIFF_BITS = 258  # the tag BitsPerSample
 
-# The one of libjpeg's warnings that is not about pixels; cameras and web sites have written such files.
+# The only warning of libjpeg that is not about pixels. Cameras and web sites have written such files.
 _UNKNOWN_VERSION = "unknown JFIF revision number"
 
-warnings.filterwarnings("ignore", category=pillow.DecompressionBombWarning)  # `MAX_PIXELS` is checked, and is an error
-warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)  # alpha is left out, and meant to be
+warnings.filterwarnings("ignore", category=pillow.DecompressionBombWarning)  # `_check_size` raises an error
+warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)  # alpha is dropped on purpose
 
 
 class BadImageError(UserError):
-    """A file, or a record, that holds no image as it should."""
+    """A file or a record does not hold a valid image."""
 
 
 def decode(image: bytes | np.ndarray, channels: int, min_side: int = 0, max_value: int | None = None) -> Image:
     """Returns uint8 `[H, W, channels]` from an encoded file or from `[H, W]` / `[H, W, C]` uint8.
 
-    One channel becomes three by repetition, three become one by the luma of JPEG (ITU-R BT.601). Of an animation the
-    first frame counts; alpha is left out. Orientation tags are ignored, as ImageNet's readers do, but for TIFF's, which
-    Pillow applies. The file's content decides what it is, not its name.
+    One channel becomes three by repetition; three become one by JPEG's luma (ITU-R BT.601). Only the first frame of an
+    animation is read. Alpha is dropped. Orientation tags are ignored, as by ImageNet's readers, except TIFF's, which
+    Pillow applies. The format is recognized by the content, not by the file's name.
 
     Args:
       image: the content of a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file, or pixels.
       channels: 1 or 3.
-      min_side: where it is positive, a JPEG is decoded at the smallest of 1/2, 3/8, 1/4 and 1/8 of its size at
-        which both sides keep so many pixels, whole if at none: faster by far for photos of many
-        megapixels, and another picture than the whole one scaled, since libjpeg leaves out frequencies.
-      max_value: of files of 16 bits, the value that becomes 255, from 255 to 65,535: a value becomes
-        `value * 256 // (max_value + 1)`. None is 65,535, of which the upper 8 bits are left; but of the colours of
-        PPM Pillow rounds to the nearest, `value * 255 / 65,535`.
+      min_side: if positive, a JPEG is decoded at the smallest of 1/2, 3/8, 1/4 and 1/8 of its size that leaves at
+        least `min_side` pixels on both sides, or else whole. This is far faster for photos of many megapixels. The
+        result differs from the whole image scaled down, since libjpeg leaves out frequencies.
+      max_value: for files of 16 bits, the value that becomes 255, from 255 to 65,535: a value becomes
+        `value * 256 // (max_value + 1)`. None means 65,535, which keeps the upper 8 bits; only the colours of a PPM
+        file are rounded to the nearest by Pillow, `value * 255 / 65,535`.
 
     Raises:
-      BadImageError: the file cannot be decoded to its end, is larger than `MAX_PIXELS`, has values above
-        `max_value`, or the array is no uint8 image.
+      BadImageError: the file cannot be decoded to its end, is larger than `MAX_PIXELS`, or has values above
+        `max_value`; or the array is not a uint8 image.
     """
     if isinstance(image, bytes):
         image = _decode_jpeg(image, channels, min_side) if image[:2] == b"\xff\xd8" else _decode_other(image, max_value)
@@ -89,7 +88,7 @@ def _decode_jpeg(content: bytes, channels: int, min_side: int) -> Image:
     except ValueError as error:
         version = content.find(b"JFIF\0") + len(b"JFIF\0")
         if _UNKNOWN_VERSION in str(error) and content[version : version + 2] != b"\1\1":
-            # libjpeg tells the first warning only: with a version that it knows the next is seen.
+            # libjpeg reports only the first warning. With a version that it knows, it would report the next.
             return _decode_jpeg(content[:version] + b"\1\1" + content[version + 2 :], channels, min_side)
         raise _undecodable(content, error) from None
 
@@ -97,7 +96,7 @@ def _decode_jpeg(content: bytes, channels: int, min_side: int) -> Image:
 def _decode_other(content: bytes, max_value: int | None) -> Image:
     max_value = max_value or WHITE
     with _opened(content) as file:
-        # Of colours Pillow keeps the upper 8 bits, as wanted where they count.
+        # With the default white, Pillow reads colours as wanted: it keeps their upper 8 bits.
         values = _sixteen_bits(file, content, colors=max_value != WHITE)
         if values is not None:
             if (largest := int(values.max(initial=0))) > max_value:
@@ -126,12 +125,12 @@ def largest_value(content: bytes) -> int | None:
 
 
 def is_dark(largest: int) -> bool:
-    """Whether values up to `largest` make no use of the upper half of 16 bits."""
+    """Whether 16-bit values up to `largest` are all in the lower half."""
     return largest <= WHITE // 2
 
 
 def white(largest: int) -> int:
-    """Which value is white, of 8, 9, ... 16 bits, where values go up to `largest`."""
+    """Returns the white of the fewest bits, from 8 to 16, that hold values up to `largest`."""
     return 2 ** max(8, largest.bit_length()) - 1
 
 
@@ -145,7 +144,7 @@ def _opened(content: bytes) -> Iterator[pillow.Image]:
         raise
     except pillow.DecompressionBombError:
         raise BadImageError(f"it claims more than the {MAX_PIXELS:,} pixels that an image may have.") from None
-    except Exception as error:  # of what is no image Pillow's readers raise anything
+    except Exception as error:  # Pillow's readers raise any exception for what is not an image
         raise _undecodable(content, error) from None
 
 
@@ -153,21 +152,21 @@ def _sixteen_bits(file: pillow.Image, content: bytes, *, colors: bool) -> np.nda
     """Returns the values `[H, W]` or `[H, W, 3]` of a file of 16 bits a channel; None for one of 8.
 
     Args:
-      colors: look at colours and alpha too; without, those are None.
+      colors: also look at files with colours or alpha; otherwise the result is None for them.
     """
     bits = file.tag_v2.get(TIFF_BITS, (8,))[0] if file.format == "TIFF" else 16
     if file.mode.startswith("I;16"):
         values = np.asarray(file)
-        return values << 4 | values >> 8 if bits == 12 else values  # of 12 bits it is known which value is white
+        return values << 4 | values >> 8 if bits == 12 else values  # a file of 12 bits has a known white; scale it
     if file.format == "PPM" and file.mode == "I":
         return np.asarray(file).astype(np.uint16)  # scaled by Pillow from the largest value that the header names
     if not colors or file.format not in ("PNG", "TIFF", "PPM") or file.mode not in ("RGB", "RGBA", "RGBX", "L", "LA"):
         return None
-    args = file.tile[0][3]  # how the pixels lie in the file: 'RGB;16B', or ('RGB', 65535)
+    args = file.tile[0][3]  # the format of the pixels in the file: 'RGB;16B', or ('RGB', 65535)
     rawmode, *rest = args if isinstance(args, tuple) else (args,)
     if "16" not in str(rawmode) and rest != [WHITE]:
         return None
-    file.load()  # so that a damaged file is refused as ever: OpenCV reads over much
+    file.load()  # Pillow refuses damaged files, many of which OpenCV reads
     values = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16 or values.shape[:2] != (file.height, file.width):
         raise BadImageError("the 16 bits of its colours cannot be read; write it anew, as a PNG.")
@@ -184,7 +183,7 @@ def _check_size(height: int, width: int) -> None:
 def _undecodable(content: bytes, error: Exception) -> BadImageError:
     if not content:
         return BadImageError("the image cannot be decoded: the file is empty.")
-    if isinstance(error, pillow.UnidentifiedImageError):  # whose text is the address of an object
+    if isinstance(error, pillow.UnidentifiedImageError):  # its text is only the address of an object
         return BadImageError(
             f"the image cannot be decoded: {len(content):,} bytes that are no JPEG, {', '.join(FORMATS)}."
         )

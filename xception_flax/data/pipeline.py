@@ -1,8 +1,7 @@
 """From a source to batches: shuffle, repeat, augment, take this host's share, batch.
 
-What a step sees is a pure function of (seed, step): neither the number of hosts nor that of
-threads or worker processes changes an example, its augmentation or its place in the global batch,
-and to resume at a step is arithmetic.
+What a step sees is a pure function of (seed, step). The number of hosts, threads or worker processes changes neither
+an example, nor its augmentation, nor its place in the global batch. To resume at a step, its number is enough.
 """
 
 import contextlib
@@ -34,18 +33,17 @@ from xception_flax.text.errors import UserError
 
 ON_BAD_IMAGE = ("stop", "replace")
 
-# Batches that a process has ready or under way, besides the one that it has given away: two, so that
-# threads that find no more of one begin the next.
+# Batches that a process makes ahead of the one last yielded. Two, so that threads with no work left in one batch begin
+# the next.
 BATCHES_AHEAD = 2
 
-# From here on a host has worker processes, one for so many threads: in one process more than that wait for
-# each other, for what Python does between two images.
+# Of each worker process. More threads in one process wait for each other: Python code runs between two images.
 THREADS_PER_PROCESS = 8
 
-# By `Split.check_max_value`: so many, and one of each class where that costs no reading, of so many classes at most.
+# What `Split.check_max_value` looks at: images spread over the split and, in a folder, one image each of some classes.
 IMAGES_LOOKED_AT, CLASSES_LOOKED_AT = 32, 900
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that a terminal or a batch system sends to a whole group
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a terminal or a batch system sends these to a whole process group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +52,15 @@ class Split:
 
     Attributes:
       source: the examples.
-      transforms: what makes them `image_shape`.
+      transforms: what turns each image into `image_shape`.
       image_shape: `(H, W, C)`.
       batch_size: of the global batch.
-      train: shuffled and endless, or in order, once, padded.
+      train: if true, shuffled and endless; otherwise in order, once, the last batch padded.
       seed: of order and augmentation.
-      process_index, process_count: which host of how many this is.
+      process_index, process_count: the number of this host, and how many there are.
       num_threads: that read and decode, in each process.
-      num_workers: processes beside this one; 0: threads of this one do it.
-      min_decoded_side: see `decoding.decode`; 0: images are decoded whole.
+      num_workers: worker processes; with 0 the threads of this process read and decode.
+      min_decoded_side: see `decoding.decode`; with 0 images are decoded whole.
       on_bad_image: 'stop' or 'replace'.
       max_value: see `decoding.decode`.
     """
@@ -99,7 +97,7 @@ class Split:
         """Shape and type of each array of the *global* batch; see `batch.Batch`.
 
         Raises:
-          InputError: example 0, whose label tells, cannot be read.
+          InputError: example 0, which gives the shape of labels, cannot be read.
         """
         try:
             label = _label(self.source[0])
@@ -112,10 +110,12 @@ class Split:
         return shapes | ({"mask": ((self.batch_size,), np.dtype(np.float32))} if self.masked else {})
 
     def identity(self) -> dict[str, Any]:
-        """What two hosts have in common that have the same data; of the examples 16, spread over the split.
+        """Returns values by which hosts can check that they have the same data.
+
+        They cover 16 examples, spread over the split.
 
         Raises:
-          InputError: one of them cannot be read.
+          InputError: one of these examples cannot be read.
         """
         digest = hashlib.sha256()
         for index in np.linspace(0, self.num_images - 1, 16).astype(int):
@@ -133,36 +133,36 @@ class Split:
         }
 
     def check_transforms(self) -> None:
-        """Prepares example 0.
+        """Checks on example 0 that the transforms make images of `image_shape`.
 
         Raises:
-          ValueError: the transforms make another shape of it than `image_shape`.
+          UserError: they make another shape.
         """
         try:
             image, rng = self.source[0]["image"], np.random.default_rng(self.seed)
             prepare_image(image, self.transforms, self.image_shape, self.min_decoded_side, rng, self.max_value)
-        except (BadImageError, InputError, OSError):  # said where it is read, by the recipe's policy
+        except (BadImageError, InputError, OSError):  # `batches` reports it, as `on_bad_image` says
             pass
         except ValueError as error:
             raise UserError(f"data.{'train' if self.train else 'eval'}_transforms: {error}") from None
 
     def check_max_value(self) -> str:
-        """Looks at some images of the split, where nobody has said which value of 16 bits is white.
+        """Checks the largest values of 16-bit images in a sample of the split, unless `max_value` is set.
 
-        A scanner of 12 bits writes 0 to 4,095 into 16, of which 0 to 15 of 255 would be left.
+        A 12-bit scanner writes values of 0 to 4,095 into 16 bits. Without `max_value` they become 0 to 15 of 255.
 
         Returns:
-          A line for people where some of those of 16 bits have no value of the upper half, else ''.
+          A warning if some of the 16-bit images have no value in the upper half, else ''.
 
         Raises:
-          ValueError: most of them have none.
+          UserError: most of them have none.
         """
         if self.max_value is not None:
             return ""
         with ThreadPoolExecutor(self.num_threads) as pool:
             found = [largest for largest in pool.map(self._largest_value, self._sample()) if largest is not None]
         dark = [largest for largest in found if is_dark(largest)]
-        if len(dark) > len(found) / 2:  # one that is bright is no word for all others
+        if len(dark) > len(found) / 2:  # a few bright images do not make the others right
             raise UserError(
                 f"the images of 16 bits have values up to {max(dark):,} of {WHITE:,} (in {len(dark)} of {len(found)} "
                 f"that were looked at), so that no more than {max(dark) >> 8} of 255 would be left. Say which value is "
@@ -173,11 +173,11 @@ class Split:
             return ""
         return (
             f"the {'training' if self.train else 'evaluation'} data: {len(dark)} of {len(found)} images of 16 bits "
-            f"looked at use no upper half; if white is less than {WHITE} there, set data.max_value."
+            f"looked at have no value in the upper half; if white is less than {WHITE} there, set data.max_value."
         )
 
     def _sample(self) -> list[int]:
-        """Images evenly spread over the split; and as a folder is sorted by classes, of each the first."""
+        """Returns images spread evenly over the split and, since a folder is sorted by class, the first of a class."""
         chosen = set(np.linspace(0, self.num_images - 1, IMAGES_LOOKED_AT).astype(int).tolist())
         if isinstance(self.source, Files):
             _, firsts = np.unique(self.source.labels, return_index=True)
@@ -189,7 +189,7 @@ class Split:
         try:
             image = self.source[index]["image"]
             return largest_value(image) if isinstance(image, bytes) else None
-        except (BadImageError, InputError, OSError):  # said where it is read, by the recipe's policy
+        except (BadImageError, InputError, OSError):  # `batches` reports it, as `on_bad_image` says
             return None
 
     @property
@@ -200,15 +200,15 @@ class Split:
     def batches(self, start_step: int = 0) -> Iterator[Batch[np.ndarray]]:
         """Yields this host's share of batch `start_step`, `start_step + 1`, ...
 
-        Of `batch_size / process_count` examples: `images`, `labels` and, where `masked`, `mask`; what stands for a
-        bad image is black. The generator must be closed (`contextlib.closing`) where it is not read to its end.
+        It has `batch_size / process_count` examples: `images`, `labels` and, if `masked`, `mask`; see `batch.Batch`. The
+        image in place of a bad one is black. Close the generator (`contextlib.closing`) unless you read it to its end.
 
-        In memory are, besides the batch last yielded, at most `BATCHES_AHEAD`; with worker processes at most
-        six for each of them: two in the making, and in the queues of either side one and one that waits.
+        Besides the batch last yielded, memory holds at most `BATCHES_AHEAD`. With worker processes it holds at most six
+        for each of them: two being made, and on each side of the queue one in it and one that waits.
 
         Raises:
-          InputError: a bad image and `on_bad_image='stop'`, a file that cannot be read, a worker
-            process that has ended.
+          InputError: an image is bad and `on_bad_image` is 'stop', a file cannot be read, or a worker process has
+            ended.
         """
         examples = grain.MapDataset.source(self.source if self.train else _Padded(self.source, self.batch_size))
         examples = examples.seed(self.seed)
@@ -222,15 +222,15 @@ class Split:
             replace=self.on_bad_image == "replace",
         )
         examples = examples.random_map(prepare)
-        # Hosts part after the random map, since an example's randomness comes from its place in the global
-        # order, and in whole blocks, so that their shares make up the global batch in that order.
+        # The hosts' shares are taken after the random map, since an example's randomness comes from its place in the
+        # global order. They are whole blocks, so that together they make up the global batch in that order.
         shares = grain.MapDataset.source(_Shares(examples, self))
         batches = shares[self.process_index :: self.process_count][start_step:]
         ahead = min(BATCHES_AHEAD, self.num_threads)
         iterator = batches.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=BATCHES_AHEAD))
         if self.num_workers:
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # grain reads a flag in its workers
+                flags.FLAGS.mark_as_parsed()  # grain's workers read an absl flag
             options = grain.MultiprocessingOptions(num_workers=self.num_workers, per_worker_buffer_size=1)
             iterator = iterator.mp_prefetch(options, _start_worker)
         with contextlib.ExitStack() as stack:
@@ -243,12 +243,12 @@ class Split:
                     batch = next(iterator)
                 except StopIteration:
                     return
-                except InputError as error:  # of a worker process it has the traceback of both
+                except InputError as error:  # from a worker process it comes with the tracebacks of both
                     raise InputError(str(error)) from None
                 except BadImageError as error:
                     raise InputError(
-                        f"{error} Repair it, or go on without it by --config.data.on_bad_image=replace; where it "
-                        "is taken away the data is another, for a new workdir."
+                        f"{error} Repair it, or go on without it by --config.data.on_bad_image=replace. Removing it "
+                        "changes the data, which needs a new workdir."
                     ) from None
                 except OSError as error:
                     raise InputError(f"the data cannot be read: {error}.") from error
@@ -262,18 +262,18 @@ class Split:
 
 def _worker_ended(code: int) -> str:
     by = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
-    hint = ", as the system does to whom memory runs out" if code == -signal.SIGKILL else ""
+    hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
     return (
         f"a worker process that reads the data was ended {by}{hint}. Take fewer by --config.data.num_workers=N; "
-        "0 for none, which shows an error of their own."
+        "with 0 an error in the reading code itself is shown."
     )
 
 
 class _Shares:
-    """The source of whole batches, or of a host's shares of them: each made by `num_threads` threads in its place.
+    """A source of the hosts' shares of batches, each filled in place by `num_threads` threads.
 
-    Threads share the images of one batch rather than make one each: the first is there sooner, and
-    two batches ahead are enough for any number of threads.
+    The threads share the images of one batch. So the first batch is ready sooner than with a batch a thread, and two
+    batches ahead are enough for any number of threads.
     """
 
     def __init__(self, examples: grain.MapDataset, split: Split) -> None:
@@ -290,7 +290,7 @@ class _Shares:
 
     def __getitem__(self, index: int) -> Batch[np.ndarray]:
         batch = {name: np.empty((self._size, *shape), dtype) for name, (shape, dtype) in self._arrays.items()}
-        rows = iter(range(self._size))  # each thread takes the next: `next` of it is one step for Python
+        rows = iter(range(self._size))  # shared by the threads: its `next` is atomic
 
         def fill() -> None:
             for row in rows:
@@ -318,17 +318,20 @@ def prepare_image(
     """Decodes one image and applies the transforms; returns uint8 of `image_shape`.
 
     Args:
-      image: see `decoding.decode`, as for `min_side` and `max_value`.
+      image, min_side, max_value: see `decoding.decode`.
+      chain: transforms, applied in this order.
+      image_shape: `(H, W, C)` of the result.
+      rng: for the transforms.
 
     Raises:
-      BadImageError: it cannot be decoded, or a transform does not take it.
-      ValueError: the transforms make another shape of it.
+      BadImageError: the image cannot be decoded, or a transform does not accept it.
+      UserError: the transforms make another shape.
     """
     image = decode(image, image_shape[-1], min_side, max_value)
     for transform in chain:
         try:
             image = transform(image, rng)
-        except ValueError as error:  # it is too small for a crop, say
+        except ValueError as error:  # the image is too small for a crop, say
             raise BadImageError(str(error)) from None
     if image.shape != image_shape:
         raise UserError(
@@ -372,14 +375,14 @@ class _Prepare(grain.transforms.RandomMap):
 
 
 def _label(example: Example) -> np.ndarray:
-    """The label as int32 scalar, or as uint8 row of 0 and 1."""
+    """Returns the label as an int32 scalar, or as a uint8 row of 0 and 1."""
     label = np.asarray(example["label"])
     return label.astype(np.uint8 if label.ndim else np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Padded:
-    """A source made longer to whole batches, by repeating example 0 with mask 0."""
+    """A source padded to whole batches: example 0 repeated, with mask 0."""
 
     source: Source
     batch_size: int
@@ -394,15 +397,15 @@ class _Padded:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Has worker processes that are started within begin without signals, until `_start_worker` is there for them.
+    """Blocks signals in worker processes that are started in this block, until they run `_start_worker`.
 
-    They inherit the mask of the thread that starts them, and so do threads. This process' own handlers are run
-    for signals that its other threads get.
+    Processes and threads inherit the mask of the thread that starts them. This process still handles signals, which
+    its other threads receive.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    _start_tracker()  # which would lift the mask, were it first started within
+    _start_tracker()  # before the mask is set: Python would unblock the signals when it starts the tracker
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
@@ -411,10 +414,11 @@ def _signals_held() -> Iterator[None]:
 
 
 def _start_tracker() -> None:
-    """Starts Python's tracker of shared memory, in a session of its own.
+    """Starts Python's tracker of shared memory in its own session, with its warnings of leaks turned off.
 
-    What is in the queues at the end it removes, and would call that a leak. SIGKILL of the trainer's whole group would
-    take it along, where Python starts it, and leave all of that in /dev/shm for good.
+    At the end the tracker removes what is left in the queues, which it would call a leak. If Python started it in the
+    trainer's session, SIGKILL of the whole process group would end the tracker too, and leave the shared memory in
+    /dev/shm for good.
     """
     start = util.spawnv_passfds
 
@@ -431,7 +435,7 @@ def _start_tracker() -> None:
                 os.set_inheritable(file, before)
 
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    util.spawnv_passfds = start_apart  # Python has no option for it
+    util.spawnv_passfds = start_apart  # Python has no option for this
     try:
         resource_tracker.ensure_running()
     finally:
@@ -440,10 +444,10 @@ def _start_tracker() -> None:
 
 
 def _start_worker(worker_index: int, worker_count: int) -> None:
-    """Ties a worker process to the trainer: it ends with it, and leaves signals to it.
+    """Ties a worker process to the trainer: the worker ignores signals, and ends when the trainer does.
 
-    A signal to the whole group would otherwise end the workers before the trainer can save, and a
-    killed trainer would leave them behind for ever.
+    Otherwise a signal to the whole process group would end the workers before the trainer can save, and workers of a
+    killed trainer would live on for ever.
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -452,15 +456,15 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() != multiprocessing.parent_process().pid:  # it has died before it could be told
+        if os.getppid() != multiprocessing.parent_process().pid:  # the trainer died before the call above
             os._exit(1)
-    allocator.keep_freed_memory()  # every image and every batch is as large as the last
+    allocator.keep_freed_memory()  # each batch needs as much memory as the last
 
 
 def choose_threads(num_threads: int, num_workers: int, cpus: int) -> tuple[int, int]:
-    """Returns the number of threads (in each process) and of worker processes, with -1 made what suits `cpus`.
+    """Returns the numbers of threads in each process and of worker processes; -1 becomes a number that suits `cpus`.
 
-    Below 16 CPUs a thread for each, in this process. From 16 on a worker process for every 8, of 8 threads.
+    Below 16 CPUs that is a thread a CPU, in this process. From 16 on it is a worker process of 8 threads for every 8.
     """
     if num_workers == -1:
         num_workers = cpus // THREADS_PER_PROCESS if cpus >= 2 * THREADS_PER_PROCESS else 0
@@ -471,6 +475,6 @@ def choose_threads(num_threads: int, num_workers: int, cpus: int) -> tuple[int, 
 
 
 def usable_cpus(processes_per_host: int = 1) -> int:
-    """CPUs of this host that this process may use, divided by the processes that share it; at least 1."""
+    """Returns the CPUs that this process may use, divided by the processes that share this host; at least 1."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cpus // processes_per_host)

@@ -40,26 +40,26 @@ def show_title(title: str) -> None:
 
 
 def show_row(name: str, value: str, width: int) -> None:
-    """Prints a row of a table whose first column is so many columns of a terminal wide."""
+    """Prints a row of a table whose first column is `width` terminal cells wide."""
     name = naming.harmless(name)
     print(f"  {name}{' ' * (width - cell_len(name))}  {naming.harmless(value)}", flush=True)
 
 
 def show_columns(title: str, columns: Mapping[str, Sequence[str]]) -> None:
-    """Prints a table of columns by their headers on standard output: the first to the left, the others to the right."""
+    """Prints a table on standard output, its columns by header. The first is aligned left, the others right."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, header in enumerate(columns):
         table.add_column(header, justify="right" if i else "left", no_wrap=True)
     for row in zip(*columns.values(), strict=True):
         table.add_row(*(Text(naming.harmless(cell)) for cell in row))
     show_title(title)
-    # As wide as what is in it: a narrow terminal may break a line, but no number is cut.
+    # As wide as its content: a narrow terminal may wrap a line, but no number is cut.
     Console(width=10_000).print(table)
 
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Shows that `what` goes on and for how long, and leaves a line of it; on standard error."""
+    """Shows on standard error that `what` is running and for how long, and leaves one line about it."""
     console, begun, what = stderr_console(), time.monotonic(), naming.harmless(what)
     spinner = SpinnerColumn("line" if console.options.ascii_only else "dots")
     columns = spinner, TextColumn("{task.description}", markup=False), TimeElapsedColumn()
@@ -73,18 +73,18 @@ def waiting(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def counting(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Shows how much is done, how fast, and the time that is left; on standard error.
+    """Shows progress on standard error: how much is done, how fast, and the time left.
 
-    On a terminal there is a bar, elsewhere a line each half minute.
+    A terminal gets a bar; anything else gets a line every half minute.
 
     Args:
-      what: goes on.
-      total: of it.
-      unit: 'bytes', or what is counted.
-      done: of it, by an earlier start.
+      what: the name of the work.
+      total: the amount of all of it.
+      unit: of the amount: 'bytes', or what is counted.
+      done: the amount that an earlier start has done.
 
     Yields:
-      What is told how much more is done; by any thread.
+      A function to call, from any thread, with the amount done since its last call.
     """
     console, begun, lock = stderr_console(), time.monotonic(), threading.Lock()
     now_done, told, what = done, begun, naming.harmless(what)
@@ -117,11 +117,11 @@ def counting(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Cal
 
 
 def stepping(what: str, steps: Sequence[T]) -> Iterator[T]:
-    """Yields the steps, and on a terminal shows how many are done; on standard error."""
+    """Yields the steps. If standard error is a terminal, shows there how many are done."""
     console = stderr_console()
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    # Rich sends to its own console, here standard error, what is printed meanwhile: right on a terminal, where the
-    # bar goes below it, and a loss where standard output goes to a file.
+    # While the bar is shown, Rich can redirect standard output to its own console, here standard error. That keeps
+    # the bar below the output on a terminal, but would lose output that goes to a file.
     bar = Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()
     )
@@ -130,7 +130,7 @@ def stepping(what: str, steps: Sequence[T]) -> Iterator[T]:
 
 
 def stderr_console() -> Console:
-    """Standard error, where what is printed is text as it stands: `[red]` and `:cat:` are names."""
+    """Returns a console on standard error that prints text as it is: `[red]` and `:cat:` are names, not markup."""
     return Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 

@@ -1,8 +1,8 @@
-"""Text of others in a picture: fonts that have its letters, its size on paper, cuts and line breaks.
+"""Users' text in a picture: fonts that have its letters, its size on paper, cuts and line breaks.
 
-Names of classes and folders are in any script, of any length, and no mathematics, whatever is in them. Scripts that run
-from right to left, or whose letters change by their neighbours, are laid out by Matplotlib, from 3.11 on; before, each
-letter stands by itself and in the order of the text.
+Names of classes and folders are in any script and of any length, and are never mathematics, whatever they contain.
+Matplotlib 3.11 and later lays out scripts that run from right to left or join their letters. Before, each letter is
+drawn by itself, in the order of the text.
 """
 
 import functools
@@ -18,18 +18,18 @@ from matplotlib.textpath import text_to_path
 
 from xception_flax.text import naming
 
-FONT = "DejaVu Sans"  # which Matplotlib brings along, for Latin, Greek, Cyrillic, Hebrew, Arabic and many signs
+FONT = "DejaVu Sans"  # comes with Matplotlib; has Latin, Greek, Cyrillic, Hebrew, Arabic and many signs
 
 MAX_LETTERS = 500  # of a line
 
-LEFT_TO_RIGHT = "\u200e"  # invisible: what stands beside it is not turned around with a Hebrew or Arabic neighbour
+LEFT_TO_RIGHT = "\u200e"  # an invisible mark: text beside it is not reversed with a Hebrew or Arabic neighbour
 _JOINER, _REGIONAL = "\u200d", range(0x1F1E6, 0x1F200)
 
 
 class Lettering:
-    """How the texts of a picture are drawn: by which fonts, and what stands for a letter that none has.
+    """How the texts of a picture are drawn: in which fonts, and how to write letters that no font has.
 
-    Such a letter is written by its number, as `\\u732b`, and a line on standard error says so.
+    Such a letter is written as its number, such as `\\u732b`, and a line on standard error says so.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -38,26 +38,26 @@ class Lettering:
         self._families, self._missing = _choose_fonts(letters)
 
     def drawable(self, text: str) -> str:
-        """Returns text in lines that the fonts can draw: nothing in it is a control, a box or half a letter."""
+        """Returns text that the fonts can draw, with the same lines and without control characters."""
         return "\n".join(self._drawable_line(line) for line in text.split("\n"))
 
     def _drawable_line(self, line: str) -> str:
-        if len(line) > MAX_LETTERS:  # more than any picture has room for, and each is measured
+        if len(line) > MAX_LETTERS:  # no picture has room for more, and each letter must be measured
             line = f"{line[: MAX_LETTERS // 2]}…{line[-MAX_LETTERS // 2 :]}"
         line = "".join(naming.escaped(c) if c in self._missing else c for c in naming.harmless(line))
         return LEFT_TO_RIGHT + line if _runs_left(line) else line
 
     def write(self, put: Callable[..., Any], text: str, size: float) -> None:
-        """Draws drawable text by a function of Matplotlib's such as `axes.set_title`; `size` in points."""
+        """Draws `drawable` text with a Matplotlib function such as `axes.set_title`; `size` in points."""
         put(text, fontsize=size, family=self._families, parse_math=False, usetex=False)
 
     def width(self, text: str, size: float) -> float:
-        """The length of a line on paper, in points as its size."""
+        """Returns the length of a line on paper; it and `size` are in points."""
         font = font_manager.FontProperties(family=self._families, size=size)
         return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]
 
     def cut(self, lines: Iterable[str], room: float, size: float) -> dict[str, str]:
-        """Returns for each line what fits into so many points: its beginning, or both ends where two look alike."""
+        """Returns each line cut to `room` points: to its beginning, or to both ends where two cuts would look alike."""
         cut = {line: self._cut(line, room, size, tail=False) for line in set(lines)}
         alike = Counter(cut.values())
         return {
@@ -68,7 +68,7 @@ class Lettering:
         if self.width(line, size) <= room:
             return line
         letters = list(_letters(line))
-        if self.width(f"{letters[0]}…", size) > room:  # an escape, of which a part says more than nothing
+        if self.width(f"{letters[0]}…", size) > room:  # a long escape; a part of it is better than nothing
             letters = list(line)
 
         def short(kept: int) -> str:
@@ -81,7 +81,7 @@ class Lettering:
         return short(kept)
 
     def wrap(self, text: str, room: float, size: float) -> list[str]:
-        """Returns the lines that text takes where so many points are free; a word is broken if it must be."""
+        """Returns text in lines of at most `room` points. A word is broken only if it is longer than a line."""
         return [part for line in text.split("\n") for part in self._wrap(line, room, size)]
 
     def _wrap(self, line: str, room: float, size: float) -> list[str]:
@@ -101,7 +101,7 @@ class Lettering:
 
 
 def embedded(name: str) -> str:
-    """Returns a name to stand within a line that is written from left to right, whatever the name is."""
+    """Returns a name for use in a left-to-right line, in whatever direction the name itself runs."""
     return name + LEFT_TO_RIGHT if _runs_left(name) else name
 
 
@@ -110,7 +110,7 @@ def _runs_left(text: str) -> bool:
 
 
 def _letters(text: str) -> Iterator[str]:
-    """What a reader takes for one letter each, and no cut may part: with its marks, joined, or an escape of ours."""
+    """Yields what a reader sees as one letter and a cut must not split: a letter with its marks, or an escape."""
     cluster = ""
     for c in text:
         flags = _is_regional(c) and len(cluster) == 1 and _is_regional(cluster)
@@ -131,7 +131,7 @@ def _joins(before: str, c: str) -> bool:
     """Whether `c` belongs to the letter before it."""
     mark = unicodedata.category(c) in ("Mn", "Mc", "Me", "Cf") or 0x1F3FB <= ord(c) <= 0x1F3FF  # skin tones
     conjoining = 0x1160 <= ord(c) <= 0x11FF  # the later parts of a Korean syllable
-    virama = unicodedata.combining(before) == 9 and unicodedata.category(c) == "Lo"  # a cluster of consonants
+    virama = unicodedata.combining(before) == 9 and unicodedata.category(c) == "Lo"  # joins two consonants
     return mark or conjoining or virama or before == _JOINER
 
 
@@ -143,9 +143,9 @@ def _letters_of_font() -> frozenset[int]:
     return frozenset(font_manager.get_font(font_manager.findfont(FONT)).get_charmap())
 
 
-@functools.cache  # of a machine whose fonts lack letters one hears once
+@functools.cache  # so that missing letters are reported once
 def _choose_fonts(letters: frozenset[str]) -> tuple[list[str], frozenset[str]]:
-    """Returns the families that draw these letters, after `FONT`, and the letters that none has."""
+    """Returns `FONT` and further font families that draw these letters, and the letters that no font has."""
     families = [FONT]
     missing = {c for c in letters if unicodedata.category(c) not in ("Cc", "Cs", "Co", "Cn")}
     none = letters - missing
@@ -155,9 +155,7 @@ def _choose_fonts(letters: frozenset[str]) -> tuple[list[str], frozenset[str]]:
         if not found[path] & missing:
             break
         missing -= found.pop(path)
-        font_manager.fontManager.addfont(
-            path
-        )  # Matplotlib's own list is of the fonts that were there at its first start
+        font_manager.fontManager.addfont(path)  # Matplotlib's list has only the fonts found at its first start
         families.append(font_manager.ttfFontProperty(font_manager.get_font(path)).name)
     if missing:
         some = ", ".join(map(naming.escaped, sorted(missing)[:3]))
@@ -171,16 +169,16 @@ def _choose_fonts(letters: frozenset[str]) -> tuple[list[str], frozenset[str]]:
 
 
 def _fonts_with(letters: set[str]) -> dict[str, frozenset[str]]:
-    """The fonts of this machine that have some of the letters, upright and regular ones first."""
+    """Returns the letters that each font of this machine has, upright and regular fonts first."""
     listed = {entry.fname for entry in font_manager.fontManager.ttflist}
     found = {}
     for path in sorted(listed | set(font_manager.findSystemFonts()), key=_preference):
-        if Path(path).name.startswith("LastResort"):  # Matplotlib's boxes
+        if Path(path).name.startswith("LastResort"):  # Matplotlib's font of boxes
             continue
         try:
             font = font_manager.get_font(path)
-            charmap = font.get_charmap() if font.scalable else {}  # emoji of many colours are not
-        except (OSError, RuntimeError):  # a file that FreeType cannot read is no font to us
+            charmap = font.get_charmap() if font.scalable else {}  # fonts of coloured emoji are not scalable
+        except (OSError, RuntimeError):  # FreeType cannot read this file
             continue
         found[path] = frozenset(c for c in letters if ord(c) in charmap)
         if found[path] == letters:

@@ -7,7 +7,7 @@ import matplotlib
 
 from xception_flax.text.errors import UserError
 
-matplotlib.use("Agg")  # files only: no display is needed, and none is opened
+matplotlib.use("Agg")  # draws into files only, without a display
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,15 +16,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from xception_flax.display.lettering import Lettering, embedded
 from xception_flax.text import naming
 
-matplotlib.rcParams["text.usetex"] = False  # which a user's own settings may ask for, and names are no LaTeX
+matplotlib.rcParams["text.usetex"] = False  # names are not LaTeX, even if the user's own settings turn it on
 
-COLUMN_INCHES, CAPTION_SIZE, TITLE_SIZE = 1.75, 9, 10  # of an image; of letters, in points
-CAPTION_POINTS = 72 * COLUMN_INCHES - 8  # what a caption may take up
+COLUMN_INCHES = 1.75  # width of an image
+CAPTION_SIZE, TITLE_SIZE = 9, 10  # of letters, in points
+CAPTION_POINTS = 72 * COLUMN_INCHES - 8  # width of a caption
 
 
 def check_path(path: Path) -> None:
-    """Raises ValueError where no picture can be written to `path`; leaves no file."""
-    kinds = sorted({*FigureCanvasAgg.get_supported_filetypes()} - {"pgf"})  # which LaTeX would have to read
+    """Raises UserError unless a picture can be written to `path`. It leaves no file."""
+    kinds = sorted({*FigureCanvasAgg.get_supported_filetypes()} - {"pgf"})  # pgf needs LaTeX
     if path.suffix.lower().removeprefix(".") not in kinds:
         raise UserError(f"{path} is no name of a picture; expected one that ends in .png (or .{', .'.join(kinds)}).")
     try:
@@ -48,18 +49,18 @@ def draw_mistakes(
     title: str,
     path: Path,
 ) -> None:
-    """Draws images with what they are and what they were taken for.
+    """Draws images with their true classes and the classes that were predicted.
 
     Args:
       images: uint8 `[H, W, C]` each; may be empty.
       truths: names of the true classes, as they are in the data.
-      predictions: names of the predicted classes, likewise.
+      predictions: names of the predicted classes, as they are in the data.
       confidences: probability of each prediction, 0 to 1.
       title: of the whole picture; may have several lines.
       path: of the PNG file.
 
     Raises:
-      ValueError: the file cannot be written.
+      UserError: the file cannot be written.
     """
     truths, predictions = ([naming.shown(name) for name in names] for names in (truths, predictions))
     lettering = Lettering([title, *truths, *predictions])
@@ -83,12 +84,12 @@ def draw_images(images: Sequence[np.ndarray], captions: Sequence[str], title: st
 
     Args:
       images: uint8 `[H, W, C]` each; may be empty.
-      captions: of each; lines that are wider than their image are cut.
+      captions: one an image; lines that are wider than the image are cut.
       title: of the whole picture; may have several lines.
       path: of the PNG file.
 
     Raises:
-      ValueError: the file cannot be written.
+      UserError: the file cannot be written.
     """
     _draw_images(images, captions, title, path, Lettering([title, *captions]))
 
@@ -98,7 +99,7 @@ def _draw_images(
 ) -> None:
     columns = max(1, min(8, len(images)))
     rows = -(-len(images) // columns)
-    # As wide as the images, and at least as wide as the title: 35 letters are less than 3.5 inches.
+    # At least 3.5 inches, for a title of 35 letters.
     width = max(COLUMN_INCHES * columns, 3.5)
     lines = lettering.wrap(lettering.drawable(title), 72 * width - 8, TITLE_SIZE)
     captions = [lettering.drawable(caption) for caption in captions]

@@ -1,4 +1,4 @@
-"""Compiled programs are kept from one process to the next, in a folder of the user's."""
+"""The cache of compiled programs: a folder of the user's that outlives the process."""
 
 import os
 import shutil
@@ -9,25 +9,28 @@ import jax
 import jaxlib
 
 MAX_BYTES = 2 * 2**30
-MIN_FREE_BYTES = 2**30  # on the disk: the last of it is not for a cache
+MIN_FREE_BYTES = 2**30  # of the disk; a cache must not fill it
 
 
 def enable() -> Path | None:
-    """Sets JAX's cache of compiled programs up, before anything is compiled; returns its folder, None for none.
+    """Sets up JAX's cache of compiled programs.
 
-    To be called when the processes of a run have been connected.
+    Call it before anything is compiled, and after the processes of a run have been connected.
 
-    What JAX itself has been told has precedence: JAX_COMPILATION_CACHE_DIR names another folder, and
-    JAX_ENABLE_COMPILATION_CACHE=false, or an empty name, switches it off. A cache is never worth an
-    error: there is none where the folder cannot be written or the disk is nearly full.
+    JAX's own settings come first: JAX_COMPILATION_CACHE_DIR names another folder; an empty name or
+    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. Where the folder cannot be written or the disk is nearly
+    full there is no cache, and no error.
 
-    JAX's key of an entry has the program, the versions, the flags and the features of devices and of
-    the CPU, so that one folder serves every machine that shares it.
+    The key of an entry covers the program, the versions, the flags and the features of the devices and the CPU, so
+    many machines can share one folder.
 
-    The processes of a run must have one program, and only the first writes entries. On CPUs JAX's key is another in
-    each process, so that the first would read what all others compile; and a program that was read starts its
-    collectives in another order: there several processes have no cache. Elsewhere they have the one that JAX was told
-    of, which is to be shared by all; a user's own folder may be another on each host.
+    With several processes, all must run the same program, and only the first writes entries. On CPUs there is no
+    cache then: JAX's key differs by process there, so the first would read what all others compile, and a program
+    that was read starts its collectives in another order. On other devices the cache is used only where JAX was given
+    a folder, which all hosts must share: the user's own folder may differ between hosts.
+
+    Returns:
+      The folder of the cache, or None without one.
     """
     if not jax.config.jax_enable_compilation_cache:
         return None
@@ -35,20 +38,20 @@ def enable() -> Path | None:
         jax.config.update("jax_enable_compilation_cache", False)
         return None
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # JAX's own second leaves out small programs, and there are many: the first checkpoint of eight devices
-        # alone has two hundred, which compile in eight seconds and are 2 MB.
+        # By default JAX leaves out programs that compile within a second. There are many: the first checkpoint on
+        # eight devices alone takes two hundred, which compile in eight seconds and take 2 MB.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if (chosen := jax.config.jax_compilation_cache_dir) is not None:
-        if not chosen:  # JAX would make no cache of an empty name, but folders in the working directory
+        if not chosen:  # from an empty name JAX would make folders in the working directory
             jax.config.update("jax_compilation_cache_dir", None)
         return Path(chosen) if chosen else None
     if jax.process_count() > 1:
         return None
     if sys.platform == "darwin" and jaxlib.version.__version_info__ < (0, 10):
-        return None  # reading a large program back crashes there
+        return None  # reading a large program from the cache crashes there
     try:
         folder = _default_folder()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what is in it is executed: nobody else's business
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # only for this user: its content is executed
         if not os.access(folder, os.W_OK | os.X_OK) or shutil.disk_usage(folder).free < MIN_FREE_BYTES:
             return None
         if jax.config.jax_compilation_cache_max_size == -1:
@@ -61,22 +64,22 @@ def enable() -> Path | None:
 
 def _default_folder() -> Path:
     caches = os.environ.get("XDG_CACHE_HOME", "")
-    # By the XDG base directory specification a relative path is to be ignored.
+    # The XDG base directory specification says to ignore a relative path.
     return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "xception_flax" / "jax"
 
 
 def prune(folder: Path, max_bytes: int) -> None:
-    """Removes entries, those first that were not used for longest, until at most `max_bytes` are left.
+    """Removes the least recently used entries until at most `max_bytes` are left.
 
-    JAX's own limit (`jax_compilation_cache_max_size`) takes a further package and a lock around every
-    read, and refuses all writes for good after a process was killed between two of its files. The time
-    of the last access is good enough to a day on Linux; where it is not kept, age counts.
+    JAX's own limit (`jax_compilation_cache_max_size`) needs another package and a lock around every read, and it
+    refuses all writes for good after a process was killed between two of its files. On Linux the time of the last
+    access is precise to a day, which is enough; where it is not kept, the age of an entry counts.
     """
     entries = []
     for path in folder.glob("*-cache"):
         try:
             stat = path.stat()
-        except OSError:  # another process was faster
+        except OSError:  # another process has removed it
             continue
         entries.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
     excess = sum(size for _, size, _ in entries) - max_bytes

@@ -1,12 +1,12 @@
-"""What the makers say of their devices: data and a look-up, nothing more."""
+"""The published peak speed of devices."""
 
-# Multiply and add count as two. Dense, without the doubling for sparse weights. `float32` is what XLA
-# makes of it unless told otherwise: one pass of the bfloat16 unit on TPUs, TF32 on NVIDIA's tensor cores.
-# A name is here as JAX gives it, whole: a part of a device (MIG) has another, and so has one of another
-# power limit. What is missing is not guessed.
+# A multiplication and an addition count as two operations. The values are for dense arrays, not doubled for sparse
+# weights. `float32` is XLA's default precision: one pass of the bfloat16 unit on TPUs, TF32 on NVIDIA's tensor cores.
+# The keys are JAX's whole names of devices: a part of a GPU (MIG) and a GPU with another power limit have other names,
+# and have no entry. Missing values are not guessed.
 #
-# TPU: the 'System architecture' pages of cloud.google.com/tpu/docs (v3 to v6e, TPU7x), for a chip, divided
-# by the devices that JAX makes of it: two of v3 and TPU7x, one of the others.
+# TPU: the 'System architecture' pages of cloud.google.com/tpu/docs (v3 to v6e, TPU7x) give the peak of a chip. It is
+# divided by the number of JAX's devices on a chip: two for v3 and TPU7x, one for the others.
 # NVIDIA: the data sheets of V100, A100, H100, H200.
 _V4 = {"bfloat16": 275e12, "float32": 275e12}
 _V5E = {"bfloat16": 197e12, "float32": 197e12}
@@ -38,10 +38,10 @@ PEAK_FLOPS_PER_SECOND: dict[str, dict[str, float]] = {
 
 
 def peak_flops_per_second(device_kind: str, dtype: str) -> float | None:
-    """Returns what one device computes at most, in floating-point operations a second; None where it is not known.
+    """Returns the peak of one device in floating-point operations a second; None where it is not known.
 
     Args:
-      device_kind: as JAX names it, `jax.devices()[0].device_kind`.
-      dtype: of the network's computation, such as 'bfloat16'.
+      device_kind: JAX's name of the device, `jax.devices()[0].device_kind`.
+      dtype: in which the network computes, such as 'bfloat16'.
     """
     return PEAK_FLOPS_PER_SECOND.get(device_kind, {}).get(dtype)

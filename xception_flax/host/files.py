@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, which no power cut undoes; an error is a line that names the file."""
+"""Files of a run: written whole or not at all, even in a power cut. An error is one line that names the file."""
 
 import contextlib
 import errno
@@ -11,14 +11,14 @@ from xception_flax.text.errors import UserError
 
 @contextlib.contextmanager
 def file_errors(path: Path, what: str) -> Iterator[None]:
-    """Makes one line of what the file system refuses within: which file, and why.
+    """Turns an OSError inside the block into one line that names the file and the reason.
 
     Args:
-      path: of the file that is read or written.
-      what: it cannot be: 'read' or 'written'.
+      path: the file that is read or written.
+      what: 'read' or 'written'.
 
     Raises:
-      ValueError: an OSError was raised.
+      UserError: the block raised an OSError.
     """
     try:
         yield
@@ -27,10 +27,10 @@ def file_errors(path: Path, what: str) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: Iterable[bytes]) -> None:
-    """Writes a file whole or not at all: all of it is on the disk before it takes the name.
+    """Writes a file whole or not at all: it gets its name when all of it is on the disk.
 
     Raises:
-      ValueError: it cannot be written; what had the name before still has it.
+      UserError: it cannot be written. A file that had this name before is unchanged.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -47,12 +47,12 @@ def write_whole(path: Path, content: Iterable[bytes]) -> None:
 
 
 def check_kind(path: Path, *, folder: bool = False, access: int = os.R_OK | os.W_OK) -> None:
-    """Raises ValueError where there is something else of that name than a file, or folder, that can be used.
+    """Raises UserError unless `path` is a file (or a folder) that can be used, or does not exist.
 
     Args:
-      path: where nothing may be as well.
-      folder: whether it is to be one.
-      access: that is needed to a file, as for `os.access`.
+      path: of the file or folder.
+      folder: expect a folder, not a file.
+      access: what is needed of a file, as for `os.access`. A folder must also be writable.
     """
     if not os.path.lexists(path):
         return
@@ -69,12 +69,12 @@ def check_kind(path: Path, *, folder: bool = False, access: int = os.R_OK | os.W
 
 
 def sync(path: Path) -> None:
-    """Waits until the disk has what is in a file, or the names that are in a folder."""
+    """Waits until the content of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems know no such call for folders: there is nothing to wait for there.
+        # Some network file systems do not support it for folders. There is nothing to wait for then.
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -82,7 +82,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Waits until the disk has all files and folders in and below `folder`, and itself."""
+    """Waits until `folder` and all files and folders below it are on the disk."""
     for path in folder.rglob("*"):
         if not path.is_symlink():
             sync(path)
@@ -90,7 +90,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Drops from memory what the disk has of the files below `folder`, so that reading them reads the disk."""
+    """Drops the files below `folder` from the system's cache, so that reading them reads the disk."""
     if not hasattr(os, "posix_fadvise"):  # macOS
         return
     for path in folder.rglob("*"):

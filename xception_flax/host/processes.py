@@ -1,8 +1,8 @@
-"""Several processes as one run: all begin alike, and where one ends all do, each with the reason.
+"""Several processes as one run: all start alike, and when one ends all end, each with the reason.
 
-A process that waits for another in a collective would wait for ever, and JAX ends it after minutes with no word of
-what was the matter. So the processes talk beside the program, through the key-value store of JAX's coordinator, which
-is there from before the first device to the end. With one process nothing here does anything.
+When a process dies, the others wait for it in a collective, and JAX ends them after minutes without a reason. So the
+processes also talk through the key-value store of JAX's coordinator, which exists from before the first device to the
+end. With one process, nothing here has an effect.
 """
 
 import atexit
@@ -29,19 +29,19 @@ from xception_flax.host import signals
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import differing
 
-START_SECONDS = 300  # that a process waits for the others; JAX's own default
-JAX_START_SECONDS = START_SECONDS + 30  # JAX ends the process with a stack in place of a sentence: it must come later
-LOOK_SECONDS = 2  # between two looks at what the others say, and two signs of life
-STILL_SECONDS = 10  # without one a process counts as dead where its death is what an error here looks like
-SILENT_SECONDS = 75  # without a sign of life a process counts as dead; JAX itself takes 100 and says it in a stack
-FAREWELL_SECONDS = 15  # that a process which ends waits for the others to hear of it
-SHARED_SECONDS = 30  # that a new folder may take to be seen by all: so long NFS may say that there is none
+START_SECONDS = 300  # a process waits so long for the others to start; JAX's own default
+JAX_START_SECONDS = START_SECONDS + 30  # later than ours, since JAX ends the process with a stack trace
+LOOK_SECONDS = 2  # between two signs of life, and between two looks at those of the others
+STILL_SECONDS = 10  # after an error here, another process without a sign of life for so long counts as dead
+SILENT_SECONDS = 75  # otherwise it does after so long; JAX itself takes 100, and prints a stack trace
+FAREWELL_SECONDS = 15  # a process that ends waits so long for the others to hear of it
+SHARED_SECONDS = 30  # NFS may take so long to show a new file to all hosts
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "simplejpeg", "pillow")
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 
-MAX_NAMED = 5  # differences in an error message
-MAX_LETTERS = 80  # of each value
+MAX_NAMED = 5  # differences, or processes, in an error message
+MAX_LETTERS = 80  # of each value in an error message
 
 _EACH_HOST = (
     "Start the same command on every host, with --coordinator each with its own --process-id; see what is said there."
@@ -53,15 +53,17 @@ _WORD, _SIGN, _HEARD = (f"xception_flax/{name}" for name in ("word", "sign", "he
 
 
 def connect(coordinator: str, num_processes: int, process_id: int) -> None:
-    """Joins the processes of a run; to be called before JAX touches a device.
+    """Joins the processes of a run. Call it before JAX uses a device.
 
-    Where they do not come within `START_SECONDS`, the process ends with code 2 and a sentence.
+    If they do not all start within `START_SECONDS`, this process prints the reason and ends with code 2.
 
     Args:
       coordinator: `HOST:PORT` of process 0.
+      num_processes: of the whole run.
+      process_id: of this process, from 0.
 
     Raises:
-      ValueError: numbers or an address that cannot be, or an address that process 0 cannot listen on.
+      UserError: invalid numbers, an invalid address, or a port that process 0 cannot listen on.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -79,15 +81,15 @@ def connect(coordinator: str, num_processes: int, process_id: int) -> None:
 
 
 def connect_cluster() -> None:
-    """Joins the processes that the cluster (TPU pod, Slurm) says there are; otherwise as `connect`.
+    """Joins the processes that the cluster (TPU pod, Slurm) has started; otherwise as `connect`.
 
     Raises:
-      ValueError: JAX finds no cluster here.
+      UserError: JAX finds no cluster here.
     """
     with _bounded(lambda: f"this process has waited {START_SECONDS} s for the others of the cluster. {_EACH_HOST}"):
         try:
             jax.distributed.initialize(initialization_timeout=JAX_START_SECONDS)
-        except ValueError as error:  # of JAX's kinds of clusters it is none, or one that is not set up
+        except ValueError as error:  # JAX does not know this kind of cluster, or it is not set up
             raise UserError(
                 f"--distributed finds no cluster (TPU pod, Slurm) here: {str(error).rstrip('.')}. Leave it out on "
                 "one machine, or give --coordinator, --num-processes and --process-id."
@@ -97,7 +99,7 @@ def connect_cluster() -> None:
 
 @contextlib.contextmanager
 def _bounded(reason: Callable[[], str]) -> Iterator[None]:
-    """Ends the process with a sentence where what is within takes longer than `START_SECONDS`."""
+    """Ends the process, with `reason`, if the block takes longer than `START_SECONDS`."""
 
     def give_up() -> None:
         _say(f"error: {reason()}")
@@ -113,7 +115,10 @@ def _bounded(reason: Callable[[], str]) -> Iterator[None]:
 
 
 def _cannot_listen(port: int) -> str | None:
-    """Why, or None. JAX would say it in a stack. Bound and not listened on, so that nobody connects to this look."""
+    """Returns why this process cannot listen on the port, or None. JAX would only print a stack trace.
+
+    The port is bound but not listened on, so that no other process connects to this test.
+    """
     try:
         with socket.socket() as look:
             look.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -135,19 +140,19 @@ def _nobody_came(address: tuple[str, int], num_processes: int, process_id: int) 
     return f"process {process_id} of {num_processes} has waited {START_SECONDS} s; {missing}. {_EACH_HOST}"
 
 
-# Alike ---------------------------------------------------------------------------------------------
+# Comparing -----------------------------------------------------------------------------------------
 
 
 def agree(what: str, values: Callable[[], Mapping[str, Any]]) -> None:
-    """Compares values over all processes, each of which must call it.
+    """Compares values over all processes. Each process must call it.
 
     Args:
-      what: name of the comparison; each is made once.
-      values: returns JSON values that must be equal, by the name that a message gives them; with one process it is
-        not called.
+      what: name of the comparison; a name can be used once.
+      values: returns JSON values by name, which must be equal everywhere. The names stand in the error message. With
+        one process it is not called.
 
     Raises:
-      ValueError: on every process, where a value differs; it names what differs, and on which process.
+      UserError: on every process, if a value differs. The message says which, and on which processes.
     """
     if jax.process_count() == 1:
         return
@@ -160,7 +165,7 @@ def agree(what: str, values: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def software() -> dict[str, Any]:
-    """What computes, for `agree`: this code, the libraries that a result depends on, flags and devices."""
+    """Returns what a result depends on, for `agree`: this code, the versions of libraries, flags and devices."""
     code = hashlib.sha256()
     package = Path(__file__).parents[1]
     for file in sorted([*package.rglob("*.py"), package.parent / "train.py"]):
@@ -180,12 +185,12 @@ def software() -> dict[str, Any]:
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
-    except metadata.PackageNotFoundError:  # a nightly build has a name of its own
+    except metadata.PackageNotFoundError:  # a nightly build has another name
         return "none of that name"
 
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Says of each value that differs what it is where: 'seed is 0 on process 0, 1 on process 1'. A row a process."""
+    """Describes each value that differs between processes, one row each: 'seed is 0 on process 0, 1 on process 1'."""
     said = []
     for name in differing(rows):
         found: dict[str, list[int]] = {}
@@ -197,7 +202,7 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _shortened(text: str) -> str:
-    """Long values differ somewhere: what is left out of one is in its hash."""
+    """Cuts a long value. Its hash shows a difference that is in the part left out."""
     if len(text) <= MAX_LETTERS:
         return text
     return f"{text[:MAX_LETTERS]}... (SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
@@ -211,15 +216,15 @@ def _processes(numbers: list[int]) -> str:
 
 
 def check_shared(folder: Path) -> None:
-    """Compares whether `folder`, which the first process has made, is one and the same for all.
+    """Checks that `folder`, which the first process has made, is the same folder for all processes.
 
     Raises:
-      ValueError: on every process, where some process does not see there what the first has written.
+      UserError: on every process, if one of them does not see a file that the first has written.
     """
     if jax.process_count() == 1:
         return
     first = jax.process_index() == 0
-    name = f".shared-{secrets.token_hex(8)}" if first else ""  # no client of NFS can remember that it is not there
+    name = f".shared-{secrets.token_hex(8)}" if first else ""  # a new name, so no NFS client has cached its absence
     if first:
         (folder / name).touch()
     file = folder / _gather("name", name)[0]
@@ -240,22 +245,22 @@ def check_shared(folder: Path) -> None:
 
 
 def end(code: int, message: str, error: BaseException | None = None) -> None:
-    """Ends this process and all others where one of several fails; returns where there is one only.
+    """Ends this process and all others after a failure. With a single process it returns at once.
 
-    Where another has failed before, this is most likely what came of it, and the other's reason is the one that is
-    said. Nothing that stands on a `with` or at Python's exit is done any more: it may wait for the others.
+    If another process has failed before, this failure most likely follows from it, and the other's reason is printed.
+    The ends of `with` blocks and Python's exit handlers do not run, since they may wait for the other processes.
 
     Args:
-      code: exit code of all of them.
-      message: what this process says: 'error: ...', or a traceback.
-      error: of a traceback, which the others say in short. It may be what another's death looks like from here: JAX
-        has no type of its own for that, so that a death is looked for first.
+      code: exit code of all processes.
+      message: what this process prints: 'error: ...', or a traceback.
+      error: the exception of a traceback; the others print its last line. It may come from the death of another
+        process, for which JAX has no exception type, so dead processes are looked for first.
     """
     if not _is_several():
         return
     _ending.acquire()
     reason, dead = message.removeprefix("error: ").strip() or "nobody reads its output", []
-    if error is not None:  # JAX adds notes to errors, which come behind the error itself
+    if error is not None:  # JAX adds notes, which come after the error itself
         reason = traceback.format_exception_only(error)[0].strip()
     if error is not None and _word() is None and (dead := _standing_still()):
         code, reason = 2, _died(dead, STILL_SECONDS)
@@ -271,7 +276,7 @@ def end(code: int, message: str, error: BaseException | None = None) -> None:
 
 
 def _standing_still() -> list[int]:
-    """The other processes that give no sign of life while this one looks for `STILL_SECONDS`."""
+    """Returns the other processes that give no sign of life for `STILL_SECONDS` from now."""
     still = set(range(_client_state().num_processes)) - {_client_state().process_id}
     deadline = time.monotonic() + STILL_SECONDS
     try:
@@ -286,29 +291,29 @@ def _standing_still() -> list[int]:
 
 
 def interrupted(number: int, frame: FrameType | None = None) -> NoReturn:
-    """Handles Ctrl-C before the first step: ends this process, and the others with a word of it."""
-    signal.signal(number, signals.stop_at_once)  # where it comes again
+    """Handles Ctrl-C before the first step: ends this process, and tells the others to end."""
+    signal.signal(number, signals.stop_at_once)  # for a second Ctrl-C
     _tell(128 + number, "it was interrupted")
     _say("\ninterrupted")
     _leave(128 + number)
 
 
 def leave() -> None:
-    """Waits for all processes to have come to their end, or for one to fail; to be called before a good exit."""
+    """Waits until all processes have finished, or one fails. Call it before a successful exit."""
     if _is_several():
         _gather("done", "")
         _watching.stop()
 
 
 def watch() -> None:
-    """Lets a thread look whether another process has failed or died, which then ends this one too."""
+    """Starts a thread that ends this process when another has failed or died."""
     if _is_several():
         _watching.start()
         signal.signal(signal.SIGINT, interrupted)
 
 
 class _Watch:
-    """The thread that gives signs of life, and looks for those of others and for their last words."""
+    """The thread that gives signs of life, and looks for those of other processes and for their failures."""
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
@@ -335,7 +340,7 @@ class _Watch:
                     _say(f"error: {_died(silent, SILENT_SECONDS)}")
                     _leave(2, dead=len(silent))
                 word = _word()
-            except Exception:  # the coordinator cannot be reached: JAX ends the process where that lasts
+            except Exception:  # the coordinator cannot be reached; JAX ends the process if that lasts
                 word = None
             if word is not None and word[1] != me:
                 _ending.acquire()
@@ -346,7 +351,7 @@ class _Watch:
 
 
 class Signs:
-    """When each process has given its last sign of life, by the clock of the one that looks."""
+    """When each process gave its last sign of life, by this process's clock."""
 
     def __init__(self, num_processes: int) -> None:
         self._last: dict[int, tuple[str | None, float]] = {}
@@ -363,7 +368,7 @@ class Signs:
 
 
 _watching = _Watch()
-_ending = threading.Lock()  # never let go: of two threads that find an end one says it
+_ending = threading.Lock()  # never released: if two threads find that the run must end, one of them prints it
 
 
 def _of_another(process: int, reason: str) -> str:
@@ -378,19 +383,19 @@ def _died(silent: list[int], seconds: float) -> str:
 
 
 def _tell(code: int, reason: str) -> None:
-    with contextlib.suppress(Exception):  # another has told, or the coordinator has gone
+    with contextlib.suppress(Exception):  # another process was first, or the coordinator has gone
         _client().key_value_set(_WORD, json.dumps([code, _client_state().process_id, reason]))
 
 
 def _word() -> tuple[int, int, str] | None:
     try:
         return tuple(json.loads(_client().key_value_try_get(_WORD)))
-    except Exception:  # not there, for which JAX has no type of its own
+    except Exception:  # nobody has failed; JAX has no exception type for a missing key
         return None
 
 
 def _leave(code: int, dead: int = 0) -> NoReturn:
-    """Ends the process when all but the dead have heard; Python's and JAX's own exit would wait for them."""
+    """Ends the process when all but the dead have heard. Python's and JAX's own exit would wait for the dead."""
     state = _client_state()
     deadline = time.monotonic() + FAREWELL_SECONDS
     with contextlib.suppress(Exception):
@@ -398,14 +403,14 @@ def _leave(code: int, dead: int = 0) -> NoReturn:
         while len(_client().key_value_dir_get(_HEARD)) < state.num_processes - dead and time.monotonic() < deadline:
             time.sleep(0.1)
     if state.process_id == 0:
-        time.sleep(1)  # the coordinator is in this process: what it takes along aborts those that still ask it
-    with contextlib.suppress(Exception):  # whoever reads it may have gone
+        time.sleep(1)  # the coordinator ends with this process, which aborts processes that still ask it
+    with contextlib.suppress(Exception):  # the reader of a pipe may have gone
         sys.stdout.flush()
     os._exit(code)
 
 
 def _say(text: str) -> None:
-    behind_bar = "\x1b[?25h\n" if os.isatty(2) else ""  # the progress bar hides the cursor, and leaves it on its line
+    behind_bar = "\x1b[?25h\n" if os.isatty(2) else ""  # show the cursor that the progress bar hides; leave its line
     os.write(2, f"{behind_bar}{text}\n".encode(errors="backslashreplace"))
 
 
@@ -413,10 +418,10 @@ def _say(text: str) -> None:
 
 
 def _gather(name: str, value: str) -> list[str]:
-    """Returns the values of all processes, each of which must call it; waits for them."""
+    """Returns the values of all processes and waits for them. Each process must call it."""
     state = _client_state()
     _client().key_value_set(f"xception_flax/{name}/{state.process_id}", value)
-    # Not as many as this process was told of: that is one of the things to be compared.
+    # JAX's count, not this process's own --num-processes, which is one of the values to compare.
     while len(found := _client().key_value_dir_get(f"xception_flax/{name}")) < jax.process_count():
         time.sleep(0.05)
     return [value for _, value in sorted(found, key=lambda item: int(item[0].rpartition("/")[2]))]
@@ -427,7 +432,7 @@ def _is_several() -> bool:
 
 
 def _client_state() -> Any:
-    # JAX has no public way to its key-value store; Orbax goes this one too.
+    # JAX's key-value store has no public API; Orbax uses the same private one.
     from jax._src import distributed
 
     return distributed.global_state

@@ -1,4 +1,4 @@
-"""Stopping by signal. Imports next to nothing: a command handles Ctrl-C by it before it imports all else."""
+"""Stopping by signal. It imports very little, so that a command can handle Ctrl-C before its slow imports."""
 
 import os
 import signal
@@ -7,16 +7,16 @@ import time
 from types import FrameType
 from typing import NoReturn
 
-# `timeout` and some job managers signal a process, and at once its whole group: to the process that is
-# twice, and meant once.
+# `timeout` and some job managers signal a process and, at the same moment, its whole group. The process gets the
+# signal twice, but one is meant. A second signal within this time is ignored.
 ECHO_SECONDS = 0.1
 
 
 def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
-    """Handles a signal by ending the process there and then: code 128 + N, no traceback.
+    """Handles a signal by ending the process at once, with code 128 + N and no traceback.
 
-    An exception would be lost where it comes into a callback, and can end in a crash where it comes
-    into native code. What lies on disk is whole at every moment, as for SIGKILL.
+    An exception would be lost inside a callback, and can crash native code. Files on the disk are whole at every
+    moment, so ending here is as safe as SIGKILL.
     """
     show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # the progress bar hides it
     os.write(2, f"{show_cursor}\ninterrupted\n".encode())
@@ -24,11 +24,11 @@ def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
 
 
 class StopRequest:
-    """Whether SIGTERM or Ctrl-C has asked to stop; a context manager.
+    """A context manager that records whether SIGTERM or Ctrl-C has asked to stop, in `signal`.
 
-    The first signal lets the step in hand end and a checkpoint be written; the second stops at
-    once. With several processes JAX has its own handler of SIGTERM, in C++, which makes all hosts
-    stop at one step: there Ctrl-C is handed to it, and only a second Ctrl-C is seen here.
+    After the first signal the caller can finish its step and save a checkpoint; the second ends the process at once.
+    With several processes JAX handles SIGTERM itself, in C++, and makes all hosts stop at the same step. There the
+    first Ctrl-C is passed on to JAX as SIGTERM, and the second ends the process.
     """
 
     def __init__(self, *, several_processes: bool = False) -> None:
@@ -37,8 +37,8 @@ class StopRequest:
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        # Python runs handlers between two lines of Python, and compiling is one call that may take minutes: only a
-        # thread, told by the pipe, sees a second signal in it.
+        # Python runs handlers only between two of its own instructions, and compiling is one call that may take
+        # minutes. A thread that reads the wakeup pipe sees a second signal during that call.
         told, self._tell = os.pipe()
         os.set_blocking(self._tell, False)
         threading.Thread(target=self._watch, args=(told,), daemon=True).start()

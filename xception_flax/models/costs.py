@@ -1,4 +1,4 @@
-"""What a network costs, layer by layer, from shapes alone: parameters, multiply-adds, memory of activations."""
+"""The cost of a network, layer by layer, from shapes alone: parameters, multiply-adds, memory of activations."""
 
 import contextlib
 import math
@@ -15,14 +15,14 @@ class Layer(NamedTuple):
     """A module with parameters of its own.
 
     Attributes:
-      path: its name in the variables, such as `('block2_sepconv1', 'depthwise')`.
+      path: in the variables, such as `('block2_sepconv1', 'depthwise')`.
       module: its class, such as 'DepthwiseConv'.
       shape: of its output, without the batch.
-      parameters: trainable.
-      statistics: moving means and variances.
-      macs: multiply-adds an image, of convolutions and dense layers.
-      activation_bytes: of its output, an image. The backward pass keeps about these; ReLU, pooling
-        and sums are fused or computed again.
+      parameters: number of trainable values.
+      statistics: number of moving means and variances.
+      macs: multiply-adds an image; 0 except for convolutions and dense layers.
+      activation_bytes: of its output, an image. About these are kept for the backward pass; ReLU, pooling and sums
+        are fused or computed again.
     """
 
     path: tuple[str, ...]
@@ -37,10 +37,10 @@ class Layer(NamedTuple):
 def list_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
     """Returns the layers of `model` in the order of their computation, for one image `(H, W, C)`.
 
-    Nothing is computed and no array is made.
+    It only traces the network: nothing is computed, and no array is made.
 
     Raises:
-      ValueError: the model does not take images of this shape.
+      UserError: the model does not accept images of this shape.
     """
     layers: list[Layer] = []
 
@@ -81,11 +81,11 @@ def _size(tree: Any) -> int:
 
 
 def training_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Returns the floating-point operations an image that training by this network needs.
+    """Returns the floating-point operations an image that training this network needs.
 
-    Two for a multiply-add; and three times the forward pass, since the backward pass makes two
-    products of the size of each: the gradient of its input and that of its weights. What is computed
-    again to save memory does not count, nor does what is not a convolution or a dense layer.
+    A multiply-add is two operations. Training takes three times the forward pass: for each product, the backward pass
+    computes two of the same size, the gradients of its input and of its weights. Only convolutions and dense layers
+    count, and not what is computed again to save memory.
     """
     return 2 * 3 * sum(layer.macs for layer in list_layers(model, image_shape))
 
@@ -93,6 +93,6 @@ def training_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
 def peak_images_per_second(
     model: nn.Module, image_shape: tuple[int, int, int], device_kind: str, num_devices: int
 ) -> float | None:
-    """Returns the rate of training that devices of a kind cannot exceed; None where their peak is not known."""
+    """Returns the largest training rate that these devices can reach; None where their peak is not known."""
     peak = devices.peak_flops_per_second(device_kind, jnp.dtype(model.dtype).name)
     return None if peak is None else num_devices * peak / training_flops(model, image_shape)

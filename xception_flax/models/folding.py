@@ -18,22 +18,21 @@ CONVOLUTIONS = (Conv, DepthwiseConv, PointwiseConv)
 def fold_batch_norm(
     model: nn.Module, variables: PyTree, *, image_shape: tuple[int, int, int] = (299, 299, 3)
 ) -> dict[str, PyTree]:
-    """Returns variables of the same network in which normalization only adds a bias, where it follows a convolution.
+    """Returns variables of the same network in which a normalization after a convolution only adds a bias.
 
-    `scale / sqrt(var + epsilon)` goes into the kernel, what is left into `bias`; `mean`, `var` and `scale`
-    become those that change nothing. Names and shapes stay, so whatever takes the variables takes these:
-    all `endpoints` with `train=False` are the same to float32's rounding. Not for training: the
-    statistics are gone. A normalization of something other than a convolution's result, as in networks
-    with pre-activation, stays as it is.
+    `scale / sqrt(var + epsilon)` is multiplied into the kernel, and the rest goes into `bias`; `mean`, `var` and
+    `scale` become an identity. Names and shapes are unchanged, so the result can replace the variables everywhere: all
+    `endpoints` with `train=False` are equal up to float32's rounding. It is not for training, since the statistics are
+    gone. A normalization that does not follow a convolution, as with pre-activation, is unchanged.
 
     Args:
-      model: one of `MODELS`, or a network in which nothing but its normalization and an endpoint takes the
-        result of a convolution: another use of it is not seen.
+      model: one of `MODELS`, or a network in which the result of a normalized convolution is used only by its
+        normalization and as an endpoint; other uses are not detected.
       variables: `{'params': ..., 'batch_stats': ...}`.
-      image_shape: `(H, W, C)` of an image that the network takes.
+      image_shape: `(H, W, C)` of an image that the network accepts.
 
     Raises:
-      ValueError: there are no statistics to fold.
+      UserError: there are no statistics to fold.
     """
     if not variables.get("batch_stats"):
         raise UserError("fold_batch_norm needs variables with 'batch_stats'; this network, or this file, has none.")
@@ -53,10 +52,10 @@ def fold_batch_norm(
 def _normalized_convolutions(
     model: nn.Module, variables: PyTree, image_shape: tuple[int, int, int]
 ) -> list[tuple[tuple[str, ...], tuple[str, ...], float]]:
-    """(path of a convolution, path of the normalization that alone takes its result, its epsilon), in order."""
+    """Returns (path of a convolution, path of the normalization that alone uses its result, its epsilon), in order."""
     if getattr(model, "remat", False):
-        model = model.clone(remat=False)  # what a block returns would be another object than what was made in it
-    made, pairs = {}, []  # `made` holds the arrays, so that no other gets the identity of one
+        model = model.clone(remat=False)  # with remat, a block would return other objects than were made in it
+    made, pairs = {}, []  # `made` keeps the arrays alive, so that no other array gets the id of one
 
     def watch(call, args, kwargs, context):
         result = call(*args, **kwargs)
@@ -69,7 +68,7 @@ def _normalized_convolutions(
     def trace(variables: PyTree, images: jax.Array) -> dict[str, jax.Array]:
         with nn.intercept_methods(watch):
             endpoints = model.apply(variables, images, train=False, method="endpoints")
-        # A result that is an endpoint too has to stay what it is.
+        # A result that is also an endpoint must not change.
         kept = {id(value) for value in endpoints.values()}
         pairs[:] = [(x, norm) for x, norm in pairs if id(x) not in kept]
         return endpoints

@@ -1,7 +1,7 @@
-"""Reading a compiled program: what each of its instructions moves in memory and sends to other devices.
+"""Reads a compiled program: what each instruction moves in memory and sends to other devices.
 
-XLA's `cost_analysis` gives one sum. The text of the program (`compiled.as_text()`, HLO) says which
-instruction reads and writes which arrays, where they lie and which layer they are from.
+XLA's `cost_analysis` gives one sum. The text of the program (`compiled.as_text()`, HLO) says which arrays each
+instruction reads and writes, in which memory they are and from which layer.
 """
 
 import math
@@ -15,7 +15,7 @@ BITS = (
     {"pred": 8, "token": 0} | {f"{kind}{bits}": bits for kind in "sufc" for bits in (4, 8, 16, 32, 64)} | {"bf16": 16}
 )
 
-# They move nothing: names for arrays, and the ends of what was begun by another instruction.
+# These move nothing: they only name arrays or order instructions.
 _FREE = (
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "domain"),
     *("partition-id", "replica-id"),
@@ -26,9 +26,9 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 
 
 class Array(NamedTuple):
-    """An array of a type."""
+    """The size of an array, and its memory."""
 
-    size: int  # bytes, with those that pad its tiles
+    size: int  # in bytes, with the padding of its tiles
     on_chip: bool  # in the chip's own memory (VMEM, SMEM), not in HBM
 
 
@@ -39,10 +39,10 @@ class Instruction(NamedTuple):
       name: unique in its computation.
       opcode: 'fusion', 'all-reduce', ...
       results: the arrays that it makes.
-      operands: names of the instructions whose results it takes.
-      called: the computations that it runs.
-      times: how often it runs them: the trip count of a loop.
-      op_name: where it is from: functions of JAX and modules of the network; '' where XLA does not say.
+      operands: names of the instructions whose results it reads.
+      called: names of the computations that it runs.
+      times: how often it runs them: the trip count of a loop, else 1.
+      op_name: its origin in functions of JAX and modules of the network; '' where XLA does not say.
       target: of a custom call.
     """
 
@@ -57,15 +57,15 @@ class Instruction(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """The bytes that an instruction moves, all its repetitions together.
+    """The memory traffic of an instruction, over all its repetitions.
 
     Attributes:
       opcode: its kind.
-      op_name: where it is from; of a fusion, where the convolution in it is from; of a copy that XLA
-        has added, where its first user is from.
-      times: how often it is run.
+      op_name: its origin. For a fusion it is that of the convolution in it; for a copy that XLA added, that of its
+        first user.
+      times: how often it runs.
       size: bytes read and written; a fusion reads its operands and writes its results once.
-      hbm_size: those of `size` that are not in the chip's own memory.
+      hbm_size: the part of `size` that is in HBM, not in the chip's own memory.
     """
 
     opcode: str
@@ -76,7 +76,7 @@ class Traffic(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind and size: `kind`, bytes of the whole array on a device, how often in a run."""
+    """Collectives of one kind and size: `kind`, bytes of the whole array on a device, number of runs."""
 
     kind: str
     size: int
@@ -97,7 +97,7 @@ class Hlo:
                 computation[match[1]] = _instruction(*match.groups())
 
     def traffic(self) -> Iterator[Traffic]:
-        """Yields that of each instruction that is run, also of those in loops and branches."""
+        """Yields the memory traffic of each instruction that moves data, also in loops and branches."""
         for name, times in self._run(self._entry, 1):
             computation = self._computations[name]
             op_names = _with_users(computation, {i.name: self._op_name(i) for i in computation.values()})
@@ -108,7 +108,7 @@ class Hlo:
                     yield Traffic(instruction.opcode, op_names[instruction.name], times, times * size, times * hbm)
 
     def collectives(self) -> list[Collective]:
-        """Returns what is sent between devices, the largest first; also where XLA has hidden it in a fusion."""
+        """Returns the collectives between devices, the largest first, also those inside a fusion."""
         found: dict[tuple[str, int], int] = {}
         for name, times in self._run(self._entry, 1, fused=True):
             computation = self._computations[name]
@@ -117,7 +117,7 @@ class Hlo:
                 if kind in COLLECTIVES:
                     inputs = sum(a.size for o in instruction.operands for a in computation[o].results)
                     outputs = sum(a.size for a in instruction.results)
-                    if instruction.opcode != kind and kind != "all-reduce":  # its result names the operands too
+                    if instruction.opcode != kind and kind != "all-reduce":  # results include the operands
                         outputs -= inputs
                     key = kind, max(inputs, outputs)
                     found[key] = found.get(key, 0) + times
@@ -127,7 +127,7 @@ class Hlo:
         ]
 
     def _run(self, name: str, times: int, fused: bool = False) -> Iterator[tuple[str, int]]:
-        """The computations that run, each with how often, without or with those that are parts of one instruction."""
+        """Yields each computation that runs and how often; with `fused`, also the computations of fusions."""
         yield name, times
         for instruction in self._computations[name].values():
             if fused or instruction.opcode != "fusion":
@@ -135,7 +135,7 @@ class Hlo:
                     yield from self._run(called, times * instruction.times, fused)
 
     def _op_name(self, instruction: Instruction) -> str:
-        """That of the convolution where there is one within, else its own."""
+        """Returns the op_name of the convolution in a fusion, if there is one, else that of the instruction."""
         if instruction.opcode == "fusion":
             for name, _ in self._run(instruction.called[0], 1, fused=True):
                 for inner in self._computations[name].values():
@@ -147,7 +147,7 @@ class Hlo:
 def _instruction(name: str, types: str, opcode: str, rest: str) -> Instruction:
     arguments, _, attributes = rest.partition(")")
     called: list[str] = []
-    # A reduction's `to_apply` is arithmetic on two numbers, not a computation of its own.
+    # A reduction's `to_apply` is arithmetic on two numbers; only a call's is a computation to count.
     keys = "calls|body|condition|branch_computations|true_computation|false_computation" + "|to_apply" * (
         opcode == "call"
     )
@@ -169,10 +169,10 @@ def _instruction(name: str, types: str, opcode: str, rest: str) -> Instruction:
 
 
 def _array(dtype: str, shape: str, layout: str | None, where: str | None) -> Array:
-    """An array of a type such as `bf16[128,19,19,728]{0,3,2,1:T(8,128)(2,1)S(1)}`.
+    """Returns the array of a type such as `bf16[128,19,19,728]{0,3,2,1:T(8,128)(2,1)S(1)}`.
 
-    The layout gives the dimensions from the fastest on; the first tile pads the fastest of them;
-    S is the memory: none or 0 the device's, others the chip's own.
+    The layout lists the dimensions, the fastest first. The first tile T pads the fastest dimensions. S is the memory:
+    none or 0 is the device's HBM, other numbers are the chip's own memory.
     """
     sizes = [int(size) for size in shape.split(",") if size]
     tile = re.match(r"T\(([\d,]+)\)", where or "")
@@ -185,20 +185,18 @@ def _array(dtype: str, shape: str, layout: str | None, where: str | None) -> Arr
 
 
 def _moved(instruction: Instruction, computation: dict[str, Instruction]) -> list[Array]:
-    """The arrays that an instruction reads and writes."""
+    """Returns the arrays that an instruction reads and writes."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done") or (instruction.called and opcode != "fusion"):
         return []
-    if instruction.target == "ConcatBitcast":  # slices that lie side by side, named as one array
+    if instruction.target == "ConcatBitcast":  # adjacent slices, named as one array
         return []
     operands = [array for name in instruction.operands for array in computation[name].results]
-    if opcode in (
-        "copy-start",
-        "slice-start",
-    ):  # results: of a copy (copy, operand, ...), of a slice (operand, slice, ...)
+    if opcode in ("copy-start", "slice-start"):
+        # The results of a copy are (copy, operand, ...), those of a slice (operand, slice, ...).
         made = instruction.results[0 if opcode == "copy-start" else len(operands)]
         return [made, Array(made.size, operands[0].on_chip)]
-    if opcode == "dynamic-update-slice":  # in place: the slice is read and written
+    if opcode == "dynamic-update-slice":  # in place: only the slice is read and written
         return [operands[1], operands[1]]
     if opcode in ("slice", "dynamic-slice"):
         return [*instruction.results, *(Array(a.size, operands[0].on_chip) for a in instruction.results)]
@@ -206,9 +204,9 @@ def _moved(instruction: Instruction, computation: dict[str, Instruction]) -> lis
 
 
 def _with_users(computation: dict[str, Instruction], op_names: dict[str, str]) -> dict[str, str]:
-    """`op_names`, and for whatever has none that of its first user."""
+    """Returns `op_names`, in which an instruction without a name gets that of its first user."""
     named = dict(op_names)
-    for instruction in reversed(computation.values()):  # users stand behind what they use
+    for instruction in reversed(computation.values()):  # users come after what they use
         for operand in instruction.operands:
             if not op_names.get(operand, "") and named[instruction.name]:
                 named[operand] = named[instruction.name]

@@ -1,8 +1,8 @@
-"""TPU slices that need not be there: what their chips can do, and devices to compile for.
+"""TPU slices that this machine need not have: what their chips can do, and devices to compile for.
 
-Figures of chips are Google's (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e), links are as in 'How to
-Scale Your Model' (jax-ml.github.io/scaling-book/tpus). `usable_bytes` is what libtpu 0.0.42 says
-that a program may have; the rest of the chip's memory is the system's.
+The figures of chips are Google's (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e); those of links are from 'How to Scale
+Your Model' (jax-ml.github.io/scaling-book/tpus). `usable_bytes` is the limit of a program by libtpu 0.0.42; the system
+uses the rest of the chip's memory.
 """
 
 import importlib.util
@@ -18,24 +18,24 @@ from xception_flax.text.lookup import suggest, written
 
 GIB = 2**30
 
-# A message between neighbours takes about so long, however short it is (the same book, 'Sharded Matrices').
+# A message between neighbours takes at least about this long (the same book, 'Sharded Matrices').
 HOP_SECONDS = 1e-6
 
-# How often a collective sends what it works on: an all-reduce is a reduce-scatter and an all-gather.
+# How often a collective sends its array, if not once: an all-reduce is a reduce-scatter and an all-gather.
 PASSES = {"all-reduce": 2}
 
 
 class Chip(NamedTuple):
-    """What one chip can do at best.
+    """The peak figures of a chip.
 
     Attributes:
-      usable_bytes: of high-bandwidth memory (HBM), for a program.
-      hbm_bytes_per_second: read and written.
-      flops_per_second: of matrix products in bfloat16; a multiply-add is two.
-      link_bytes_per_second: to one neighbour, one way.
-      shapes: of slices, by their sides; with three sides also all whose sides divide by 4.
-      wraps_at: a side whose length divides by this is a ring, others are a line.
-      config: libtpu's name for its cores used as one device.
+      usable_bytes: high-bandwidth memory (HBM) for a program.
+      hbm_bytes_per_second: reads and writes together.
+      flops_per_second: for matrix products in bfloat16; a multiply-add counts as two.
+      link_bytes_per_second: to one neighbour, in one direction.
+      shapes: slices that exist, by their sides; with three sides, also all whose sides are multiples of 4.
+      wraps_at: a side is a ring if its length is a multiple of this, else a line.
+      config: libtpu's name for using all cores of a chip as one device.
     """
 
     usable_bytes: int
@@ -59,7 +59,13 @@ CHIPS = {
 
 
 class Slice(NamedTuple):
-    """Chips that are wired to each other: a generation and the sides of the grid."""
+    """A grid of connected chips.
+
+    Attributes:
+      name: 'v5e:2x4'.
+      chip: of the generation.
+      sides: of the grid, in chips.
+    """
 
     name: str
     chip: Chip
@@ -71,16 +77,16 @@ class Slice(NamedTuple):
 
     @property
     def rings(self) -> tuple[bool, ...]:
-        """For each side whether its ends are wired to each other."""
-        # Where optical switches close the rings of cubes of 4 x 4 x 4, they close all or none.
+        """For each side, whether its ends are connected."""
+        # Slices of 4 x 4 x 4 cubes are connected by optical switches, which close the rings of all sides or of none.
         rings = tuple(side % self.chip.wraps_at == 0 for side in self.sides)
         return rings if len(self.sides) == 2 else (all(rings),) * 3
 
     def collective_seconds(self, kind: str, size: int) -> float:
-        """Returns about how long a collective over all chips takes, by bandwidth or by distance.
+        """Returns an estimate of the time of a collective over all chips, by bandwidth or by distance.
 
-        As in 'How to Scale Your Model': all sides are used at once, a ring in both directions, and
-        no message is faster than its way. An estimate.
+        As in 'How to Scale Your Model': all sides are used at once, rings in both directions, and a message takes at
+        least `HOP_SECONDS` for each hop.
 
         Args:
           kind: 'all-reduce', 'all-gather', ...
@@ -95,10 +101,10 @@ class Slice(NamedTuple):
 
 
 def parse_slice(name: str) -> Slice:
-    """Returns the slice that is called 'v5e:2x4': generation, colon, sides.
+    """Returns the slice of a name such as 'v5e:2x4': generation, colon, sides.
 
     Raises:
-      ValueError: no chip, or no slice of it, is called so.
+      UserError: there is no such generation, or no such slice of it.
     """
     generation, _, shape = name.partition(":")
     if generation not in CHIPS:
@@ -116,14 +122,14 @@ def parse_slice(name: str) -> Slice:
 
 
 def hide_hardware() -> None:
-    """Makes libtpu compile without looking for a TPU, and JAX leave those alone that are there.
+    """Makes libtpu compile without looking for a TPU, and keeps JAX from using one.
 
-    To be called before JAX is imported: it asks Google Cloud for the machine's metadata at import.
+    Call it before JAX is imported, which asks Google Cloud for the machine's metadata.
     """
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    # libtpu lets one process in at a time, by a lock file: two can share a compiler, if not a TPU.
+    # A lock file allows libtpu in one process at a time. Processes cannot share a TPU, but they can all compile.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    # What the metadata would have said; without it libtpu writes a page of errors. Any values do.
+    # In place of the metadata: without any values libtpu writes a page of errors, and any values are good.
     for key, value in {"ACCELERATOR_TYPE": "v5litepod-8", "WORKER_HOSTNAMES": "localhost", "WORKER_ID": "0"}.items():
         os.environ.setdefault(f"TPU_{key}", value)
 
@@ -132,7 +138,7 @@ def devices(where: Slice) -> Iterable[Any]:
     """Returns devices of the slice, to compile for.
 
     Raises:
-      ValueError: libtpu is missing, or does not describe such a slice.
+      UserError: libtpu is missing, or cannot describe the slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu, which is not installed here.\npip install -e '.[tpu]'")

@@ -1,1 +1,1 @@
-"""Data sets written once and checked, for `data` to read ever after."""
+"""Data sets are written and checked once here; `data` reads them."""

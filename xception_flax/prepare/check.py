@@ -1,4 +1,4 @@
-"""Reads every image of a data set, and counts what it finds."""
+"""Reads every image of a data set and describes what it finds."""
 
 import collections
 import hashlib
@@ -15,14 +15,19 @@ from xception_flax.prepare.folder import check_directory, splits_there
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
-BLOCK = 1024  # images that are submitted at a time: a future an image would be gigabytes
+BLOCK = 1024  # images submitted at a time; futures for all images of a data set would take gigabytes
 
 
 class Checked(NamedTuple):
-    """What is known of an image after it was read; height and width are 0 where it cannot be decoded.
+    """An image after it was read.
 
-    Of a record that cannot be read nothing is known: no classes, and no bytes. `largest` is the largest value of an
-    image of 16 bits, None of others.
+    Attributes:
+      name: of the file or record.
+      classes: numbers of its classes; empty if it cannot be read.
+      num_bytes: of the encoded image; 0 if it cannot be read.
+      digest: SHA-256 of these bytes; empty if it cannot be read.
+      height, width: in pixels; 0 if it cannot be decoded.
+      largest: the largest value of an image of 16 bits, None for others.
     """
 
     name: str
@@ -35,7 +40,11 @@ class Checked(NamedTuple):
 
 
 def open_splits(directory: Path, val_fraction: float | None) -> dict[str, sources.Source]:
-    """The splits of a prepared data set, or of a folder, as training has them; where it is small one may be empty."""
+    """Returns the splits of a prepared data set or a folder, as training has them; one may be empty.
+
+    Raises:
+      UserError: there is no data set, or more than one; or `val_fraction` is given where splits are fixed.
+    """
     check_directory(directory)
     if (directory / "dataset_info.json").exists():
         if val_fraction is not None:
@@ -54,12 +63,12 @@ def open_splits(directory: Path, val_fraction: float | None) -> dict[str, source
 def read_all(
     splits: Mapping[str, sources.Source], num_threads: int, advance: Callable[[int], None]
 ) -> dict[str, list[Checked]]:
-    """Reads every image of every split, in their order; `advance` is told of each.
+    """Reads every image of every split, in order.
 
     Args:
       splits: by name.
-      num_threads: that read at a time.
-      advance: called with the number of images that were read since the last call.
+      num_threads: that read at the same time.
+      advance: called with the number of images read since the last call.
     """
     images: dict[str, list[Checked]] = {split: [] for split in splits}
     with futures.ThreadPoolExecutor(num_threads) as executor:
@@ -73,7 +82,7 @@ def read_all(
 
 
 def read(source: sources.Source, index: int) -> Checked:
-    """Reads one example of a source and decodes its image; what is wrong with it is in the result."""
+    """Reads one example and decodes its image. It raises nothing for a bad image: the result shows what is wrong."""
     try:
         example = source[index]
     except (sources.InputError, OSError):
@@ -94,7 +103,10 @@ def read(source: sources.Source, index: int) -> Checked:
 
 
 def describe(images: Sequence[Checked], class_names: Sequence[str]) -> dict[str, Any]:
-    """Counts by class, names of what cannot be decoded, and (least, median, largest) of bytes and pixels, for JSON."""
+    """Returns a description for JSON: images by class, names of undecodable ones, and the spread of bytes and pixels.
+
+    The spread is (least, median, largest).
+    """
     labels = np.array([label for image in images for label in image.classes], int)
     counts = np.bincount(labels, minlength=len(class_names))
     largest = [image.largest for image in images if image.largest is not None]
@@ -111,13 +123,13 @@ def describe(images: Sequence[Checked], class_names: Sequence[str]) -> dict[str,
 
 
 def _spread(values: Iterable[int]) -> list[int]:
-    """Least, median and largest."""
+    """Returns the least, the median and the largest value; zeros without values."""
     values = np.fromiter(values, np.int64)
     return [round(f(values)) for f in (np.min, np.median, np.max)] if len(values) else [0, 0, 0]
 
 
 def repeated(images: Mapping[str, Sequence[Checked]]) -> list[list[str]]:
-    """Images of equal bytes, where there is more than one, each as 'SPLIT: NAME'."""
+    """Returns groups of two or more images with equal bytes, each image as 'SPLIT: NAME'."""
     places = collections.defaultdict(list)
     for split, found in images.items():
         for image in found:

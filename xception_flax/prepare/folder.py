@@ -1,4 +1,4 @@
-"""A folder of images as a TFDS data set: what TFDS could not read is refused, and every image listed."""
+"""A folder of images as a TFDS data set: refuses what TFDS cannot read, and lists every image."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from xception_flax.text.errors import UserError
 
 
 def default_name(directory: Path) -> str:
-    """The name of a data set after its folder: 'My Photos' -> 'my_photos'."""
+    """Returns the name of a data set made from that of its folder: 'My Photos' -> 'my_photos'."""
     return re.sub(r"\W+", "_", directory.name.lower()).strip("_")
 
 
@@ -22,11 +22,12 @@ def open_folder(directory: Path, val_fraction: float | None) -> dict[str, source
     """Returns the splits of a folder by name, as training has them.
 
     Args:
-      directory: with CLASS/*.jpg, or train/CLASS/*.jpg and folders of other splits beside it.
-      val_fraction: share of 'val' where there are no folders of splits; None for the default.
+      directory: with CLASS/*.jpg, or with train/CLASS/*.jpg and folders of other splits.
+      val_fraction: share of 'val' if splits have no folders; None for the default.
 
     Raises:
-      UserError: no such folder, fewer than two classes, splits of different classes, or a name that TFDS cannot read.
+      UserError: the folder is missing, has fewer than two classes, has splits with different classes, or has a name
+        in it that TFDS cannot read.
     """
     check_directory(directory)
     there, fraction = splits_there(directory, val_fraction)
@@ -55,11 +56,11 @@ def open_folder(directory: Path, val_fraction: float | None) -> dict[str, source
 
 
 def list_images(directory: Path, files: Mapping[str, sources.folder.Files]) -> dict[str, list[EncodedImage]]:
-    """Returns the images of each split as `records` writes them, called by their places below `directory`."""
+    """Returns the images of each split for `records` to write, named by their paths below `directory`."""
     return {
         split: [
             EncodedImage(
-                # One name on every system, and the path as it is on this one.
+                # The name is the same on every system; the path is that of this system.
                 naming.canonical(Path(path).relative_to(directory)),
                 label,
                 path,
@@ -73,10 +74,10 @@ def list_images(directory: Path, files: Mapping[str, sources.folder.Files]) -> d
 
 
 def create_info(name: str, class_names: tuple[str, ...], data_dir: Path) -> tfds.core.DatasetInfo:
-    """Returns the description of the data set that is to be written to `data_dir/name/1.0.0`.
+    """Returns the description of the data set to be written to `data_dir/name/1.0.0`.
 
     Raises:
-      UserError: `name` is none that TFDS can have.
+      UserError: TFDS does not accept `name`.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(f"--name must be of small letters, digits and _, and begin with a letter; got {name!r}.")
@@ -97,10 +98,10 @@ def create_info(name: str, class_names: tuple[str, ...], data_dir: Path) -> tfds
 
 
 def splits_there(directory: Path, val_fraction: float | None) -> tuple[tuple[str, ...], float]:
-    """Returns the splits that have a folder there, and the share of 'val' where none has one.
+    """Returns the splits that have folders, and the share of 'val' if none has.
 
     Raises:
-      UserError: they have, and a share is given all the same.
+      UserError: splits have folders, and a share is given too.
     """
     there = sources.folder.folder_splits(str(directory))
     if there and val_fraction is not None:
@@ -109,7 +110,7 @@ def splits_there(directory: Path, val_fraction: float | None) -> tuple[tuple[str
 
 
 def check_directory(path: Path) -> None:
-    """Raises UserError where there is no such folder."""
+    """Raises UserError if the folder does not exist."""
     if not path.is_dir():
         raise UserError(f"{path} is no directory; expected the folders CLASS/*.jpg or train/CLASS/*.jpg there.")
 
@@ -118,7 +119,7 @@ def common_classes(directory: Path, splits: Mapping[str, sources.Source]) -> tup
     """Returns the classes of the splits.
 
     Raises:
-      UserError: they are not the same in all.
+      UserError: the splits have different classes.
     """
     first, class_names = next((split, source.class_names) for split, source in splits.items())
     for split, source in splits.items():

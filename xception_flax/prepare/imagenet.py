@@ -1,4 +1,4 @@
-"""The two tars of ILSVRC2012 as they are published, read in place: nothing is unpacked."""
+"""The two published tars of ILSVRC2012, read in place: nothing is unpacked."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ from xception_flax.text.errors import UserError
 
 
 class Tar(NamedTuple):
-    """A published file, and the images in it."""
+    """A published file."""
 
     name: str
     num_bytes: int
@@ -26,15 +26,15 @@ class Tar(NamedTuple):
     num_images: int
 
 
-# Bytes: TFDS' datasets/imagenet2012/checksums.tsv. MD5: image-net.org's download page, as torchvision's
-# datasets/imagenet.py has them too. Images: Russakovsky et al. 2015, arXiv 1409.0575, table 2.
+# Bytes: TFDS' datasets/imagenet2012/checksums.tsv. MD5: image-net.org's download page, and torchvision's
+# datasets/imagenet.py. Images: Russakovsky et al. 2015, arXiv 1409.0575, table 2.
 TARS = {
     "train": Tar("ILSVRC2012_img_train.tar", 147_897_477_120, "1d675b47d978889d74fa0da5fadfb00e", 1_281_167),
     "validation": Tar("ILSVRC2012_img_val.tar", 6_744_924_160, "29b22e2961454d5413ddabcf34fc5622", 50_000),
 }
 
-# A tar ends with blocks of 512 zeros: two by POSIX, where one is taken too, and as many as fill a record, of which
-# GNU tar's largest by a usual blocking factor is this; by default it has 10 KiB.
+# A tar ends with blocks of 512 zeros: two by POSIX (one is accepted), and then as many as fill a record. GNU tar's
+# records have 10 KiB by default, and at most this with a usual blocking factor.
 MAX_END_BYTES = 2**20
 
 Advance = Callable[[int], None]
@@ -50,11 +50,11 @@ def find(directory: Path, *, subset: bool) -> dict[str, Path]:
     """Returns the tar of each split.
 
     Args:
-      directory: with the two in it.
-      subset: any size will do.
+      directory: with the two tars.
+      subset: accept tars of any size.
 
     Raises:
-      ValueError: one is missing, or has not the size that is published.
+      UserError: a tar is missing, or does not have the published size.
     """
     paths = {split: directory.expanduser().absolute() / tar.name for split, tar in TARS.items()}
     missing = [path.name for path in paths.values() if not path.is_file()]
@@ -67,8 +67,8 @@ def find(directory: Path, *, subset: bool) -> dict[str, Path]:
         size, expected = path.stat().st_size, TARS[split].num_bytes
         if size != expected and not subset:
             raise UserError(
-                f"{path} has {size:,} bytes, and {expected:,} are published: download it anew, or take what "
-                "is there of ImageNet by --subset."
+                f"{path} has {size:,} bytes, and {expected:,} are published: download it anew, or take a part of "
+                "ImageNet by --subset."
             )
     return paths
 
@@ -87,16 +87,16 @@ def check_hash(path: Path, expected: str, advance: Advance) -> None:
 def list_images(
     paths: dict[str, Path], info: tfds.core.DatasetInfo, advance: Advance, *, subset: bool
 ) -> dict[str, list[EncodedImage]]:
-    """Returns the images of both splits, the few that are CMYK or PNG made RGB JPEGs as TFDS makes them.
+    """Returns the images of both splits. The few CMYK and PNG images become RGB JPEGs, as in TFDS.
 
     Args:
       paths: from `find`.
       info: from `create_info`; its labels are in TFDS' order.
-      advance: told the bytes that are behind, of both files.
-      subset: any number of images will do.
+      advance: called with the number of bytes read since the last call, of both files.
+      subset: accept any number of images.
 
     Raises:
-      ValueError: not a tar, cut off, damaged, with other names in it than are published, or with fewer images.
+      UserError: a file is not a tar, is cut off or damaged, or does not have the published names and number of images.
     """
     images = {
         "train": list(_train(paths["train"], info.features["label"].names, advance)),
@@ -111,14 +111,14 @@ def list_images(
 def _members(
     path: Path, pattern: str, advance: Advance | None = None, start: int = 0, size: int = 0
 ) -> Iterator[tuple[re.Match[str], int, int]]:
-    """Yields name, offset in the file and size of each member of a tar, or of one that lies in it at `start`."""
+    """Yields name, offset in the file and size of each member of a tar, or of the tar inside it at `start`."""
     with path.open("rb") as file:
         try:
             part = _Part(file, start, size or path.stat().st_size)
             with tarfile.open(fileobj=part, mode="r:") as tar:
                 behind = 0
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # which tarfile keeps, a kilobyte each
+                    tar.members.clear()  # tarfile would keep them all, a kilobyte each
                     match = re.fullmatch(pattern, member.name) if member.isfile() else None
                     if match is None:
                         raise UserError(
@@ -128,7 +128,7 @@ def _members(
                     if advance is not None:
                         advance(tar.offset - behind)
                         behind = tar.offset
-                # At a damaged header tarfile ends as it does at the zeros behind the last member.
+                # tarfile ends at a damaged header just as at the zeros after the last member.
                 part.seek(tar.offset)
                 end = part.read(MAX_END_BYTES + 1)
                 if not 512 <= len(end) <= MAX_END_BYTES or any(end):
@@ -141,7 +141,7 @@ def _members(
 
 
 class _Part:
-    """A stretch of a file as a file of its own."""
+    """A part of a file, read as if it were a file."""
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
         self._file, self._start, self._size, self._at = file, start, size, 0
@@ -161,7 +161,7 @@ class _Part:
 
 
 def _train(path: Path, synsets: list[str], advance: Advance) -> Iterator[EncodedImage]:
-    """The training tar holds a tar a synset, 'n01440764.tar', with its images, 'n01440764_10026.JPEG'."""
+    """Yields the training images. The tar holds a tar a synset, 'n01440764.tar', of images 'n01440764_10026.JPEG'."""
     labels = {synset: label for label, synset in enumerate(synsets)}
     for synset, start, size in _members(path, r"(n\d{8})\.tar", advance):
         if synset[1] not in labels:
@@ -171,7 +171,7 @@ def _train(path: Path, synsets: list[str], advance: Advance) -> Iterator[Encoded
 
 
 def _validation(path: Path, classes: tfds.features.ClassLabel, advance: Advance) -> Iterator[EncodedImage]:
-    """The validation tar holds 'ILSVRC2012_val_00000001.JPEG' and so on; their synsets come with TFDS."""
+    """Yields the validation images, 'ILSVRC2012_val_00000001.JPEG' and so on. TFDS has a file of their synsets."""
     synsets = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
     for image, offset, num_bytes in _members(path, r"ILSVRC2012_val_(\d{8})\.JPEG", advance):
         number = int(image[1])
@@ -181,10 +181,10 @@ def _validation(path: Path, classes: tfds.features.ClassLabel, advance: Advance)
 
 
 def _repaired(image: EncodedImage) -> EncodedImage:
-    """The image, made an RGB JPEG if it is one of the 22 that are CMYK or the one that is PNG (TFDS' list).
+    """Returns the image, as an RGB JPEG if it is one of the 22 CMYK images or the one PNG (TFDS' list).
 
-    At quality 100 with 4:2:0 chroma, as TFDS does (`_fix_image`). Beside its own preparation with TensorFlow
-    2.21 the PNG came out the same, a CMYK image with 1.6 of 255 between them in the mean.
+    The JPEG has quality 100 and 4:2:0 chroma, as TFDS makes it (`_fix_image`). Compared with TFDS' own preparation by
+    TensorFlow 2.21, the PNG was equal, and a CMYK image differed by 1.6 of 255 on average.
     """
     if image.name not in (*tfds_imagenet.CMYK_IMAGES, *tfds_imagenet.PNG_IMAGES):
         return image

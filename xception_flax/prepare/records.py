@@ -1,10 +1,9 @@
 """Writing an image data set as TFDS does, without TensorFlow.
 
-TFDS orders the images of a split by a hash of their keys and cuts that order into shards. Here images
-are not copied about to get there: which image is where in which shard follows from the list of them,
-and each shard is written by itself, by reading its images from where they lie. So every byte is a
-function of the list, shards that are there already need not be written again, and file by file and
-record by record it is what TFDS itself writes.
+TFDS orders the images of a split by a hash of their keys and cuts this order into shards. Here the place of each image
+is computed from the list of images, and each shard is written by itself, reading its images from their files. So every
+byte depends only on the list, finished shards need not be written again, and the files and records are those that TFDS
+itself writes.
 """
 
 import contextlib
@@ -29,22 +28,22 @@ from xception_flax.host.locks import try_lock
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
-# Of a file: no image is larger, and a record must be below protobuf's 2 GiB. TFDS' number of shards counts on
-# it too: where images are gigabytes it finds none, and looks for ever.
+# Largest image. A record must be below protobuf's 2 GiB; and with images of gigabytes, TFDS never finishes its search
+# for a number of shards.
 MAX_IMAGE_BYTES = 2**29
 
-PREPARED = "prepared.json"  # what the data set was made of; TFDS does not look at it
+PREPARED = "prepared.json"  # what the data set was made from (`Layout.made_of`); TFDS ignores this file
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """Where an encoded image lies: `size` bytes from `offset` on in the file `path`.
+    """An encoded image: `size` bytes at `offset` in the file `path`.
 
     Attributes:
-      name: feature `file_name`, and the key that decides its place in the order; once in a split.
+      name: the feature `file_name`, and the key that decides its place in the order; unique in a split.
       label: number of its class.
       path, offset, size: of its bytes.
-      content: the image itself, where it is not what lies there.
+      content: bytes to write in place of those in the file; None to write those.
     """
 
     name: str
@@ -58,7 +57,7 @@ class EncodedImage:
         """Returns the bytes of the image.
 
         Raises:
-          ValueError: the file is shorter than it was.
+          UserError: the file has become shorter.
         """
         if self.content is not None:
             return self.content
@@ -70,10 +69,10 @@ class EncodedImage:
 
     @property
     def num_bytes(self) -> int:
-        """Length of its record: a `tf.train.Example` of image, label and file_name, counted by protobuf's rules."""
+        """Length of its record, a `tf.train.Example` of image, label and file_name, by protobuf's rules."""
         image_bytes = self.size if self.content is None else len(self.content)
         values = {"image": image_bytes, "label": _varint_bytes(self.label), "file_name": len(self.name.encode())}
-        # A map from the key to a Feature, which has a list, which has one value.
+        # The fields are nested: an entry of the map has a key and a Feature, which has a list with one value.
         entries = (_field(_field(len(key)) + _field(_field(_field(n)))) for key, n in values.items())
         return _field(sum(entries))
 
@@ -88,7 +87,7 @@ def _varint_bytes(value: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of a split: the images in it in their order, and the bytes of their records."""
+    """A file of a split: its images in their order, and the total length of their records in bytes."""
 
     path: Path
     images: Sequence[EncodedImage]
@@ -97,13 +96,13 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which shards a data set will be of, in `directory` once it is complete, in `incomplete` until then.
+    """The shards of a data set. They are written to `incomplete`, which becomes `directory` when all are there.
 
     Attributes:
       info: TFDS' description: name, version, features.
       splits: the shards of each split.
       directory: `DATA_DIR/NAME/VERSION`.
-      origin: in words, where the images are from.
+      origin: where the images are from, for messages.
     """
 
     info: tfds.core.DatasetInfo
@@ -121,7 +120,7 @@ class Layout:
 
     @functools.cached_property
     def made_of(self) -> dict[str, str]:
-        """Where the images are from, and a hash of the list of them with the times of their files."""
+        """Where the images are from, and a hash of their list with the modification times of their files."""
         digest = hashlib.sha256()
         modified = functools.cache(lambda path: os.stat(path).st_mtime_ns)
         for shard in self.shards:
@@ -141,11 +140,11 @@ class Layout:
 def create_layout(
     info: tfds.core.DatasetInfo, splits: Mapping[str, Sequence[EncodedImage]], data_dir: Path, origin: str
 ) -> Layout:
-    """Returns the shards that TFDS would write of these images, in its order.
+    """Returns the shards that TFDS would write for these images, in its order.
 
     Raises:
-      ValueError: an empty split, two images of one name in it, a file too large to be an image, or a directory whose
-        name is not UTF-8.
+      UserError: a split is empty or has two images of one name, a file is too large for an image, or the name of the
+        directory is not UTF-8.
     """
     directory = data_dir.expanduser().absolute() / info.name / str(info.version)
     if not naming.is_unicode(directory):
@@ -186,13 +185,12 @@ def _template(info: tfds.core.DatasetInfo, split: str, directory: Path) -> Shard
 
 @contextlib.contextmanager
 def claim(layout: Layout) -> Iterator[list[Shard]]:
-    """Makes the incomplete directory, keeps other processes out of it, and yields the shards that it lacks.
+    """Makes the incomplete directory, locks it against other processes, and yields the shards that it lacks.
 
     The lock is that of `host.locks`, on `PREPARED`.
 
     Raises:
-      ValueError: the data set is there already, or another is or was being prepared in its place, or the
-        disk has no room for it.
+      UserError: the data set exists, another one is or was being prepared in its place, or the disk is too full.
     """
     incomplete, made_of = layout.incomplete, naming.to_json(layout.made_of)
     _check_absent(layout)
@@ -231,16 +229,22 @@ def _check_absent(layout: Layout) -> None:
 
 
 def is_complete(layout: Layout) -> bool:
-    """Whether just this data set has been written before."""
+    """Whether this same data set has been written before."""
     path = layout.directory / PREPARED
     return path.exists() and path.read_text() == naming.to_json(layout.made_of)
 
 
 def write(layout: Layout, shards: Sequence[Shard], num_threads: int, advance: Callable[[int], None]) -> None:
-    """Writes shards, `num_threads` at a time; `advance` is told the bytes of each record.
+    """Writes shards.
+
+    Args:
+      layout: of the data set.
+      shards: to write, from `claim`.
+      num_threads: shards that are written at the same time.
+      advance: called with the length of each record in bytes.
 
     Raises:
-      ValueError: the disk is full, or an image cannot be read.
+      UserError: the disk is full, or an image cannot be read.
     """
     serializer = ExampleSerializer(layout.info.features.get_serialized_info())
 
@@ -248,7 +252,7 @@ def write(layout: Layout, shards: Sequence[Shard], num_threads: int, advance: Ca
         def records() -> Iterator[tuple[str, bytes]]:
             for image in shard.images:
                 values = {"image": image.read(), "label": image.label, "file_name": image.name}
-                # TFDS leaves the order of the three fields to protobuf, where it is another in each process.
+                # Without `deterministic`, as in TFDS, protobuf's order of the three fields differs by process.
                 record = serializer.get_tf_example(values).SerializeToString(deterministic=True)
                 yield image.name, record
                 advance(len(record))

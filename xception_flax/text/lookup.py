@@ -1,4 +1,4 @@
-"""Choosing an entry of a table by name, and other words of an error that helps."""
+"""Looking up names in tables, and parts of error messages: suggestions, and values cut to size."""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     """Returns `table[name]`.
 
     Raises:
-      ValueError: there is no such entry; the message has the closest names, or all of them.
+      UserError: there is no such entry. The message lists the closest names, and all names if they are few.
     """
     if name not in table:
         raise UserError(f"unknown {what} {written(name)}; {suggest(name, table)}")
@@ -24,10 +24,12 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
 
 
 def suggest(name: str, names: Iterable[str], spell: Callable[[str], str] = str) -> str:
-    """Words for an error message, to follow a semicolon: the names closest to `name`, then all, if they are few.
+    """Returns the end of an error message, after a semicolon: the names closest to `name`, then all if they are few.
 
     Args:
-      spell: how a name is written in the message, where that is not what is compared.
+      name: that was not found.
+      names: that exist.
+      spell: returns how the message writes a name, if not as it is compared.
     """
     names = sorted(names)
     close = difflib.get_close_matches(str(name)[:MAX_SHOWN], names, n=3)
@@ -44,7 +46,7 @@ def differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def written(value: object) -> str:
-    """A value as an error message has it: written as in Python, and `cut`."""
+    """Returns a value for an error message: as Python writes it, and `cut`."""
     try:
         text = repr(value)
     except Exception:  # an integer of more than 4,300 digits, lists too deep, a class whose own `__repr__` fails
@@ -53,6 +55,6 @@ def written(value: object) -> str:
 
 
 def cut(text: str) -> str:
-    """A text of the user's as an error message has it: in one line, its middle left out where it is long."""
+    """Returns a user's text for an error message: in one line, with its middle left out if it is long."""
     text = text.replace("\n", " ")
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} ... {text[-MAX_SHOWN // 4 :]}"

@@ -1,6 +1,6 @@
-"""The range of a number that a user gives, checked where the number is used.
+"""Checks of the range of a user's number, called where the number is used.
 
-Whatever a recipe says of rates, shares and sizes is computed with in float32, so that is what a number must fit.
+A number must also fit into float32, in which all rates, shares and sizes of a recipe are computed.
 """
 
 import math
@@ -10,22 +10,22 @@ import numpy as np
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 
-# Of float32's normal numbers. What is smaller counts as 0 on most devices, and a division by it is infinite.
+# Of float32's normal numbers. Most devices treat smaller ones as 0, and dividing by them gives infinity.
 SMALLEST, LARGEST = 2.0**-126, 2.0**128 - 2.0**104
 
 
 def check_range(
     name: str, value: float, low: float, high: float = math.inf, *, above: bool = False, below: bool = False
 ) -> None:
-    """Raises ValueError unless `value` is from `low` to `high`, and a number that float32 holds.
+    """Raises UserError unless `value` is from `low` to `high` and fits into float32.
 
     Args:
-      name: what the user calls it: 'optimizer.learning_rate'.
+      name: as the user knows it, such as 'optimizer.learning_rate'.
       value: an integer or a float. NaN and infinity are never in the range.
       low: the least value.
-      high: the greatest; infinity for none but float32's own.
-      above: `low` itself is not in the range.
-      below: `high` itself is not in the range.
+      high: the greatest value; by default float32's.
+      above: exclude `low` itself.
+      below: exclude `high` itself.
     """
     inside = (value > low if above else value >= low) and (value < high if below else value <= high)
     finite = isinstance(value, int) or math.isfinite(value)
@@ -40,12 +40,12 @@ def check_range(
             expected = f"{'above' if above else 'at least'} {_bound(low)}"
         raise UserError(f"{name} must be {expected}, got {written(value)}.")
     check_number(name, value)
-    if below and np.float32(value) >= high:  # a decay of 1 - 1e-12 would be one of 1, and divided by 1 - 1
+    if below and np.float32(value) >= high:  # a decay of 1 - 1e-12 would round to 1, and we divide by 1 - decay
         raise UserError(f"{name} must be below {_bound(high)} in float32 too, which rounds to it; got {value}.")
 
 
 def check_number(name: str, value: float) -> None:
-    """Raises ValueError where float32 cannot hold `value`: NaN, infinity, or a size that it has not."""
+    """Raises UserError if float32 cannot hold `value`: NaN, infinity, too large or too near to 0."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} must be a finite number, got {value}.")
     if abs(value) > LARGEST:

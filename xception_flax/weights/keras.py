@@ -1,9 +1,8 @@
-"""The weights of `keras.applications.Xception` and `InceptionV3` as variables of ours, and back: one table, both ways.
+"""Converts the weights of `keras.applications.Xception` and `InceptionV3` to our variables and back, by one table.
 
-Xception's layers have the same names on both sides, but for the four residual convolutions: Keras
-numbers them by itself (`conv2d`, `conv2d_1`, ..., in older files `convolution2d_1`, ...), here they
-are `block2_residual` and so on. Inception V3's convolutions are all numbered in Keras, in the order
-in which they are made; here they have names.
+The layers of Xception have the same names in Keras and here, except for the four residual convolutions. Keras numbers
+those (`conv2d`, `conv2d_1`, ..., in older files `convolution2d_1`, ...); here they are `block2_residual` and so on.
+Keras numbers all convolutions of Inception V3 in the order of their creation; here they have names.
 """
 
 import re
@@ -20,7 +19,7 @@ from xception_flax.weights.reading import MAX_BYTES, Layers
 
 PyTree = Any
 
-# What Keras numbers, in its order.
+# Our names of the layers that Keras numbers, in its order.
 XCEPTION_NUMBERED = ("block2_residual", "block3_residual", "block4_residual", "block13_residual")
 _MIXED_35 = ("1x1", "5x5_1", "5x5_2", "3x3dbl_1", "3x3dbl_2", "3x3dbl_3", "pool")
 _REDUCE_35 = ("3x3", "3x3dbl_1", "3x3dbl_2", "3x3dbl_3")
@@ -39,7 +38,7 @@ INCEPTION_V3_NUMBERED = (
 _NUMBERED_CONV = re.compile(r"conv(?:olution)?2d(?:_([0-9]{1,6}))?$")
 _NUMBERED_NORM = re.compile(r"batch_?normalization(?:_([0-9]{1,6}))?$")
 
-# Ours of Xception, and where Keras 3 keeps a layer: its class, and its rank among those of its class.
+# Our names of Xception's layers, and the place of a layer in a file of Keras 3: its class and its rank in that class.
 _XCEPTION_LAYER = re.compile(r"block(?P<block>\d+)_(?P<kind>conv|sepconv|residual)(?P<i>\d*)(?P<bn>_bn)?")
 _PLACE = re.compile(
     r"(?P<parent>/(?:.*/)?layers)/(?P<keras_class>conv2d|separable_conv2d|batch_normalization|dense)(?:_(?P<rank>[0-9]{1,6}))?"
@@ -50,12 +49,12 @@ class Weight(NamedTuple):
     """One array of a Keras layer, in the order of `layer.get_weights()`."""
 
     collection: str  # of our variables
-    path: tuple[str, ...]  # below the layer's name
+    path: tuple[str, ...]  # in the variables, below the layer's name
     to_flax: Callable[[np.ndarray], np.ndarray] = lambda w: w
     to_keras: Callable[[np.ndarray], np.ndarray] = lambda w: w
 
 
-# Keras keeps a depthwise kernel as [kh, kw, C, multiplier], XLA as [kh, kw, 1, C * multiplier].
+# A depthwise kernel is [kh, kw, C, multiplier] in Keras, and [kh, kw, 1, C * multiplier] in XLA.
 _DEPTHWISE = Weight(
     "params",
     ("depthwise", "kernel"),
@@ -64,10 +63,10 @@ _DEPTHWISE = Weight(
 )
 _STATISTICS = (Weight("batch_stats", ("mean",)), Weight("batch_stats", ("var",)))
 
-# Kinds of layers by the number of their arrays, which is unambiguous in these networks but for two.
+# Kinds of layers by the number of their arrays. In these networks only two arrays are ambiguous.
 _KINDS: dict[int, tuple[Weight, ...]] = {
     1: (Weight("params", ("kernel",)),),
-    3: (Weight("params", ("bias",)), *_STATISTICS),  # normalization without scale: Inception V3
+    3: (Weight("params", ("bias",)), *_STATISTICS),  # Inception V3's normalization, without scale
     4: (Weight("params", ("scale",)), Weight("params", ("bias",)), *_STATISTICS),
 }
 _SEPARABLE = (_DEPTHWISE, Weight("params", ("pointwise", "kernel")))
@@ -82,7 +81,7 @@ def _weights_of(layer: str, count: int) -> tuple[Weight, ...]:
 
 
 def _our_names(keras_names: Sequence[str], variables: Mapping[str, PyTree]) -> dict[str, str]:
-    """Our name of each Keras layer: numbered ones by their rank, which is the order in which they were made."""
+    """Returns our name of each Keras layer. Numbered layers are matched by rank, the order of their creation."""
     numbered = INCEPTION_V3_NUMBERED if "stem_conv1" in variables["params"] else XCEPTION_NUMBERED
     names = {name: name for name in keras_names}
     for pattern, suffix in ((_NUMBERED_CONV, ""), (_NUMBERED_NORM, "_bn")):
@@ -94,17 +93,18 @@ def _our_names(keras_names: Sequence[str], variables: Mapping[str, PyTree]) -> d
 
 
 def read_layers(path: Path, template: Mapping[str, PyTree], max_bytes: int = MAX_BYTES) -> Layers:
-    """Returns (name, arrays) of each layer in a file that Keras wrote, as `from_keras` takes them.
+    """Returns (name, arrays) of each layer in a file that Keras wrote, for `from_keras`.
 
-    Any of `model.save('x.h5')`, `model.save_weights('x.weights.h5')` (Keras 3) and
+    The file is from `model.save('x.h5')`, `model.save_weights('x.weights.h5')` (Keras 3) or
     `model.save_weights('x.h5')` (Keras 1 and 2, and the published weights).
 
     Args:
-      template: variables of our model, or their shapes: what tells layers apart where Keras wrote no names.
-      max_bytes: of all arrays together.
+      path: of the file.
+      template: variables of our model, or their shapes, to find the layers' names if Keras wrote none.
+      max_bytes: limit of all arrays together.
 
     Raises:
-      ValueError: it is no such file, or a damaged one.
+      UserError: the file is not one of these, or is damaged.
     """
     try:
         layers = [(name, arrays) for name, arrays in reading.read(path, "hdf5", max_bytes) if arrays]
@@ -119,14 +119,14 @@ def read_layers(path: Path, template: Mapping[str, PyTree], max_bytes: int = MAX
 
 
 def _names_by_rank(places: Sequence[str], template: Mapping[str, PyTree], path: Path) -> dict[str, str]:
-    """Our name of each layer of Xception by its place in a file of Keras 3.0 to 3.5, which wrote no names.
+    """Returns our name of each layer of Xception by its place in a file of Keras 3.0 to 3.5, which has no names.
 
-    A place is a class and how many of that class come before in `model.layers`: '/layers/conv2d_3'. Those
-    are in the order of their distance from the output. No two of one class in Xception are equally far, so
-    that every version of Keras has one order; in Inception V3 many are.
+    A place is the layer's class and its rank among the layers of that class in `model.layers`: '/layers/conv2d_3'. They
+    are ordered by their distance from the output. In Xception no two layers of a class have the same distance, so every
+    version of Keras has the same order. In Inception V3 many have.
 
     Raises:
-      ValueError: it is another network, or not the whole of this one.
+      UserError: the file is of another network, or not of the whole network.
     """
     found, dense, parents = [], [], set()
     for place in places:
@@ -148,7 +148,7 @@ def _names_by_rank(places: Sequence[str], template: Mapping[str, PyTree], path: 
 
 
 def _class_and_order(name: str) -> tuple[str, int, int, int, str]:
-    """Keras' class of a layer of Xception of ours, and what sorts those of a class as Keras does."""
+    """Returns the Keras class of a layer of our Xception, and values that sort the layers of a class as Keras does."""
     match = _XCEPTION_LAYER.fullmatch(name)
     if match is None:
         return name, 0, 0, 0, name
@@ -163,10 +163,10 @@ def from_keras(layers: Iterable[tuple[str, Sequence[np.ndarray]]], template: Map
     Args:
       layers: (name, arrays) of each layer of the model, in any order:
         `[(layer.name, layer.get_weights()) for layer in model.layers]`.
-      template: variables of our model, or their shapes: what must be filled, each exactly once.
+      template: variables of our model, or their shapes; each is filled exactly once.
 
     Raises:
-      ValueError: a layer, array or shape that does not match, or one of ours that stays without.
+      UserError: a layer, an array or a shape does not match, or one of our variables is not filled.
     """
     layers = [(name, arrays) for name, arrays in layers if len(arrays)]
     names = _our_names([name for name, _ in layers], template)
@@ -198,7 +198,7 @@ def to_keras(variables: Mapping[str, PyTree], layers: Iterable[tuple[str, int]])
       layers: (name, number of arrays) of each layer that has arrays.
 
     Raises:
-      ValueError: a layer that our network does not have.
+      UserError: our network does not have one of the layers.
     """
     layers, ours = list(layers), flatten_dict(variables)
     names = _our_names([name for name, _ in layers], variables)

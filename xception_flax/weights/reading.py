@@ -1,9 +1,9 @@
-"""Files of arrays that other libraries wrote, read in a process of its own.
+"""Reads arrays from files of other libraries, in a separate process.
 
-A file of weights comes from anywhere. Damaged ones have crashed libhdf5 and have kept it busy without end, where
-Python handles no signal either, and HDF5 can name other files of this machine to be read as data. So this file is run
-as a script, too: the reader, which has little time and memory and hands back arrays of numbers through a pipe, or a
-sentence. However it ends, the caller goes on. It imports NumPy and the one library that it needs, not this package.
+A file of weights may come from anywhere. Damaged files have crashed libhdf5, or kept it busy for ever in native code,
+where Python handles no signals. And HDF5 can read other files of this machine as data. So this file also runs as a
+script, the reader. It has limited time and memory, and sends back either arrays of numbers or an error message through
+a pipe. However it ends, the caller goes on. It imports NumPy and the one library that it needs, but not this package.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ import numpy as np
 
 Layers = list[tuple[str, list[np.ndarray]]]  # name, arrays
 
-MAX_BYTES = 2**32  # of all arrays, where nobody says what the network needs
+MAX_BYTES = 2**32  # default limit of all arrays together
 
-# Of a reader: the largest network takes a hundredth of the first.
-CPU_SECONDS = 20
+# Limits of a reader.
+CPU_SECONDS = 20  # the largest network takes a hundredth
 SECONDS = 600  # the disk may be slow
-MAX_ANSWER = 2**24  # bytes of the line that says what arrays follow
+MAX_ANSWER = 2**24  # bytes of the line that describes the arrays
 
-# How files begin. HDF5 and NumPy say their formats' names, a zip archive that of its first member.
+# How files begin. HDF5 and NumPy files have the name of their format, a zip archive the name of its first member.
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-TABLE_MAGIC = bytes.fromhex("57fb808b247547db")  # the end of TensorFlow's and LevelDB's tables
+TABLE_MAGIC = bytes.fromhex("57fb808b247547db")  # at the end of TensorFlow's and LevelDB's tables
 REWRITE_KERAS = "load it into the model with Keras, and write model.save_weights('model.weights.h5')"
 _REWRITE_TORCH = "torch, which alone reads this, writes one by safetensors.torch.save_file(model.state_dict(), FILE)"
 _BEGINNINGS = {
@@ -57,11 +57,11 @@ _ENDINGS = {
 
 
 def recognize(path: Path) -> str:
-    """Returns the format of a file, 'hdf5', 'safetensors' or 'npz': by its content, or else by its name.
+    """Returns the format of a file, 'hdf5', 'safetensors' or 'npz', by its content or else by its name.
 
     Raises:
-      ValueError: it is something else; the message says what, and how to get weights out of it.
-      OSError: it cannot be read.
+      ValueError: the format is another one; the message says which, and how to get weights from it.
+      OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         head, size = file.read(4096), file.seek(0, os.SEEK_END)
@@ -99,22 +99,22 @@ def recognize(path: Path) -> str:
 
 
 def read(path: Path, form: str, max_bytes: int = MAX_BYTES) -> Layers:
-    """Returns the name and the arrays of each entry of a file: of 'hdf5' a layer of Keras, else a single array.
+    """Returns the name and the arrays of each entry of a file: a Keras layer for 'hdf5', otherwise a single array.
 
-    Arrays are float32 or float64. What else there is, whole numbers too, is no weight and an error, but for
-    what Keras and torch count by.
+    Arrays are float32 or float64. Arrays of other types, such as integers, are not weights and raise an error, except
+    for the counters of Keras and torch, which are skipped.
 
     Args:
       path: of the file.
-      form: what `recognize` returns.
-      max_bytes: of all arrays together, as the file declares them.
+      form: from `recognize`.
+      max_bytes: limit of all arrays together, by the sizes that the file declares.
 
     Raises:
-      ValueError: it cannot be read, with the reason.
+      ValueError: the file cannot be read; the message is the reason.
     """
-    # -P: the reader finds NumPy where this process does, and not the modules beside it.
+    # -P keeps the folder of this file off the import path, where `keras` and `timm` are modules of this package.
     command = [sys.executable, "-P", __file__, form, path, str(max_bytes), str(SECONDS), str(CPU_SECONDS)]
-    # One thread needs no more; and no code that a file names is loaded.
+    # One thread is enough, and HDF5 must not load plugins that a file names.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "HDF5_PLUGIN_PRELOAD": "::"}
     try:
         reader = subprocess.Popen(
@@ -134,7 +134,7 @@ def read(path: Path, form: str, max_bytes: int = MAX_BYTES) -> Layers:
 
 
 def _received(pipe: IO[bytes]) -> Layers | None:
-    """Returns what the reader found, or None where it ended before it had said so."""
+    """Returns the reader's arrays, or None if it ended before it had sent them all."""
     line = pipe.readline(MAX_ANSWER)
     if not line.endswith(b"\n"):
         return None
@@ -168,16 +168,16 @@ def _end(code: int) -> str:
 
 
 class Room(NamedTuple):
-    """How much may be read: every array is asked for by its header, before it is read."""
+    """How much may be read. Each array is checked by its header, before it is read."""
 
     max_bytes: int
     taken: list[int]
 
     def check(self, name: str, dtype: np.dtype, shape: tuple[int, ...] | None) -> int:
-        """Returns the bytes of an array that may be read.
+        """Returns the size in bytes of an array that may be read.
 
         Raises:
-          ValueError: it is no array of real floating-point numbers, or too large.
+          ValueError: it is not an array of real floating-point numbers, or there is no room for it.
         """
         bfloat16 = dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None and dtype.subdtype is None
         if not bfloat16 and not (dtype.kind == "f" and dtype.itemsize in (2, 4, 8)):
@@ -193,14 +193,14 @@ class Room(NamedTuple):
 
 
 def _native(array: np.ndarray) -> np.ndarray:
-    """Little-endian float32 or float64 of the same values."""
-    if array.dtype.kind == "V":  # bfloat16, as ml_dtypes and Keras write it: the upper half of a float32
+    """Returns the same values as little-endian float32 or float64."""
+    if array.dtype.kind == "V":  # bfloat16, as written by ml_dtypes and Keras: the upper half of a float32
         return (array.view("<u2").astype("<u4") << 16).view("<f4")
     return array.astype("<f8" if array.dtype.itemsize == 8 else "<f4")
 
 
 def _child(group: Any, name: str) -> Any:
-    """What lies in a group of HDF5 under a name, which may be a path; never through a link that leads elsewhere."""
+    """Returns the object in an HDF5 group at `name`, which may be a path. Links to other places are refused."""
     import h5py
 
     for part in name.split("/"):
@@ -223,7 +223,7 @@ def _dataset(group: Any, name: str, room: Room) -> np.ndarray:
     room.check(dataset.name, dataset.dtype, dataset.shape)
     if dataset.dtype.kind == "f" and dataset.id.get_type() != h5py.h5t.py_create(dataset.dtype):
         raise ValueError(f"{dataset.name} has numbers of a type of its own; expected those of IEEE 754")
-    if dataset.size and not _is_whole(dataset):  # what was never written would be read as zeros
+    if dataset.size and not _is_whole(dataset):  # missing parts would be read as zeros
         raise ValueError(f"{dataset.name} has not all of its numbers in the file")
     return _native(dataset[()])
 
@@ -236,16 +236,16 @@ def _is_whole(dataset: Any) -> bool:
 
 
 def _vars(group: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """The groups named 'vars', one a layer, of Keras 3, with their places."""
+    """Yields the groups named 'vars', one for each layer of Keras 3, with their places."""
     import h5py
 
-    # A group may lie in many, and in itself.
+    # HDF5 allows a group to be in several groups, and in itself.
     address = h5py.h5o.get_info(group.id).addr
     if address in seen:
         raise ValueError(f"{group.name} is in it twice")
     seen.add(address)
     for name in group:
-        # Not the optimizer's, nor the state of a generator of random numbers.
+        # Skip the optimizer's variables and the states of random number generators.
         if (group.name == "/" and name == "optimizer") or name == "seed_generator":
             continue
         item = _child(group, name)
@@ -256,7 +256,7 @@ def _vars(group: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
 
 
 def _read_hdf5(path: Path, room: Room) -> Layers:
-    """Layers that Keras wrote; where it wrote no name, the place in the file, which begins with a '/', is the name."""
+    """Returns layers that Keras wrote. A layer without a name gets its place in the file, which begins with '/'."""
     import h5py
 
     with h5py.File(path, "r") as file:
@@ -273,15 +273,15 @@ def _read_hdf5(path: Path, room: Room) -> Layers:
 
 
 def _text(name: Any) -> str:
-    """A name in a file, which may end up in a message to a terminal."""
+    """Returns a name from a file as a string. It must be printable, since it may get into a message."""
     text = name.decode() if isinstance(name, bytes) else name
     if not isinstance(text, str) or not text.isprintable():
         raise ValueError(f"a name in it is {text!r:.80}; expected text that can be printed")
     return str(text)
 
 
-def _counts(name: str) -> bool:
-    """Whether an array of torch says how many batches the moving statistics have seen; nothing here reads it."""
+def _is_counter(name: str) -> bool:
+    """Whether an array of torch counts the batches behind the moving statistics; nothing here uses it."""
     return name.endswith("num_batches_tracked")
 
 
@@ -293,7 +293,7 @@ def _read_npz(path: Path, room: Room) -> Layers:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             name = _text(member.filename.removesuffix(".npy"))
-            if _counts(name):
+            if _is_counter(name):
                 continue
             if name in found:
                 raise ValueError(f"{name} is in it twice")
@@ -304,7 +304,7 @@ def _read_npz(path: Path, room: Room) -> Layers:
                 shape, fortran_order, dtype = headers[version](file)
                 if room.check(name, dtype, shape) != member.file_size - file.tell():
                     raise ValueError(f"{name} has another number of bytes than its shape {shape} needs")
-                data = file.read()  # to its end, where its checksum is compared
+                data = file.read()  # to the end, so that zipfile compares the checksum
             found[name] = _native(np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C"))
     return [(name, [array]) for name, array in found.items()]
 
@@ -317,7 +317,7 @@ def _read_safetensors(path: Path, room: Room) -> Layers:
     types = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "BF16": np.dtype("V2")}
     layers = []
     for name, entry in safetensors.deserialize(path.read_bytes()):
-        if _counts(name):
+        if _is_counter(name):
             continue
         if entry["dtype"] not in types:
             raise ValueError(f"{name} has the type {entry['dtype']}; expected {', '.join(types)}")
@@ -335,7 +335,7 @@ READERS: dict[str, Callable[[Path, Room], Layers]] = {
 
 
 def _bound(seconds: int, cpu_seconds: int, max_bytes: int) -> None:
-    """Lets the kernel end this process: after a time, with its caller, at Ctrl-C; native code asks nobody else."""
+    """Makes the kernel end this process after a time, with its caller and at Ctrl-C, even in native code."""
     import resource
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -343,22 +343,22 @@ def _bound(seconds: int, cpu_seconds: int, max_bytes: int) -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    # What the libraries themselves take, and a few copies.
+    # Memory: what the libraries themselves take, and a few copies of the arrays.
     limits = {"RLIMIT_CORE": 0, "RLIMIT_CPU": cpu_seconds, "RLIMIT_AS": 2**32 + 4 * max_bytes}
     for name, value in limits.items():
         kind = getattr(resource, name)
         hard = resource.getrlimit(kind)[1]
-        with contextlib.suppress(ValueError, OSError):  # macOS knows them all, and does not keep to the last
+        with contextlib.suppress(ValueError, OSError):  # macOS does not support RLIMIT_AS
             resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def _main(form: str, path: str, max_bytes: str, seconds: str, cpu_seconds: str) -> None:
     _bound(int(seconds), int(cpu_seconds), int(max_bytes))
     answer = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # keep what a library prints out of the answer
     try:
         layers = READERS[form](Path(path), Room(int(max_bytes), []))
-    except BaseException as error:  # h5py, zipfile, NumPy and Rust have an exception for everything
+    except BaseException as error:  # h5py, zipfile, NumPy and Rust raise all kinds of exceptions
         reason = f"{error}" if type(error) is ValueError else f"{type(error).__name__}: {error}"
         line = "".join(c if c.isprintable() else "?" for c in " ".join(reason.split())[:300].rstrip("."))
         answer.write(json.dumps({"error": line}).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""The weights of timm's Aligned Xceptions and of its `legacy_xception` as variables of ours, and back: one table."""
+"""Converts the weights of timm's Aligned Xceptions and `legacy_xception` to our variables and back, by one table."""
 
 import re
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from xception_flax.weights.reading import MAX_BYTES
 
 PyTree = Any
 
-# Our layer -> timm's module, numbers of blocks and of convolutions filled in: timm counts blocks from
-# 0 after the stem, which is block 1 here.
+# Our layer -> timm's module, with the numbers of block and convolution to fill in. timm counts blocks from 0 after the
+# stem, which is block 1 here.
 _ALIGNED = {
     r"block1_conv1(_bn)?": "stem.0.{kind}",
     r"block1_conv2(_bn)?": "stem.1.{kind}",
@@ -32,7 +32,7 @@ _PREACTIVATION = _ALIGNED | {
     r"block(?P<block>\d+)_sepconv1_bn": "blocks.{block}.norm",
     r"block(?P<block>\d+)_sepconv(?P<i>[23])_bn": "blocks.{block}.stack.conv{i}.norm",
 }
-# The convolutions of a block are the entries of a list there, ReLUs and pooling counted too: 3 apart.
+# legacy_xception has the layers of a block in a list with ReLUs and pooling, so its convolutions are 3 entries apart.
 _LEGACY = {
     r"block1_conv(?P<i>\d)(_bn)?": "{kind}{i}",
     r"block(?P<block>\d+)_residual": "block{block}.skip",
@@ -49,14 +49,15 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 
 
 def read_state(path: Path, form: str, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
-    """Returns the arrays by name of a .safetensors or .npz file, as `from_timm` takes them.
+    """Returns the arrays of a .safetensors or .npz file by name, for `from_timm`.
 
     Args:
+      path: of the file.
       form: 'safetensors' or 'npz'.
-      max_bytes: of all arrays together.
+      max_bytes: limit of all arrays together.
 
     Raises:
-      ValueError: it is no such file, or a damaged one.
+      UserError: the file does not have this format, or is damaged.
     """
     try:
         return {name: array for name, (array,) in reading.read(path, form, max_bytes)}
@@ -68,10 +69,10 @@ def timm_names(template: Mapping[str, PyTree]) -> dict[tuple[str, ...], str]:
     """Returns timm's name of each of our arrays: 'head.fc.weight' at `('params', 'predictions', 'kernel')`.
 
     Args:
-      template: variables of an Aligned Xception or an Xception of ours, or their shapes.
+      template: variables of our Aligned Xception or Xception, or their shapes.
 
     Raises:
-      ValueError: a layer that timm's networks do not have.
+      UserError: timm's networks do not have one of our layers.
     """
     params = template["params"]
     legacy = "block2_sepconv1" in params
@@ -87,7 +88,7 @@ def _timm_module(path: tuple[str, ...], table: Mapping[str, str], legacy: bool) 
         if match := re.fullmatch(pattern, layer):
             numbers = {key: int(value) for key, value in match.groupdict().items()}
             block, i = numbers.get("block", 0), numbers.get("i", 0)
-            entry = 3 * (i - 1) + (block > 2)  # block 2 alone begins without a ReLU
+            entry = 3 * (i - 1) + (block > 2)  # all blocks but block 2 begin with a ReLU
             return name.format(
                 kind="bn" if layer.endswith("_bn") else "conv",
                 block=block - 1 if legacy else block - 2,
@@ -104,10 +105,10 @@ def from_timm(state: Mapping[str, np.ndarray], template: Mapping[str, PyTree]) -
 
     Args:
       state: arrays by name: `{name: tensor.numpy() for name, tensor in model.state_dict().items()}`.
-      template: variables of our model, or their shapes: what must be filled.
+      template: variables of our model, or their shapes, to be filled.
 
     Raises:
-      ValueError: an array that is missing, superfluous or of another shape.
+      UserError: an array is missing, is superfluous or has another shape.
     """
     names, variables = timm_names(template), {}
     for path, expected in flatten_dict(template).items():
@@ -121,7 +122,7 @@ def from_timm(state: Mapping[str, np.ndarray], template: Mapping[str, PyTree]) -
                 f"got {value.shape}."
             )
         variables[path] = value
-    # How many batches the moving statistics have seen; nothing here reads it.
+    # num_batches_tracked counts the batches behind the moving statistics; nothing here uses it.
     left = {name for name in state if not name.endswith("num_batches_tracked")} - set(names.values())
     if left:
         raise UserError(f"our network has no place for {', '.join(sorted(left)[:5])} of the timm model.")
@@ -132,7 +133,7 @@ def to_timm(variables: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
     """Returns the arrays of timm's state_dict; the inverse of `from_timm`.
 
     Raises:
-      ValueError: a layer that timm's networks do not have.
+      UserError: timm's networks do not have one of our layers.
     """
     names = timm_names(variables)
     state = {}
@@ -143,5 +144,5 @@ def to_timm(variables: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
 
 
 def _axes(ndim: int) -> tuple[int, ...]:
-    """Of a kernel as torch has it, in our order: [features, C, kh, kw] -> [kh, kw, C, features]."""
+    """Returns the axes of torch's kernel in our order: [features, C, kh, kw] -> [kh, kw, C, features]."""
     return (2, 3, 1, 0) if ndim == 4 else (1, 0)

@@ -1,9 +1,8 @@
 """Where examples come from: random access, no order, no randomness, nothing decoded.
 
-A source has a length, `num_classes`, `class_names`, and `source[i]` is a dict of `image` (the
-bytes of a file, or uint8 `[H, W]` / `[H, W, C]`) and `label` (an integer, or `[num_classes]` of 0
-and 1 where images have several labels); where it has a `name`, errors call it by that. Sources are
-sent to worker processes: they must pickle.
+A source has a length and `class_names`. `source[i]` is a dict of `image` (the bytes of a file, or uint8 `[H, W]` /
+`[H, W, C]`), `label` (an integer, or `[num_classes]` of 0 and 1 if images have several labels) and optionally `name`,
+which error messages use. Sources are sent to worker processes, so they must pickle.
 """
 
 from collections.abc import Callable

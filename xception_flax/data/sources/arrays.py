@@ -12,25 +12,25 @@ from xception_flax.data.sources.source import Arrays, check_memory, check_num_cl
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest
 
-# How small an .npz file may make arrays of gigabytes. Deflate makes zeros 1,030 times smaller, the digits 2.5 times.
+# Highest compression that an .npz file of gigabytes may have. Deflate reaches 1,030 for zeros, 2.5 for the digits.
 MAX_RATIO = 500
 
 
 def arrays(split: str, /, path: str) -> Arrays:
     """Arrays of an .npz file: `{split}_images` uint8, `{split}_labels` integers `[N]` or 0/1 `[N, classes]`.
 
-    Labels may be whole numbers of any type, and `[N, 1]`. `class_names` in the file is optional; without it classes
-    are called by their numbers.
+    Labels may be whole numbers of any type, and may have shape `[N, 1]`. The array `class_names` is optional; without
+    it classes are named by their numbers.
 
     Args:
       split: which of the arrays.
       path: of the .npz file.
 
     Raises:
-      ValueError: no such file or array, or one of another kind, of which the message says what is expected; more
-        than there is memory for, by the header, before it is read.
+      UserError: the file or an array is missing or not as expected, or the arrays do not fit into memory, which is
+        checked by their headers before they are read.
     """
-    if not os.path.isfile(path):  # which, unlike Path's, is False where a path is too long to be one
+    if not os.path.isfile(path):  # unlike Path.is_file, it is False for a path that is too long
         raise UserError(f"data.path: {path} is no file; expected an .npz file.")
     needed = (f"{split}_images", f"{split}_labels")
     found = _read_npz(path, needed, ("class_names",))
@@ -77,16 +77,16 @@ def arrays(split: str, /, path: str) -> Arrays:
 
 
 def _whole_numbers(what: str, labels: np.ndarray) -> np.ndarray:
-    """Labels `[N]` or `[N, classes]` as integers; `[N, 1]` becomes `[N]`."""
+    """Returns labels `[N]` or `[N, classes]` as integers; `[N, 1]` becomes `[N]`."""
     if labels.ndim not in (1, 2) or labels.dtype.kind not in "biuf" or not labels.size:
         raise UserError(f"{what} must be integers, [N] or [N, classes], got {labels.dtype} {labels.shape}.")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.dtype.kind == "f":
-        labels = labels.astype(np.float64)  # float16 is compared with no number above its own largest
+        labels = labels.astype(np.float64)  # float16 cannot be compared with 2**53
         if broken := labels[~(np.isfinite(labels) & (labels == np.round(labels)))].tolist()[:1]:
             raise UserError(f"{what} must be integers, [N] or [N, classes], got {broken[0]}.")
-        if np.abs(labels).max(initial=0) >= 2**53:  # of which not each whole number is a float
+        if np.abs(labels).max(initial=0) >= 2**53:  # from here on float64 does not hold every integer
             raise UserError(f"{what} must be the numbers of classes, got {np.abs(labels).max():g}.")
         return labels.astype(np.int64)
     return labels.astype(np.uint8) if labels.dtype.kind == "b" else labels
@@ -102,7 +102,7 @@ def _stated_names(path: str, names: np.ndarray) -> tuple[str, ...]:
 
 
 def _read_npz(path: str, needed: Sequence[str], optional: Sequence[str]) -> dict[str, np.ndarray]:
-    """Reads arrays of an .npz file, once their headers are found to be true and to fit into memory."""
+    """Reads arrays of an .npz file, after checking that their headers are true and that they fit into memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             files = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
@@ -139,7 +139,7 @@ def _read_npz(path: str, needed: Sequence[str], optional: Sequence[str]) -> dict
 
 
 def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[np.dtype, tuple[int, ...], int]:
-    """Type and shape of an array by its header, and the bytes that follow it by the archive's."""
+    """Returns the type and shape in an array's header, and the bytes after it by the archive's directory."""
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0)):

@@ -16,29 +16,25 @@ from xception_flax.text.lookup import lookup, suggest
 from xception_flax.text.naming import canonical
 from xception_flax.text.ranges import check_range
 
-# Of the formats that `decoding` reads; .mpo is a JPEG with more pictures behind the first.
+# Of the formats that `decoding` reads. An .mpo file is a JPEG followed by more pictures.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".bmp",
     ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 
-
-# What file managers leave behind, which is not worth a word; so are hidden files, but for images. And the folders
-# of systems, which count as hidden: of archives, disks, and a NAS, which has a small copy of each image in its own.
+# Files of file managers, which are never reported. Other hidden files are reported only if they are images.
 _NOISE = ("thumbs.db", "ehthumbs.db", "desktop.ini")
 
-
+# Folders of archives, disks and NAS devices, which count as hidden. A NAS keeps a thumbnail of each image in its own.
 _SYSTEM_FOLDERS = ("__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information")
 
-
 VAL_FRACTION = 0.1
-
 
 MAX_KINDS = 8  # of files that are not read, in a message
 
 
 class Unread(NamedTuple):
-    """A file in the folder of a data set that is no part of it.
+    """A file that lies in the folder of a data set but is not read.
 
     Attributes:
       path: of the file.
@@ -51,9 +47,15 @@ class Unread(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Encoded image files and their labels; and what lies beside them and is not read, file managers' own apart.
+    """Encoded image files and their labels.
 
-    Where splits have folders, `split` is the name of this one and `splits` those of all.
+    Attributes:
+      paths: of the files.
+      labels: the number of the class of each file.
+      class_names: by number.
+      unread: other files in the folder, without those of file managers.
+      split: name of this split, if splits have folders.
+      splits: names of all splits that have folders.
     """
 
     paths: tuple[str, ...]
@@ -67,7 +69,7 @@ class Files:
         return len(self.paths)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What goes to each worker process, which has no use for the files that are not read."""
+        """Returns what is sent to each worker process, which does not need the unread files."""
         return self.__dict__ | {"unread": ()}
 
     def __getitem__(self, index: int) -> Example:
@@ -79,20 +81,20 @@ class Files:
 
 
 def folder(split: str, /, data_dir: str, val_fraction: float = VAL_FRACTION) -> Files:
-    """A folder of images, a folder a class; classes are numbered in the order of their names.
+    """A folder of images, with one folder a class; classes are numbered in the order of their names.
 
-    Either `data_dir/split/CLASS/image.jpg`, or `data_dir/CLASS/image.jpg` alone: that has the splits
-    'train' and 'val', which a hash of each file's name decides, so that a file keeps its split when
-    others come or go and when it is moved to another class. Names that begin with '.' are left out.
-    Names are hashed, sorted and compared in Unicode's composed form: copies on other systems are the same data.
+    The layout is `data_dir/split/CLASS/image.jpg` or `data_dir/CLASS/image.jpg`. The second has the splits 'train' and
+    'val'. A hash of a file's name decides its split, so a file keeps its split when others come or go and when it moves
+    to another class. Names that begin with '.' are left out. Names are hashed, sorted and compared in Unicode's
+    composed form, so that copies on other systems are the same data.
 
     Args:
       split: name of a folder, or 'train' or 'val'.
       data_dir: the folder of images: CLASS/*.jpg, or SPLIT/CLASS/*.jpg.
-      val_fraction: share of 'val', where there are no folders of splits.
+      val_fraction: share of 'val', if splits have no folders.
 
     Raises:
-      ValueError: no such folder, no class in it, a class without images, both layouts at once.
+      UserError: the folder is missing or has no class, a class has no images, or both layouts are mixed.
     """
     directory = existing_directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
     check_range("data.val_fraction", val_fraction, 0, 1, above=True, below=True)
@@ -134,7 +136,7 @@ def folder(split: str, /, data_dir: str, val_fraction: float = VAL_FRACTION) -> 
 
 
 def split_by_names(files: Files, val_fraction: float) -> dict[str, Files]:
-    """Returns the splits 'train' and 'val' of images, as a hash of each file's name decides; either may be empty."""
+    """Returns images split into 'train' and 'val' by a hash of each file's name; either may be empty."""
     splits = {}
     for split in ("train", "val"):
         chosen = [
@@ -148,10 +150,10 @@ def split_by_names(files: Files, val_fraction: float) -> dict[str, Files]:
 
 
 def classes_in(directory: Path) -> Files:
-    """Returns all images of `directory/CLASS` and below.
+    """Returns all images in and below `directory/CLASS`.
 
     Raises:
-      ValueError: no class, or a class without images.
+      UserError: there is no class, or a class has no images.
     """
     classes = _folders(directory)
     if not classes:
@@ -174,18 +176,18 @@ def classes_in(directory: Path) -> Files:
 
 
 def folder_splits(data_dir: str, split: str = "train") -> tuple[str, ...]:
-    """Returns the names of the splits that have a folder there; none where a hash of the names decides.
+    """Returns the names of the splits that have folders; empty if a hash of the files' names decides.
 
-    A split is a folder with images in folders of classes. Where 'train' is one, a folder without classes beside it
-    is none, and not read.
+    A split is a folder with images in folders of classes. If one of the folders is a split called 'train', folders
+    beside it without folders of classes are not splits and are not read.
 
     Args:
       data_dir: the folder.
-      split: the name of one of them, where none is called 'train'.
+      split: the name of a split, if none is called 'train'.
 
     Raises:
-      ValueError: no such folder, folders in folders of which none is that split, or both layouts at once: of
-        which images would be left out.
+      UserError: `data_dir` is missing; its folders have folders, but neither 'train' nor `split` is one of them; or
+        both layouts are mixed, so that some images would be left out.
     """
     directory = existing_directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
     places = {canonical(p.name): p for p in _folders(directory)}
@@ -212,10 +214,10 @@ def _is_hidden(name: str) -> bool:
 
 
 def _folders(directory: Path) -> list[Path]:
-    """The folders there in the order of their names, but for hidden ones.
+    """Returns the folders in `directory` in the order of their names, without hidden ones.
 
     Raises:
-      ValueError: it cannot be read, or two have names that look the same.
+      UserError: `directory` cannot be read, or two folders have names that look the same.
     """
     try:
         with os.scandir(directory) as entries:
@@ -233,12 +235,16 @@ def _folders(directory: Path) -> list[Path]:
 
 
 def list_files(directory: Path, *, below: bool = True) -> tuple[list[Path], list[Unread]]:
-    """The image files there, and below, in the order of their names; and all others but for noise.
+    """Returns the image files of `directory` in the order of their names, and the files that are not read.
 
     Links to folders are followed, but no folder is entered twice.
 
+    Args:
+      directory: the folder.
+      below: also list the files in the folders below it.
+
     Raises:
-      ValueError: one is a link to nothing, or a folder cannot be read.
+      UserError: an image is a link to nothing, or a folder cannot be read.
     """
     found = list(_walk(directory, below=below))
     images, unread = [], [Unread(path, why) for path, why in found if why]
@@ -253,26 +259,28 @@ def list_files(directory: Path, *, below: bool = True) -> tuple[list[Path], list
 
 
 def images_in(directory: Path) -> list[Path]:
-    """The image files right there; as `list_files`."""
+    """Returns the image files directly in `directory`, as `list_files`."""
     return list_files(directory, below=False)[0]
 
 
 def _beside(directory: Path, read: Collection[str]) -> list[Unread]:
-    """What is in a folder, but not in those folders of it that are read."""
+    """Returns the files of a folder that are not in the folders called `read`."""
     return [Unread(path, why or "outside of a class") for path, why in _walk(directory, left_out=read)]
 
 
 def _walk(directory: Path, *, below: bool = True, left_out: Collection[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Yields each file there that is worth a word, and why it is none to read: '' for images.
+    """Yields (path, why it is not read) of files in `directory`; the reason is '' for images to read.
 
-    Of hidden files and folders only images are. Links to folders are followed where all of it is read.
+    Files of file managers are left out, and so are hidden files that are not images. Links to folders are followed
+    unless `left_out` is given.
 
     Args:
-      below: enter folders.
-      left_out: folders there not to enter.
+      directory: the folder.
+      below: also enter the folders below it.
+      left_out: names of folders in `directory` not to enter.
 
     Raises:
-      ValueError: a folder cannot be read.
+      UserError: a folder cannot be read, and `left_out` is not given.
     """
 
     def is_within_hidden(place: str) -> bool:
@@ -292,7 +300,7 @@ def _walk(directory: Path, *, below: bool = True, left_out: Collection[str] | No
             seen.add(real)
         if left_out and place == str(directory):
             folders[:] = [name for name in folders if name not in left_out]
-        # Hidden links are not followed: what they lead to might then count as seen.
+        # Hidden links are not followed: a folder that they lead to would then count as seen.
         folders[:] = sorted(
             name
             for name in folders
@@ -310,10 +318,11 @@ def _walk(directory: Path, *, below: bool = True, left_out: Collection[str] | No
 
 
 def describe_unread(unread: Iterable[Unread], num_images: int | None) -> str:
-    """A sentence for people: how many files are not read, of which kinds, and one of each; '' where all are read.
+    """Returns a sentence with the number of unread files, their kinds and an example of each; '' if there are none.
 
     Args:
-      num_images: that are read; None where it is not known.
+      unread: the files that are not read.
+      num_images: number of images that are read; None to leave the total out.
     """
     places = dict(unread)
     if not places:
@@ -333,12 +342,12 @@ def describe_unread(unread: Iterable[Unread], num_images: int | None) -> str:
 
 
 def unread_of(read: Iterable[Source], *, whole: bool = True) -> str:
-    """Says what is not read of the folders that sources are of, as `describe_unread`; of other sources nothing.
+    """Returns `describe_unread` of the folders that these sources read; '' for sources of other kinds.
 
     Args:
-      read: splits.
-      whole: they are all that is used: how many files there are is said, and which splits are not used. Of one split
-        neither would be of interest, as what is not read is of the whole folder.
+      read: the splits in use.
+      whole: whether `read` is all that is used of the folder. Then the text also has the number of all files, and the
+        splits that are not used.
     """
     files = [source for source in read if isinstance(source, Files)]
     unread = [file for source in files for file in source.unread]
@@ -355,5 +364,5 @@ def unread_of(read: Iterable[Source], *, whole: bool = True) -> str:
 
 
 def _hash(name: str) -> float:
-    """A number in [0, 1) that looks drawn at random, and is the same for the same name everywhere."""
+    """Returns a pseudo-random number in [0, 1) that depends only on the name, on every system."""
     return int.from_bytes(hashlib.sha256(canonical(name).encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64

@@ -16,13 +16,12 @@ from xception_flax.text.naming import composed
 
 Example = dict[str, Any]
 
-
-# Classes without names are called by their numbers, of which one label may claim any. No data set has as many.
+# Without names the largest label gives the number of classes. No data set has as many as this.
 MAX_UNNAMED_CLASSES = 2**20
 
 
 class InputError(UserError):
-    """The examples have come to an end that is none: an image, a file or a worker process is at fault."""
+    """Examples cannot be read any further, because of an image, a file or a worker process."""
 
 
 @runtime_checkable
@@ -53,10 +52,10 @@ class Arrays:
 
 
 def distinct(names: Iterable[str], what: str) -> tuple[str, ...]:
-    """Names of classes in Unicode's composed form.
+    """Returns names of classes in Unicode's composed form.
 
     Raises:
-      ValueError: two are the same: a table, a picture or a JSON would show one of them.
+      UserError: two are equal, so that a table, a picture or a JSON could not tell them apart.
     """
     names = tuple(map(composed, names))
     if len(set(names)) < len(names):
@@ -66,9 +65,9 @@ def distinct(names: Iterable[str], what: str) -> tuple[str, ...]:
 
 
 def check_num_classes(num_classes: int, num_images: int, what: str) -> None:
-    """Raises ValueError where classes that nobody has named are more than images, and than any data set has.
+    """Raises UserError if there are more unnamed classes than images, and than any data set has.
 
-    One wrong label would otherwise take all memory for their names.
+    Otherwise the names for one wrong label could take all memory.
     """
     if num_classes > max(num_images, MAX_UNNAMED_CLASSES):
         raise UserError(
@@ -78,16 +77,25 @@ def check_num_classes(num_classes: int, num_images: int, what: str) -> None:
 
 
 def check_memory(path: str | Path, num_bytes: int) -> None:
-    """Raises ValueError where so much does not fit into memory, before it is tried."""
+    """Raises UserError if arrays of `num_bytes` do not fit into free memory. Call it before reading them."""
     if num_bytes > (free := allocator.free_memory_bytes()):
         raise UserError(
-            f"{path} holds {num_bytes / 2**30:,.1f} GiB by its header, and of memory {free / 2**30:,.1f} GiB are free; "
+            f"{path} holds {num_bytes / 2**30:,.1f} GiB by its header, but {free / 2**30:,.1f} GiB of memory are free; "
             "data sets of that size are read from files: by source 'folder' or 'tfds'."
         )
 
 
 def existing_directory(path: str, content: str) -> Path:
+    """Returns the absolute path of a directory, with '~' expanded.
+
+    Args:
+      path: of the directory.
+      content: what is expected there, for the message.
+
+    Raises:
+      UserError: it does not exist.
+    """
     directory = Path(os.path.expanduser(path)).absolute()
-    if not os.path.isdir(directory):  # and neither raises, for a user or a path that cannot be
+    if not os.path.isdir(directory):  # unlike Path's methods, these raise for no user name and no path
         raise UserError(f"data.data_dir: {directory} is no directory; expected {content} there.")
     return directory

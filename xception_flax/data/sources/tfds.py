@@ -1,4 +1,4 @@
-"""Data sets that TensorFlow Datasets prepared."""
+"""Data sets in the format of TensorFlow Datasets (TFDS)."""
 
 import dataclasses
 import importlib.util
@@ -15,9 +15,9 @@ from xception_flax.text.lookup import suggest
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
-    """A TFDS random-access source; images stay encoded, labels become integers or multi-hot rows.
+    """A TFDS random-access source. Images stay encoded; labels become integers or multi-hot rows.
 
-    An example raises InputError where its record is damaged or not there, or has no class for a label.
+    Reading an example raises InputError if its record is damaged or missing, or a label is not one of the classes.
     """
 
     records: Sequence[Example]
@@ -59,22 +59,21 @@ def tfds(
 ) -> TfdsSource:
     """Any TFDS image classification set that was prepared with `file_format='array_record'`.
 
-    Needs no TensorFlow. Splits are TFDS' own: 'train', 'validation', 'train[:10%]', ... Labels are
-    a `ClassLabel`, or a sequence of them where images have several.
+    It does not need TensorFlow. Splits are as in TFDS: 'train', 'validation', 'train[:10%]', ... The label feature is
+    a `ClassLabel`, or a sequence of them if images have several labels.
 
     Args:
       split: TFDS split.
-      name: of the data set, 'imagenet2012' or 'cifar10:3.0.2'; None: `data_dir` is the directory of
-        one version of one data set, the one with dataset_info.json in it.
-      data_dir: where data sets are (with a name; None: TFDS' default), or the directory of this one.
+      name: of the data set, such as 'imagenet2012' or 'cifar10:3.0.2'; None if `data_dir` is the directory of one
+        version of one data set, with its dataset_info.json.
+      data_dir: with `name`, the directory of all data sets (None for TFDS' default); else that of this one.
       image_key: feature with the image.
       label_key: feature with the label or labels.
 
     Raises:
-      ValueError: unknown, not prepared, prepared in a format without random access, or features
-        that are not there.
+      UserError: the data set is unknown, is not prepared, has a format without random access, or lacks a feature.
     """
-    import tensorflow_datasets as library  # here: half a second that other sources need not pay
+    import tensorflow_datasets as library  # here, since it takes half a second that other sources do not need
 
     builder = _tfds_builder(library, name, data_dir)
     where, features, file_format = builder.data_dir, builder.info.features, builder.info.file_format
@@ -153,7 +152,7 @@ def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
 
 
 def _bucket(library: Any, url: str) -> Any:
-    """A directory in a bucket, which TFDS reads by fsspec, and array_record by itself."""
+    """Returns a directory in a bucket. TFDS reads it through fsspec, array_record by its own code."""
     scheme = url.partition("://")[0]
     if scheme != "gs":
         raise UserError(f"data.data_dir: {url}: of buckets only gs:// is read; mount others, and give the path.")

@@ -1,9 +1,8 @@
-"""What changes the colours of an image and not its shapes: PIL's `ImageEnhance` and `ImageOps` on uint8 arrays.
+"""Changes of an image's colours: PIL's `ImageEnhance` and `ImageOps` on uint8 arrays.
 
-Images are uint8 `[H, W, C]` with C 1 or 3. These are the definitions that torchvision and timm use,
-in OpenCV and tables of 256 entries. A `factor` of 1 changes nothing, and 0 gives black, gray, one
-colour or blur. Each is within a level or two of PIL (`tests/data/transforms`); hue, which both
-compute in 8 bits, within a few.
+Images are uint8 `[H, W, C]` with C 1 or 3. The definitions are those of torchvision and timm, computed with OpenCV and
+tables of 256 entries. A `factor` of 1 changes nothing; 0 gives black, gray, one colour or blur. Results differ from
+PIL's by at most a level or two (`tests/data/transforms`), and by a few for hue, which both compute in 8 bits.
 """
 
 import cv2
@@ -13,20 +12,20 @@ from xception_flax.text.ranges import check_range
 
 Image = np.ndarray
 
-# Beyond it a number in a recipe is a mistake, which would cost memory or time, or leave nothing of an image.
+# A larger number in a recipe is a mistake: it would take memory or time, or leave nothing of an image.
 MAX_JITTER = 100
 
 _LEVELS = np.arange(256)
 
 
 def _apply(table: np.ndarray, image: Image) -> Image:
-    """`table[image]`; the table is `[256]` or, a column a channel, `[256, C]`."""
+    """Returns `table[image]`; the table is `[256]`, or `[256, C]` with a column for each channel."""
     table = np.clip(table, 0, 255).astype(np.uint8)
     return cv2.LUT(image, table.reshape(256, 1, -1)).reshape(image.shape)
 
 
 def _blend(image: Image, degenerate: Image, factor: float) -> Image:
-    """`factor * image + (1 - factor) * degenerate`, cut off to integers as PIL does, where OpenCV would round."""
+    """Returns `factor * image + (1 - factor) * degenerate`, truncated to integers as by PIL; OpenCV rounds."""
     return cv2.addWeighted(image, factor, degenerate, 1 - factor, -0.49).reshape(image.shape)
 
 
@@ -35,7 +34,7 @@ def _luma(image: Image) -> Image:
 
 
 def _histograms(image: Image) -> np.ndarray:
-    """`[C, 256]` counts."""
+    """Returns `[C, 256]` counts."""
     return np.stack(
         [cv2.calcHist([image], [c], None, [256], [0, 256]).ravel().astype(np.int64) for c in range(image.shape[-1])]
     )
@@ -69,16 +68,16 @@ def adjust_sharpness(image: Image, factor: float) -> Image:
 
 
 def adjust_hue(image: Image, turn: float) -> Image:
-    """Turns the hue by a share of the whole circle, in [-0.5, 0.5]; a gray image stays as it is."""
+    """Turns the hue by `turn` of the whole circle, in [-0.5, 0.5]; a gray image stays as it is."""
     if image.shape[-1] == 1:
         return image
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(int(turn * 255) % 256)  # uint8 goes round, as the circle does
+    hsv[..., 0] += np.uint8(int(turn * 255) % 256)  # uint8 wraps around, like the circle
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
 def posterize(image: Image, bits: int) -> Image:
-    """Keeps the `bits` most significant of 8."""
+    """Keeps the `bits` most significant bits of 8."""
     return _apply(_LEVELS & ~(2 ** (8 - bits) - 1), image)
 
 
@@ -98,7 +97,7 @@ def autocontrast(image: Image) -> Image:
 
 
 def equalize(image: Image) -> Image:
-    """Makes the histogram of each channel as even as a table of its levels can."""
+    """Makes the histogram of each channel as even as a table of 256 levels can."""
     tables = []
     for histogram in _histograms(image):
         used = histogram[histogram > 0]
@@ -117,7 +116,7 @@ def color_jitter(
     saturation: float = 0.0,
     hue: float = 0.0,
 ) -> Image:
-    """Changes the four in random order, as `torchvision.transforms.ColorJitter` does.
+    """Changes the four properties in random order, as `torchvision.transforms.ColorJitter` does.
 
     Args:
       brightness, contrast, saturation: 0 to 100; the factor is uniform in [max(0, 1 - value), 1 + value].

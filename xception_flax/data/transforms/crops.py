@@ -1,4 +1,4 @@
-"""Which rectangle a random crop takes: two samplings that are both called Inception's, and differ.
+"""Which rectangle a random crop takes: two different samplings, both known as Inception's.
 
 GoogLeNet's paper (Szegedy et al. 2015, arXiv 1409.4842, section 6) takes patches whose "size is
 distributed evenly between 8% and 100% of the image area with aspect ratio constrained to the
@@ -11,7 +11,7 @@ import numpy as np
 
 Box = tuple[int, int, int, int]
 
-MAX_ASPECT = 1000  # beyond it a number in a recipe is a mistake, and leaves nothing of an image
+MAX_ASPECT = 1000  # a larger number in a recipe is a mistake, and would leave nothing of an image
 
 MAX_ATTEMPTS = {"torchvision": 10, "tensorflow": 100}  # torchvision's constant, TensorFlow's default
 
@@ -21,9 +21,9 @@ def torchvision_box(
 ) -> Box:
     """Draws a box as `torchvision.transforms.RandomResizedCrop.get_params` does.
 
-    The area is uniform, and so is the *logarithm* of the aspect ratio (width / height); sides are
-    rounded, and a box that does not fit is drawn again, ten times. Then it is the largest central
-    box whose aspect ratio is within bounds.
+    The area is uniform, and so is the *logarithm* of the aspect ratio (width / height). Sides are rounded. A box that
+    does not fit is drawn again. After ten draws that do not fit, it is the largest central box whose aspect ratio is
+    within the bounds.
 
     Args:
       min_area, max_area: shares of the image's area, 0 to 1.
@@ -44,14 +44,14 @@ def tensorflow_box(
 ) -> Box:
     """Draws a box as `tf.image.sample_distorted_bounding_box` does, for an image without boxes of objects.
 
-    The aspect ratio (width / height) is uniform itself, and then the *height* is, between those
-    of the smallest and the largest box of that ratio that fits: small areas are more likely than
-    in torchvision's. After a hundred draws in vain it is the whole image. To follow
-    `GenerateRandomCrop` of TensorFlow's `sample_distorted_bounding_box_op.cc` to the pixel, sides
-    are rounded as there and a box smaller than the image never touches its lower or right edge.
+    The aspect ratio (width / height) itself is uniform. Then the *height* is uniform, between the heights of the
+    smallest and the largest box of that ratio that fit. So small areas are more likely than with torchvision. After a
+    hundred draws that do not fit, it is the whole image. The result is that of `GenerateRandomCrop` in TensorFlow's
+    `sample_distorted_bounding_box_op.cc` to the pixel: sides are rounded in the same way, and a box smaller than the
+    image never touches its lower or right edge.
 
-    TensorFlow's recipes often say `min_object_covered=0.1`, which with the whole image as the
-    object refuses areas below a tenth: `min_area=0.1`.
+    TensorFlow's recipes often have `min_object_covered=0.1`. With the whole image as the object, this refuses areas
+    below a tenth; here it is `min_area=0.1`.
 
     Args:
       min_area, max_area: shares of the image's area, 0 to 1.

@@ -24,14 +24,14 @@ def random_erasing(
 ) -> Image:
     """Covers a random rectangle (Zhong et al. 2017, arXiv 1708.04896), drawn as torchvision and timm do.
 
-    Area and logarithm of the aspect ratio are uniform; after ten draws that do not fit, nothing is covered.
+    The area and the logarithm of the aspect ratio are uniform. After ten draws that do not fit, nothing is covered.
 
     Args:
       probability: of covering anything; the paper's and torchvision's 0.5.
       min_area, max_area: shares of the image's area, 0 to 1; the paper has 0.02 and 0.4.
       max_aspect: 1 to 1000; the ratio is in [1 / max_aspect, max_aspect].
-      fill: 'noise', uniform 0 to 255 in every pixel and channel, which the paper found best; or 'gray',
-        128: torchvision's zeros after normalization.
+      fill: 'noise', uniform 0 to 255 in every pixel and channel, which the paper found best; or 'gray', 128, which
+        is torchvision's 0 after normalization.
     """
     check_range("probability", probability, 0, 1)
     check_range("max_area", max_area, 0, 1, above=True)
@@ -48,7 +48,7 @@ def random_erasing(
         h, w = round(math.sqrt(area) * root), round(math.sqrt(area) / root)
         if h < height and w < width:
             top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            image = image.copy()  # it may be the source's own
+            image = image.copy()  # the array may belong to the source
             covered = image[top : top + h, left : left + w]
             covered[:] = rng.integers(256, size=covered.shape, dtype=np.uint8) if fill == "noise" else 128
             return image

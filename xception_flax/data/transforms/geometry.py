@@ -11,7 +11,7 @@ from xception_flax.text.ranges import check_range
 
 Image = np.ndarray
 
-# Beyond these a number in a recipe is a mistake, which would cost memory or time, or leave nothing of an image.
+# A larger number in a recipe is a mistake: it would take memory or time, or leave nothing of an image.
 MAX_SIDE = 10_000  # pixels of an image
 MAX_SCALE = 100
 
@@ -22,8 +22,8 @@ def resize(
     """Scales the whole image to a square, whatever its shape.
 
     Args:
-      kernel: 'bilinear' or 'bicubic'; see `resampling.resample`, for antialias too.
-      antialias: False is TensorFlow's and OpenCV's habit, True that of PIL, torchvision and timm.
+      kernel: 'bilinear' or 'bicubic'; see `resampling.resample`.
+      antialias: False as in TensorFlow and OpenCV, True as in PIL, torchvision and timm.
     """
     check_range("image_size", image_size, 1, MAX_SIDE)
     return resample(image, image_size, image_size, kernel, antialias)
@@ -38,7 +38,7 @@ def center_crop(
     kernel: str = "bilinear",
     antialias: bool = False,
 ) -> Image:
-    """Takes the central square of `fraction` of the shorter side and scales it: crop first, as TensorFlow's recipes."""
+    """Takes the central square of `fraction` of the shorter side, then scales it, as TensorFlow's recipes do."""
     check_range("image_size", image_size, 1, MAX_SIDE)
     check_range("fraction", fraction, 0, 1, above=True)
     height, width = image.shape[:2]
@@ -56,17 +56,17 @@ def resize_center_crop(
     kernel: str = "bilinear",
     antialias: bool = False,
 ) -> Image:
-    """Scales the shorter side to `resize_size` and takes the central square: scale first, as torchvision and timm.
+    """Scales the shorter side to `resize_size`, then takes the central square, as torchvision and timm do.
 
-    Published figures of theirs are with `antialias=True`; a `crop_pct` of timm's is image_size / resize_size.
+    Their published figures are with `antialias=True`. timm's `crop_pct` is image_size / resize_size.
     """
     check_range("image_size", image_size, 1, MAX_SIDE)
     check_range("resize_size", resize_size, image_size, MAX_SIDE)
     short = min(image.shape[:2])
-    # Of a strip no more than its middle is scaled: all of it could fill the memory, to be cut off then.
+    # Only the middle of a strip is scaled. All of it could fill the memory, and would be cut off afterwards.
     spare_height, spare_width = (max(0, side - 4 * short) // 2 for side in image.shape[:2])
     image = image[spare_height : image.shape[0] - spare_height, spare_width : image.shape[1] - spare_width]
-    # The longer side is cut off to an integer and the place rounded half to even, as there.
+    # As in torchvision, the longer side is truncated to an integer, and the offset is rounded half to even.
     height, width = (resize_size * side // short for side in image.shape[:2])
     image = resample(image, height, width, kernel, antialias)
     top, left = round((height - image_size) / 2), round((width - image_size) / 2)
@@ -90,7 +90,7 @@ def random_resized_crop(
     Args:
       min_area, max_area: shares of the image's area, 0 to 1.
       max_aspect: 1 to 1000; width / height of the rectangle is in [1 / max_aspect, max_aspect].
-      sampling: 'torchvision' or 'tensorflow', whose rectangles are distributed otherwise; see `crops`.
+      sampling: 'torchvision' or 'tensorflow', which distribute the rectangles differently; see `crops`.
       kernel, antialias: as for `resize`.
     """
     check_range("image_size", image_size, 1, MAX_SIDE)
@@ -103,7 +103,7 @@ def random_resized_crop(
 
 
 def random_crop_with_padding(image: Image, rng: np.random.Generator, *, image_size: int, padding: int = 4) -> Image:
-    """Adds `padding` black pixels at each side and takes a random square (He et al. 2015, section 4.2: CIFAR, 4)."""
+    """Adds `padding` black pixels at each side and takes a random square (He et al. 2015, section 4.2, for CIFAR)."""
     check_range("image_size", image_size, 1, MAX_SIDE)
     check_range("padding", padding, 0, image_size)
     height, width = (side + 2 * padding - image_size for side in image.shape[:2])
@@ -127,10 +127,12 @@ def random_affine(
     max_shift: float = 0.0,
     max_scale: float = 1.0,
 ) -> Image:
-    """Rotates, shifts and scales about the centre; what comes in from outside repeats the edge.
+    """Rotates, shifts and scales about the centre; pixels from outside repeat the edge.
 
-    Angle uniform in +-max_degrees (0 to 360), shift uniform in +-max_shift (share of each side, 0 to 1),
-    logarithm of the scale uniform in +-log(max_scale) (1 to 100).
+    Args:
+      max_degrees: 0 to 360; the angle is uniform in +-max_degrees.
+      max_shift: share of each side, 0 to 1; the shift is uniform in +-max_shift.
+      max_scale: 1 to 100; the logarithm of the scale is uniform in +-log(max_scale).
     """
     check_range("max_degrees", max_degrees, 0, 360)
     check_range("max_shift", max_shift, 0, 1)
@@ -145,5 +147,5 @@ def random_affine(
 
 
 def flip_left_right(image: Image, rng: np.random.Generator) -> Image:
-    """Mirrors every second image."""
+    """Mirrors the image with a probability of one half."""
     return cv2.flip(image, 1).reshape(image.shape) if rng.random() < 0.5 else image

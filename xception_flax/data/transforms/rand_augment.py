@@ -1,8 +1,8 @@
 """RandAugment's operations (Cubuk et al. 2019, arXiv 1909.13719), with torchvision's magnitudes.
 
-There are fourteen, each a function of (image, level). A magnitude is 0 to 30 and means a share of
-each operation's strongest level, as in `torchvision.transforms.RandAugment` with its 31 bins;
-timm's and the paper's own code count to 10, and their strongest levels are about as strong.
+There are fourteen, each a function of (image, level). A magnitude from 0 to 30 is a share of each operation's
+strongest level, as in `torchvision.transforms.RandAugment` with its 31 bins. timm's code and the paper's count to 10;
+their strongest levels are about the same.
 """
 
 import math
@@ -19,17 +19,17 @@ from xception_flax.text.ranges import check_range
 Image = np.ndarray
 
 MAX_MAGNITUDE = 30
-MAX_OPS = 100  # beyond it a number in a recipe is a mistake
+MAX_OPS = 100  # a larger number in a recipe is a mistake
 NEAREST, BILINEAR = cv2.INTER_NEAREST, cv2.INTER_LINEAR
 
 
 class Operation(NamedTuple):
-    """One of RandAugment's.
+    """One of RandAugment's operations.
 
     Attributes:
-      function: (image, level, interpolation) -> image; only what moves pixels needs the last.
+      function: (image, level, interpolation) -> image; only operations that move pixels use the interpolation.
       level: magnitude / 30 -> level.
-      signed: the level is negated in half of the draws.
+      signed: whether the level is negated in half of the draws.
     """
 
     function: Callable[[Image, float, int], Image]
@@ -38,13 +38,13 @@ class Operation(NamedTuple):
 
 
 def _warp(image: Image, inverse: list[list[float]], interpolation: int) -> Image:
-    """Takes pixel (x, y) from `inverse @ (x, y, 1)`, and black from outside."""
+    """Takes pixel (x, y) from `inverse @ (x, y, 1)`, or black outside of the image."""
     height, width = image.shape[:2]
     flags = interpolation | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(image, np.float64(inverse), (width, height), flags=flags).reshape(image.shape)
 
 
-# PIL's coordinates, which torchvision's shears use, are those of the corners of pixels: hence the halves.
+# torchvision's shears use PIL's coordinates, which are of pixels' corners, not centres. So half a level is added.
 def _shear_x(image: Image, level: float, interpolation: int) -> Image:
     return _warp(image, [[1, level, level / 2], [0, 1, 0]], interpolation)
 
@@ -103,13 +103,12 @@ def rand_augment(
 ) -> Image:
     """Applies random operations one after the other (Cubuk et al. 2019), by torchvision's definition and defaults.
 
-    The paper's N and M. Each of the fourteen operations is as likely each time; what comes in from
-    outside is black.
+    Each of the fourteen operations is equally likely each time. Pixels from outside are black.
 
     Args:
-      num_ops: how many, 0 to 100.
-      magnitude: 0 to 30, of each; see `OPERATIONS`.
-      kernel: 'nearest' or 'bilinear', of rotations and shears.
+      num_ops: number of operations, 0 to 100; the paper's N.
+      magnitude: of each operation, 0 to 30; the paper's M.
+      kernel: 'nearest' or 'bilinear', for operations that move pixels.
     """
     check_range("num_ops", num_ops, 0, MAX_OPS)
     check_range("magnitude", magnitude, 0, MAX_MAGNITUDE)
