@@ -1,7 +1,7 @@
 """README and docs: every command and program in them runs, in the order of a reader, in one folder.
 
 A ```bash block is run command by command with a small network (`SMALL`); a ```console block has one command and what it
-prints; the ```python blocks of a page are one program. Two comments in a page, above a block, change that:
+prints; the ```python blocks of a page are one program, with shallow networks. Two comments above a block change that:
 
   <!-- not run: REASON -->         its arguments are checked, and nothing runs
   <!-- run with: ARGUMENTS -->     of `train.py`: arguments that the test adds
@@ -14,6 +14,7 @@ import itertools
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ import pytest
 from PIL import Image
 
 import train
+import xception_flax
 from xception_flax.__main__ import VERBS
 from xception_flax.recipes import reading
 
@@ -157,11 +159,13 @@ def run(block: Block, words: list[str], capsys: pytest.CaptureFixture) -> str:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page}:{block.line}")
-def test_what_a_page_says_to_do(block, names, capsys):
+def test_what_a_page_says_to_do(block, names, capsys, monkeypatch):
     if block.language == "bash":
         for words in commands(block.text):
             run(block, words, capsys)
     elif block.language == "python":
+        shallow = partial(xception_flax.create_model, middle_repeats=1)  # a fifth of the time to compile
+        monkeypatch.setattr(xception_flax, "create_model", shallow, raising=False)
         exec(compile(block.text, f"{block.page}:{block.line}", "exec"), names[block.page])
     elif block.language == "console":
         command, _, shown = block.text.partition("\n")
