@@ -1,6 +1,6 @@
 """README and docs: every command and program in them runs, in the order of a reader, in one folder.
 
-A ```bash block is run command by command with a small network (`SMALL`); a ```console block has one command and what it
+A ```bash block is run command by command with a small network; a ```console block has one command and what it
 prints; the ```python blocks of a page are one program, with shallow networks. Two comments above a block change that:
 
   <!-- not run: REASON -->         its arguments are checked, and nothing runs
@@ -36,13 +36,15 @@ PAGES = [
 ]
 
 SMALL = [
-    "--config.model.width=0.02",
-    "--config.model.middle_repeats=0",
     "--config.data.image_size=32",
     "--config.batch_size=32",
     "--config.epochs=0.5",
     "--config.schedule.warmup_epochs=0",
 ]
+NARROW = ["--config.model.width=0.02", "--config.model.middle_repeats=0"]
+LENET = ["--config.model.name=lenet", "--config.model.width=0.1"]  # a fifth of the time to compile
+# Pages whose commands say nothing about the network.
+WITH_LENET = ("docs/recipes.md", "docs/data.md", "docs/runs.md")
 
 # What prepares a machine, and is not run. Of these, files that they name must be there.
 SETUP = ("make", "pip", "curl", "git", "source", "cd")
@@ -152,7 +154,8 @@ def run(block: Block, words: list[str], capsys: pytest.CaptureFixture) -> str:
         return ""
     if main is train.main:
         with_ = block.comment.removeprefix("run with: ") if block.comment.startswith("run with: ") else ""
-        arguments = [*arguments, *SMALL, *shlex.split(with_)]
+        network = LENET if block.page in WITH_LENET else NARROW
+        arguments = [*arguments, *SMALL, *network, *shlex.split(with_)]
     capsys.readouterr()
     assert main(arguments) == 0
     return capsys.readouterr().out
