@@ -163,7 +163,7 @@ def run(block: Block, words: list[str], capsys: pytest.CaptureFixture) -> str:
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page}:{block.line}")
 def test_what_a_page_says_to_do(block, names, capsys, monkeypatch):
-    if block.language == "bash":
+    if block.language in ("bash", "sh"):
         for words in commands(block.text):
             run(block, words, capsys)
     elif block.language == "python":
