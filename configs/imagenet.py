@@ -2,7 +2,7 @@
 
     python train.py --config configs/imagenet.py --workdir WORKDIR --config.data.data_dir=DIR
 
-Data: TFDS `imagenet2012`, prepared once by `xception-flax prepare imagenet` (see the README).
+Data: TFDS `imagenet2012`, prepared once by `xception-flax prepare imagenet` (docs/imagenet.md).
 Hardware: any number of devices that divides the batch; the paper had 60 NVIDIA K80 for about 3 days.
 Expected (paper, table 1, single crop, single model): top-1 0.790, top-5 0.945.
 Measured by us: not yet run.

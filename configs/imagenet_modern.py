@@ -2,7 +2,7 @@
 
     python train.py --config configs/imagenet_modern.py --workdir WORKDIR --config.data.data_dir=DIR
 
-Data: TFDS `imagenet2012`, prepared once by `xception-flax prepare imagenet` (see the README).
+Data: TFDS `imagenet2012`, prepared once by `xception-flax prepare imagenet` (docs/imagenet.md).
 Hardware: any number of devices that divides the batch; antialiasing and RandAugment double the
 host's work for an image.
 Expected: not known for Xception; the original recipe raised a ResNet-50 from top-1 0.761 to 0.809.

@@ -237,8 +237,6 @@ def test_from_the_shell():
     assert "block5 ... block12 x8   19x19x728      16  12,911,808  4.649 G  55.6%    75.69" in lines
     for total in ("22,855,952", "91.42 MB as float32", "54,528", "8.357 G an image", "227.9 MB an image as float32"):
         assert any(line.endswith("  " + total) for line in lines), total
-    readme = (ROOT / "README.md").read_text()
-    assert "\n".join(lines[1:-1]) in readme  # the README shows what is printed
 
 
 def test_all_from_the_shell():
@@ -318,7 +316,7 @@ def test_all_with_options(monkeypatch, capsys):
 
 
 def test_a_recipe(monkeypatch, capsys):
-    """README: 184,050 parameters; images of 48 x 48 pixels and one channel, ten classes."""
+    """configs/digits.py: 184,050 parameters; images of 48 x 48 pixels and one channel, ten classes."""
     code, out, _ = run(monkeypatch, capsys, "--config", DIGITS)
     assert code == 0
     record = json.loads(out.splitlines()[-1])

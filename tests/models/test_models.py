@@ -116,10 +116,10 @@ def test_sizes(name):
         assert height == pytest.approx(size / 2**i, abs=4)  # a stem without padding loses some
 
 
-def test_the_readme_has_the_sizes():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_docs_have_the_sizes():
+    page = (Path(__file__).parents[2] / "docs" / "networks.md").read_text()
     for name, (_, parameters, _, macs, _) in SIZES.items():
-        row = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
         number, unit = row.split("|")[3].split()[:2]
         assert row.split("|")[2].strip() == f"{parameters:,}", name
         assert float(number) == pytest.approx(macs / {"G": 1e9, "M": 1e6}[unit], rel=1e-3), name

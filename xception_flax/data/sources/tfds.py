@@ -81,7 +81,7 @@ def tfds(
         raise UserError(
             f"TFDS data set {builder.name!r} is not prepared in {where}; say where it is by "
             "--config.data.data_dir=DATA, or prepare it: imagenet2012 by `xception-flax prepare`, "
-            "others by TFDS with file_format='array_record' (see the README)."
+            "others by TFDS with file_format='array_record' (see docs/data.md)."
         )
     if file_format is None or file_format.value != "array_record":
         found = None if file_format is None else file_format.value

@@ -1,0 +1,223 @@
+"""README and docs: every command and program in them runs, in the order of a reader, in one folder.
+
+A ```bash block is run command by command with a small network; a ```console block has one command and what it
+prints; the ```python blocks of a page are one program, with shallow networks. Two comments above a block change that:
+
+  <!-- not run: REASON -->         its arguments are checked, and nothing runs
+  <!-- run with: ARGUMENTS -->     of `train.py`: arguments that the test adds
+"""
+
+import contextlib
+import importlib
+import inspect
+import itertools
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+import xception_flax
+from xception_flax.__main__ import VERBS
+from xception_flax.recipes import reading
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    "README.md",
+    *(f"docs/{page}.md" for page in ("networks", "recipes", "data", "fine-tuning", "imagenet", "runs", "pods")),
+    *(f"docs/{page}.md" for page in ("proof", "paper", "design")),
+    "benchmarks/README.md",
+]
+
+SMALL = [
+    "--config.data.image_size=32",
+    "--config.batch_size=32",
+    "--config.epochs=0.5",
+    "--config.schedule.warmup_epochs=0",
+]
+NARROW = ["--config.model.width=0.02", "--config.model.middle_repeats=0"]
+LENET = ["--config.model.name=lenet", "--config.model.width=0.1"]  # a fifth of the time to compile
+# Pages whose commands say nothing about the network.
+WITH_LENET = ("docs/recipes.md", "docs/data.md", "docs/runs.md")
+
+# What prepares a machine, and is not run. Of these, files that they name must be there.
+SETUP = ("make", "pip", "curl", "git", "source", "cd")
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    language: str
+    text: str
+    comment: str
+
+
+def blocks_of(page: str) -> list[Block]:
+    text = (ROOT / page).read_text()
+    assert text.count("```") % 2 == 0, page
+    pattern = re.compile(r"(?:^<!-- (.*?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [
+        Block(page, text.count("\n", 0, match.start(2)) + 1, match[2], match[3], match[1] or "")
+        for match in pattern.finditer(text)
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory) -> Iterator[Path]:
+    """Where a reader is: in a clone, with images of two classes in `photos`."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("configs", "docs", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
+    rng = np.random.default_rng(0)
+    for name, level in (("cat", 0), ("dog", 128)):
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(40):
+            image = rng.integers(level, level + 128, (40, 48, 3), np.uint8)
+            Image.fromarray(image).save(folder / "photos" / name / f"{i}.jpg")
+    with contextlib.chdir(folder):
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def names() -> dict[str, dict[str, object]]:
+    """The names that the programs of each page have made."""
+    return {page: {} for page in PAGES}
+
+
+def commands(text: str) -> list[list[str]]:
+    """The commands of a block, as words."""
+    lines = text.replace("\\\n", " ").splitlines()
+    split = [shlex.split(part, comments=True) for line in lines for part in line.split(" && ")]
+    return [words for words in split if words]
+
+
+def our_main(words: list[str]) -> tuple[Callable[[list[str]], int] | None, list[str]]:
+    """The function behind a command of ours, and its arguments; None for what prepares a machine."""
+    program, *arguments = words
+    if program == "xception-flax":
+        verb, *arguments = arguments
+        assert verb in VERBS, f"no verb {verb!r}"
+        return importlib.import_module(f"xception_flax.commands.{verb.replace('-', '_')}").main, arguments
+    if program.endswith(("python", "python3")):
+        if arguments[0] == "train.py":
+            return train.main, arguments[1:]
+        if arguments[0] == "-m" and arguments[1].startswith("benchmarks."):
+            return importlib.import_module(arguments[1]).main, arguments[2:]
+        if arguments[0] == "-c":
+            compile(arguments[1], "<docs>", "exec")
+        else:
+            assert arguments[:2] in (["-m", "venv"], ["-m", "pip"]), words
+        return None, arguments
+    assert program in SETUP, f"{program!r} is no command that this test knows"
+    return None, arguments
+
+
+def check_setup(words: list[str]) -> None:
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+    for option, value in itertools.pairwise(words):
+        if option == "-r":
+            assert (ROOT / value).is_file(), value
+
+
+def check_arguments(main: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    """Every flag is one of the command's, and every key of a recipe is there and takes the value."""
+    sub_command = [word for word in arguments[:1] if not word.startswith("-")] if "prepare" in main.__module__ else []
+    with pytest.raises(SystemExit, match="0"):
+        main([*sub_command, "--help"])
+    flags_there = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    flags = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+    assert {flag for flag in flags if not flag.startswith("--config.")} <= flags_there
+    if "--config" in flags:
+        overrides = [word for word in arguments if word.startswith("--config.")]
+        reading.load(arguments[arguments.index("--config") + 1], overrides)
+
+
+def run(block: Block, words: list[str], capsys: pytest.CaptureFixture) -> str:
+    """Runs a command, or checks it where it is not to be run, and returns what it prints."""
+    main, arguments = our_main(words)
+    if main is None:
+        check_setup(words)
+        return ""
+    if block.comment.startswith("not run: ") or main.__module__.startswith("benchmarks."):
+        if inspect.signature(main).parameters:
+            check_arguments(main, arguments, capsys)
+        return ""
+    if main is train.main:
+        with_ = block.comment.removeprefix("run with: ") if block.comment.startswith("run with: ") else ""
+        network = LENET if block.page in WITH_LENET else NARROW
+        arguments = [*arguments, *SMALL, *network, *shlex.split(with_)]
+    capsys.readouterr()
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page}:{block.line}")
+def test_what_a_page_says_to_do(block, names, capsys, monkeypatch):
+    if block.language in ("bash", "sh"):
+        for words in commands(block.text):
+            run(block, words, capsys)
+    elif block.language == "python":
+        shallow = partial(xception_flax.create_model, middle_repeats=1)  # a fifth of the time to compile
+        monkeypatch.setattr(xception_flax, "create_model", shallow, raising=False)
+        exec(compile(block.text, f"{block.page}:{block.line}", "exec"), names[block.page])
+    elif block.language == "console":
+        command, _, shown = block.text.partition("\n")
+        printed = run(block, shlex.split(command.removeprefix("$ ")), capsys)
+        if not block.comment.startswith("not run: "):
+            assert shown.strip("\n") in printed
+    else:
+        assert block.language == "text", "a block is bash, console, python or text"
+    assert block.comment == "" or block.comment.startswith(("not run: ", "run with: "))
+
+
+def test_keys_in_the_text_are_keys_of_recipes(folder):
+    """Keys that a sentence names, too: `--config.GROUP.KEY=...`."""
+    recipes = ["digits.py", "imagenet.py", f"folder.py:{folder / 'photos'}"]
+    configs = [reading.load(f"configs/{recipe}") for recipe in recipes]
+    configs.append(reading.load("configs/digits.py", ["--config.data.source=arrays", "--config.data.path=mine.npz"]))
+    keys = {"GROUP.KEY", "KEY"}
+    for config in configs:
+        for key, value in config.to_dict().items():
+            keys |= {f"{key}.{inner}" for inner in value} if isinstance(value, dict) else {key}
+    for page in PAGES:
+        named = set(re.findall(r"--config\.([\w.]+)=", (ROOT / page).read_text()))
+        assert named <= keys, page
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+            if link.startswith("https://"):
+                continue
+            path, _, anchor = link.partition("#")
+            target = (ROOT / page).parent / path if path else ROOT / page
+            assert target.exists(), (page, link)
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, (page, link)
+
+
+def test_no_page_is_forgotten():
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")} <= set(PAGES)
+
+
+def test_the_readme_is_short_and_complete():
+    readme, recipes = (ROOT / "README.md").read_text(), (ROOT / "docs" / "recipes.md").read_text()
+    assert len(readme.split()) <= 900
+    for path in (ROOT / "configs").glob("*.py"):
+        row = rf"^\| `configs/{path.name}[:`]"
+        assert re.search(row, readme, re.MULTILINE), path
+        assert re.search(row, recipes, re.MULTILINE), path
+    for verb in VERBS:
+        assert re.search(rf"^\| `xception-flax {verb} ", readme, re.MULTILINE), verb
+    assert re.search(r"!\[[^\]]+\]\(docs/images/demo.png\)", readme)
