@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 # One cache of compiled programs for the whole session, for its workers and for the commands they start
 # too: many tests compile the same step.
@@ -23,10 +24,21 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
+import shell
+
 
 @pytest.fixture(scope="session")
 def one_device() -> Mesh:
     return jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+
+
+@pytest.fixture(autouse=True)
+def none_is_left() -> Iterator[None]:
+    """A test that fails leaves no process behind, nor one that stands still."""
+    yield
+    for process in shell.started:
+        process.kill()
+    shell.started.clear()
 
 
 @pytest.fixture
