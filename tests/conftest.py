@@ -5,11 +5,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+
+# Files in memory, where there is room: a checkpoint is hundreds of files, each of which waits for the disk.
+memory = Path("/dev/shm")
+if memory.is_dir() and shutil.disk_usage(memory).free > 4 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 # One cache of compiled programs for the whole session, for its workers and for the commands they start
 # too: many tests compile the same step.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    cache = tempfile.mkdtemp(prefix="xception_flax_tests_")
+    cache = tempfile.mkdtemp(prefix="xception_flax_tests_", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -17,6 +23,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Level 0: LLVM's passes take longer than the tests then run what they made. What is tested on top of
 # XLA is the same; test_train.py's processes, and so the whole path, run at the level of every user.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # a vector meets an array where somebody has said along which axis
 os.environ["KERAS_BACKEND"] = "jax"
 
 import jax
