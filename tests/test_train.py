@@ -140,14 +140,14 @@ pathlib.Path(sys.argv[1]).write_text(f"{counts['cache_hits']} {counts['compile_r
 def test_a_second_start_compiles_nothing(tmp_path):
     """With a user's own cache: the second run finds each program, and ends bit for bit as the first.
 
-    A run here is five steps, an evaluation and a checkpoint; compiled at LLVM's lowest level, since the
+    A run here is five steps of a small network, an evaluation and a checkpoint; compiled at LLVM's lowest level, since the
     tests of resumption compare a run that compiles with such as do not at the usual one.
     """
     counts = {}
     for name in ("cold", "warm"):
         kept = {k: v for k, v in os.environ.items() if "COMPILATION_CACHE" not in k and "PERSISTENT_CACHE" not in k}
         command = [sys.executable, "-c", COUNT_CACHE, tmp_path / f"{name}.txt"]
-        arguments = ["--config", DIGITS, "--workdir", tmp_path / name, *SMALL, "--config.epochs=0.0637"]
+        arguments = ["--config", f"{DIGITS}:lenet", "--workdir", tmp_path / name, *LENET, "--config.epochs=0.0637"]
         arguments += ["--config.schedule.warmup_epochs=0", "--config.log_every_steps=1"]
         result = subprocess.run(
             [*map(str, command + arguments)],
