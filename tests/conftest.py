@@ -21,9 +21,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling takes longer here than what is compiled. LLVM's level 0, and XLA's older emitter of loops as long as there is
-# one, need a third of the time. What is tested on top of XLA is the same; test_train.py's processes, and so the whole
-# path, run as a user's do.
+# Compiling takes longer here than what is compiled. LLVM's level 0, and XLA's older emitter of loops where there still
+# is one, need a third of the time. What is tested on top of XLA is the same; test_train.py's processes, and so the
+# whole path, run as a user's do.
 flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     flags.append("--xla_cpu_use_fusion_emitters=false")

@@ -140,8 +140,8 @@ pathlib.Path(sys.argv[1]).write_text(f"{counts['cache_hits']} {counts['compile_r
 def test_a_second_start_compiles_nothing(tmp_path):
     """With a user's own cache: the second run finds each program, and ends bit for bit as the first.
 
-    A run here is five steps of a small network, an evaluation and a checkpoint; compiled at LLVM's lowest level, since the
-    tests of resumption compare a run that compiles with such as do not at the usual one.
+    A run here is five steps of a small network, an evaluation and a checkpoint; compiled at LLVM's lowest level, since
+    the tests of resumption compare a run that compiles with such as do not at the usual one.
     """
     counts = {}
     for name in ("cold", "warm"):
