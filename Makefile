@@ -2,16 +2,21 @@
 # make test           set up, check the code's form, run every test
 # make lint           ruff and import-linter alone
 # make test-minimum   every test again with the oldest versions that pyproject.toml allows
+# make test-newest    every test again with the newest versions that there are
 # make test-tpu       compile for TPUs that are not there, in an environment of its own (libtpu is 700 MB)
 # make contenders     set up what the benchmarks compare with, in .venv-contenders (8 GB)
 # make pins           write requirements*.txt anew from pyproject.toml and benchmarks/requirements.in
 
 PYTHON ?= python3
+# An environment is of one Python: what says that it is complete has its version in its name.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+INSTALLED := .venv/installed-$(VERSION)
+INSTALLED_DEV := .venv/installed-dev-$(VERSION)
 WORKDIR ?= runs/digits
 
-.PHONY: demo test test-minimum test-tpu lint contenders pins clean
+.PHONY: demo test test-minimum test-newest test-tpu lint contenders pins clean
 
-demo: .venv/installed
+demo: $(INSTALLED)
 	.venv/bin/python train.py --config configs/digits.py --workdir $(WORKDIR)
 	.venv/bin/xception-flax evaluate --workdir $(WORKDIR) --split test
 	@echo "pictures: $(WORKDIR)/curves.png $(WORKDIR)/mistakes_test.png"
@@ -19,11 +24,17 @@ demo: .venv/installed
 test: lint
 	.venv/bin/python -m pytest
 
-test-minimum: .venv/installed-dev
-	test -d .venv-minimum || $(PYTHON) -m venv .venv-minimum
+test-minimum: $(INSTALLED_DEV)
+	$(PYTHON) -m venv --clear .venv-minimum
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv/bin/uv pip install --quiet --python .venv-minimum/bin/python --resolution lowest-direct -e '.[dev]'
 	.venv-minimum/bin/python -m pytest
+
+test-newest: $(INSTALLED_DEV)
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv/bin/uv pip install --quiet --python .venv-newest/bin/python -e '.[dev]'
+	.venv-newest/bin/python -m pytest
 
 # libtpu has an environment of its own: with it there, JAX looks for TPUs at every start.
 test-tpu: .venv-tpu/installed
@@ -37,22 +48,22 @@ test-tpu: .venv-tpu/installed
 	@.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-lint: .venv/installed-dev
+lint: $(INSTALLED_DEV)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/lint-imports
 
-contenders: .venv/installed .venv-contenders/installed
+contenders: $(INSTALLED) .venv-contenders/installed
 
-.venv/installed: requirements.txt pyproject.toml
+$(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
 	@echo "installing into .venv (a few minutes) ..."
-	@test -d .venv || $(PYTHON) -m venv .venv
+	@.venv/bin/python --version 2>/dev/null | grep -qF ' $(VERSION).' || $(PYTHON) -m venv --clear .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt
+$(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
 	@echo "installing what the tests need into .venv ..."
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
@@ -63,7 +74,7 @@ contenders: .venv/installed .venv-contenders/installed
 	@.venv-contenders/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	@touch $@
 
-pins: .venv/installed-dev
+pins: $(INSTALLED_DEV)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml -o requirements.txt
 	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
@@ -71,4 +82,4 @@ pins: .venv/installed-dev
 	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml --extra tpu -c requirements.txt -o requirements-tpu.txt
 
 clean:
-	rm -rf .venv .venv-contenders .venv-minimum .venv-tpu build *.egg-info
+	rm -rf .venv .venv-contenders .venv-minimum .venv-newest .venv-tpu build *.egg-info

@@ -16,18 +16,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import shell
 from benchmarks import cold_start, command, contenders, growth, inputs, photos, plain_linen, readers, step, worker
 from benchmarks import input as input_benchmark
 
-ROOT = Path(__file__).parent.parent
 MAX_DIFFERENCE = 1e-4  # of what the logits spread over images, as in test_keras_weights.py; measured: 8e-6
 
 
-def shell(arguments: str) -> subprocess.CompletedProcess:
+def benchmark(arguments: str) -> subprocess.CompletedProcess:
     """`python -m benchmarks.` and the rest of a command line."""
     name, *others = arguments.split()
-    call = [sys.executable, "-m", f"benchmarks.{name}", *others]
-    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return shell.run("-m", f"benchmarks.{name}", *others)
 
 
 def test_plain_linen_has_the_parameters_of_xception():
@@ -55,7 +54,7 @@ def test_a_step_is_measured_and_who_fails_keeps_a_row(tmp_path):
     """Two contenders that are here and one that is not: its environment lacks TensorFlow."""
     file = tmp_path / "step.json"
     names = ["xception_flax", "plain_linen", "keras_tensorflow"]
-    result = shell(
+    result = benchmark(
         "step --mode forward --batch 2 --size 71 --rounds 2 --seconds-per-turn 0.1 "
         f"--only {','.join(names)} --contenders-python {sys.executable} --json {file}"
     )
@@ -91,7 +90,7 @@ def test_a_step_is_measured_and_who_fails_keeps_a_row(tmp_path):
 
 def test_growth(tmp_path):
     file = tmp_path / "growth.json"
-    result = shell(
+    result = benchmark(
         "growth --size 71 --width 0.05 --middle-repeats 1 --rounds 1 --seconds-per-turn 0.1 "
         f"--axis batch=1,3 --json {file}"
     )
@@ -143,7 +142,7 @@ def test_a_table_in_markdown():
 def test_input_is_measured_and_its_values_are_compared(tmp_path):
     """Photos read whole by the two that are here are the same; the one that is not keeps a row."""
     file = tmp_path / "input.json"
-    result = shell(
+    result = benchmark(
         "input --images 8 --batch 8 --size 64 --threads 1 --rounds 1 --seconds-per-turn 0.1 "
         f"--only xception_flax,alone,tf_data --contenders-python {sys.executable} --json {file}"
     )

@@ -21,10 +21,13 @@ import cv2
 import grain
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
+import shell
 import train
+from shell import ROOT, environment, finish, wait_until
+from shell import call as run
+from workdirs import arrays, evaluations, records
 from xception_flax import data
 from xception_flax.commands import cli, evaluate
 from xception_flax.display import console
@@ -34,7 +37,6 @@ from xception_flax.runs import history, progress
 from xception_flax.runs.restore import restore
 from xception_flax.training import evaluation, metrics, sharding
 
-ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.py")
 
 # 157 steps of 16 images: a second or so of training, and long enough to be stopped in.
@@ -55,84 +57,9 @@ SMALL = [
 LENET = [text for text in SMALL if "model." not in text]
 
 
-def environment(devices: int) -> dict[str, str]:
-    return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT),
-        "COLUMNS": "120",
-    }
-
-
-started: list[subprocess.Popen] = []
-
-
-@pytest.fixture(autouse=True)
-def none_is_left():
-    """A test that fails leaves no process behind, nor one that stands still."""
-    yield
-    for process in started:
-        process.kill()
-    started.clear()
-
-
 def start(workdir: Path, *arguments: str, devices: int = 2) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--config",
-        DIGITS,
-        "--workdir",
-        str(workdir),
-        *SMALL,
-        *arguments,
-    ]
-    process = subprocess.Popen(
-        command,
-        env=environment(devices),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    started.append(process)
-    return process
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return process.returncode, out, err
-
-
-def records(workdir: Path) -> list[dict]:
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def evaluations(workdir: Path) -> list[dict]:
-    """The results of every evaluation, without the time it took."""
-    return [{k: v for k, v in r.items() if k != "eval/seconds"} for r in records(workdir) if "eval/loss" in r]
-
-
-def wait_until(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 200
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by its path, read without our own code."""
-    leaves = {}
-    for item in ("raw", "ema", "optimizer"):
-        tree = ocp.StandardCheckpointer().restore((workdir / "checkpoints" / str(step) / item).absolute())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            leaves[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
-    return leaves
+    recipe = ["--config", DIGITS, "--workdir", workdir]
+    return shell.start("train.py", *recipe, *SMALL, *arguments, devices=devices)
 
 
 @pytest.fixture(scope="module")
@@ -213,14 +140,14 @@ pathlib.Path(sys.argv[1]).write_text(f"{counts['cache_hits']} {counts['compile_r
 def test_a_second_start_compiles_nothing(tmp_path):
     """With a user's own cache: the second run finds each program, and ends bit for bit as the first.
 
-    A run here is five steps, an evaluation and a checkpoint; compiled at LLVM's lowest level, since the
-    tests of resumption compare a run that compiles with such as do not at the usual one.
+    A run here is five steps of a small network, an evaluation and a checkpoint; compiled at LLVM's lowest level, since
+    the tests of resumption compare a run that compiles with such as do not at the usual one.
     """
     counts = {}
     for name in ("cold", "warm"):
         kept = {k: v for k, v in os.environ.items() if "COMPILATION_CACHE" not in k and "PERSISTENT_CACHE" not in k}
         command = [sys.executable, "-c", COUNT_CACHE, tmp_path / f"{name}.txt"]
-        arguments = ["--config", DIGITS, "--workdir", tmp_path / name, *SMALL, "--config.epochs=0.0637"]
+        arguments = ["--config", f"{DIGITS}:lenet", "--workdir", tmp_path / name, *LENET, "--config.epochs=0.0637"]
         arguments += ["--config.schedule.warmup_epochs=0", "--config.log_every_steps=1"]
         result = subprocess.run(
             [*map(str, command + arguments)],
@@ -536,15 +463,6 @@ def test_processes_that_differ_do_not_begin(whole, tmp_path):
 
 
 # Evaluation ----------------------------------------------------------------------------------------
-
-
-def run(monkeypatch, capsys, main, *arguments: str) -> tuple[int, str, str]:
-    """Runs a command's own entry point in this process."""
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.run(main)
-    out, err = capsys.readouterr()
-    return exit_.value.code, out, err
 
 
 def test_evaluate_repeats_the_loops_evaluation(whole, monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -10,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+import shell
 import train
-from xception_flax.commands import cli, evaluate, predict
+from xception_flax.commands import evaluate, predict
 from xception_flax.data import sources
 from xception_flax.recipes import reading
 from xception_flax.runs.restore import restore
@@ -39,10 +39,7 @@ def digits(tmp_path_factory):
 
 
 def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.run(predict.main)
-    return exit_.value.code, *capsys.readouterr()
+    return shell.call(monkeypatch, capsys, predict.main, *arguments)
 
 
 def test_it_predicts_what_evaluate_counts(workdir, digits, monkeypatch, capsys):

@@ -17,9 +17,7 @@ import time
 from pathlib import Path
 
 import cv2
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -27,13 +25,14 @@ from PIL import Image
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as tfds_imagenet
 from tensorflow_datasets.proto import tf_example_pb2
 
+import shell
+import workdirs
 from benchmarks import photos
+from shell import ROOT, finish, wait_until
 from xception_flax import data
-from xception_flax.commands import cli, evaluate, prepare
+from xception_flax.commands import evaluate, prepare
 from xception_flax.data import sources
 from xception_flax.prepare import imagenet, records
-
-ROOT = Path(__file__).parents[2]
 
 # Numbers of classes as everywhere that ImageNet's synsets are sorted: tench, vine snake, Shetland sheepdog, toilet
 # tissue; and the classes of the first validation images, by ILSVRC's own list.
@@ -102,11 +101,8 @@ def data_dir(tars, tmp_path_factory) -> Path:
 
 def fail(capsys, monkeypatch, *arguments: str | Path) -> str:
     """The message of a command that ends with code 2."""
-    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.run(prepare.main)
-    err = capsys.readouterr().err
-    assert ended.value.code == 2, err
+    code, _, err = shell.call(monkeypatch, capsys, prepare.main, *arguments)
+    assert code == 2, err
     return err.splitlines()[-1]
 
 
@@ -729,34 +725,8 @@ SMALL = [
 
 
 def start(workdir: Path, data_dir: Path, *arguments: str) -> subprocess.Popen:
-    where = ["--workdir", str(workdir), f"--config.data.data_dir={data_dir}"]
-    command = [sys.executable, "train.py", "--config", "configs/imagenet.py", *where, *SMALL, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    try:
-        _, err = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return process.returncode, err
-
-
-def recorded(workdir: Path) -> list[dict]:
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def arrays(workdir: Path) -> dict[str, np.ndarray]:
-    """Every array of the last checkpoint by its path, read without our own code."""
-    (checkpoint,) = (path for path in (workdir / "checkpoints").iterdir() if path.name == "6")
-    leaves = {}
-    for item in ("raw", "ema", "optimizer"):
-        tree = ocp.StandardCheckpointer().restore(checkpoint.absolute() / item)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            leaves[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
-    return leaves
+    where = ["--workdir", workdir, f"--config.data.data_dir={data_dir}"]
+    return shell.start("train.py", "--config", "configs/imagenet.py", *where, *SMALL, *arguments)
 
 
 def test_an_epoch_of_the_papers_recipe(data_dir, tmp_path, capsys):
@@ -764,27 +734,25 @@ def test_an_epoch_of_the_papers_recipe(data_dir, tmp_path, capsys):
     every bit of the run that went on; and evaluation counts each of the 11 images once."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     process = start(whole, data_dir)
-    while not any(record["step"] == 3 for record in recorded(whole)):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_until(lambda: any(record["step"] == 3 for record in workdirs.records(whole)), process)
     process.send_signal(signal.SIGSTOP)
     shutil.copytree(whole, stopped)  # what would be left, had it been killed here
     process.send_signal(signal.SIGCONT)
-    code, err = finish(process)
+    code, _, err = finish(process)
     assert code == 0, err
 
-    code, err = finish(start(stopped, data_dir, "--config.data.num_workers=2"))
+    code, _, err = finish(start(stopped, data_dir, "--config.data.num_workers=2"))
     assert code == 0, err
     step = int(re.search(r"going on from the checkpoint of step (\d+)", err)[1])
     assert 1 <= step < 6
 
-    expected, result = arrays(whole), arrays(stopped)
+    expected, result = workdirs.arrays(whole, 6), workdirs.arrays(stopped, 6)
     assert expected.keys() == result.keys()
     assert len(expected) > 200
     for path, value in expected.items():
         np.testing.assert_array_equal(result[path], value, err_msg=path)
     metrics = [
-        [{k: v for k, v in record.items() if "seconds" not in k and "per_second" not in k} for record in recorded(w)]
+        [{k: v for k, v in r.items() if "seconds" not in k and "per_second" not in k} for r in workdirs.records(w)]
         for w in (whole, stopped)
     ]
     losses = [{r["step"]: r["train/loss"] for r in of_run if "train/loss" in r} for of_run in metrics]

@@ -1,22 +1,21 @@
 """The summary of a network: stages, totals, options, from the shell, mistakes."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import shell
+from shell import ROOT
 from xception_flax import MODELS, create_model
-from xception_flax.commands import cli, summary
+from xception_flax.commands import summary
 from xception_flax.models import costs
 
-ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "configs" / "digits.py")
 
 # (stage, output, stride) at 299 px.
@@ -112,16 +111,11 @@ def totals(rows) -> list[int]:
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["summary", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.run(summary.main)
-    return exit_.value.code, *capsys.readouterr()
+    return shell.call(monkeypatch, capsys, summary.main, *arguments)
 
 
-def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "xception_flax", "summary", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+def from_shell(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    return shell.run("-m", "xception_flax", "summary", *arguments, **variables)
 
 
 # Rows ----------------------------------------------------------------------------------------------
@@ -219,7 +213,7 @@ def test_images_need_not_be_square():
 
 def test_from_the_shell():
     """A real process; the only platform allowed it does not exist, so that no device but the CPU was opened."""
-    result = shell("xception", JAX_PLATFORMS="no_such_accelerator", COLUMNS="40")
+    result = from_shell("xception", JAX_PLATFORMS="no_such_accelerator", COLUMNS="40")
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads(result.stdout.splitlines()[-1]) == {
         "name": "xception",
@@ -240,7 +234,7 @@ def test_from_the_shell():
 
 
 def test_all_from_the_shell():
-    result = shell("--all")
+    result = from_shell("--all")
     assert (result.returncode, result.stderr) == (0, "")
     *table, last = result.stdout.splitlines()
     records = json.loads(last)
@@ -388,7 +382,7 @@ def test_mistakes(monkeypatch, capsys, arguments, message):
 
 
 def test_a_mistake_from_the_shell_is_no_traceback():
-    result = shell("xception", "--image-size", "16")
+    result = from_shell("xception", "--image-size", "16")
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch("error: Xception needs images of at least 32 x 32 pixels, got 16 x 16; .*\n", result.stderr)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import train
+import workdirs
 from xception_flax import MODELS, create_model, data
 from xception_flax.commands import evaluate
 from xception_flax.data import sources
@@ -144,7 +145,7 @@ def test_recipe_takes_a_step(name, tmp_path, capsys):
     file = name.partition(":")[0]
     assert train.train(config, tmp_path / "w") == 0
 
-    records = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
+    records = workdirs.records(tmp_path / "w")
     assert [next(iter(record.keys() - {"step"})).partition("/")[0] for record in records] == [
         "train",
         "eval",

@@ -304,7 +304,7 @@ def test_mistakes_with_recipe_files(tmp_path):
             r"r\.py: RequiredValueError: None value found in required reference$",
         ),
         (
-            f"{CONFIG}.profile = x = []\n    for _ in range(5000): x.append([]); x = x[0]\n    return config\n",
+            f"{CONFIG}.profile = x = []\n    for _ in range(50_000): x.append([]); x = x[0]\n    return config\n",
             "'profile' must be a text, got a value of type list that",
         ),
         ("import os\nos.nothing\n", r"r\.py, line 2: AttributeError: module 'os' has no attribute 'nothing'"),

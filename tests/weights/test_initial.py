@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
-from golden.seeded import structured_images
 from keras.src.legacy.saving import legacy_h5_format
 
 import train
+from golden.seeded import structured_images
 from tests.weights.test_keras import keras_apply, narrow_keras_model
 from xception_flax import create_model
 from xception_flax.recipes import reading

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from golden.seeded import structured_images
 
+from golden.seeded import structured_images
 from xception_flax import create_model
 from xception_flax.weights import keras as keras_weights
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from golden.seeded import disturbed, draw, sample, structured_images
 
+from golden.seeded import disturbed, draw, sample, structured_images
 from xception_flax import create_model
 from xception_flax.weights import timm
 

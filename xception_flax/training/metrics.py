@@ -78,11 +78,11 @@ def average_precision(
     """
     labels = labels.astype(jnp.float32)
     k = min(k, logits.shape[-1])
-    weights = labels if class_weights is None else labels * class_weights
+    weights = labels if class_weights is None else labels * class_weights[None]
     _, ranked = jax.lax.top_k(logits, k)
     hits = jnp.take_along_axis(labels, ranked, axis=-1)
     gains = jnp.take_along_axis(weights, ranked, axis=-1)
-    precision = jnp.cumsum(hits, axis=-1) / jnp.arange(1, k + 1)
+    precision = jnp.cumsum(hits, axis=-1) / jnp.arange(1, k + 1)[None]
     best = jnp.sum(jax.lax.top_k(weights, k)[0], axis=-1)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)  # `top_k` would rank NaN first
     return finite * jnp.sum(gains * precision, axis=-1) / jnp.maximum(best, jnp.finfo(jnp.float32).tiny)
@@ -129,7 +129,7 @@ def multi_label(k: int = 100, class_weights: str | None = None) -> MetricFunctio
                 f"metrics 'multi_label' take a row of 0 and 1 an image, got labels of shape {labels.shape} for logits "
                 f"of shape {logits.shape}; for one label an image set metrics.name=single_label."
             )
-        relevant = labels > 0 if weights is None else (labels > 0) & (weights > 0)
+        relevant = labels > 0 if weights is None else (labels > 0) & (weights > 0)[None]
         mask = mask * jnp.any(relevant, axis=-1)
         return {"map": masked_sum(average_precision(logits, labels, k, weights), mask)}
 

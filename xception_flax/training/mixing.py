@@ -118,4 +118,4 @@ def _box(key: jax.Array, share: jax.Array, height: int, width: int) -> jax.Array
         at = jnp.arange(size)
         return (at >= first) & (at < first + side)
 
-    return (inside(y_key, height)[:, None] & inside(x_key, width)).astype(jnp.float32)
+    return (inside(y_key, height)[:, None] & inside(x_key, width)[None]).astype(jnp.float32)

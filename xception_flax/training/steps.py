@@ -56,7 +56,7 @@ def create_normalizer(mean: Sequence[float], std: Sequence[float]) -> Callable[[
         check_number(
             f"(255 - normalize.mean) / normalize.std, of {average} and {deviation},", (255 + abs(average)) / deviation
         )
-    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1) for values in (mean, std))
 
     def normalize(images: jax.Array) -> jax.Array:
         if mean.size not in (1, images.shape[-1]):

@@ -6,10 +6,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from golden.make_boxes import AREA, ASPECT, SHAPES, figures
-from golden.make_transforms import CHAINS, photograph, transformed
 from PIL import Image, ImageEnhance, ImageOps
 
+from golden.make_boxes import AREA, ASPECT, SHAPES, figures
+from golden.make_transforms import CHAINS, photograph, transformed
 from xception_flax.data import transforms
 from xception_flax.data.transforms import colors, geometry, rand_augment, resampling
 from xception_flax.data.transforms.crops import SAMPLINGS

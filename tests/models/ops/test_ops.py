@@ -59,14 +59,30 @@ def test_depthwise_convolution(rng, shape, stride, padding, multiplier):
 
 
 def both_lowerings(function, *operands):
-    """Value and gradients of `function` as the platform has it and as XLA has it, for the same cotangent."""
+    """Value and gradients of `function` as the platform and as XLA has it, for one cotangent in any type."""
     results = []
     for name in ("platform", "stock"):
         with ops.lowering(name):
             y, vjp = jax.vjp(function, *operands)
-            cotangent = jnp.asarray(np.random.default_rng(1).normal(size=y.shape), y.dtype)
+            cotangent = np.random.default_rng(1).normal(size=y.shape).astype(jnp.bfloat16).astype(y.dtype)
             results.append([np.asarray(r, np.float32) for r in (y, *vjp(cotangent))])
     return zip(*results, strict=True)
+
+
+def assert_equal_lowerings(function, x: jax.Array, kernel: jax.Array) -> None:
+    """In float32 to rounding. In bfloat16 each against float32: ours is within one part in 256, its spacing.
+
+    XLA's own lowering may add up in 8 bits: that of JAX 0.12 is wrong by 2 % in a 1x1 kernel's gradient.
+    """
+    if x.dtype == jnp.float32:
+        for ours, stock in both_lowerings(function, x, kernel):
+            np.testing.assert_allclose(ours, stock, rtol=1e-5, atol=1e-5 * np.abs(stock).max())
+        return
+    in_float32 = both_lowerings(function, x.astype(jnp.float32), kernel.astype(jnp.float32))
+    for (ours, stock), (_, exact) in zip(both_lowerings(function, x, kernel), in_float32, strict=True):
+        largest = np.abs(exact).max()
+        np.testing.assert_allclose(ours, exact, rtol=1 / 256, atol=largest / 256)
+        np.testing.assert_allclose(stock, exact, rtol=1 / 32, atol=largest / 32)
 
 
 STRIDES_AND_DILATIONS = [((1, 1), (1, 1)), ((2, 2), (1, 1)), ((1, 2), (1, 1)), ((1, 1), (2, 3)), ((2, 3), (2, 1))]
@@ -87,22 +103,18 @@ DTYPES_AND_PADDINGS = [("float32", padding) for padding in ops.PADDINGS] + [("bf
     ids=["depthwise", "multiplier", "convolution", "1x4", "1x1"],
 )
 def test_lowerings_of_convolutions_are_equal(rng, dtype, padding, strides, dilation, function, kernel_shape):
-    """Value and both gradients; bfloat16 to one part in 128, its spacing."""
+    """Value and both gradients."""
     x = jnp.asarray(rng.normal(size=(2, 11, 10, 4)), dtype)
     kernel = jnp.asarray(rng.normal(size=kernel_shape), dtype)
-    tolerance = 1e-5 if dtype == "float32" else 1 / 128
     function = partial(function, strides=strides, padding=padding, dilation=dilation)
-    for ours, stock in both_lowerings(function, x, kernel):
-        np.testing.assert_allclose(ours, stock, rtol=tolerance, atol=tolerance * np.abs(stock).max())
+    assert_equal_lowerings(function, x, kernel)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
 def test_lowerings_of_the_pointwise_convolution_are_equal(rng, dtype, strides):
     x, kernel = jnp.asarray(rng.normal(size=(2, 5, 6, 3)), dtype), jnp.asarray(rng.normal(size=(1, 1, 3, 7)), dtype)
-    tolerance = 1e-5 if dtype == jnp.float32 else 1 / 128
-    for ours, stock in both_lowerings(partial(ops.pointwise_convolution, strides=strides), x, kernel):
-        np.testing.assert_allclose(ours, stock, rtol=tolerance, atol=tolerance * np.abs(stock).max())
+    assert_equal_lowerings(partial(ops.pointwise_convolution, strides=strides), x, kernel)
 
 
 @pytest.mark.parametrize(("dtype", "padding"), DTYPES_AND_PADDINGS)

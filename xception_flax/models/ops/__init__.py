@@ -266,7 +266,7 @@ def _convolution_by_patches_backward(strides, padding, dilation, saved, dy):
         rhs_dilation=dilation,
         dimension_numbers=_DIMENSIONS,
     )
-    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    wide = np.promote_types(kernel.dtype, jnp.float32)
 
     def add_image(total, image_and_gradient):
         image, gradient = image_and_gradient
@@ -329,7 +329,7 @@ def depthwise_by_shifts(
 
     XLA's grouped convolution on the CPU is many times slower than this, its gradients more so.
     """
-    dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)  # add up as a convolution does
+    dtype, wide = x.dtype, np.promote_types(x.dtype, jnp.float32)  # add up as a convolution does
     x = _padded(x.astype(wide), kernel.shape[:2], strides, padding, dilation)
     x = jnp.repeat(x, kernel.shape[-1] // x.shape[-1], axis=-1)
     return _sum_of_taps(x, kernel[:, :, 0].astype(wide), strides, dilation).astype(dtype)
@@ -338,7 +338,9 @@ def depthwise_by_shifts(
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _sum_of_taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], dilation: tuple[int, int]) -> jax.Array:
     """`[N, H, W, C]`, padded already, and `[kh, kw, C]` -> `[N, H', W', C]`."""
-    return reduce(jnp.add, (tap * kernel[i, j] for i, j, tap in _taps(x, kernel.shape[:2], strides, dilation)))
+    return reduce(
+        jnp.add, (tap * kernel[i, j, None, None, None] for i, j, tap in _taps(x, kernel.shape[:2], strides, dilation))
+    )
 
 
 def _sum_of_taps_forward(x, kernel, strides, dilation):
@@ -354,7 +356,7 @@ def _sum_of_taps_backward(strides, dilation, saved, dy):
     edges = [(low, high, stride - 1) for (low, high), stride in zip(edges, strides, strict=True)]
     spread = lax.pad(dy, np.zeros((), dy.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     taps = _taps(spread, kernel.shape[:2], dilation=dilation)
-    dx = reduce(jnp.add, (tap * kernel[-1 - i, -1 - j] for i, j, tap in taps))
+    dx = reduce(jnp.add, (tap * kernel[-1 - i, -1 - j, None, None, None] for i, j, tap in taps))
     by_rows = partial(_kernel_gradient_by_rows, shape=kernel.shape, strides=strides, dilation=dilation)
     return dx, _sum_over_devices(by_rows, x, dy)
 
@@ -491,7 +493,7 @@ def normalized_separable_convolution(
 
 def moments(x: jax.Array) -> jax.Array:
     """Means of `x` and of `x * x` over all but the channels, in float32 or better: `[..., C]` -> `[2, C]`."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(np.promote_types(x.dtype, jnp.float32))
     pixels = tuple(range(x.ndim - 1))
     return jnp.stack([jnp.mean(wide, axis=pixels), jnp.mean(jnp.square(wide), axis=pixels)])
 
@@ -621,10 +623,10 @@ def average_pool(
         zero = np.zeros((), x.dtype)
         return lax.reduce_window(x, zero, lax.add, (1, *window, 1), (1, *strides, 1), [(0, 0), *pads, (0, 0)])
 
-    wide = jnp.promote_types(x.dtype, jnp.float32)  # nine numbers of 8 bits do not add up in 8 bits
+    wide = np.promote_types(x.dtype, jnp.float32)  # nine numbers of 8 bits do not add up in 8 bits
     return (add_up(x.astype(wide)) / add_up(jnp.ones((1, *x.shape[1:3], 1), wide))).astype(x.dtype)
 
 
 def global_average_pool(x: jax.Array, *, axes: Sequence[int] = (1, 2)) -> jax.Array:
     """Mean over rows and columns, in float32 or better: `[N, H, W, C]` -> `[N, C]`."""
-    return jnp.mean(x, axis=axes, dtype=jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.mean(x, axis=axes, dtype=np.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,78 @@
+"""Commands as a user starts them: in processes of their own, or by their entry point in this one."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xception_flax.commands import cli
+
+ROOT = Path(__file__).parents[1]
+
+started: list[subprocess.Popen] = []  # which a test leaves behind if it fails; `conftest.none_is_left` ends them
+
+
+def environment(devices: int | None = None) -> dict[str, str]:
+    """The variables of a process: with so many CPU devices and compiled as for a user, or as in this process."""
+    own = {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    if devices is not None:
+        own["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | own
+
+
+def start(*arguments: object, devices: int | None = None) -> subprocess.Popen:
+    """Starts Python with `arguments`, as the first process of a group of its own."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        env=environment(devices),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    started.append(process)
+    return process
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Waits for the end of a process; returns its code, its output and its errors."""
+    try:
+        out, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def run(*arguments: object, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess:
+    """Runs Python with `arguments` and changed environment variables to its end."""
+    command, changed = [sys.executable, *map(str, arguments)], environment() | variables
+    return subprocess.run(command, env=changed, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen) -> None:
+    """Waits for a condition that `process` brings about."""
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def call(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    main: Callable[[Sequence[str] | None], int],
+    *arguments: object,
+) -> tuple[int, str, str]:
+    """Calls the entry point of a command in this process; returns its code, its output and its errors."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    return ended.value.code, *capsys.readouterr()

@@ -1,0 +1,30 @@
+"""What a run has left in its workdir, read without our own code."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+def records(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl; none before the run writes one."""
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def evaluations(workdir: Path) -> list[dict]:
+    """The results of every evaluation, without the time it took."""
+    return [{k: v for k, v in r.items() if k != "eval/seconds"} for r in records(workdir) if "eval/loss" in r]
+
+
+def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its path."""
+    leaves = {}
+    for item in ("raw", "ema", "optimizer"):
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore((workdir / "checkpoints" / str(step) / item).absolute())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            leaves[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return leaves
