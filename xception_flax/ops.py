@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from xception_flax import fused
+from xception_flax import fused, gpu
 from xception_flax.lookup import suggest
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -30,7 +30,7 @@ _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # VALID      none.
 PADDINGS = ("SAME", "SYMMETRIC", "VALID")
 
-LOWERINGS = ("platform", "stock", "fused")
+LOWERINGS = ("platform", "stock", "fused", "shifts", "triton")
 
 
 # Choosing a lowering -------------------------------------------------------------------------------
@@ -45,8 +45,9 @@ def lowering(name: str) -> Iterator[None]:
     Args:
       name: 'platform', the default, is the best that was measured for each platform; 'stock' is XLA's
         own operation on all of them; 'fused' is 'platform', but with the kernels of `fused` on TPUs
-        where shapes allow: fewer bytes by the compiler's count, not yet timed on a TPU. A function
-        under `jit` keeps the lowering that it was first traced with.
+        where shapes allow: fewer bytes by the compiler's count, not yet timed on a TPU; 'shifts' and 'triton'
+        are 'platform', but with those depthwise convolutions of `gpu` on CUDA. A function under `jit` keeps
+        the lowering that it was first traced with.
 
     Raises:
       ValueError: another name.
@@ -65,22 +66,33 @@ def is_fused() -> bool:
     return _chosen.get() == "fused"
 
 
-def _lower(*operands: jax.Array, cpu: Callable[..., Any], stock: Callable[..., Any], **options: Any) -> Any:
-    """Calls `cpu` or `stock`, whichever is right for the platform, with the operands and the (hashable) options."""
+def _lower(
+    *operands: jax.Array,
+    cpu: Callable[..., Any],
+    stock: Callable[..., Any],
+    cuda: dict[str, Callable[..., Any]] | None = None,
+    **options: Any,
+) -> Any:
+    """Calls what is right for the platform with the operands and the (hashable) options.
+
+    That is `cpu` or `stock`, and on CUDA what `cuda` has for the lowering.
+    """
     # Within `shard_map` and over Explicit meshes a type says how an array is split; our own gradients do not.
     mesh = jax.sharding.get_abstract_mesh()
     name = _chosen.get() if mesh.empty or _is_auto(mesh) else "stock"
-    return _lowered(*operands, cpu=cpu, stock=stock, options=tuple(options.items()), lowering=name)
+    cuda = (cuda or {}).get(name)
+    return _lowered(*operands, cpu=cpu, stock=stock, cuda=cuda, options=tuple(options.items()), lowering=name)
 
 
 # Under jit an operation is traced and differentiated once for each shape, not once for each of the equal
 # layers, and compiled once where the caller is not under jit.
-@partial(jax.jit, static_argnames=("cpu", "stock", "options", "lowering"))
-def _lowered(*operands, cpu, stock, options, lowering):
-    cpu, stock = (partial(function, **dict(options)) for function in (cpu, stock))
+@partial(jax.jit, static_argnames=("cpu", "stock", "cuda", "options", "lowering"))
+def _lowered(*operands, cpu, stock, cuda, options, lowering):
+    named = {"cpu": cpu, "default": stock} if cuda is None else {"cpu": cpu, "cuda": cuda, "default": stock}
+    named = {platform: partial(function, **dict(options)) for platform, function in named.items()}
     if lowering == "stock":
-        return stock(*operands)
-    return lax.platform_dependent(*operands, cpu=cpu, default=stock)
+        return named["default"](*operands)
+    return lax.platform_dependent(*operands, **named)
 
 
 # A batch over devices ------------------------------------------------------------------------------
@@ -310,7 +322,8 @@ def depthwise_convolution(
       `[N, H', W', C * multiplier]`.
     """
     options = dict(strides=strides, padding=padding, dilation=dilation)
-    return _lower(x, kernel, cpu=depthwise_by_shifts, stock=depthwise_by_groups, **options)
+    cuda = {"shifts": depthwise_by_fusions, "triton": depthwise_by_triton}
+    return _lower(x, kernel, cpu=depthwise_by_shifts, stock=depthwise_by_groups, cuda=cuda, **options)
 
 
 def depthwise_by_groups(
@@ -319,6 +332,37 @@ def depthwise_by_groups(
     """`depthwise_convolution` as XLA's grouped convolution, one group a channel."""
     options = dict(strides=strides, padding=padding, dilation=dilation)
     return _grouped_convolution(x, kernel, groups=x.shape[-1], **options)
+
+
+def depthwise_by_fusions(
+    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
+) -> jax.Array:
+    """`depthwise_convolution` as `gpu.shifts`."""
+    pads = tuple(_pads(x.shape[1:3], _spans(kernel.shape[:2], dilation), strides, padding))
+    y = jax.eval_shape(partial(depthwise_by_groups, strides=strides, padding=padding, dilation=dilation), x, kernel)
+    if not x.size or not y.size:
+        return jnp.zeros(y.shape, y.dtype)
+    return gpu.shifts(x, kernel, strides, pads, dilation)
+
+
+def depthwise_by_triton(
+    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
+) -> jax.Array:
+    """`depthwise_convolution` as `gpu.depthwise`, where that has a kernel for it, else as `gpu.shifts`.
+
+    Each device takes its share of the images where all axes of the mesh in context split the batch: XLA's
+    partitioner would have every device compute all of them.
+    """
+    pads = _pads(x.shape[1:3], _spans(kernel.shape[:2], dilation), strides, padding)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not x.size or not gpu.fits(x, kernel, strides, pads, dilation) or (mesh.size > 1 and x.shape[0] % mesh.size):
+        return depthwise_by_fusions(x, kernel, strides=strides, padding=padding, dilation=dilation)
+    if mesh.size <= 1:
+        return gpu.depthwise(x, kernel)
+    batch, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    return jax.shard_map(
+        lambda x, kernel: gpu.depthwise(x, kernel), in_specs=(batch, whole), out_specs=batch, check_vma=False
+    )(x, kernel)
 
 
 def depthwise_by_shifts(
