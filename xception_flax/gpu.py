@@ -235,7 +235,7 @@ class _Block:
             return pixels.astype(jnp.float32)
         # Triton takes three instructions for a pair of these, a shift and a mask are enough.
         asm = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-        return _assembly(asm, pixels, constraints="=r,=r,r", pack=2)
+        return _assembly(asm, pixels, constraints="=&r,=r,r", pack=2)
 
     def multiply_add(self, total: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         # XLA has Triton keep the two apart, which costs as many instructions again.
