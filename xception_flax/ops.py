@@ -559,7 +559,8 @@ def max_pool(
     on CPUs to another pixel of it, or to none.
     """
     options = dict(window=window, strides=strides, padding=padding)
-    return _lower(x, cpu=max_pool_by_taps, stock=max_pool_by_windows, **options)
+    cuda = {"shifts": max_pool_by_taps, "triton": max_pool_by_taps}
+    return _lower(x, cpu=max_pool_by_taps, stock=max_pool_by_windows, cuda=cuda, **options)
 
 
 def max_pool_by_windows(x: jax.Array, *, window: tuple[int, int], strides: tuple[int, int], padding: str) -> jax.Array:
