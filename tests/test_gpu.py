@@ -56,9 +56,9 @@ def test_kernels(rng, dtype, shape):
 
 
 def test_strips_of_rows_are_those_of_an_image(rng, monkeypatch):
-    """One program with all rows of an image, and one with two tiles of rows, of which the last strip has one."""
-    for programs in (1, 6):
-        monkeypatch.setattr(gpu, "BACKWARD", gpu.Tile(programs=programs))
+    """One program with all ten tiles of rows, and three with four, of which the last has but two within the image."""
+    for strips in (1, 5):
+        monkeypatch.setattr(gpu, "BACKWARD", gpu.BACKWARD._replace(strips=strips))
         function = partial(gpu.depthwise, interpret=True)
         assert_equals_stock(rng, function, (2, 19, 6, 8), (3, 3, 1, 8), "float32", **SAME)
 
@@ -69,7 +69,7 @@ def test_kernels_over_a_mesh(rng, monkeypatch):
 
     def interpreted(x, kernel):
         shapes.append(x.shape)
-        return gpu.depthwise(x, kernel, True)
+        return gpu.depthwise(x, kernel, interpret=True)
 
     monkeypatch.setattr(ops, "gpu", SimpleNamespace(fits=gpu.fits, depthwise=interpreted))
     mesh = sharding.create_mesh(data=4, fsdp=2)

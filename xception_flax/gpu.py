@@ -5,11 +5,12 @@ convolution does nine multiply-adds for each number that it reads, so its floor 
 once. Both lowerings add up in float32 and keep nothing for the backward pass but `x` and `kernel`.
 
 The Triton kernels are for 3x3 windows, stride 1, no dilation and padding 'SAME', which is all that Xception has at its
-output stride of 32. `X` bytes of `x` cost `2 X` forward and `3 X` backward: one kernel reads `x` and `dy` and writes
-`dx` and the kernel's gradient.
+output stride of 32. `X` bytes of `x` cost `2 X` forward and `3 X` backward: one kernel reads `x` and the gradient of
+`y` and writes the gradient of `x` and partial sums of the kernel's. The normalization before the convolution can be
+done on the way in.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from typing import NamedTuple
 
@@ -102,49 +103,52 @@ def _shifted(
 
 
 class Tile(NamedTuple):
-    """What a program of a kernel computes at a time: `rows` arrays of `numbers` in columns x channels.
+    """What a program of a kernel computes at a time: so many pixels of the same place in several images.
 
     Attributes:
-      rows: of pixels, unrolled. A row read is used for three rows of the result.
-      numbers: pixels of a row times channels, in each array that a program holds; a power of two.
-      channels: at most; a power of two.
-      warps: of 32 threads. `numbers / (32 * warps)` numbers a thread are its share of an array, and 9 of these the
-        weights and, backward, 9 more the sums: 4 keep that in registers.
-      programs: at least about so many, backward, where each adds up the gradients of a strip of rows of an image.
+      rows: of pixels, unrolled, as `columns`. With r rows and c columns, (r + 2) * (c + 2) pixels are read for r * c.
+      columns: of pixels.
+      warps: of 32 threads, each with 4 channels of an image. So the weights, the results and, backward, the sums stay
+        in registers, and 8 bytes are read at a time.
+      strips: of rows, in all images and blocks of channels, at least about so many, backward. A program adds up the
+        kernel's gradient in a strip.
     """
-
-    rows: int = 4
-    numbers: int = 512
-    channels: int = 128
-    warps: int = 4
-    programs: int = 1536
-
-
-FORWARD = Tile()
-BACKWARD = Tile()
-
-
-class _Plan(NamedTuple):
-    """A tile cut to the size of an array, and the grid: blocks of channels, strips of rows, images."""
 
     rows: int
     columns: int
+    warps: int
+    strips: int = 0
+
+
+FORWARD = Tile(rows=2, columns=5, warps=1)
+BACKWARD = Tile(rows=2, columns=2, warps=4, strips=3072)
+
+_CHANNELS = 128  # 32 threads, 4 channels each
+
+
+class _Plan(NamedTuple):
+    """A tile cut to the size of an array, and the grid: blocks of channels, strips of rows, blocks of images."""
+
+    rows: int
+    columns: int
+    images: int
     channels: int
     row_tiles: int  # a strip
     column_tiles: int
+    warps: int
     grid: tuple[int, int, int]
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], tile: Tile, row_tiles: int | None = None) -> "_Plan":
+    def of(cls, shape: tuple[int, ...], tile: Tile) -> "_Plan":
         n, height, width, channels = shape
-        block = min(tile.channels, pl.next_power_of_2(channels))
-        columns = min(tile.numbers // block, pl.next_power_of_2(width))
-        blocks, tiles = pl.cdiv(channels, block), pl.cdiv(height, tile.rows)
-        if row_tiles is None:
-            row_tiles = max(1, tiles // pl.cdiv(tile.programs, n * blocks))
-        return cls(
-            tile.rows, columns, block, row_tiles, pl.cdiv(width, columns), (blocks, pl.cdiv(tiles, row_tiles), n)
-        )
+        channel_block = min(_CHANNELS, pl.next_power_of_2(channels))
+        image_block = min(tile.warps * _CHANNELS // channel_block, pl.next_power_of_2(n))
+        rows, columns = min(tile.rows, height), min(tile.columns, width)
+        channel_blocks, tiles = pl.cdiv(channels, channel_block), pl.cdiv(height, rows)
+        row_tiles = max(1, tiles // pl.cdiv(tile.strips, n * channel_blocks)) if tile.strips else 1
+        grid = (channel_blocks, pl.cdiv(tiles, row_tiles), pl.cdiv(n, image_block))
+        column_tiles = pl.cdiv(width, columns)
+        return cls(rows, columns, image_block, channel_block, row_tiles, column_tiles, tile.warps, grid)
 
 
 def fits(
@@ -157,34 +161,39 @@ def fits(
     return same and list(pads) == [(1, 1), (1, 1)] and fits and x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def depthwise(x: jax.Array, kernel: jax.Array, interpret: bool = False) -> jax.Array:
-    """3x3 depthwise convolution, stride 1, padding 'SAME', by Triton.
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def depthwise(
+    x: jax.Array, kernel: jax.Array, affine: jax.Array | None = None, relu: bool = False, interpret: bool = False
+) -> jax.Array:
+    """3x3 depthwise convolution, stride 1, padding 'SAME', by Triton, of `x` or of `relu(x * scale + shift)`.
 
     Args:
       x: `[N, H, W, C]`.
       kernel: `[3, 3, 1, C]`.
+      affine: scale and shift, `[2, C]` float32: a normalization, computed on the way in. None for `x` as it is.
+      relu: after the normalization; not without one.
       interpret: compute what the kernels would, on any machine, slowly.
 
     Returns:
       `[N, H, W, C]` in the type of `x`.
     """
-    plan = _Plan.of(x.shape, FORWARD, row_tiles=1)
-    return _call(_forward_kernel, x, _weights(kernel), out_shape=x, plan=plan, warps=FORWARD.warps, interpret=interpret)
+    options = dict(plan=_Plan.of(x.shape, FORWARD), relu=relu, interpret=interpret)
+    return _call(_forward_kernel, x, _weights(kernel), affine, out_shape=x, **options)
 
 
-def _depthwise_forward(x, kernel, interpret):
-    return depthwise(x, kernel, interpret), (x, kernel)
+def _depthwise_forward(x, kernel, affine, relu, interpret):
+    return depthwise(x, kernel, affine, relu, interpret), (x, kernel, affine)
 
 
-def _depthwise_backward(interpret, saved, dy):
-    x, kernel = saved
+def _depthwise_backward(relu, interpret, saved, dy):
+    x, kernel, affine = saved
     plan = _Plan.of(x.shape, BACKWARD)
-    _, strips, n = plan.grid
-    sums = jax.ShapeDtypeStruct((n, strips, 9, x.shape[-1]), jnp.float32)
-    options = dict(plan=plan, warps=BACKWARD.warps, interpret=interpret)
-    dx, sums = _call(_backward_kernel, x, dy, _weights(kernel), out_shape=(x, sums), **options)
-    return dx, jnp.sum(sums, axis=(0, 1)).reshape(kernel.shape).astype(kernel.dtype)
+    sums = jax.ShapeDtypeStruct((*plan.grid[:0:-1], 9 if affine is None else 11, x.shape[-1]), jnp.float32)
+    options = dict(plan=plan, relu=relu, interpret=interpret)
+    dx, sums = _call(_backward_kernel, x, dy, _weights(kernel), affine, out_shape=(x, sums), **options)
+    sums = jnp.sum(sums, axis=(0, 1))
+    daffine = None if affine is None else sums[9:].astype(affine.dtype)
+    return dx, sums[:9].reshape(kernel.shape).astype(kernel.dtype), daffine
 
 
 depthwise.defvjp(_depthwise_forward, _depthwise_backward)
@@ -194,63 +203,129 @@ def _weights(kernel: jax.Array) -> jax.Array:
     return kernel.reshape(9, -1).astype(jnp.float32)
 
 
-def _call(kernel, *operands, out_shape, plan, warps, interpret):
+def _call(kernel, *operands, out_shape, plan, relu, interpret):
     whole = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
-        partial(kernel, plan=plan, interpret=interpret),
+        partial(kernel, plan=plan, relu=relu, interpret=interpret),
         grid=plan.grid,
-        in_specs=[whole] * len(operands),
+        in_specs=jax.tree.map(lambda _: whole, operands),
         out_specs=jax.tree.map(lambda _: whole, out_shape),
         out_shape=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), out_shape),
-        compiler_params=plgpu.CompilerParams(num_warps=warps),
+        compiler_params=plgpu.CompilerParams(num_warps=plan.warps),
         interpret=interpret,
         name="depthwise" + kernel.__name__.removesuffix("_kernel"),
     )(*operands)
 
 
+def _forward_kernel(x, kernel, affine, y, *, plan, relu, interpret):
+    block = _Block(x.shape, kernel, affine, plan, relu, interpret)
+    row = pl.program_id(1) * plan.rows
+
+    def tile(t, _):
+        column = t * plan.columns
+        sums = _sums(plan)
+        for place, tap, pixel in _neighbours(plan, lambda r, c: block.read_normalized(x, row + r, column + c)[1]):
+            sums[place] = block.multiply_add(sums[place], pixel, block.weights[tap])
+        for (r, c), total in sums.items():
+            block.write(y, row + r, column + c, total)
+
+    lax.fori_loop(0, plan.column_tiles, tile, None)
+
+
+def _backward_kernel(x, dy, kernel, affine, dx, sums, *, plan, relu, interpret):
+    block = _Block(x.shape, kernel, affine, plan, relu, interpret)
+    strip = pl.program_id(1)
+
+    def tile(t, totals):
+        row = (strip * plan.row_tiles + lax.div(t, plan.column_tiles)) * plan.rows
+        column = lax.rem(t, plan.column_tiles) * plan.columns
+        gradients, totals = _sums(plan), list(totals)
+        read = {(r, c): block.read_normalized(x, row + r, column + c) for r, c in gradients}
+        for place, tap, pixel in _neighbours(plan, lambda r, c: block.read(dy, row + r, column + c)[0]):
+            # The gradient of `x` is a convolution with the kernel turned round.
+            gradients[place] = block.multiply_add(gradients[place], pixel, block.weights[8 - tap])
+            totals[8 - tap] = block.multiply_add(totals[8 - tap], pixel, read[place][1])
+        for (r, c), gradient in gradients.items():
+            if affine is not None:
+                pixel, normalized, inside = read[r, c]
+                gradient = jnp.where(normalized > 0 if relu else inside, gradient, 0.0)
+                totals[9] = block.multiply_add(totals[9], gradient, pixel)
+                totals[10] += gradient
+                gradient *= block.scale
+            block.write(dx, row + r, column + c, gradient)
+        return tuple(totals)
+
+    zeros = jnp.zeros((plan.images, plan.channels), jnp.float32)
+    totals = lax.fori_loop(0, plan.row_tiles * plan.column_tiles, tile, (zeros,) * sums.shape[2])
+    channels = pl.program_id(0) * plan.channels + jnp.arange(plan.channels)
+    for i, total in enumerate(totals):
+        index = (pl.program_id(2), strip, i, channels)
+        plgpu.store(sums.at[index], jnp.sum(total, axis=0), mask=channels < x.shape[-1])
+
+
+def _sums(plan: _Plan) -> dict[tuple[int, int], jax.Array]:
+    """A sum for each (row, column) of a tile."""
+    zeros = jnp.zeros((plan.images, plan.channels), jnp.float32)
+    return {(r, c): zeros for r in range(plan.rows) for c in range(plan.columns)}
+
+
+def _neighbours(plan: _Plan, read: Callable[[int, int], jax.Array]) -> Iterator[tuple[tuple[int, int], int, jax.Array]]:
+    """Yields (place in the tile, tap, pixel under the tap); each pixel is read once."""
+    for r in range(-1, plan.rows + 1):
+        for c in range(-1, plan.columns + 1):
+            pixel = read(r, c)
+            for tap in range(9):
+                place = r + 1 - tap // 3, c + 1 - tap % 3
+                if 0 <= place[0] < plan.rows and 0 <= place[1] < plan.columns:
+                    yield place, tap, pixel
+
+
 class _Block:
-    """A program's block of channels of its image: reads and writes `[columns, channels]` of a row."""
+    """A program's blocks of images and channels: a pixel is `[images, channels]`, float32."""
 
-    def __init__(self, shape: tuple[int, ...], plan: _Plan, interpret: bool) -> None:
-        self.interpret = interpret
-        _, self.height, self.width, channels = shape
-        self.image = pl.program_id(2)
-        zeros = jnp.zeros((plan.columns, plan.channels), jnp.int32)
-        self.columns = zeros + lax.broadcasted_iota(jnp.int32, (plan.columns, 1), 0)
-        # Two dimensions for the weights too: they come in the layout of the pixels, without a shuffle.
-        self.channels = (
-            zeros + lax.broadcasted_iota(jnp.int32, (1, plan.channels), 1) + pl.program_id(0) * plan.channels
-        )
-        self.inside = self.channels < channels
+    def __init__(self, shape, kernel, affine, plan: _Plan, relu: bool, interpret: bool) -> None:
+        self.relu, self.interpret = relu, interpret
+        n, self.height, self.width, channels = shape
+        shape = (plan.images, plan.channels)
+        self.images = lax.broadcasted_iota(jnp.int32, shape, 0) + pl.program_id(2) * plan.images
+        self.channels = lax.broadcasted_iota(jnp.int32, shape, 1) + pl.program_id(0) * plan.channels
+        self.mask = (self.images < n) & (self.channels < channels)
+        self.weights = [self._row(kernel, tap) for tap in range(9)]
+        self.scale, self.shift = (None, None) if affine is None else (self._row(affine, 0), self._row(affine, 1))
 
-    def weights(self, ref) -> list[list[jax.Array]]:
-        flat = [plgpu.load(ref.at[tap, self.channels], mask=self.inside, other=0.0) for tap in range(9)]
-        return [flat[0:3], flat[3:6], flat[6:9]]
+    def _row(self, ref, row: int) -> jax.Array:
+        # For each of the images: so it comes in the layout of the pixels, without a shuffle.
+        return plgpu.load(ref.at[row, self.channels], mask=self.mask, other=0.0)
 
-    def read(self, ref, row, column) -> jax.Array:
-        """In float32; zeros around the image."""
-        index, mask = self._place(row, column)
-        pixels = plgpu.load(ref.at[index], mask=mask, other=0.0)
-        if self.interpret or pixels.dtype != jnp.bfloat16:
-            return pixels.astype(jnp.float32)
+    def read(self, ref, row, column) -> tuple[jax.Array, jax.Array]:
+        """A pixel, and whether it is inside the image; zeros where it is not."""
+        inside = (row >= 0) & (row < self.height) & (column >= 0) & (column < self.width)
+        pixel = plgpu.load(ref.at[self.images, row, column, self.channels], mask=inside & self.mask, other=0.0)
+        if self.interpret or pixel.dtype != jnp.bfloat16:
+            return pixel.astype(jnp.float32), inside
         # Triton takes three instructions for a pair of these, a shift and a mask are enough.
         asm = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-        return _assembly(asm, pixels, constraints="=&r,=r,r", pack=2)
+        return _assembly(asm, pixel, constraints="=&r,=r,r", pack=2), inside
+
+    def read_normalized(self, ref, row, column) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A pixel, the same normalized (the padding too is zeros after that), and whether it is inside the image."""
+        pixel, inside = self.read(ref, row, column)
+        if self.scale is None:
+            return pixel, pixel, inside
+        normalized = self.multiply_add(self.shift, pixel, self.scale)
+        if self.relu:
+            normalized = jnp.maximum(normalized, 0.0)
+        return pixel, jnp.where(inside, normalized, 0.0), inside
+
+    def write(self, ref, row, column, pixel: jax.Array) -> None:
+        mask = (row < self.height) & (column < self.width) & self.mask
+        plgpu.store(ref.at[self.images, row, column, self.channels], pixel.astype(ref.dtype), mask=mask)
 
     def multiply_add(self, total: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         # XLA has Triton keep the two apart, which costs as many instructions again.
         if self.interpret:
             return total + a * b
         return _assembly("fma.rn.f32 $0, $1, $2, $3;", a, b, total, constraints="=f,f,f,f", pack=1)
-
-    def write(self, ref, row, column, value) -> None:
-        index, mask = self._place(row, column)
-        plgpu.store(ref.at[index], value.astype(ref.dtype), mask=mask)
-
-    def _place(self, row, column):
-        columns = self.columns + column
-        mask = self.inside & (columns >= 0) & (columns < self.width) & (row >= 0) & (row < self.height)
-        return (self.image, row, columns, self.channels), mask
 
 
 def _assembly(asm: str, *operands: jax.Array, constraints: str, pack: int) -> jax.Array:
@@ -259,56 +334,3 @@ def _assembly(asm: str, *operands: jax.Array, constraints: str, pack: int) -> ja
         asm, args=operands, constraints=constraints, pack=pack, result_shape_dtypes=[shape]
     )
     return result
-
-
-def _neighbours(block: _Block, ref, row, column, rows: int) -> Iterator[tuple[int, int, int, jax.Array]]:
-    """Yields (k, i, j, pixels) for each tap (i, j) of each row k of a tile, and reads each of the pixels once."""
-    for r in range(-1, rows + 1):
-        for j in range(3):
-            pixels = block.read(ref, row + r, column + j - 1)
-            for i in range(3):
-                if 0 <= r + 1 - i < rows:
-                    yield r + 1 - i, i, j, pixels
-
-
-def _forward_kernel(x, kernel, y, *, plan, interpret):
-    block = _Block(x.shape, plan, interpret)
-    weights = block.weights(kernel)
-    row = pl.program_id(1) * plan.rows
-
-    def tile(t, _):
-        column = t * plan.columns
-        sums = [jnp.zeros((plan.columns, plan.channels), jnp.float32)] * plan.rows
-        for k, i, j, pixels in _neighbours(block, x, row, column, plan.rows):
-            sums[k] = block.multiply_add(sums[k], pixels, weights[i][j])
-        for k, total in enumerate(sums):
-            block.write(y, row + k, column, total)
-
-    lax.fori_loop(0, plan.column_tiles, tile, None)
-
-
-def _backward_kernel(x, dy, kernel, dx, dkernel, *, plan, interpret):
-    block = _Block(x.shape, plan, interpret)
-    weights = block.weights(kernel)
-    strip = pl.program_id(1)
-    zeros = jnp.zeros((plan.columns, plan.channels), jnp.float32)
-
-    def tile(t, totals):
-        row = (strip * plan.row_tiles + lax.div(t, plan.column_tiles)) * plan.rows
-        column = lax.rem(t, plan.column_tiles) * plan.columns
-        here = [block.read(x, row + k, column) for k in range(plan.rows)]
-        sums, totals = [zeros] * plan.rows, list(totals)
-        # The tap (i, j) of an input pixel's gradient is that of the kernel turned round.
-        for k, i, j, pixels in _neighbours(block, dy, row, column, plan.rows):
-            sums[k] = block.multiply_add(sums[k], pixels, weights[2 - i][2 - j])
-            tap = 8 - 3 * i - j
-            totals[tap] = block.multiply_add(totals[tap], pixels, here[k])
-        for k, total in enumerate(sums):
-            block.write(dx, row + k, column, total)
-        return tuple(totals)
-
-    totals = lax.fori_loop(0, plan.row_tiles * plan.column_tiles, tile, (zeros,) * 9)
-    channels = pl.program_id(0) * plan.channels + jnp.arange(plan.channels)
-    for tap, total in enumerate(totals):
-        index = (block.image, strip, tap, channels)
-        plgpu.store(dkernel.at[index], jnp.sum(total, axis=0), mask=channels < x.shape[-1])
