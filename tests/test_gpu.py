@@ -9,25 +9,28 @@ import numpy as np
 import pytest
 
 from xception_flax import gpu, ops, sharding
-from xception_flax.hlo import Collective, Hlo
+from xception_flax.hlo import Hlo
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
 def assert_equals_stock(rng, function, shape, kernel_shape, dtype, **options):
     """Value and both gradients against XLA's of the same numbers in float32; bfloat16 to half its spacing, 1 in 256."""
-    stock = partial(ops.depthwise_by_groups, **options)
     x, kernel = jnp.asarray(rng.normal(size=shape), dtype), jnp.asarray(rng.normal(size=kernel_shape), dtype)
-    cotangent = jnp.asarray(rng.normal(size=jax.eval_shape(stock, x, kernel).shape), dtype)
-    y, pullback = jax.vjp(function, x, kernel)
-    expected, exact_pullback = jax.vjp(stock, x.astype(jnp.float32), kernel.astype(jnp.float32))
-    tolerance = 1e-5 if dtype == "float32" else 1 / 256
-    for ours, exact in zip(
-        (y, *pullback(cotangent)), (expected, *exact_pullback(cotangent.astype(jnp.float32))), strict=True
-    ):
-        assert ours.dtype == dtype
-        ours = np.asarray(ours, np.float32)
-        np.testing.assert_allclose(ours, exact, rtol=tolerance, atol=1e-5 * np.abs(exact).max())
+    assert_equal(rng, function, partial(ops.depthwise_by_groups, **options), x, kernel)
+
+
+def assert_equal(rng, function, exact_function, *operands):
+    exact_operands = [operand.astype(jnp.float32) for operand in operands]
+    expected, exact_pullback = jax.vjp(exact_function, *exact_operands)
+    y, pullback = jax.vjp(function, *operands)
+    cotangent = jnp.asarray(rng.normal(size=y.shape), y.dtype)
+    results, exacts = pullback(cotangent), exact_pullback(cotangent.astype(jnp.float32))
+    for like, ours, exact in zip((y, *operands), (y, *results), (expected, *exacts), strict=True):
+        assert ours.dtype == like.dtype
+        tolerance = 1e-5 if ours.dtype == jnp.float32 else 1 / 256
+        atol = 1e-5 * np.abs(exact).max()
+        np.testing.assert_allclose(np.asarray(ours, np.float32), exact, rtol=tolerance, atol=atol)
 
 
 @DTYPES
@@ -55,6 +58,20 @@ def test_kernels(rng, dtype, shape):
     assert_equals_stock(rng, function, shape, (3, 3, 1, shape[-1]), dtype, **SAME)
 
 
+@DTYPES
+@pytest.mark.parametrize("relu", [True, False])
+def test_kernels_with_a_normalization(rng, dtype, relu):
+    """The padding is zeros after the normalization, and what is not within the image has no share in the sums."""
+    x, kernel = jnp.asarray(rng.normal(size=(3, 5, 7, 6)), dtype), jnp.asarray(rng.normal(size=(3, 3, 1, 6)), dtype)
+    affine = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
+
+    def one_by_one(x, kernel, affine):
+        z = x * affine[0] + affine[1]
+        return ops.depthwise_by_groups(jax.nn.relu(z) if relu else z, kernel, **SAME)
+
+    assert_equal(rng, lambda *operands: gpu.depthwise(*operands, relu, True), one_by_one, x, kernel, affine)
+
+
 def test_strips_of_rows_are_those_of_an_image(rng, monkeypatch):
     """One program with all ten tiles of rows, and three with four, of which the last has but two within the image."""
     for strips in (1, 5):
@@ -64,27 +81,33 @@ def test_strips_of_rows_are_those_of_an_image(rng, monkeypatch):
 
 
 def test_kernels_over_a_mesh(rng, monkeypatch):
-    """Each device computes its images; nothing but the kernel's gradient is sent, once."""
+    """Each device computes its images; nothing but the gradients of what all have is sent, once."""
     shapes = []
 
-    def interpreted(x, kernel):
+    def interpreted(x, kernel, affine, relu):
         shapes.append(x.shape)
-        return gpu.depthwise(x, kernel, interpret=True)
+        return gpu.depthwise(x, kernel, affine, relu, interpret=True)
 
     monkeypatch.setattr(ops, "gpu", SimpleNamespace(fits=gpu.fits, depthwise=interpreted))
     mesh = sharding.create_mesh(data=4, fsdp=2)
     x, kernel = rng.normal(size=(16, 7, 7, 4)).astype(np.float32), rng.normal(size=(3, 3, 1, 4)).astype(np.float32)
 
-    def gradient(function):
-        return jax.grad(lambda kernel, x: jnp.sum(jnp.sin(function(x, kernel, **SAME))))
+    arguments = (rng.normal(size=(2, 4)).astype(np.float32), kernel, x)
 
-    expected = gradient(ops.depthwise_by_groups)(kernel, x)
+    def gradient(function):
+        def loss(affine, kernel, x):
+            return jnp.sum(jnp.sin(function(x, affine, kernel, relu=True, dilation=(1, 1))))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)), in_shardings=shardings)
+
+    shardings = (sharding.replicated(mesh), sharding.replicated(mesh), sharding.batch_sharding(mesh))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        shardings = (sharding.replicated(mesh), sharding.batch_sharding(mesh))
-        compiled = jax.jit(gradient(ops.depthwise_by_triton), in_shardings=shardings).lower(kernel, x).compile()
+        compiled = gradient(ops._normalized_by_triton).lower(*arguments).compile()
+        expected = gradient(ops._normalized_by_groups)(*arguments)
     assert set(shapes) == {(2, 7, 7, 4)}
-    assert Hlo(compiled.as_text()).collectives() == [Collective("all-reduce", kernel.nbytes, 1)]
-    np.testing.assert_allclose(compiled(kernel, x), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    assert [c.kind for c in Hlo(compiled.as_text()).collectives()] == ["all-reduce"]
+    for ours, theirs in zip(compiled(*arguments), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize(

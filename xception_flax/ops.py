@@ -46,8 +46,8 @@ def lowering(name: str) -> Iterator[None]:
       name: 'platform', the default, is the best that was measured for each platform; 'stock' is XLA's
         own operation on all of them; 'fused' is 'platform', but with the kernels of `fused` on TPUs
         where shapes allow: fewer bytes by the compiler's count, not yet timed on a TPU; 'shifts' and 'triton'
-        are 'platform', but with those depthwise convolutions of `gpu` on CUDA. A function under `jit` keeps
-        the lowering that it was first traced with.
+        are 'platform', but on CUDA with those depthwise convolutions of `gpu`, and max-pooling by taps. A
+        function under `jit` keeps the lowering that it was first traced with.
 
     Raises:
       ValueError: another name.
@@ -62,8 +62,8 @@ def lowering(name: str) -> Iterator[None]:
 
 
 def is_fused() -> bool:
-    """Whether the lowering is 'fused', with which networks leave it to operations to combine layers."""
-    return _chosen.get() == "fused"
+    """Whether the lowering is 'fused' or 'triton', with which networks leave it to operations to combine layers."""
+    return _chosen.get() in ("fused", "triton")
 
 
 def _lower(
@@ -348,21 +348,33 @@ def depthwise_by_fusions(
 def depthwise_by_triton(
     x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
 ) -> jax.Array:
-    """`depthwise_convolution` as `gpu.depthwise`, where that has a kernel for it, else as `gpu.shifts`.
+    """`depthwise_convolution` as `gpu.depthwise`, where that has a kernel for it, else as `gpu.shifts`."""
+    if _has_kernel(x, kernel, strides=strides, padding=padding, dilation=dilation):
+        return _by_triton(x, kernel, None, False)
+    return depthwise_by_fusions(x, kernel, strides=strides, padding=padding, dilation=dilation)
 
-    Each device takes its share of the images where all axes of the mesh in context split the batch: XLA's
-    partitioner would have every device compute all of them.
-    """
+
+def _has_kernel(x, kernel, *, strides, padding, dilation):
     pads = _pads(x.shape[1:3], _spans(kernel.shape[:2], dilation), strides, padding)
     mesh = jax.sharding.get_abstract_mesh()
-    if not x.size or not gpu.fits(x, kernel, strides, pads, dilation) or (mesh.size > 1 and x.shape[0] % mesh.size):
-        return depthwise_by_fusions(x, kernel, strides=strides, padding=padding, dilation=dilation)
+    return x.size and gpu.fits(x, kernel, strides, pads, dilation) and x.shape[0] % max(1, mesh.size) == 0
+
+
+def _by_triton(x, kernel, affine, relu):
+    """`gpu.depthwise`, each device of the mesh in context its share of the images.
+
+    XLA's partitioner would have every device compute all of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
-        return gpu.depthwise(x, kernel)
+        return gpu.depthwise(x, kernel, affine, relu)
     batch, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     return jax.shard_map(
-        lambda x, kernel: gpu.depthwise(x, kernel), in_specs=(batch, whole), out_specs=batch, check_vma=False
-    )(x, kernel)
+        lambda x, kernel, affine: gpu.depthwise(x, kernel, affine, relu),
+        in_specs=(batch, whole, whole),
+        out_specs=batch,
+        check_vma=False,
+    )(x, kernel, affine)
 
 
 def depthwise_by_shifts(
@@ -491,7 +503,8 @@ def normalized_separable_convolution(
     """What stands between two batch normalizations: the first one's multiply-add, ReLU, a separable convolution.
 
     `y = pointwise(depthwise(relu(x * scale + shift)))` and the moments that the second one needs. With
-    the lowering 'fused', where the mesh in context is of TPUs and `fused.fits` its channels, in one pass over memory.
+    the lowering 'fused', where the mesh in context is of TPUs and `fused.fits` its channels, in one pass over memory;
+    with 'triton' on CUDA the normalization, ReLU and depthwise convolution in one.
 
     Args:
       x: `[N, H, W, C]`.
@@ -510,7 +523,7 @@ def normalized_separable_convolution(
       ValueError: 'fused' on TPUs, with images of which a chip has no multiple of `fused.IMAGES`.
     """
     mesh, features = jax.sharding.get_abstract_mesh(), pointwise_kernel.shape[-1]
-    if is_fused() and _on_tpus(mesh) and depthwise_kernel.shape[:2] == (3, 3) and dilation == (1, 1):
+    if _chosen.get() == "fused" and _on_tpus(mesh) and depthwise_kernel.shape[:2] == (3, 3) and dilation == (1, 1):
         if x.shape[0] % (fused.IMAGES * mesh.size):
             raise ValueError(
                 f"the lowering 'fused' takes a multiple of {fused.IMAGES} images a chip, not {x.shape[0]} images over "
@@ -526,10 +539,33 @@ def normalized_separable_convolution(
                 check_vma=False,
             )(x, scale, shift, depthwise_kernel, pointwise_kernel)
             return y, jnp.sum(sums, axis=0) / (y.size // features)
-    z = x.astype(scale.dtype) * scale + shift
-    z = (jax.nn.relu(z) if relu else z).astype(x.dtype)
-    y = pointwise_convolution(depthwise_convolution(z, depthwise_kernel, dilation=dilation), pointwise_kernel)
+    options = dict(relu=relu, dilation=dilation)
+    functions = dict(cpu=_normalized_by_shifts, stock=_normalized_by_groups, cuda={"triton": _normalized_by_triton})
+    y = _lower(x, jnp.stack([scale, shift]), depthwise_kernel, **functions, **options)
+    y = pointwise_convolution(y, pointwise_kernel)
     return y, moments(y)
+
+
+def _normalized(x: jax.Array, affine: jax.Array, relu: bool) -> jax.Array:
+    z = x.astype(affine.dtype) * affine[0] + affine[1]
+    return (jax.nn.relu(z) if relu else z).astype(x.dtype)
+
+
+def _normalized_by_shifts(x, affine, kernel, *, relu, dilation):
+    options = dict(strides=(1, 1), padding="SAME", dilation=dilation)
+    return depthwise_by_shifts(_normalized(x, affine, relu), kernel, **options)
+
+
+def _normalized_by_groups(x, affine, kernel, *, relu, dilation):
+    options = dict(strides=(1, 1), padding="SAME", dilation=dilation)
+    return depthwise_by_groups(_normalized(x, affine, relu), kernel, **options)
+
+
+def _normalized_by_triton(x, affine, kernel, *, relu, dilation):
+    options = dict(strides=(1, 1), padding="SAME", dilation=dilation)
+    if affine.dtype == jnp.float32 and _has_kernel(x, kernel, **options):
+        return _by_triton(x, kernel, affine, relu)
+    return depthwise_by_fusions(_normalized(x, affine, relu), kernel, **options)
 
 
 def moments(x: jax.Array) -> jax.Array:
