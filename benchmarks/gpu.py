@@ -191,7 +191,7 @@ def jobs(chosen: Sequence[str], batches: Sequence[int], options: argparse.Namesp
         return [Job(name, mode, batch, profile=profile, **tiny) for name in contenders if mode in modes]
 
     first, *others = batches
-    correctness = Job("correctness", batch=2 if options.dry_run else 4, **{"size": 139} | tiny)
+    correctness = Job("correctness", batch=2 if options.dry_run else 8, **{"size": 139} | tiny)
     operations = Job("operations", batch=first, **{"chain_seconds": 0.05} | tiny)
     return [
         *([correctness] if "correctness" in chosen else []),
@@ -225,7 +225,8 @@ def measure(todo: Sequence[Job], results: Results, deadline: float, dry_run: boo
                 waiting[i] = process  # so that it is ended whatever happens
                 if i + 1 < len(todo) and not why_not(todo[i + 1]):
                     waiting[i + 1] = started(i + 1)
-                for record in process.records(min(LIMIT_SECONDS, deadline - time.monotonic())):
+                left = deadline - time.monotonic()
+                for record in process.records(left if dry_run else min(LIMIT_SECONDS, left)):
                     results.add(job, record)
         finally:
             for process in waiting.values():

@@ -378,6 +378,7 @@ CASES = [
     ("convolution", (149, 149, 32), (3, 3, 32, 64), dict(padding="VALID")),  # block1_conv2
     *(("max_pool", (size, size, c), None, {}) for size, c in _MAX_POOL),
 ]
+DTYPES = ("float32", "bfloat16")
 PARTS = ("value", "input gradient", "kernel gradient")
 
 # Largest ||out - ref|| / ||ref||. float32 is computed with `jax.default_matmul_precision("highest")`, bfloat16 as it
@@ -394,7 +395,7 @@ def _cases(tiny: bool) -> list[tuple]:
     def smaller(size: int) -> int:
         return size // 8 * 2 + size % 2
 
-    few = [CASES[i] for i in (1, 3, 6, 11, -6, -5, -3, -1)]
+    few = [CASES[i] for i in (3, 6, 11, -6, -2)]
     return [(name, (smaller(h), smaller(w), c), kernel, options) for name, (h, w, c), kernel, options in few]
 
 
@@ -408,6 +409,7 @@ class Comparison(NamedTuple):
     """A function whose value and gradients are compared: `make(dtype)` computes in that type."""
 
     title: str
+    dtypes: tuple[str, ...]
     level: str  # of `BOUNDS`
     make: Callable[[str], Callable[..., Any]]
     operands: tuple[Any, ...]
@@ -433,7 +435,7 @@ def _comparisons(job: Job) -> list[Comparison]:
             return lambda *operands: getattr(ops, name)(*(x.astype(dtype) for x in operands), **options)
 
         operands = [draw(job.batch, *image), *([draw(*kernel)] if kernel else [])]
-        return Comparison(_title(case), "operation", make, tuple(operands))
+        return Comparison(_title(case), DTYPES, "operation", make, tuple(operands))
 
     def network(dtype: str) -> Callable[..., jax.Array]:
         model = create_model("xception", NUM_CLASSES, dropout_rate=0.0, dtype=dtype, **fields)
@@ -448,7 +450,8 @@ def _comparisons(job: Job) -> list[Comparison]:
     first = initial(create_model("xception", NUM_CLASSES, **fields), job.size)
     params, statistics = jax.device_put((first["params"], first["batch_stats"]))
     title = f"network, 1 middle block, {job.size} px"
-    whole = Comparison(title, "network", network, (draw(job.batch, job.size, job.size, 3), params))
+    dtypes = DTYPES[:1] if job.tiny else DTYPES  # of so few pixels the gradient in bfloat16 is noise
+    whole = Comparison(title, dtypes, "network", network, (draw(job.batch, job.size, job.size, 3), params))
     return [whole, *map(operation, _cases(job.tiny))]  # what compiles longest begins
 
 
@@ -484,8 +487,8 @@ def correctness(job: Job) -> Iterator[Record]:
         futures = {
             (i, dtype, lowering): pool.submit(evaluate, comparison, dtype, lowering)
             for i, comparison in enumerate(comparisons)
-            for dtype in ("float32", "bfloat16")
-            for lowering in sorted(ops.LOWERINGS, key=lambda name: name != "stock")  # the reference begins
+            for dtype in comparison.dtypes
+            for lowering in (*timed_lowerings(), "platform")
         }
         for (i, dtype, lowering), future in futures.items():
             record = {"kind": "correctness", "case": comparisons[i].title, "dtype": dtype, "lowering": lowering}
