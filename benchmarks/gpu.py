@@ -144,7 +144,8 @@ class Results:
         return bool(self.wrong()) or any("failure" in r and not r.get("skipped") for r in records)
 
 
-def main(argv: list[str]) -> int:
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     arguments = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
@@ -160,6 +161,11 @@ def main(argv: list[str]) -> int:
     )
     arguments.add_argument("--mode", choices=("train", "forward"), help="this alone (both)")
     arguments.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: does it run?")
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser()
     options = arguments.parse_args(argv)
     if options.json and not options.json.absolute().parent.is_dir():
         arguments.error(f"--json: there is no folder {options.json.absolute().parent}.")
