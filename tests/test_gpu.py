@@ -80,6 +80,11 @@ def test_strips_of_rows_are_those_of_an_image(rng, monkeypatch):
         assert_equals_stock(rng, function, (2, 19, 6, 8), (3, 3, 1, 8), "float32", **SAME)
 
 
+@DTYPES
+def test_moments_by_one_reduction(rng, dtype):
+    assert_equal(rng, ops._moments_at_once, ops._moments, jnp.asarray(rng.normal(size=(3, 5, 7, 6)), dtype))
+
+
 def test_kernels_over_a_mesh(rng, monkeypatch):
     """Each device computes its images; nothing but the gradients of what all have is sent, once."""
     shapes = []
