@@ -85,6 +85,13 @@ def test_moments_by_one_reduction(rng, dtype):
     assert_equal(rng, ops._moments_at_once, ops._moments, jnp.asarray(rng.normal(size=(3, 5, 7, 6)), dtype))
 
 
+@DTYPES
+@pytest.mark.parametrize("shape", [(128, 6, 9, 2), (128, 5, 9, 2), (3, 5, 9, 2)], ids=["parts", "prime", "few images"])
+def test_products_by_parts(rng, dtype, shape):
+    kernel = jnp.asarray(rng.normal(size=(2, 3)), dtype)
+    assert_equal(rng, ops._product_by_parts, ops._product, jnp.asarray(rng.normal(size=shape), dtype), kernel)
+
+
 def test_kernels_over_a_mesh(rng, monkeypatch):
     """Each device computes its images; nothing but the gradients of what all have is sent, once."""
     shapes = []
