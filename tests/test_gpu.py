@@ -143,3 +143,17 @@ def test_what_is_lowered_for_gpus(name, options, used):
     assert found == [used]
     assert "feature_group_count = 4" in texts["tpu"]
     assert "depthwise_forward" not in texts["cpu"]
+
+
+@pytest.mark.parametrize("name", ops.LOWERINGS)
+def test_strided_products_keep_the_slice_apart_on_gpus(name):
+    """XLA for GPUs aborts the process where it fuses the two: openxla/xla issue 47381, in any evaluation at 299 px."""
+    with ops.lowering(name):
+        traced = jax.jit(partial(ops.pointwise_convolution, strides=(2, 2))).trace(
+            jnp.zeros((2, 7, 7, 4)), jnp.zeros((1, 1, 4, 8))
+        )
+    barrier = {
+        platform: "optimization_barrier" in traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cuda", "tpu", "cpu")
+    }
+    assert barrier == {"cuda": True, "tpu": False, "cpu": False}

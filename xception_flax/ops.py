@@ -454,8 +454,12 @@ def pointwise_convolution(x: jax.Array, kernel: jax.Array, *, strides: tuple[int
     Returns:
       `[N, ceil(H / strides[0]), ceil(W / strides[1]), features]`.
     """
+    if tuple(strides) != (1, 1):
+        # XLA for GPUs fuses such a slice into the product, and aborts the process there (openxla/xla issue 47381).
+        x = x[:, :: strides[0], :: strides[1]]
+        x = lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
     cuda = {"triton": _product_by_parts}
-    return _lower(x[:, :: strides[0], :: strides[1]], kernel[0, 0], cpu=_product_of_its_own, stock=_product, cuda=cuda)
+    return _lower(x, kernel[0, 0], cpu=_product_of_its_own, stock=_product, cuda=cuda)
 
 
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
