@@ -116,13 +116,14 @@ def test_a_network_with_fused_lowering_is_the_same_network(interpreted, four_dev
         return jnp.sum(jnp.square(logits)), updates["batch_stats"]
 
     results, params = [], jax.device_put(variables["params"], sharding.replicated(four_devices))
-    for name in ("platform", "fused"):
+    for name in ("platform", "fused", "triton"):
         with ops.lowering(name), jax.sharding.use_abstract_mesh(four_devices.abstract_mesh):
             results.append(jax.jit(lambda p: jax.value_and_grad(loss, has_aux=True)(p))(params))
     assert len(interpreted) == 10  # separable convolutions: 6 of the entry flow, 4 of the exit flow
-    plain, kernels = (jax.tree_util.tree_leaves_with_path(result) for result in results)
+    plain, *others = (jax.tree_util.tree_leaves_with_path(result) for result in results)
     # A bias that the next normalization takes away has a gradient of rounding alone: measured by the others.
     least = 1e-2 * max(np.linalg.norm(theirs) for _, theirs in plain)
-    for (path, theirs), (_, ours) in zip(plain, kernels, strict=True):
-        difference = np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), least)
-        assert difference < 1e-3, (jax.tree_util.keystr(path), difference)
+    for (path, theirs), *leaves in zip(plain, *others, strict=True):
+        for _, ours in leaves:
+            difference = np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), least)
+            assert difference < 1e-3, (jax.tree_util.keystr(path), difference)

@@ -80,6 +80,18 @@ def test_strips_of_rows_are_those_of_an_image(rng, monkeypatch):
         assert_equals_stock(rng, function, (2, 19, 6, 8), (3, 3, 1, 8), "float32", **SAME)
 
 
+@DTYPES
+def test_moments_by_one_reduction(rng, dtype):
+    assert_equal(rng, ops._moments_at_once, ops._moments, jnp.asarray(rng.normal(size=(3, 5, 7, 6)), dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(128, 6, 9, 2), (128, 5, 9, 2), (3, 5, 9, 2)], ids=["parts", "prime", "few images"])
+def test_products_by_parts(rng, dtype, shape):
+    kernel = jnp.asarray(rng.normal(size=(2, 3)), dtype)
+    assert_equal(rng, ops._product_by_parts, ops._product, jnp.asarray(rng.normal(size=shape), dtype), kernel)
+
+
 def test_kernels_over_a_mesh(rng, monkeypatch):
     """Each device computes its images; nothing but the gradients of what all have is sent, once."""
     shapes = []
@@ -131,3 +143,17 @@ def test_what_is_lowered_for_gpus(name, options, used):
     assert found == [used]
     assert "feature_group_count = 4" in texts["tpu"]
     assert "depthwise_forward" not in texts["cpu"]
+
+
+@pytest.mark.parametrize("name", ops.LOWERINGS)
+def test_strided_products_keep_the_slice_apart_on_gpus(name):
+    """XLA for GPUs aborts the process where it fuses the two: openxla/xla issue 47381, in any evaluation at 299 px."""
+    with ops.lowering(name):
+        traced = jax.jit(partial(ops.pointwise_convolution, strides=(2, 2))).trace(
+            jnp.zeros((2, 7, 7, 4)), jnp.zeros((1, 1, 4, 8))
+        )
+    barrier = {
+        platform: "optimization_barrier" in traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cuda", "tpu", "cpu")
+    }
+    assert barrier == {"cuda": True, "tpu": False, "cpu": False}

@@ -12,7 +12,7 @@ done on the way in.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,17 +110,17 @@ class Tile(NamedTuple):
       columns: of pixels.
       warps: of 32 threads, each with 4 channels of an image. So the weights, the results and, backward, the sums stay
         in registers, and 8 bytes are read at a time.
-      strips: of rows, in all images and blocks of channels, at least about so many, backward. A program adds up the
-        kernel's gradient in a strip.
+      strips: of rows, in all images and blocks of channels, at least about so many. A warp goes through one, and
+        backward adds up the kernel's gradient in it.
     """
 
     rows: int
     columns: int
     warps: int
-    strips: int = 0
+    strips: int
 
 
-FORWARD = Tile(rows=2, columns=5, warps=1)
+FORWARD = Tile(rows=3, columns=4, warps=1, strips=4096)
 BACKWARD = Tile(rows=2, columns=2, warps=4, strips=3072)
 
 _CHANNELS = 128  # 32 threads, 4 channels each
@@ -145,7 +145,7 @@ class _Plan(NamedTuple):
         image_block = min(tile.warps * _CHANNELS // channel_block, pl.next_power_of_2(n))
         rows, columns = min(tile.rows, height), min(tile.columns, width)
         channel_blocks, tiles = pl.cdiv(channels, channel_block), pl.cdiv(height, rows)
-        row_tiles = max(1, tiles // pl.cdiv(tile.strips, n * channel_blocks)) if tile.strips else 1
+        row_tiles = max(1, tiles // pl.cdiv(tile.strips, n * channel_blocks))
         grid = (channel_blocks, pl.cdiv(tiles, row_tiles), pl.cdiv(n, image_block))
         column_tiles = pl.cdiv(width, columns)
         return cls(rows, columns, image_block, channel_block, row_tiles, column_tiles, tile.warps, grid)
@@ -219,26 +219,21 @@ def _call(kernel, *operands, out_shape, plan, relu, interpret):
 
 def _forward_kernel(x, kernel, affine, y, *, plan, relu, interpret):
     block = _Block(x.shape, kernel, affine, plan, relu, interpret)
-    row = pl.program_id(1) * plan.rows
 
-    def tile(t, _):
-        column = t * plan.columns
+    def tile(row, column, _):
         sums = _sums(plan)
         for place, tap, pixel in _neighbours(plan, lambda r, c: block.read_normalized(x, row + r, column + c)[1]):
             sums[place] = block.multiply_add(sums[place], pixel, block.weights[tap])
         for (r, c), total in sums.items():
             block.write(y, row + r, column + c, total)
 
-    lax.fori_loop(0, plan.column_tiles, tile, None)
+    _each_tile(plan, tile, None)
 
 
 def _backward_kernel(x, dy, kernel, affine, dx, sums, *, plan, relu, interpret):
     block = _Block(x.shape, kernel, affine, plan, relu, interpret)
-    strip = pl.program_id(1)
 
-    def tile(t, totals):
-        row = (strip * plan.row_tiles + lax.div(t, plan.column_tiles)) * plan.rows
-        column = lax.rem(t, plan.column_tiles) * plan.columns
+    def tile(row, column, totals):
         gradients, totals = _sums(plan), list(totals)
         read = {(r, c): block.read_normalized(x, row + r, column + c) for r, c in gradients}
         for place, tap, pixel in _neighbours(plan, lambda r, c: block.read(dy, row + r, column + c)[0]):
@@ -256,11 +251,22 @@ def _backward_kernel(x, dy, kernel, affine, dx, sums, *, plan, relu, interpret):
         return tuple(totals)
 
     zeros = jnp.zeros((plan.images, plan.channels), jnp.float32)
-    totals = lax.fori_loop(0, plan.row_tiles * plan.column_tiles, tile, (zeros,) * sums.shape[2])
+    totals = _each_tile(plan, tile, (zeros,) * sums.shape[2])
     channels = pl.program_id(0) * plan.channels + jnp.arange(plan.channels)
     for i, total in enumerate(totals):
-        index = (pl.program_id(2), strip, i, channels)
+        index = (pl.program_id(2), pl.program_id(1), i, channels)
         plgpu.store(sums.at[index], jnp.sum(total, axis=0), mask=channels < x.shape[-1])
+
+
+def _each_tile(plan: _Plan, tile: Callable[..., Any], carry: Any) -> Any:
+    """Calls `tile(row, column, carry)` along a strip, down its rows first: the pixels next to it are still in L1."""
+    first = pl.program_id(1) * plan.row_tiles
+
+    def step(t, carry):
+        row = (first + lax.rem(t, plan.row_tiles)) * plan.rows
+        return tile(row, lax.div(t, plan.row_tiles) * plan.columns, carry)
+
+    return lax.fori_loop(0, plan.row_tiles * plan.column_tiles, step, carry)
 
 
 def _sums(plan: _Plan) -> dict[tuple[int, int], jax.Array]:

@@ -454,7 +454,12 @@ def pointwise_convolution(x: jax.Array, kernel: jax.Array, *, strides: tuple[int
     Returns:
       `[N, ceil(H / strides[0]), ceil(W / strides[1]), features]`.
     """
-    return _lower(x[:, :: strides[0], :: strides[1]], kernel[0, 0], cpu=_product_of_its_own, stock=_product)
+    if tuple(strides) != (1, 1):
+        # XLA for GPUs fuses such a slice into the product, and aborts the process there (openxla/xla issue 47381).
+        x = x[:, :: strides[0], :: strides[1]]
+        x = lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
+    cuda = {"triton": _product_by_parts}
+    return _lower(x, kernel[0, 0], cpu=_product_of_its_own, stock=_product, cuda=cuda)
 
 
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -485,6 +490,39 @@ def _product_backward(saved, dy):
 
 
 _product_of_its_own.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
+def _product_by_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`_product`; the gradient of a small kernel is added up from parts of images.
+
+    XLA for GPUs splits a long sum over pixels among the cores by a power of two, and where that does not divide the
+    pixels it first copies both operands, padded.
+    """
+    return _product(x, kernel)
+
+
+def _product_by_parts_forward(x, kernel):
+    return _product(x, kernel), (x, kernel)
+
+
+def _product_by_parts_backward(saved, dy):
+    x, kernel = saved
+    dx = lax.dot_general(dy, kernel, (((3,), (1,)), ((), ())))
+    n, rows = x.shape[:2]
+    parts = next((p for p in range(1, 9) if rows % p == 0 and n * p >= _PARTS), None)
+    # What the parts write must be little next to what they read.
+    if parts is None or 4 * n * parts * kernel.size > x.size // 4:
+        return dx, lax.dot_general(x, dy, (((0, 1, 2), (0, 1, 2)), ((), ())))
+    x, dy = (array.reshape(n, parts, -1, array.shape[-1]) for array in (x, dy))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    sums = lax.dot_general(x, dy, (((2,), (2,)), ((0, 1), (0, 1))), preferred_element_type=wide)
+    return dx, jnp.sum(sums, axis=(0, 1)).astype(kernel.dtype)
+
+
+_PARTS = 256  # of which each keeps one of a GPU's cores busy: there are 108 to 160
+
+_product_by_parts.defvjp(_product_by_parts_forward, _product_by_parts_backward)
 
 
 # Between two normalizations ---------------------------------------------------------------------
@@ -570,9 +608,36 @@ def _normalized_by_triton(x, affine, kernel, *, relu, dilation):
 
 def moments(x: jax.Array) -> jax.Array:
     """Means of `x` and of `x * x` over all but the channels, in float32 or better: `[..., C]` -> `[2, C]`."""
+    return _lower(x, cpu=_moments, stock=_moments, cuda={"triton": _moments_at_once})
+
+
+def _moments(x: jax.Array) -> jax.Array:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     pixels = tuple(range(x.ndim - 1))
     return jnp.stack([jnp.mean(wide, axis=pixels), jnp.mean(jnp.square(wide), axis=pixels)])
+
+
+@jax.custom_vjp
+def _moments_at_once(x: jax.Array) -> jax.Array:
+    """`_moments` by one reduction: behind a matrix product XLA for GPUs reads `x` for each of two."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    zero = np.zeros((), wide.dtype)
+    sums = lax.reduce(
+        (wide, jnp.square(wide)), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(x.ndim - 1))
+    )
+    return jnp.stack(sums) / (x.size // x.shape[-1])
+
+
+def _moments_forward(x):
+    return _moments_at_once(x), x
+
+
+def _moments_backward(x, gradient):
+    gradient = gradient / (x.size // x.shape[-1])
+    return ((gradient[0] + 2 * gradient[1] * x.astype(gradient.dtype)).astype(x.dtype),)
+
+
+_moments_at_once.defvjp(_moments_forward, _moments_backward)
 
 
 def _on_tpus(mesh: AbstractMesh) -> bool:
