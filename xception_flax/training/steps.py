@@ -11,9 +11,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xception_flax.models import ops
-from xception_flax.models.ops.tpu import DEVICE_KINDS
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import lookup, suggest, written
+from xception_flax.text.lookup import lookup, written
 from xception_flax.text.ranges import check_number, check_range
 from xception_flax.training import sharding
 from xception_flax.training.metrics import MetricFunction, Sum, masked_sum
@@ -180,12 +179,7 @@ def make_train_step(
     """
     check_range("step.ema_decay, the share kept,", ema_decay, 0, 1, below=True)
     check_range("step.accumulation_steps", accumulation_steps, 1)
-    if lowering not in ops.LOWERINGS:
-        raise UserError(f"unknown step.lowering {written(lowering)}; {suggest(lowering, ops.LOWERINGS)}")
-    if lowering == "fused" and (kind := mesh.devices.flat[0].device_kind) not in DEVICE_KINDS:
-        raise UserError(
-            f"step.lowering='fused' has kernels for {', '.join(DEVICE_KINDS)} only, and this is a {kind}; leave it out."
-        )
+    ops.check_lowering(lowering, mesh.devices.flat[0].device_kind)
 
     def objective(params: PyTree, batch_stats: PyTree, part: Batch, key: jax.Array):
         if backbone_frozen:
@@ -294,7 +288,8 @@ def make_eval_step(
 
     def eval_step(variables: PyTree, batch: Batch) -> tuple[dict[str, Sum], jax.Array]:
         variables = jax.lax.with_sharding_constraint(variables, sharding.replicated(mesh))
-        logits = model.apply(variables, normalize(batch["images"]), train=False)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # see `gradient`
+            logits = model.apply(variables, normalize(batch["images"]), train=False)
         sums = metrics(logits, batch["labels"], batch["mask"])
         sums["loss"] = masked_sum(loss.plain(logits, batch["labels"]), batch["mask"])
         return sums, logits
