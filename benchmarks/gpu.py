@@ -19,11 +19,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from xception_flax.lookup import suggest
-
 from benchmarks import command
 from benchmarks.gpu_contenders import TIMM, Job, Record, timed_lowerings
 from benchmarks.worker import ROOT
+from xception_flax.text.lookup import suggest
 
 EXAMPLES = """\
   python -m benchmarks.gpu --json gpu.json
@@ -47,6 +46,8 @@ class Process:
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # compile time is measured
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         }
+        if job.subject == "correctness":  # any algorithm must be right, and trying them all takes minutes
+            own["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu_contenders", json.dumps(job._asdict())],
             cwd=ROOT,

@@ -172,7 +172,9 @@ def trace_ours(job: Job, lowering: str) -> Callable[[], Step]:
     import jax
     import jax.numpy as jnp
 
-    from xception_flax import create_model, metrics, ops, optimizers, sharding, state, steps
+    from xception_flax import create_model
+    from xception_flax.models import ops
+    from xception_flax.training import metrics, optimizers, sharding, state, steps
 
     fields = dict(width=0.125, middle_repeats=1) if job.tiny else {}
     model = create_model("xception", NUM_CLASSES, dropout_rate=0.0, dtype=jnp.bfloat16, **fields)
@@ -359,10 +361,10 @@ def contender(job: Job) -> Iterator[Record]:
 
 
 def timed_lowerings() -> list[str]:
-    """Those that are programs of their own on a GPU: 'platform' is one of the others, 'fused' is for TPUs."""
-    from xception_flax import ops
+    """Those that are programs of their own on a GPU; 'fused' is for TPUs."""
+    from xception_flax.models import ops
 
-    return [name for name in ops.LOWERINGS if name not in ("platform", "fused")]
+    return [name for name in ops.LOWERINGS if name != "fused"]
 
 
 # (operation, [H, W, C] of its input, shape of its kernel or None, options) at 299 px, as the network has them.
@@ -421,7 +423,8 @@ def _comparisons(job: Job) -> list[Comparison]:
     import jax.numpy as jnp
     from jax import lax
 
-    from xception_flax import create_model, ops
+    from xception_flax import create_model
+    from xception_flax.models import ops
 
     rng = np.random.default_rng(2)
 
@@ -460,7 +463,7 @@ def correctness(job: Job) -> Iterator[Record]:
     import jax
     import jax.numpy as jnp
 
-    from xception_flax import ops
+    from xception_flax.models import ops
 
     comparisons = _comparisons(job)
     yield {}
@@ -488,7 +491,7 @@ def correctness(job: Job) -> Iterator[Record]:
             (i, dtype, lowering): pool.submit(evaluate, comparison, dtype, lowering)
             for i, comparison in enumerate(comparisons)
             for dtype in comparison.dtypes
-            for lowering in (*timed_lowerings(), "platform")
+            for lowering in timed_lowerings()
         }
         for (i, dtype, lowering), future in futures.items():
             record = {"kind": "correctness", "case": comparisons[i].title, "dtype": dtype, "lowering": lowering}
@@ -520,7 +523,7 @@ def operations(job: Job) -> Iterator[Record]:
     import jax
     import jax.numpy as jnp
 
-    from xception_flax import ops
+    from xception_flax.models import ops
 
     synchronize, key = jax.block_until_ready, jax.random.key(4)
     draw = jax.jit(partial(jax.random.normal, dtype=jnp.bfloat16), static_argnums=1)
