@@ -171,7 +171,10 @@ def test_every_layer_has_a_kind() -> None:
         ("jvp(Xception)/Xception.endpoints/predictions/dot_general", "classifier"),
         ("transpose(jvp(Xception))/Xception.endpoints/select_and_scatter", "between layers"),
         ("jvp(jit(log_softmax))/reduce_sum", "input, loss"),
-        ("jvp(Xception)/Xception.endpoints/block2_sepconv2.normalized/shard_map/forward_kernel", "separable, fused"),
+        (
+            "jvp(Xception)/Xception.endpoints/block2_sepconv2.normalized/fused_separable/shard_map/forward_kernel",
+            "separable, fused",
+        ),
         ("add", "optimizer"),
     ],
 )

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from xception_flax.commands import cli
 from xception_flax.display import console
-from xception_flax.models.ops import tpu
+from xception_flax.models import ops
 from xception_flax.planning import slices
 from xception_flax.planning.report import (
     BATCH_GRAIN,
@@ -164,7 +164,7 @@ def main(argv: list[str]) -> int:
             found = report if known else at(images * parts)
             return found.memory if isinstance(found, Report) else max(found.memory, usable + 1)
 
-        grain = tpu.IMAGES if config.step.lowering == "fused" else BATCH_GRAIN
+        grain = max(BATCH_GRAIN, ops.image_multiple(config.step.lowering))
         sizes = largest_batch(memory_at, usable, config.batch_size // parts, report.state if fits else 0, grain)
         result["largest_batch"], result["too_large_batch"] = (images and images * parts for images in sizes)
     if fits:

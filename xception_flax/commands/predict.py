@@ -114,7 +114,8 @@ def predict(
 
     @jax.jit
     def forward(variables: dict, images: jax.Array) -> jax.Array:
-        return to_probabilities(run.model.apply(variables, normalize(images), train=False))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # each device its own images; see `ops`
+            return to_probabilities(run.model.apply(variables, normalize(images), train=False))
 
     with ThreadPoolExecutor() as threads:
         for start in console.stepping("predicting", range(0, len(paths), batch_size)):

@@ -200,8 +200,9 @@ class Split:
     def batches(self, start_step: int = 0) -> Iterator[Batch[np.ndarray]]:
         """Yields this host's share of batch `start_step`, `start_step + 1`, ...
 
-        It has `batch_size / process_count` examples: `images`, `labels` and, if `masked`, `mask`; see `batch.Batch`. The
-        image in place of a bad one is black. Close the generator (`contextlib.closing`) unless you read it to its end.
+        It has `batch_size / process_count` examples: `images`, `labels` and, if `masked`, `mask`; see `batch.Batch`.
+        The image in place of a bad one is black. Close the generator (`contextlib.closing`) unless you read it to its
+        end.
 
         Besides the batch last yielded, memory holds at most `BATCHES_AHEAD`. With worker processes it holds at most six
         for each of them: two being made, and on each side of the queue one in it and one that waits.

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from xception_flax import models
-from xception_flax.models import costs
+from xception_flax.models import costs, ops
 from xception_flax.planning import slices
 from xception_flax.planning.hlo import Collective, Hlo
 from xception_flax.training import sharding
@@ -142,8 +142,8 @@ def create_report(compiled: jax.stages.Compiled, config: ConfigDict, num_chips: 
 
 
 def fused_layer(op_name: str) -> str | None:
-    """Returns the path of the separable convolution that a kernel of `ops.tpu` computes; None of another operation."""
-    match = re.search(r"\.endpoints/(.+)\.normalized/shard_map/", op_name)
+    """Returns the path of the separable convolution that `ops` computes by one kernel; None of another operation."""
+    match = re.search(rf"\.endpoints/(.+)\.normalized/{ops.FUSED_SCOPE}/", op_name)
     return match[1] if match else None
 
 

@@ -11,9 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xception_flax.data.batch import Batch
 from xception_flax.models import ops
-from xception_flax.models.ops.tpu import DEVICE_KINDS
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import suggest, written
+from xception_flax.text.lookup import written
 from xception_flax.text.ranges import check_number, check_range
 from xception_flax.training import sharding
 from xception_flax.training.losses import Loss
@@ -110,12 +109,7 @@ def make_train_step(
     """
     check_range("step.ema_decay, the share kept,", ema_decay, 0, 1, below=True)
     check_range("step.accumulation_steps", accumulation_steps, 1)
-    if lowering not in ops.LOWERINGS:
-        raise UserError(f"unknown step.lowering {written(lowering)}; {suggest(lowering, ops.LOWERINGS)}")
-    if lowering == "fused" and (kind := mesh.devices.flat[0].device_kind) not in DEVICE_KINDS:
-        raise UserError(
-            f"step.lowering='fused' has kernels for {', '.join(DEVICE_KINDS)} only, and this is a {kind}; leave it out."
-        )
+    ops.check_lowering(lowering, mesh.devices.flat[0].device_kind)
 
     objective = _make_objective(model, loss, metrics, normalize, mixed=mix is not None, backbone_frozen=backbone_frozen)
     gradient = _make_gradient(objective, mesh, accumulation_steps, lowering)
@@ -247,7 +241,8 @@ def make_eval_step(
 
     def eval_step(variables: PyTree, batch: Batch[jax.Array]) -> tuple[Sums, jax.Array]:
         variables = jax.lax.with_sharding_constraint(variables, sharding.replicated(mesh))
-        logits = model.apply(variables, normalize(batch["images"]), train=False)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # see `gradient`
+            logits = model.apply(variables, normalize(batch["images"]), train=False)
         sums = metrics(logits, batch["labels"], batch["mask"])
         sums["loss"] = masked_sum(loss.plain(logits, batch["labels"]), batch["mask"])
         return sums, logits

@@ -1,7 +1,6 @@
 """The kernels for TPUs, interpreted: values and gradients are those of the operations one by one."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jax.sharding import AxisType
 
 from xception_flax import create_model
 from xception_flax.models import ops
-from xception_flax.models.ops import tpu
+from xception_flax.models.ops import lowerings, tpu
 from xception_flax.training import sharding
 
 
@@ -75,12 +74,13 @@ def interpreted(monkeypatch):
     """The kernels interpreted, on any mesh and for any shape; returns the shapes that they were called with."""
     shapes = []
 
-    def separable(*arguments, relu):
+    def separable(*arguments, relu, kernels=tpu.separable):
         shapes.append(arguments[0].shape)
-        return tpu.separable(*arguments, relu, True)
+        return kernels(*arguments, relu, True)
 
-    monkeypatch.setattr(ops, "_on_tpus", lambda mesh: not mesh.empty)
-    monkeypatch.setattr(ops, "fused", SimpleNamespace(fits=lambda *_: True, separable=separable, IMAGES=16))
+    monkeypatch.setattr(tpu, "is_on_tpus", lambda mesh: not mesh.empty)
+    monkeypatch.setattr(tpu, "fits", lambda *_: True)
+    monkeypatch.setattr(tpu, "separable", separable)
     return shapes
 
 
@@ -105,7 +105,7 @@ def test_fused_separable_over_a_mesh_has_the_values_and_gradients_of_one_device(
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6 * np.abs(theirs).max())
 
 
-def test_a_network_with_fused_lowering_is_the_same_network(interpreted, four_devices):
+def test_a_network_with_fused_lowering_is_the_same_network(monkeypatch, interpreted, four_devices):
     """Loss, gradients and statistics of a narrow Xception in training; float32 rounding moves a ReLU here and there."""
     model = create_model("xception", num_classes=5, width=0.02, middle_repeats=0, dropout_rate=0.0)
     images = jax.random.normal(jax.random.key(0), (64, 35, 35, 3))
@@ -119,13 +119,15 @@ def test_a_network_with_fused_lowering_is_the_same_network(interpreted, four_dev
         return jnp.sum(jnp.square(logits)), updates["batch_stats"]
 
     results, params = [], jax.device_put(variables["params"], sharding.replicated(four_devices))
-    for name in ("platform", "fused"):
+    for name, has_triton in (("platform", False), ("fused", False), ("platform", True)):
+        monkeypatch.setattr(lowerings, "has_triton", lambda has_triton=has_triton: has_triton)
         with ops.lowering(name), jax.sharding.use_abstract_mesh(four_devices.abstract_mesh):
             results.append(jax.jit(lambda p: jax.value_and_grad(loss, has_aux=True)(p))(params))
     assert len(interpreted) == 10  # separable convolutions: 6 of the entry flow, 4 of the exit flow
-    plain, kernels = (jax.tree_util.tree_leaves_with_path(result) for result in results)
+    plain, *others = (jax.tree_util.tree_leaves_with_path(result) for result in results)
     # A bias that the next normalization takes away has a gradient of rounding alone: measured by the others.
     least = 1e-2 * max(np.linalg.norm(theirs) for _, theirs in plain)
-    for (path, theirs), (_, ours) in zip(plain, kernels, strict=True):
-        difference = np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), least)
-        assert difference < 1e-3, (jax.tree_util.keystr(path), difference)
+    for (path, theirs), *leaves in zip(plain, *others, strict=True):
+        for _, ours in leaves:
+            difference = np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), least)
+            assert difference < 1e-3, (jax.tree_util.keystr(path), difference)

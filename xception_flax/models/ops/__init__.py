@@ -1,179 +1,59 @@
 """The operations of the network as pure functions of arrays, channels last (`[N, H, W, C]`).
 
-Each is defined in XLA's own operations, which GPUs and TPUs get. Where those are slow on CPUs there is
-a second lowering for them, chosen when a program is compiled for its platform; values and gradients
-are the same, and no caller knows of it. What CPUs get has its own rule for the gradient, which forward
-mode (`jax.jvp`) does not take: use `with lowering("stock")` for that. Within `jax.shard_map` and over a mesh
-with Explicit axes XLA's own is taken everywhere.
+Each is defined in XLA's own operations (`stock`). Where those are slow on a platform there is a second lowering for it
+(`cpu`, `gpu`), chosen when a program is compiled (`lowerings`); values and gradients are the same, and no caller knows
+of it. What has a rule of its own for the gradient does not take forward mode (`jax.jvp`): use `with lowering("stock")`
+for that. Within `jax.shard_map` and over a mesh with Explicit axes XLA's own is taken everywhere.
+
+On several GPUs a program names its mesh, by `with jax.sharding.use_abstract_mesh(mesh.abstract_mesh)` where it is
+traced: so each computes its own images, and not all of them.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
-from functools import partial, reduce
-from typing import Any
+from collections.abc import Sequence
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from xception_flax.models.ops import tpu
-from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import suggest
+from xception_flax.models.ops import cpu, gpu, pooling, stock, tpu, windows
+from xception_flax.models.ops.lowerings import (
+    LOWERINGS,
+    check_lowering,
+    chosen,
+    fuses_chains,
+    image_multiple,
+    lower,
+    lowering,
+)
+from xception_flax.models.ops.windows import PADDINGS
 
-_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+__all__ = [
+    "FUSED_SCOPE",
+    "LOWERINGS",
+    "PADDINGS",
+    "atrous_max_pool",
+    "average_pool",
+    "check_lowering",
+    "convolution",
+    "depthwise_convolution",
+    "fuses_chains",
+    "global_average_pool",
+    "image_multiple",
+    "is_fused",
+    "lowering",
+    "max_pool",
+    "moments",
+    "normalized_separable_convolution",
+    "pointwise_convolution",
+]
 
-# Where the windows of a strided operation begin, in the words of those who differ:
-# SAME       TensorFlow and Keras: just enough to reach the last pixel, the odd one below and right;
-# SYMMETRIC  PyTorch and DeepLab's 'fixed padding': (span - 1) // 2 on both sides, whatever the size;
-# VALID      none.
-PADDINGS = ("SAME", "SYMMETRIC", "VALID")
-
-LOWERINGS = ("platform", "stock", "fused")
-
-
-# Choosing a lowering -------------------------------------------------------------------------------
-
-_chosen: ContextVar[str] = ContextVar("lowering", default="platform")
-
-
-@contextlib.contextmanager
-def lowering(name: str) -> Iterator[None]:
-    """Operations called within it are traced with this lowering.
-
-    Args:
-      name: 'platform', the default, is the best that was measured for each platform; 'stock' is XLA's
-        own operation on all of them; 'fused' is 'platform', but with the kernels of `tpu` on TPUs
-        where shapes allow: fewer bytes by the compiler's count, not yet timed on a TPU. A function
-        under `jit` keeps the lowering that it was first traced with.
-
-    Raises:
-      ValueError: another name.
-    """
-    if name not in LOWERINGS:
-        raise UserError(f"unknown lowering {name!r}; {suggest(name, LOWERINGS)}")
-    token = _chosen.set(name)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
+FUSED_SCOPE = tpu.SCOPE  # in the name of an operation of a compiled program: it is one of the kernels of `tpu`
+is_fused = fuses_chains
 
 
-def is_fused() -> bool:
-    """Whether the lowering is 'fused', with which networks leave it to operations to combine layers."""
-    return _chosen.get() == "fused"
-
-
-def _lower(*operands: jax.Array, cpu: Callable[..., Any], stock: Callable[..., Any], **options: Any) -> Any:
-    """Calls `cpu` or `stock`, whichever is right for the platform, with the operands and the (hashable) options."""
-    # Within `shard_map` and over Explicit meshes a type says how an array is split; our own gradients do not.
-    mesh = jax.sharding.get_abstract_mesh()
-    name = _chosen.get() if mesh.empty or _is_auto(mesh) else "stock"
-    return _lowered(*operands, cpu=cpu, stock=stock, options=tuple(options.items()), lowering=name)
-
-
-# Under jit an operation is traced and differentiated once for each shape, not once for each of the equal
-# layers, and compiled once where the caller is not under jit.
-@partial(jax.jit, static_argnames=("cpu", "stock", "options", "lowering"))
-def _lowered(*operands, cpu, stock, options, lowering):
-    cpu, stock = (partial(function, **dict(options)) for function in (cpu, stock))
-    if lowering == "stock":
-        return stock(*operands)
-    return lax.platform_dependent(*operands, cpu=cpu, default=stock)
-
-
-# A batch over devices ------------------------------------------------------------------------------
-
-
-def _is_auto(mesh: AbstractMesh) -> bool:
-    return set(mesh.axis_types) == {AxisType.Auto}
-
-
-def _sum_over_devices(function: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
-    """Adds up `function` of each device's share of the images, for a batch that all axes of the mesh in context split.
-
-    For a loop over images, which the partitioner would have every device run over all of them, gathered. Where
-    an axis splits something else than the batch, this moves arrays to and fro.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1 or not _is_auto(mesh) or operands[0].shape[0] % mesh.size:
-        return function(*operands)
-    return jax.shard_map(
-        lambda *shares: lax.psum(function(*shares), mesh.axis_names),
-        in_specs=PartitionSpec(mesh.axis_names),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )(*operands)
-
-
-# Windows -------------------------------------------------------------------------------------------
-
-
-def _pads(sizes: Sequence[int], spans: Sequence[int], strides: Sequence[int], padding: str) -> list[tuple[int, int]]:
-    """(before, after) of rows and columns for windows that reach over `spans` pixels."""
-    _check_padding(padding)
-    if padding == "SYMMETRIC":
-        return [((span - 1) // 2, (span - 1) // 2) for span in spans]
-    return lax.padtype_to_pads(sizes, spans, strides, padding)
-
-
-def _check_padding(padding: str) -> None:
-    if padding not in PADDINGS:
-        raise UserError(f"unknown padding {padding!r}; {suggest(padding, PADDINGS)}")
-
-
-def _spans(window: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """Pixels from the first to the last tap of a window, inclusive: rows, columns."""
-    return [d * (size - 1) + 1 for d, size in zip(dilation, window, strict=True)]
-
-
-def _padded(
-    x: jax.Array,
-    window: Sequence[int],
-    strides: Sequence[int],
-    padding: str,
-    dilation: Sequence[int],
-    value: float = 0.0,
-) -> jax.Array:
-    pads = _pads(x.shape[1:3], _spans(window, dilation), strides, padding)
-    return jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=value)
-
-
-def _every(start: int, number: int, stride: int) -> slice:
-    """The slice of `number` pixels from `start` on."""
-    return slice(start, start + max(0, (number - 1) * stride + 1), stride)
-
-
-def _taps(
-    x: jax.Array, window: Sequence[int], strides: Sequence[int] = (1, 1), dilation: Sequence[int] = (1, 1)
-) -> Iterator[tuple[int, int, jax.Array]]:
-    """Yields (row, column, `[N, H', W', C]`) for each place in a window: what all windows have there."""
-    spans = _spans(window, dilation)
-    rows, columns = (max(0, (size - span) // s + 1) for size, span, s in zip(x.shape[1:3], spans, strides, strict=True))
-    for i in range(window[0]):
-        for j in range(window[1]):
-            yield i, j, x[:, _every(i * dilation[0], rows, strides[0]), _every(j * dilation[1], columns, strides[1])]
-
-
-def _reach(
-    shape: Sequence[int],
-    pads: Sequence[tuple[int, int]],
-    out_shape: Sequence[int],
-    window: Sequence[int],
-    strides: Sequence[int],
-    dilation: Sequence[int],
-) -> list[tuple[int, int]]:
-    """(before, after) of the outputs, spread by the strides, so that a window over them is what reached a pixel."""
-    spans = _spans(window, dilation)
-    return [
-        (span - 1 - low, low + size - 1 - (out - 1) * stride)
-        for size, (low, _), out, span, stride in zip(shape[1:3], pads, out_shape[1:3], spans, strides, strict=True)
-    ]
-
-
-# Regular convolution -------------------------------------------------------------------------------
+# Convolutions --------------------------------------------------------------------------------------
 
 
 def convolution(
@@ -199,95 +79,15 @@ def convolution(
     Returns:
       `[N, H', W', features]`.
     """
-    _check_padding(padding)
+    windows.check_padding(padding)
     options = dict(strides=strides, padding=padding, dilation=dilation)
     if groups == x.shape[-1] > 1:
         return depthwise_convolution(x, kernel, **options)
     if kernel.shape[:2] == (1, 1) and groups == 1:
         return pointwise_convolution(x, kernel, strides=strides)
     if groups > 1:
-        return _grouped_convolution(x, kernel, groups=groups, **options)
-    return _lower(x, kernel, cpu=convolution_by_patches, stock=_grouped_convolution, **options)
-
-
-def _grouped_convolution(
-    x: jax.Array,
-    kernel: jax.Array,
-    *,
-    strides: tuple[int, int],
-    padding: str,
-    dilation: tuple[int, int],
-    groups: int = 1,
-) -> jax.Array:
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        _pads(x.shape[1:3], _spans(kernel.shape[:2], dilation), strides, padding),
-        rhs_dilation=dilation,
-        dimension_numbers=_DIMENSIONS,
-        feature_group_count=groups,
-    )
-
-
-def convolution_by_patches(
-    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
-) -> jax.Array:
-    """`convolution` with a kernel gradient of matrix products, patches of one image after the other by the gradient.
-
-    XLA's own is many times slower on CPUs; its other gradient and its value are not.
-    """
-    return _convolution_by_patches(x, kernel, strides, padding, dilation)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _convolution_by_patches(x, kernel, strides, padding, dilation):
-    return _grouped_convolution(x, kernel, strides=strides, padding=padding, dilation=dilation)
-
-
-def _convolution_by_patches_forward(x, kernel, strides, padding, dilation):
-    return _convolution_by_patches(x, kernel, strides, padding, dilation), (x, kernel)
-
-
-def _convolution_by_patches_backward(strides, padding, dilation, saved, dy):
-    x, kernel = saved
-    if not dy.size:
-        return jnp.zeros_like(x), jnp.zeros_like(kernel)
-    window = kernel.shape[:2]
-    pads = _pads(x.shape[1:3], _spans(window, dilation), strides, padding)
-    # As XLA's own rule has it, but the kernel is turned round in memory: there is a fast convolution
-    # for that layout alone.
-    dx = lax.conv_general_dilated(
-        dy,
-        lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3)),
-        window_strides=(1, 1),
-        padding=_reach(x.shape, pads, dy.shape, window, strides, dilation),
-        lhs_dilation=strides,
-        rhs_dilation=dilation,
-        dimension_numbers=_DIMENSIONS,
-    )
-    wide = np.promote_types(kernel.dtype, jnp.float32)
-
-    def add_image(total, image_and_gradient):
-        image, gradient = image_and_gradient
-        taps = [tap[0] for _, _, tap in _taps(image[None], window, strides, dilation)]
-        patches = jnp.concatenate(taps, axis=-1).reshape(-1, total.shape[0])  # [H' * W', kh * kw * C]
-        gradient = gradient.reshape(-1, total.shape[1])
-        product = lax.dot_general(patches, gradient, (((0,), (0,)), ((), ())), preferred_element_type=total.dtype)
-        return total + product, None
-
-    def add_images(images, gradients):
-        total = jnp.zeros((kernel.size // kernel.shape[-1], kernel.shape[-1]), wide)
-        return lax.scan(add_image, total, (images, gradients))[0]
-
-    total = _sum_over_devices(add_images, _padded(x, window, strides, padding, dilation), dy)
-    return dx, total.reshape(kernel.shape).astype(kernel.dtype)
-
-
-_convolution_by_patches.defvjp(_convolution_by_patches_forward, _convolution_by_patches_backward)
-
-
-# Depthwise convolution -----------------------------------------------------------------------------
+        return stock.convolution(x, kernel, groups=groups, **options)
+    return lower(x, kernel, cpu=cpu.convolution, stock=stock.convolution, **options)
 
 
 def depthwise_convolution(
@@ -311,83 +111,7 @@ def depthwise_convolution(
       `[N, H', W', C * multiplier]`.
     """
     options = dict(strides=strides, padding=padding, dilation=dilation)
-    return _lower(x, kernel, cpu=depthwise_by_shifts, stock=depthwise_by_groups, **options)
-
-
-def depthwise_by_groups(
-    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
-) -> jax.Array:
-    """`depthwise_convolution` as XLA's grouped convolution, one group a channel."""
-    options = dict(strides=strides, padding=padding, dilation=dilation)
-    return _grouped_convolution(x, kernel, groups=x.shape[-1], **options)
-
-
-def depthwise_by_shifts(
-    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
-) -> jax.Array:
-    """`depthwise_convolution` as a sum over the taps of the kernel: the image shifted, times a weight a channel.
-
-    XLA's grouped convolution on the CPU is many times slower than this, its gradients more so.
-    """
-    dtype, wide = x.dtype, np.promote_types(x.dtype, jnp.float32)  # add up as a convolution does
-    x = _padded(x.astype(wide), kernel.shape[:2], strides, padding, dilation)
-    x = jnp.repeat(x, kernel.shape[-1] // x.shape[-1], axis=-1)
-    return _sum_of_taps(x, kernel[:, :, 0].astype(wide), strides, dilation).astype(dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _sum_of_taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], dilation: tuple[int, int]) -> jax.Array:
-    """`[N, H, W, C]`, padded already, and `[kh, kw, C]` -> `[N, H', W', C]`."""
-    return reduce(
-        jnp.add, (tap * kernel[i, j, None, None, None] for i, j, tap in _taps(x, kernel.shape[:2], strides, dilation))
-    )
-
-
-def _sum_of_taps_forward(x, kernel, strides, dilation):
-    return _sum_of_taps(x, kernel, strides, dilation), (x, kernel)
-
-
-def _sum_of_taps_backward(strides, dilation, saved, dy):
-    x, kernel = saved
-    if not dy.size:
-        return jnp.zeros_like(x), jnp.zeros_like(kernel)
-    # A pixel's gradient is the same sum, over the windows that reach it, with the kernel turned round.
-    edges = _reach(x.shape, [(0, 0), (0, 0)], dy.shape, kernel.shape[:2], strides, dilation)
-    edges = [(low, high, stride - 1) for (low, high), stride in zip(edges, strides, strict=True)]
-    spread = lax.pad(dy, np.zeros((), dy.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-    taps = _taps(spread, kernel.shape[:2], dilation=dilation)
-    dx = reduce(jnp.add, (tap * kernel[-1 - i, -1 - j, None, None, None] for i, j, tap in taps))
-    by_rows = partial(_kernel_gradient_by_rows, shape=kernel.shape, strides=strides, dilation=dilation)
-    return dx, _sum_over_devices(by_rows, x, dy)
-
-
-def _kernel_gradient_by_rows(x, dy, *, shape, strides, dilation):
-    # Row by row, into a sum for each tap and column: XLA on the CPU is many times slower with
-    # reductions over whole shifted images.
-    batch, rows, columns, channels = dy.shape
-    places = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
-
-    def add_row(totals, row):
-        n, h = row // rows, row % rows
-        gradient = lax.dynamic_slice(dy, (n, h, 0, 0), (1, 1, columns, channels))[0, 0]
-        reached = [
-            lax.dynamic_slice(x, (n, h * strides[0] + i * dilation[0], 0, 0), (1, 1, *x.shape[2:]))[0, 0]
-            for i in range(shape[0])
-        ]
-        return [
-            total + gradient * reached[i][_every(j * dilation[1], columns, strides[1])]
-            for total, (i, j) in zip(totals, places, strict=True)
-        ], None
-
-    totals = [jnp.zeros((columns, channels), dy.dtype) for _ in places]
-    totals, _ = lax.scan(add_row, totals, jnp.arange(batch * rows))
-    return jnp.stack([jnp.sum(total, axis=0) for total in totals]).reshape(shape)
-
-
-_sum_of_taps.defvjp(_sum_of_taps_forward, _sum_of_taps_backward)
-
-
-# Pointwise convolution -----------------------------------------------------------------------------
+    return lower(x, kernel, cpu=cpu.depthwise, cuda=gpu.depthwise, stock=stock.depthwise, **options)
 
 
 def pointwise_convolution(x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int] = (1, 1)) -> jax.Array:
@@ -401,40 +125,14 @@ def pointwise_convolution(x: jax.Array, kernel: jax.Array, *, strides: tuple[int
     Returns:
       `[N, ceil(H / strides[0]), ceil(W / strides[1]), features]`.
     """
-    return _lower(x[:, :: strides[0], :: strides[1]], kernel[0, 0], cpu=_product_of_its_own, stock=_product)
+    if tuple(strides) != (1, 1):
+        # XLA for GPUs fuses such a slice into the product, and aborts the process there (openxla/xla issue 47381).
+        x = x[:, :: strides[0], :: strides[1]]
+        x = lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
+    return lower(x, kernel[0, 0], cpu=cpu.product, cuda=gpu.product, stock=stock.product)
 
 
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`[N, H, W, C]`, `[C, features]` -> `[N, H, W, features]`."""
-    return lax.dot_general(x, kernel, (((3,), (0,)), ((), ())))
-
-
-@jax.custom_vjp
-def _product_of_its_own(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`_product`, kept apart from what comes before it in the backward pass.
-
-    XLA on the CPU fuses the gradient of the normalization into a transposed copy for each of the two
-    products that take it.
-    """
-    return _product(x, kernel)
-
-
-def _product_forward(x, kernel):
-    return _product(x, kernel), (x, kernel)
-
-
-def _product_backward(saved, dy):
-    x, kernel = saved
-    pixels = x.reshape(-1, x.shape[-1])
-    gradients = lax.optimization_barrier(dy).reshape(-1, dy.shape[-1])
-    dx = lax.dot_general(gradients, kernel, (((1,), (1,)), ((), ())))
-    return dx.reshape(x.shape), lax.dot_general(pixels, gradients, (((0,), (0,)), ((), ())))
-
-
-_product_of_its_own.defvjp(_product_forward, _product_backward)
-
-
-# Between two normalizations ---------------------------------------------------------------------
+# Between two normalizations -----------------------------------------------------------------------
 
 
 def normalized_separable_convolution(
@@ -449,8 +147,9 @@ def normalized_separable_convolution(
 ) -> tuple[jax.Array, jax.Array]:
     """What stands between two batch normalizations: the first one's multiply-add, ReLU, a separable convolution.
 
-    `y = pointwise(depthwise(relu(x * scale + shift)))` and the moments that the second one needs. With
-    the lowering 'fused', where the mesh in context is of TPUs and `tpu.fits` its channels, in one pass over memory.
+    `y = pointwise(depthwise(relu(x * scale + shift)))` and the moments that the second one needs. On NVIDIA's GPUs the
+    normalization, ReLU and depthwise convolution are one kernel. With the lowering 'fused', where the mesh in context
+    is of TPUs and `tpu.fits` its channels, all is one pass over memory.
 
     Args:
       x: `[N, H, W, C]`.
@@ -466,43 +165,23 @@ def normalized_separable_convolution(
       `[2, features]` in the type of `scale`.
 
     Raises:
-      ValueError: 'fused' on TPUs, with images of which a chip has no multiple of `tpu.IMAGES`.
+      ValueError: 'fused' on TPUs, with images of which a chip has no multiple of `fused.IMAGES`.
     """
-    mesh, features = jax.sharding.get_abstract_mesh(), pointwise_kernel.shape[-1]
-    if is_fused() and _on_tpus(mesh) and depthwise_kernel.shape[:2] == (3, 3) and dilation == (1, 1):
-        if x.shape[0] % (tpu.IMAGES * mesh.size):
-            raise UserError(
-                f"the lowering 'fused' takes a multiple of {tpu.IMAGES} images a chip, not {x.shape[0]} images over "
-                f"{mesh.size} chips; change the batch, or leave step.lowering out."
-            )
-        share = (x.shape[0] // mesh.size, *x.shape[1:])
-        if tpu.fits(share, features, x.dtype.itemsize):
-            batch, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-            y, sums = jax.shard_map(
-                partial(tpu.separable, relu=relu),
-                in_specs=(batch, whole, whole, whole, whole),
-                out_specs=(batch, batch),
-                check_vma=False,
-            )(x, scale, shift, depthwise_kernel, pointwise_kernel)
-            return y, jnp.sum(sums, axis=0) / (y.size // features)
-    z = x.astype(scale.dtype) * scale + shift
-    z = (jax.nn.relu(z) if relu else z).astype(x.dtype)
-    y = pointwise_convolution(depthwise_convolution(z, depthwise_kernel, dilation=dilation), pointwise_kernel)
+    kernels = depthwise_kernel, pointwise_kernel
+    if chosen() == "fused" and dilation == (1, 1) and tpu.takes(x, *kernels):
+        return tpu.separable_over_devices(x, scale, shift, *kernels, relu=relu)
+    functions = dict(cpu=cpu.normalized_depthwise, cuda=gpu.normalized_depthwise, stock=stock.normalized_depthwise)
+    y = lower(x, jnp.stack([scale, shift]), depthwise_kernel, **functions, relu=relu, dilation=dilation)
+    y = pointwise_convolution(y, pointwise_kernel)
     return y, moments(y)
 
 
 def moments(x: jax.Array) -> jax.Array:
     """Means of `x` and of `x * x` over all but the channels, in float32 or better: `[..., C]` -> `[2, C]`."""
-    wide = x.astype(np.promote_types(x.dtype, jnp.float32))
-    pixels = tuple(range(x.ndim - 1))
-    return jnp.stack([jnp.mean(wide, axis=pixels), jnp.mean(jnp.square(wide), axis=pixels)])
+    return lower(x, cpu=stock.moments, cuda=gpu.moments, stock=stock.moments)
 
 
-def _on_tpus(mesh: AbstractMesh) -> bool:
-    return mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
-
-
-# Pooling -------------------------------------------------------------------------------------------
+# Pooling ------------------------------------------------------------------------------------------
 
 
 def max_pool(
@@ -515,70 +194,10 @@ def max_pool(
     """Maximum over windows: `[N, H, W, C]` -> `[N, H', W', C]`; `padding` is one of `PADDINGS`.
 
     The gradient goes to the first of equal maxima, row by row; where a window has NaN or nothing but -inf,
-    on CPUs to another pixel of it, or to none.
+    on CPUs and NVIDIA's GPUs to another pixel of it, or to none.
     """
     options = dict(window=window, strides=strides, padding=padding)
-    return _lower(x, cpu=max_pool_by_taps, stock=max_pool_by_windows, **options)
-
-
-def max_pool_by_windows(x: jax.Array, *, window: tuple[int, int], strides: tuple[int, int], padding: str) -> jax.Array:
-    """`max_pool` as XLA's reduction over windows."""
-    pads = _pads(x.shape[1:3], window, strides, padding)
-    return lax.reduce_window(x, -jnp.inf, lax.max, (1, *window, 1), (1, *strides, 1), [(0, 0), *pads, (0, 0)])
-
-
-def max_pool_by_taps(x: jax.Array, *, window: tuple[int, int], strides: tuple[int, int], padding: str) -> jax.Array:
-    """`max_pool` as the maximum of the taps of a window, which remembers where each maximum was.
-
-    XLA's gradient on the CPU scatters, and takes many times as long; it also keeps `x`, where this keeps
-    a byte for each output.
-    """
-    return _max_of_taps(_padded(x, window, strides, padding, (1, 1), -jnp.inf), window, strides)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _max_of_taps(x: jax.Array, window: tuple[int, int], strides: tuple[int, int]) -> jax.Array:
-    """`[N, H, W, C]`, padded already -> `[N, H', W', C]`."""
-    return reduce(jnp.maximum, (tap for _, _, tap in _taps(x, window, strides)))
-
-
-def _max_of_taps_forward(x, window, strides):
-    (_, _, best), *taps = _taps(x, window, strides)
-    number = np.min_scalar_type(-window[0] * window[1])  # a byte, for up to 128 taps
-    place = jnp.zeros(best.shape, number)
-    for i, j, tap in taps:
-        place = jnp.where(tap > best, number.type(i * window[1] + j), place)
-        best = jnp.maximum(best, tap)
-    return best, (place, x.shape)
-
-
-def _max_of_taps_backward(window, strides, saved, dy):
-    place, shape = saved
-    # The pixels of one phase (row % stride, column % stride) are a grid like that of the windows, on
-    # which pixel q is tap `stride * k + phase` of window q - k: no scatter, a sum of shifted arrays.
-    grid = [-(-size // stride) for size, stride in zip(shape[1:3], strides, strict=True)]
-    reach = [(size - 1) // stride for size, stride in zip(window, strides, strict=True)]
-    edges = [(r, size - out) for r, size, out in zip(reach, grid, dy.shape[1:3], strict=True)]
-    spread = jnp.pad(dy, [(0, 0), *edges, (0, 0)])
-    place = jnp.pad(place, [(0, 0), *edges, (0, 0)], constant_values=-1)
-    spread, place = lax.optimization_barrier((spread, place))  # padding within a fusion is slow
-
-    def phase(row: int, column: int) -> jax.Array:
-        total = jnp.zeros((dy.shape[0], *grid, dy.shape[-1]), dy.dtype)
-        for i in range(row, window[0], strides[0]):
-            for j in range(column, window[1], strides[1]):
-                top, left = reach[0] - i // strides[0], reach[1] - j // strides[1]
-                there = np.s_[:, top : top + grid[0], left : left + grid[1]]
-                total += jnp.where(place[there] == i * window[1] + j, spread[there], 0)
-        return total
-
-    rows = [jnp.stack([phase(i, j) for j in range(strides[1])], axis=3) for i in range(strides[0])]
-    dx = jnp.stack(rows, axis=2)  # [N, grid, stride, grid, stride, C]
-    dx = dx.reshape(dy.shape[0], grid[0] * strides[0], grid[1] * strides[1], dy.shape[-1])
-    return (dx[:, : shape[1], : shape[2]],)
-
-
-_max_of_taps.defvjp(_max_of_taps_forward, _max_of_taps_backward)
+    return lower(x, cpu=pooling.max_pool, cuda=pooling.max_pool, stock=stock.max_pool, **options)
 
 
 def atrous_max_pool(
@@ -599,11 +218,11 @@ def atrous_max_pool(
     # The padding before the first window is that of the strided pool on its own, coarse grid: for an
     # even size and SAME, none.
     coarse = [-(-size // rate) for size in x.shape[1:3]]
-    before = [rate * low for low, _ in _pads(coarse, window, strides, padding)]
-    spans = _spans(window, (rate, rate))
+    before = [rate * low for low, _ in windows.pads(coarse, window, strides, padding)]
+    spans = windows.spans(window, (rate, rate))
     pads = [(low, span - 1 - low) for low, span in zip(before, spans, strict=True)]
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=-jnp.inf)
-    return reduce(jnp.maximum, (tap for _, _, tap in _taps(x, window, dilation=(rate, rate))))
+    return reduce(jnp.maximum, (tap for _, _, tap in windows.taps(x, window, dilation=(rate, rate))))
 
 
 def average_pool(
@@ -617,7 +236,7 @@ def average_pool(
 
     As TensorFlow and Keras have it; PyTorch counts the padding as zeros unless told otherwise.
     """
-    pads = _pads(x.shape[1:3], window, strides, padding)
+    pads = windows.pads(x.shape[1:3], window, strides, padding)
 
     def add_up(x: jax.Array) -> jax.Array:
         zero = np.zeros((), x.dtype)

@@ -21,6 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from xception_flax.text.errors import UserError
 
 IMAGES = 16  # that go by together: the rows of a tile of 16-bit numbers
 LANES = 128  # fewer channels than these are padded to them, in memory too
@@ -29,8 +32,54 @@ VMEM_BYTES = 96 * 2**20  # of the 128 MiB on a chip, which v4 and v5p have not
 # As JAX names the TPUs that have them: v5e and v6e.
 DEVICE_KINDS = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
 
+SCOPE = "fused_separable"  # of their operations in a compiled program
+
 _HWNC, _NHWC = (1, 2, 0, 3), (2, 0, 1, 3)
 _TAPS = [(i, j) for i in range(3) for j in range(3)]
+
+
+def takes(x: jax.Array, depthwise_kernel: jax.Array, pointwise_kernel: jax.Array) -> bool:
+    """Whether `separable_over_devices` takes images `[N, H, W, C]` and kernels: on TPUs, where `fits` says so.
+
+    Raises:
+      ValueError: on TPUs, images of which a chip has no multiple of `IMAGES`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not is_on_tpus(mesh) or depthwise_kernel.shape[:2] != (3, 3):
+        return False
+    if x.shape[0] % (IMAGES * mesh.size):
+        raise UserError(
+            f"the lowering 'fused' takes a multiple of {IMAGES} images a chip, not {x.shape[0]} images over "
+            f"{mesh.size} chips; change the batch, or leave step.lowering out."
+        )
+    share = (x.shape[0] // mesh.size, *x.shape[1:])
+    return fits(share, pointwise_kernel.shape[-1], x.dtype.itemsize)
+
+
+def is_on_tpus(mesh: AbstractMesh) -> bool:
+    """Whether the mesh is one of TPUs."""
+    return mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
+
+
+def separable_over_devices(
+    x: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    depthwise_kernel: jax.Array,
+    pointwise_kernel: jax.Array,
+    *,
+    relu: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """`ops.normalized_separable_convolution`, each device of the mesh in context its share of the images."""
+    batch, whole = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names), PartitionSpec()
+    with jax.named_scope(SCOPE):
+        y, sums = jax.shard_map(
+            partial(separable, relu=relu),
+            in_specs=(batch, whole, whole, whole, whole),
+            out_specs=(batch, batch),
+            check_vma=False,
+        )(x, scale, shift, depthwise_kernel, pointwise_kernel)
+    return y, jnp.sum(sums, axis=0) / (y.size // y.shape[-1])
 
 
 def fits(shape: tuple[int, ...], features: int, itemsize: int) -> bool:

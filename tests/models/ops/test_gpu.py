@@ -1,0 +1,222 @@
+"""What GPUs get, on CPUs (Triton's kernels interpreted): values and gradients are XLA's own."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from xception_flax.models import ops
+from xception_flax.models.ops import gpu, lowerings, stock
+from xception_flax.planning.hlo import Hlo
+from xception_flax.training import sharding
+
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+def assert_equals_stock(rng, function, shape, kernel_shape, dtype, **options):
+    """Value and both gradients against XLA's of the same numbers in float32; bfloat16 to half its spacing, 1 in 256."""
+    x, kernel = jnp.asarray(rng.normal(size=shape), dtype), jnp.asarray(rng.normal(size=kernel_shape), dtype)
+    assert_equal(rng, function, partial(stock.depthwise, **options), x, kernel)
+
+
+def assert_equal(rng, function, exact_function, *operands):
+    exact_operands = [operand.astype(jnp.float32) for operand in operands]
+    expected, exact_pullback = jax.vjp(exact_function, *exact_operands)
+    y, pullback = jax.vjp(function, *operands)
+    cotangent = jnp.asarray(rng.normal(size=y.shape), y.dtype)
+    results, exacts = pullback(cotangent), exact_pullback(cotangent.astype(jnp.float32))
+    for like, ours, exact in zip((y, *operands), (y, *results), (expected, *exacts), strict=True):
+        assert ours.dtype == like.dtype
+        tolerance = 1e-5 if ours.dtype == jnp.float32 else 1 / 256
+        atol = 1e-5 * np.abs(exact).max()
+        np.testing.assert_allclose(np.asarray(ours, np.float32), exact, rtol=tolerance, atol=atol)
+
+
+SAME = dict(strides=(1, 1), padding="SAME", dilation=(1, 1))
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(2, 19, 19, 24), (3, 10, 5, 8), (1, 3, 9, 130), (2, 1, 1, 3), (1, 5, 17, 1)])
+def test_kernels(rng, dtype, shape):
+    """Heights, widths and channels that are no multiples of a tile."""
+    function = partial(gpu.triton_depthwise, interpret=True)
+    assert_equals_stock(rng, function, shape, (3, 3, 1, shape[-1]), dtype, **SAME)
+
+
+@DTYPES
+@pytest.mark.parametrize("relu", [True, False])
+def test_kernels_with_a_normalization(rng, dtype, relu):
+    """The padding is zeros after the normalization, and what is not within the image has no share in the sums."""
+    x, kernel = jnp.asarray(rng.normal(size=(3, 5, 7, 6)), dtype), jnp.asarray(rng.normal(size=(3, 3, 1, 6)), dtype)
+    affine = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
+
+    def one_by_one(x, kernel, affine):
+        z = x * affine[0] + affine[1]
+        return stock.depthwise(jax.nn.relu(z) if relu else z, kernel, **SAME)
+
+    assert_equal(rng, lambda *operands: gpu.triton_depthwise(*operands, relu, True), one_by_one, x, kernel, affine)
+
+
+def test_strips_of_rows_are_those_of_an_image(rng, monkeypatch):
+    """One program with all ten tiles of rows, and three with four, of which the last has but two within the image."""
+    for strips in (1, 5):
+        monkeypatch.setattr(gpu, "BACKWARD", gpu.BACKWARD._replace(strips=strips))
+        function = partial(gpu.triton_depthwise, interpret=True)
+        assert_equals_stock(rng, function, (2, 19, 6, 8), (3, 3, 1, 8), "float32", **SAME)
+
+
+@DTYPES
+def test_moments_by_one_reduction(rng, dtype):
+    assert_equal(rng, gpu.moments, stock.moments, jnp.asarray(rng.normal(size=(3, 5, 7, 6)), dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(128, 6, 9, 2), (128, 5, 9, 2), (3, 5, 9, 2)], ids=["parts", "prime", "few images"])
+def test_products_by_parts(rng, dtype, shape):
+    kernel = jnp.asarray(rng.normal(size=(2, 3)), dtype)
+    assert_equal(rng, gpu.product, stock.product, jnp.asarray(rng.normal(size=shape), dtype), kernel)
+
+
+def test_kernels_over_a_mesh(rng, monkeypatch):
+    """Each device computes its images; nothing but the gradients of what all have is sent, once."""
+    shapes = []
+
+    def interpreted(x, kernel, affine, relu, interpret=True, *, kernels=gpu.triton_depthwise):
+        shapes.append(x.shape)
+        return kernels(x, kernel, affine, relu, interpret)
+
+    monkeypatch.setattr(gpu, "triton_depthwise", interpreted)
+    mesh = sharding.create_mesh(data=4, fsdp=2)
+    x, kernel = rng.normal(size=(16, 7, 7, 4)).astype(np.float32), rng.normal(size=(3, 3, 1, 4)).astype(np.float32)
+
+    arguments = (rng.normal(size=(2, 4)).astype(np.float32), kernel, x)
+
+    def gradient(function):
+        def loss(affine, kernel, x):
+            return jnp.sum(jnp.sin(function(x, affine, kernel, relu=True, dilation=(1, 1))))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)), in_shardings=shardings)
+
+    shardings = (sharding.replicated(mesh), sharding.replicated(mesh), sharding.batch_sharding(mesh))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = gradient(gpu.normalized_depthwise).lower(*arguments).compile()
+        expected = gradient(stock.normalized_depthwise)(*arguments)
+    assert set(shapes) == {(2, 7, 7, 4)}
+    assert [c.kind for c in Hlo(compiled.as_text()).collectives()] == ["all-reduce"]
+    for ours, theirs in zip(compiled(*arguments), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_second_derivatives(rng):
+    """Of a penalty on a gradient, as XLA has them."""
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 5, 4, 3), (3, 3, 1, 3)))
+    affine = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+
+    def gradients(function, *operands):
+        return jax.grad(lambda *operands: jnp.sum(jnp.sin(function(*operands).astype(jnp.float32))), (0, 1, 2))(
+            *operands
+        )
+
+    def one_by_one(x, kernel, affine):
+        return stock.normalized_depthwise(x, affine, kernel, relu=True, dilation=(1, 1))
+
+    def penalty(function):
+        return lambda *operands: sum(jnp.sum(jnp.square(g)) for g in gradients(function, *operands))
+
+    ours = jax.grad(penalty(lambda *operands: gpu.triton_depthwise(*operands, True, True)), (0, 1, 2))
+    theirs = jax.grad(penalty(one_by_one), (0, 1, 2))
+    for result, expected in zip(ours(x, kernel, affine), theirs(x, kernel, affine), strict=True):
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_kernels_map_over_another_dimension(rng):
+    """`vmap` of a gradient, as for gradients of single examples, against a loop."""
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 1, 3, 5, 4), (3, 3, 1, 4)))
+    gradient = jax.grad(lambda kernel, x: jnp.sum(gpu.triton_depthwise(x, kernel, interpret=True) ** 2))
+    mapped = jax.vmap(gradient, (None, 0))(kernel, x)
+    for result, image in zip(mapped, x, strict=True):
+        np.testing.assert_allclose(result, gradient(kernel, image), rtol=1e-4, atol=1e-4)
+
+
+# What is lowered for which GPU ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [
+        ({}, "depthwise_forward"),
+        ({"strides": (2, 2)}, "feature_group_count = 4"),
+        ({"dilation": (2, 2)}, "feature_group_count = 4"),
+        ({"padding": "VALID"}, "feature_group_count = 4"),
+    ],
+)
+def test_what_is_lowered_for_gpus(monkeypatch, options, used):
+    """Triton's kernel where there is one, on NVIDIA's GPUs alone, and nowhere with 'stock'."""
+    monkeypatch.setattr(lowerings, "has_triton", lambda: True)
+    assert lowered(options) == {"cuda": used, "rocm": STOCK, "tpu": STOCK, "cpu": "shifts"}
+    with ops.lowering("stock"):
+        assert lowered(options) == dict.fromkeys(("cuda", "rocm", "tpu", "cpu"), STOCK)
+
+
+def test_where_no_gpu_has_triton_nothing_of_it_is_lowered():
+    assert lowered({}) == {"cuda": STOCK, "rocm": STOCK, "tpu": STOCK, "cpu": "shifts"}
+
+
+STOCK = "feature_group_count = 4"
+
+
+def lowered(options) -> dict[str, str]:
+    """Which depthwise convolution the program of each platform has."""
+    x, kernel = jnp.zeros((8, 8, 8, 4), jnp.bfloat16), jnp.zeros((3, 3, 1, 4), jnp.bfloat16)
+    traced = jax.jit(partial(ops.depthwise_convolution, **options)).trace(x, kernel)
+    found = {}
+    for platform in ("cuda", "rocm", "tpu", "cpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        (found[platform],) = [mark for mark in ("depthwise_forward", STOCK) if mark in text] or ["shifts"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("platform", "capabilities", "expected"),
+    [
+        ("gpu", ["9.0", "8.0"], True),
+        ("gpu", ["12.0"], True),
+        ("gpu", ["9.0", "7.5"], False),  # a T4
+        ("gpu", ["gfx90a"], False),  # an AMD Instinct
+        ("gpu", [None], True),  # compiled for, on a machine without one
+        ("cpu", [None], False),
+        ("tpu", [None], False),
+    ],
+)
+def test_which_devices_have_triton(monkeypatch, platform, capabilities, expected):
+    devices = [SimpleNamespace(compute_capability=c) if c else SimpleNamespace() for c in capabilities]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert lowerings.has_triton() == expected
+    assert ops.fuses_chains() == expected
+    device = jax.sharding.AbstractDevice(device_kind="some", num_cores=None, platform=platform)
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=device)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert lowerings.has_triton() == expected
+        with ops.lowering("stock"):
+            assert not ops.fuses_chains()
+
+
+@pytest.mark.parametrize("name", ops.LOWERINGS)
+def test_strided_products_keep_the_slice_apart_on_gpus(monkeypatch, name):
+    """XLA for GPUs aborts the process where it fuses the two: openxla/xla issue 47381, in any evaluation at 299 px."""
+    monkeypatch.setattr(lowerings, "has_triton", lambda: True)
+    with ops.lowering(name):
+        traced = jax.jit(partial(ops.pointwise_convolution, strides=(2, 2))).trace(
+            jnp.zeros((2, 7, 7, 4)), jnp.zeros((1, 1, 4, 8))
+        )
+    barrier = {
+        platform: "optimization_barrier" in traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cuda", "tpu", "cpu")
+    }
+    assert barrier == {"cuda": True, "tpu": False, "cpu": False}

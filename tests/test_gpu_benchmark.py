@@ -1,0 +1,132 @@
+"""The benchmark for GPUs does all of its work on a CPU, at tiny shapes; times are never asserted."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu, gpu_contenders
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_dry_run(tmp_path):
+    """Everything but torch, which is not here: its row says so."""
+    file, lowerings = tmp_path / "gpu.json", gpu_contenders.timed_lowerings()
+    names = ["correctness", "operations", "xception_flax_platform", "timm"]
+    call = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--mode", "train", "--minutes", "30"]
+    call += ["--only", ",".join(names), "--json", str(file)]
+    result = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+    record = json.loads(file.read_text())
+    compared = record["correctness"]
+    assert {r["lowering"] for r in compared} == set(lowerings)
+    for r in compared:
+        assert r["same"]
+        assert set(r["errors"]) == set(gpu_contenders.PARTS[: 2 if r["case"].startswith("max_pool") else 3])
+        # Measured: 2.2e-6 and 2.4e-3; where a CPU adds up in bfloat16 8.7e-3 (jax 0.11.2, a matrix product).
+        assert max(r["errors"].values()) < (1e-5 if r["dtype"] == "float32" else 1e-2)
+    kinds = {r["case"].split()[0].rstrip(",") for r in compared}
+    assert kinds == {"network", "depthwise_convolution", "pointwise_convolution", "convolution", "max_pool"}
+
+    assert all(value > 0 for value in record["ceilings"].values())
+    timed = [(r["part"], r["lowering"]) for r in record["operations"] if r["gb_per_second"] > 0]
+    assert set(timed) == {(part, lowering) for part in gpu_contenders.PARTS for lowering in lowerings}
+
+    rows = {row["contender"]: row for row in record["rows"]}
+    assert set(rows) == set(names[2:])
+    row = rows[names[2]]
+    assert (row["mode"], row["batch"]) == ("train", 2)
+    assert row["images_per_second"] == pytest.approx(2 / sorted(row["lap_seconds"])[2])
+    assert row["first_seconds"] > 0
+    assert row["library"].startswith("jax ")
+    (profile,) = record["profiles"]
+    assert profile["contender"] == names[2]
+    assert len(profile["longest"]) == 10
+    assert "not installed: ModuleNotFoundError: No module named 'timm'" in rows["timm"]["failure"]
+    assert "| timm | not installed: " in result.stdout
+
+
+@pytest.fixture
+def options():
+    return gpu.parser().parse_args(["--dry-run"])
+
+
+def results(options, lowering):
+    found = gpu.Results(None, options)
+    record = {"kind": "correctness", "case": "x", "dtype": "float32", "lowering": lowering, "same": False}
+    found.add(gpu_contenders.Job("correctness"), record | {"errors": {"value": float("inf")}, "limits": [1e-5]})
+    return found
+
+
+def test_a_wrong_lowering_is_not_timed(options, capsys):
+    found = results(options, "stock")
+    gpu.measure([gpu_contenders.Job("xception_flax_stock", "train", 2)], found, time.monotonic() + 600, dry_run=True)
+    assert found.all["rows"][0]["failure"] == "not timed: it does not compute the same"
+    assert found.failed()
+    assert "stock: inf NOT THE SAME" in capsys.readouterr().out
+
+
+def test_no_time_left_has_a_row(options):
+    found = gpu.Results(None, options)
+    gpu.measure([gpu_contenders.Job("plain_linen", "train", 2)], found, 0.0, dry_run=True)
+    assert found.all["rows"] == [
+        dict(contender="plain_linen", mode="train", batch=2, failure="left out: no time left", skipped=True)
+    ]
+    assert not found.failed()
+
+
+def test_who_fails_has_a_row_with_its_words(options, tmp_path):
+    """At 8 px no network has a pixel left; 299 px on a CPU would not end in time."""
+    found = gpu.Results(tmp_path / "gpu.json", options)
+    jobs = [gpu_contenders.Job("xception_flax_stock", "forward", 2, size=8, tiny=True)]
+    gpu.measure(jobs, found, time.monotonic() + 600, dry_run=True)
+    (row,) = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert row["failure"].startswith("ValueError: ")
+    assert found.failed()
+
+
+def test_the_most_valuable_comes_first(options):
+    options.dry_run = False
+    jobs = gpu.jobs(["correctness", "operations", "plain_linen", "timm"], [128, 1], options)
+    assert [(job.subject, job.mode, job.batch) for job in jobs] == [
+        ("correctness", "", 8),
+        ("plain_linen", "train", 128),
+        ("timm", "train", 128),
+        ("operations", "", 128),
+        ("plain_linen", "forward", 128),
+        ("timm", "forward", 128),
+        ("plain_linen", "forward", 1),
+        ("timm", "forward", 1),
+        ("plain_linen", "train", 1),
+        ("timm", "train", 1),
+    ]
+    assert [job.profile for job in jobs if job.mode] == [True] * 2 + [False] * 6
+
+
+def test_kernels_are_added_up_by_name_and_by_kind():
+    kernels = [("loop_fusion_1", 1.0), ("loop_fusion_2", 2.0), ("loop_fusion_1", 3.0), ("gemm", 4.0)]
+    assert gpu_contenders.longest(kernels, steps=2) == {
+        "kernel_ms": 5.0,
+        "longest": [("loop_fusion_1", 2.0), ("gemm", 2.0), ("loop_fusion_2", 1.0)],
+        "kinds": [("loop_fusion", 3.0), ("gemm", 2.0)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--only timm_compiled", "unknown name 'timm_compiled'; did you mean 'timm_compile'?"),
+        ("--batch 0", "--batch takes numbers of images"),
+        ("--json /nowhere/gpu.json", "--json: there is no folder /nowhere"),
+    ],
+)
+def test_mistakes(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(arguments.split())
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,198 @@
+"""What XLA does badly on CPUs, done otherwise: gradients of convolutions, and the depthwise convolution itself.
+
+Values and gradients are those of `stock`. Each has its own rule for the gradient, which forward mode (`jax.jvp`) does
+not take.
+"""
+
+from collections.abc import Callable
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from xception_flax.models.ops import lowerings, stock, windows
+
+# Regular convolution ------------------------------------------------------------------------------
+
+
+def convolution(
+    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
+) -> jax.Array:
+    """`ops.convolution`; the kernel's gradient by matrix products, one image's patches and gradient after the other.
+
+    XLA's own is many times slower on CPUs; its other gradient and its value are not.
+    """
+    return _convolution_by_patches(x, kernel, strides, padding, dilation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolution_by_patches(x, kernel, strides, padding, dilation):
+    return stock.convolution(x, kernel, strides=strides, padding=padding, dilation=dilation)
+
+
+def _convolution_by_patches_forward(x, kernel, strides, padding, dilation):
+    return _convolution_by_patches(x, kernel, strides, padding, dilation), (x, kernel)
+
+
+def _convolution_by_patches_backward(strides, padding, dilation, saved, dy):
+    x, kernel = saved
+    if not dy.size:
+        return jnp.zeros_like(x), jnp.zeros_like(kernel)
+    window = kernel.shape[:2]
+    pads = windows.pads(x.shape[1:3], windows.spans(window, dilation), strides, padding)
+    # As XLA's own rule has it, but the kernel is turned round in memory: there is a fast convolution
+    # for that layout alone.
+    dx = lax.conv_general_dilated(
+        dy,
+        lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3)),
+        window_strides=(1, 1),
+        padding=windows.reach(x.shape, pads, dy.shape, window, strides, dilation),
+        lhs_dilation=strides,
+        rhs_dilation=dilation,
+        dimension_numbers=stock.DIMENSIONS,
+    )
+    wide = np.promote_types(kernel.dtype, jnp.float32)
+
+    def add_image(total, image_and_gradient):
+        image, gradient = image_and_gradient
+        taps = [tap[0] for _, _, tap in windows.taps(image[None], window, strides, dilation)]
+        patches = jnp.concatenate(taps, axis=-1).reshape(-1, total.shape[0])  # [H' * W', kh * kw * C]
+        gradient = gradient.reshape(-1, total.shape[1])
+        product = lax.dot_general(patches, gradient, (((0,), (0,)), ((), ())), preferred_element_type=total.dtype)
+        return total + product, None
+
+    def add_images(images, gradients):
+        total = jnp.zeros((kernel.size // kernel.shape[-1], kernel.shape[-1]), wide)
+        return lax.scan(add_image, total, (images, gradients))[0]
+
+    total = _sum_over_devices(add_images, windows.padded(x, window, strides, padding, dilation), dy)
+    return dx, total.reshape(kernel.shape).astype(kernel.dtype)
+
+
+_convolution_by_patches.defvjp(_convolution_by_patches_forward, _convolution_by_patches_backward)
+
+
+# Depthwise convolution ----------------------------------------------------------------------------
+
+
+def depthwise(
+    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
+) -> jax.Array:
+    """`ops.depthwise_convolution` as a sum over the taps of the kernel: the image shifted, times a weight a channel.
+
+    XLA's grouped convolution on the CPU is many times slower than this, its gradients more so.
+    """
+    dtype, wide = x.dtype, np.promote_types(x.dtype, jnp.float32)  # add up as a convolution does
+    x = windows.padded(x.astype(wide), kernel.shape[:2], strides, padding, dilation)
+    x = jnp.repeat(x, kernel.shape[-1] // x.shape[-1], axis=-1)
+    return _sum_of_taps(x, kernel[:, :, 0].astype(wide), strides, dilation).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _sum_of_taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], dilation: tuple[int, int]) -> jax.Array:
+    """`[N, H, W, C]`, padded already, and `[kh, kw, C]` -> `[N, H', W', C]`."""
+    taps = windows.taps(x, kernel.shape[:2], strides, dilation)
+    return reduce(jnp.add, (tap * kernel[i, j, None, None, None] for i, j, tap in taps))
+
+
+def _sum_of_taps_forward(x, kernel, strides, dilation):
+    return _sum_of_taps(x, kernel, strides, dilation), (x, kernel)
+
+
+def _sum_of_taps_backward(strides, dilation, saved, dy):
+    x, kernel = saved
+    if not dy.size:
+        return jnp.zeros_like(x), jnp.zeros_like(kernel)
+    # A pixel's gradient is the same sum, over the windows that reach it, with the kernel turned round.
+    edges = windows.reach(x.shape, [(0, 0), (0, 0)], dy.shape, kernel.shape[:2], strides, dilation)
+    edges = [(low, high, stride - 1) for (low, high), stride in zip(edges, strides, strict=True)]
+    spread = lax.pad(dy, np.zeros((), dy.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    taps = windows.taps(spread, kernel.shape[:2], dilation=dilation)
+    dx = reduce(jnp.add, (tap * kernel[-1 - i, -1 - j, None, None, None] for i, j, tap in taps))
+    by_rows = partial(_kernel_gradient_by_rows, shape=kernel.shape, strides=strides, dilation=dilation)
+    return dx, _sum_over_devices(by_rows, x, dy)
+
+
+def _kernel_gradient_by_rows(x, dy, *, shape, strides, dilation):
+    # Row by row, into a sum for each tap and column: XLA on the CPU is many times slower with
+    # reductions over whole shifted images.
+    batch, rows, columns, channels = dy.shape
+    places = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
+
+    def add_row(totals, row):
+        n, h = row // rows, row % rows
+        gradient = lax.dynamic_slice(dy, (n, h, 0, 0), (1, 1, columns, channels))[0, 0]
+        reached = [
+            lax.dynamic_slice(x, (n, h * strides[0] + i * dilation[0], 0, 0), (1, 1, *x.shape[2:]))[0, 0]
+            for i in range(shape[0])
+        ]
+        return [
+            total + gradient * reached[i][windows.every(j * dilation[1], columns, strides[1])]
+            for total, (i, j) in zip(totals, places, strict=True)
+        ], None
+
+    totals = [jnp.zeros((columns, channels), dy.dtype) for _ in places]
+    totals, _ = lax.scan(add_row, totals, jnp.arange(batch * rows))
+    return jnp.stack([jnp.sum(total, axis=0) for total in totals]).reshape(shape)
+
+
+_sum_of_taps.defvjp(_sum_of_taps_forward, _sum_of_taps_backward)
+
+
+def normalized_depthwise(
+    x: jax.Array, affine: jax.Array, kernel: jax.Array, *, relu: bool, dilation: tuple[int, int]
+) -> jax.Array:
+    """`depthwise` of `stock.normalized`, stride 1, padding 'SAME'."""
+    x = stock.normalized(x, affine, relu)
+    return depthwise(x, kernel, strides=(1, 1), padding="SAME", dilation=dilation)
+
+
+# Pointwise convolution ----------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`stock.product`, kept apart from what comes before it in the backward pass.
+
+    XLA on the CPU fuses the gradient of the normalization into a transposed copy for each of the two
+    products that take it.
+    """
+    return stock.product(x, kernel)
+
+
+def _product_forward(x, kernel):
+    return stock.product(x, kernel), (x, kernel)
+
+
+def _product_backward(saved, dy):
+    x, kernel = saved
+    pixels = x.reshape(-1, x.shape[-1])
+    gradients = lax.optimization_barrier(dy).reshape(-1, dy.shape[-1])
+    dx = lax.dot_general(gradients, kernel, (((1,), (1,)), ((), ())))
+    return dx.reshape(x.shape), lax.dot_general(pixels, gradients, (((0,), (0,)), ((), ())))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+# A batch over devices -----------------------------------------------------------------------------
+
+
+def _sum_over_devices(function: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+    """Adds up `function` of each device's share of the images, for a batch that all axes of the mesh in context split.
+
+    For a loop over images, which the partitioner would have every device run over all of them, gathered. Where
+    an axis splits something else than the batch, this moves arrays to and fro.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or not lowerings.is_auto(mesh) or operands[0].shape[0] % mesh.size:
+        return function(*operands)
+    return jax.shard_map(
+        lambda *shares: lax.psum(function(*shares), mesh.axis_names),
+        in_specs=PartitionSpec(mesh.axis_names),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )(*operands)

@@ -1,0 +1,64 @@
+"""Max-pooling as the maximum of the taps of a window, for CPUs and NVIDIA's GPUs."""
+
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from xception_flax.models.ops import windows
+
+
+def max_pool(x: jax.Array, *, window: tuple[int, int], strides: tuple[int, int], padding: str) -> jax.Array:
+    """`ops.max_pool` as the maximum of the taps of a window, which remembers where each maximum was.
+
+    XLA's gradient on the CPU scatters, and takes many times as long; it also keeps `x`, where this keeps a byte for
+    each output.
+    """
+    return _max_of_taps(windows.padded(x, window, strides, padding, (1, 1), -jnp.inf), window, strides)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _max_of_taps(x: jax.Array, window: tuple[int, int], strides: tuple[int, int]) -> jax.Array:
+    """`[N, H, W, C]`, padded already -> `[N, H', W', C]`."""
+    return reduce(jnp.maximum, (tap for _, _, tap in windows.taps(x, window, strides)))
+
+
+def _max_of_taps_forward(x, window, strides):
+    (_, _, best), *taps = windows.taps(x, window, strides)
+    number = np.min_scalar_type(-window[0] * window[1])  # a byte, for up to 128 taps
+    place = jnp.zeros(best.shape, number)
+    for i, j, tap in taps:
+        place = jnp.where(tap > best, number.type(i * window[1] + j), place)
+        best = jnp.maximum(best, tap)
+    return best, (place, x.shape)
+
+
+def _max_of_taps_backward(window, strides, saved, dy):
+    place, shape = saved
+    # The pixels of one phase (row % stride, column % stride) are a grid like that of the windows, on
+    # which pixel q is tap `stride * k + phase` of window q - k: no scatter, a sum of shifted arrays.
+    grid = [-(-size // stride) for size, stride in zip(shape[1:3], strides, strict=True)]
+    reach = [(size - 1) // stride for size, stride in zip(window, strides, strict=True)]
+    edges = [(r, size - out) for r, size, out in zip(reach, grid, dy.shape[1:3], strict=True)]
+    spread = jnp.pad(dy, [(0, 0), *edges, (0, 0)])
+    place = jnp.pad(place, [(0, 0), *edges, (0, 0)], constant_values=-1)
+    spread, place = lax.optimization_barrier((spread, place))  # padding within a fusion is slow
+
+    def phase(row: int, column: int) -> jax.Array:
+        total = jnp.zeros((dy.shape[0], *grid, dy.shape[-1]), dy.dtype)
+        for i in range(row, window[0], strides[0]):
+            for j in range(column, window[1], strides[1]):
+                top, left = reach[0] - i // strides[0], reach[1] - j // strides[1]
+                there = np.s_[:, top : top + grid[0], left : left + grid[1]]
+                total += jnp.where(place[there] == i * window[1] + j, spread[there], 0)
+        return total
+
+    rows = [jnp.stack([phase(i, j) for j in range(strides[1])], axis=3) for i in range(strides[0])]
+    dx = jnp.stack(rows, axis=2)  # [N, grid, stride, grid, stride, C]
+    dx = dx.reshape(dy.shape[0], grid[0] * strides[0], grid[1] * strides[1], dy.shape[-1])
+    return (dx[:, : shape[1], : shape[2]],)
+
+
+_max_of_taps.defvjp(_max_of_taps_forward, _max_of_taps_backward)
