@@ -133,7 +133,7 @@ class Xception(nn.Module):
                 for i, f in enumerate(features, start=1)
             ]
             fusible = type(convs[0]) is SeparableConv and self.mid_activation is None
-            if ops.is_fused() and fusible and train and not self.bn_frozen and not self.is_initializing():
+            if ops.fuses_chains() and fusible and train and not self.bn_frozen and not self.is_initializing():
                 options = dict(bn_decay=self.bn_decay, bn_epsilon=self.bn_epsilon)
                 return fused_separable_chain(x, convs, relu_first=relu_first, **options)
             for i, conv in enumerate(convs):
