@@ -164,14 +164,20 @@ def test_every_layer_has_a_kind() -> None:
     ("op_name", "kind"),
     [
         ("jvp(Xception)/Xception.endpoints/block1_conv1/conv_general_dilated", "regular conv."),
-        ("transpose(jvp(Xception))/Xception.endpoints/block2_sepconv1/depthwise/jit(f)/conv", "depthwise conv."),
-        ("transpose(jvp(Xception))/Xception.endpoints/block2_sepconv1/pointwise/dot_general", "pointwise conv."),
-        ("while/body/closed_call/jvp(Xception)/Xception.endpoints/block2_residual/dot_general", "pointwise conv."),
-        ("jvp(Xception)/Xception.endpoints/block2_sepconv1_bn/reduce_sum", "batch norm."),
+        ("transpose(jvp(Xception))/Xception.endpoints/block2/block2_sepconv1/depthwise/jit(f)/conv", "depthwise conv."),
+        ("transpose(jvp(Xception))/Xception.endpoints/block2/block2_sepconv1/pointwise/dot_general", "pointwise conv."),
+        (
+            "while/body/closed_call/jvp(Xception)/Xception.endpoints/block2/block2_residual/dot_general",
+            "pointwise conv.",
+        ),
+        ("jvp(Xception)/Xception.endpoints/block2/block2_sepconv1_bn/reduce_sum", "batch norm."),
         ("jvp(Xception)/Xception.endpoints/predictions/dot_general", "classifier"),
-        ("transpose(jvp(Xception))/Xception.endpoints/select_and_scatter", "between layers"),
+        ("transpose(jvp(Xception))/Xception.endpoints/block2/select_and_scatter", "between layers"),
         ("jvp(jit(log_softmax))/reduce_sum", "input, loss"),
-        ("jvp(Xception)/Xception.endpoints/block2_sepconv2.normalized/shard_map/forward_kernel", "separable, fused"),
+        (
+            "jvp(Xception)/Xception.endpoints/block2/block2_sepconv2.normalized/shard_map/forward_kernel",
+            "separable, fused",
+        ),
         ("add", "optimizer"),
     ],
 )
