@@ -8,6 +8,7 @@ pre-activation variants are timm's own.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -15,19 +16,110 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from xception_flax.models import ops
-from xception_flax.models.fields import MAX_LAYERS, check_fields, check_images, check_widths, rate_at, scaled
-from xception_flax.models.layers import Conv, DepthwiseConv, PointwiseConv, classifier_head
+from xception_flax.models.fields import (
+    MAX_LAYERS,
+    add_block,
+    batch_norm,
+    check_fields,
+    check_images,
+    check_widths,
+    rate_at,
+    scaled,
+)
+from xception_flax.models.layers import Conv, DepthwiseConv, ModuleDef, PointwiseConv, classifier_head
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 
 MIN_IMAGE_SIZE = 32  # pixels a side; five halvings leave one
 
-# Output channels, before `width`; (channels, stride) of each block of the entry flow.
-STEM = (32, 64)
+# (output channels before `width`, stride) of each block of the entry flow.
 ENTRY_FLOW = ((128, 2), (256, 2), (728, 2))
 ENTRY_FLOW_71 = ((128, 2), (256, 1), (256, 2), (728, 1), (728, 2))
-MIDDLE_FLOW = (728, 728, 728)  # repeated
-EXIT_FLOW = ((728, 1024, 1024), (1536, 1536, 2048))  # the block with stride 2, then the last without residual
+
+
+class Block(nn.Module):
+    """Three separable convolutions, the third one strided, and a shortcut around them.
+
+    `[N, H, W, C]` -> `[N, H / 2, W / 2, features[-1]]` where `downsample` and `stride` < `output_stride`,
+    else `[N, H, W, features[-1]]`; and what enters the third convolution, after its ReLU.
+
+    Attributes:
+      features: output channels of each separable convolution.
+      stride: of the input, in the plain network.
+      output_stride: as of `AlignedXception`.
+      depthwise: makes a depthwise convolution from its strides, dilation and name.
+      pointwise: makes a 1x1 convolution from its features, strides and name.
+      norm: makes a batch normalization from its name.
+      downsample: whether the third convolution has stride 2 in the plain network.
+      last: whether it is the network's last block: without a shortcut, and with a ReLU behind each
+        normalization instead of one in front of each separable convolution.
+    """
+
+    features: Sequence[int]
+    stride: int
+    output_stride: int
+    depthwise: ModuleDef
+    pointwise: ModuleDef
+    norm: ModuleDef
+    downsample: bool = False
+    last: bool = False
+
+    @property
+    def rate(self) -> int:
+        """Dilation of the depthwise convolutions."""
+        return rate_at(self.stride, self.output_stride)
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Of the third convolution and of the shortcut."""
+        return (2, 2) if self.downsample and self.stride < self.output_stride else (1, 1)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        before, after = (_identity, nn.relu) if self.last else (nn.relu, _identity)
+        y = x
+        for i, features in enumerate(self.features, start=1):
+            entering = before(y)
+            name, strides = f"{self.name}_sepconv{i}", self.strides if i == 3 else (1, 1)
+            y = self.depthwise(strides=strides, dilation=(self.rate, self.rate), name=f"{name}_depthwise")(entering)
+            y = after(self.norm(name=f"{name}_depthwise_bn")(y))
+            y = self.pointwise(features, name=f"{name}_pointwise")(y)
+            y = after(self.norm(name=f"{name}_pointwise_bn")(y))
+        if self.last:
+            return y, entering
+        if self.downsample or x.shape[-1] != y.shape[-1]:
+            name = f"{self.name}_residual"
+            x = self.pointwise(self.features[-1], strides=self.strides, name=name)(x)
+            x = self.norm(name=f"{name}_bn")(x)
+        return y + x, entering
+
+
+class PreactivationBlock(Block):
+    """The same with normalization and ReLU in front of each separable convolution, and none within or behind.
+
+    The first ones are in front of the shortcut too. What is returned beside the result is what enters
+    the third normalization. Fields are those of `Block`.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = y = nn.relu(self.norm(name=f"{self.name}_sepconv1_bn")(x))
+        for i, features in enumerate(self.features, start=1):
+            name, strides = f"{self.name}_sepconv{i}", self.strides if i == 3 else (1, 1)
+            entering = y
+            if i > 1:
+                y = nn.relu(self.norm(name=f"{name}_bn")(y))
+            y = self.depthwise(strides=strides, dilation=(self.rate, self.rate), name=f"{name}_depthwise")(y)
+            y = self.pointwise(features, name=f"{name}_pointwise")(y)
+        if self.last:
+            return y, entering
+        if self.downsample or x.shape[-1] != y.shape[-1]:
+            x = self.pointwise(self.features[-1], strides=self.strides, name=f"{self.name}_residual")(x)
+        return y + x, entering
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    return x
 
 
 class AlignedXception(nn.Module):
@@ -110,86 +202,46 @@ class AlignedXception(nn.Module):
         """
         check_images(images, MIN_IMAGE_SIZE, "Aligned Xception")
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = batch_norm(self, train=train)
+        conv, pointwise = partial(Conv, padding="SYMMETRIC", **dtypes), partial(PointwiseConv, **dtypes)
+        depthwise = partial(DepthwiseConv, padding="SYMMETRIC", **dtypes)
+        fields = dict(output_stride=self.output_stride, depthwise=depthwise, pointwise=pointwise, norm=norm)
+        block = partial(add_block, self, PreactivationBlock if self.preactivation else Block, **fields)
 
-        def channels(features: int) -> int:
-            return scaled(features, self.width, self.width_multiple)
-
-        def norm(x: jax.Array, name: str) -> jax.Array:
-            options = dict(momentum=self.bn_decay, epsilon=self.bn_epsilon, **dtypes)
-            return nn.BatchNorm(not train or self.bn_frozen, **options, name=f"{name}_bn")(x)
-
-        def conv(x: jax.Array, features: int, name: str, *, strides: int = 1) -> jax.Array:
-            options = dict(strides=(strides, strides), padding="SYMMETRIC")
-            return Conv(channels(features), **options, **dtypes, name=name)(x)
-
-        def depthwise(x: jax.Array, name: str, *, strides: int, rate: int) -> jax.Array:
-            options = dict(strides=(strides, strides), padding="SYMMETRIC", dilation=(rate, rate))
-            return DepthwiseConv(**options, **dtypes, name=f"{name}_depthwise")(x)
-
-        def pointwise(x: jax.Array, features: int, name: str, *, strides: int = 1) -> jax.Array:
-            return PointwiseConv(channels(features), strides=(strides, strides), **dtypes, name=name)(x)
-
-        def same(x: jax.Array) -> jax.Array:
-            return x
-
-        def block(
-            _: nn.Module, x: jax.Array, number: int, features: Sequence[int], strided: bool, stride: int, last: bool
-        ) -> tuple[jax.Array, jax.Array]:
-            """Returns the block's result and what enters its third convolution; `stride` is that of its input."""
-            rate = rate_at(stride, self.output_stride)
-            strides = 2 if strided and stride < self.output_stride else 1
-            if self.preactivation:  # once, for the convolutions and for the shortcut
-                x = nn.relu(norm(x, f"block{number}_sepconv1"))
-            y = tapped = x
-            for i, f in enumerate(features, start=1):
-                name = f"block{number}_sepconv{i}"
-                if self.preactivation:
-                    tapped = y
-                    y = nn.relu(norm(y, name)) if i > 1 else y
-                    y = depthwise(y, name, strides=strides if i == 3 else 1, rate=rate)
-                    y = pointwise(y, f, f"{name}_pointwise")
-                else:
-                    # Every block has its ReLUs in front, but the last: that one has no residual to
-                    # add to, and has them behind each normalization.
-                    before, after = (same, nn.relu) if last else (nn.relu, same)
-                    tapped = y = before(y)
-                    y = depthwise(y, name, strides=strides if i == 3 else 1, rate=rate)
-                    y = after(norm(y, f"{name}_depthwise"))
-                    y = after(norm(pointwise(y, f, f"{name}_pointwise"), f"{name}_pointwise"))
-            if last:
-                return y, tapped
-            if strided or x.shape[-1] != y.shape[-1]:
-                name = f"block{number}_residual"
-                x = pointwise(x, features[-1], name, strides=strides)
-                x = x if self.preactivation else norm(x, name)
-            return y + x, tapped
-
-        if self.remat:
-            block = nn.remat(block, static_argnums=(2, 3, 4, 5, 6))
+        def channels(*features: int) -> tuple[int, ...]:
+            return tuple(scaled(f, self.width, self.width_multiple) for f in features)
 
         # Entry flow. Shapes at 299 px and width 1.
-        x = images.astype(self.dtype)  #                                            [N, 299, 299, 3]
-        x = nn.relu(norm(conv(x, STEM[0], "block1_conv1", strides=2), "block1_conv1"))  # [N, 150, 150, 32]
-        x = conv(x, STEM[1], "block1_conv2")  #                                     [N, 150, 150, 64]
-        x = x if self.preactivation else nn.relu(norm(x, "block1_conv2"))
-        stride, stages = 2, []
-        for number, (features, strides) in enumerate(self.entry_flow, start=2):  #  xception41 and 65:
-            x, tapped = block(self, x, number, (features,) * 3, strides == 2, stride, False)
-            if strides == 2:  #                                                     [N, 75, 75, 128], [N, 38, 38, 256],
-                stages.append(tapped)  #                                            [N, 19, 19, 728]
+        x = images.astype(self.dtype)  #                                         N x 299 x 299 x 3
+        x = conv(*channels(32), strides=(2, 2), name="block1_conv1")(x)
+        x = nn.relu(norm(name="block1_conv1_bn")(x))  #                          N x 150 x 150 x 32
+        x = conv(*channels(64), name="block1_conv2")(x)  #                       N x 150 x 150 x 64
+        if not self.preactivation:
+            x = nn.relu(norm(name="block1_conv2_bn")(x))
+        stages, stride = [], 2
+        for i, (features, strides) in enumerate(self.entry_flow, start=2):  #    in xception41 and xception65:
+            widths = channels(features, features, features)  #                   N x 75 x 75 x 128
+            fields = dict(stride=stride, downsample=strides == 2)  #             N x 38 x 38 x 256
+            x, entering = block(widths, **fields, name=f"block{i}")(x)  #        N x 19 x 19 x 728
+            if strides == 2:
+                stages.append(entering)
                 stride *= 2
 
+        # Middle flow.
+        widths = channels(728, 728, 728)
         for _ in range(self.middle_repeats):
-            number += 1
-            x, _ = block(self, x, number, MIDDLE_FLOW, False, stride, False)  #     [N, 19, 19, 728]
+            i += 1
+            x, _ = block(widths, stride=16, name=f"block{i}")(x)  #              N x 19 x 19 x 728
 
         # Exit flow.
-        x, tapped = block(self, x, number + 1, EXIT_FLOW[0], True, stride, False)  # [N, 10, 10, 1024]
-        x, _ = block(self, x, number + 2, EXIT_FLOW[1], False, 2 * stride, True)  # [N, 10, 10, 2048]
-        stages += [tapped, x]
+        widths = channels(728, 1024, 1024)
+        x, entering = block(widths, stride=16, downsample=True, name=f"block{i + 1}")(x)  # N x 10 x 10 x 1024
+        widths = channels(1536, 1536, 2048)
+        x, _ = block(widths, stride=32, last=True, name=f"block{i + 2}")(x)  #   N x 10 x 10 x 2048
+        stages += [entering, x]
+
         if self.preactivation:
             x = nn.relu(x)
-
-        pooled = ops.global_average_pool(x)  #                                      [N, 2048]
+        pooled = ops.global_average_pool(x)  #                                   N x 2048
         logits = classifier_head(pooled, self.num_classes, train=train, dropout_rate=self.dropout_rate, **dtypes)
         return {f"stage{i}": stage for i, stage in enumerate(stages, start=1)} | {"pooled": pooled, "logits": logits}

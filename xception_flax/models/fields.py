@@ -1,11 +1,12 @@
 """What every network here keeps to: checks of its fields and its images, widths, strides traded for dilation."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
 
-from xception_flax.models.layers import ACTIVATIONS
+from xception_flax.models.layers import ACTIVATIONS, ModuleDef
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup, written
 from xception_flax.text.ranges import check_range
@@ -74,3 +75,27 @@ def scaled(features: int, width: float, multiple: int = 8) -> int:
 def rate_at(stride: int, output_stride: int) -> int:
     """Dilation of an operation whose input has `stride` in the plain network: 1 where that stride is still had."""
     return max(1, stride // output_stride)
+
+
+def batch_norm(model: nn.Module, *, train: bool, **fields: bool) -> ModuleDef:
+    """Returns what makes a batch normalization of `model` from its name; `fields` are more of `nn.BatchNorm`'s."""
+    return partial(
+        nn.BatchNorm,
+        use_running_average=not train or model.bn_frozen,
+        momentum=model.bn_decay,
+        epsilon=model.bn_epsilon,
+        dtype=model.dtype,
+        param_dtype=model.param_dtype,
+        **fields,
+    )
+
+
+def add_block(model: nn.Module, block: ModuleDef, *args: object, **fields: object) -> nn.Module:
+    """Returns a block of `model`, rematerialised if `model.remat`; to be called inside its compact method.
+
+    Its layers become layers of the model itself: the parameters have 'block2_sepconv1', as Keras'
+    weights do, not 'block2/sepconv1'.
+    """
+    module = (nn.remat(block) if model.remat else block)(*args, **fields)
+    nn.share_scope(model, module)
+    return module

@@ -1,6 +1,7 @@
 """Inception V3 (Szegedy et al. 2015, arXiv 1512.00567), the network that the Xception paper compares with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -8,14 +9,167 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from xception_flax.models import ops
-from xception_flax.models.fields import check_fields, check_images, scaled
-from xception_flax.models.layers import Conv, classifier_head
+from xception_flax.models.fields import add_block, batch_norm, check_fields, check_images, scaled
+from xception_flax.models.layers import Conv, ModuleDef, classifier_head
 from xception_flax.text.errors import UserError
 
 MIN_IMAGE_SIZE = 75  # pixels a side, as Keras has it; the last stage is then 1 x 1
 MIN_AUXILIARY_MAP = 17  # pixels a side of stage 4: what 299 px give, and the auxiliary tower needs
 
-Steps = Sequence[tuple[int, tuple[int, int]]]  # (features, kernel size) of convolutions one after the other
+HALVE = dict(strides=2, padding="VALID")
+
+Unit = Callable[..., jax.Array]  # `conv_unit` of a network: (x, features, kernel size, name, *, strides, padding)
+Steps = Sequence[tuple[int, tuple[int, int]]]  # (features, kernel size) of units one after the other
+
+
+def conv_unit(
+    x: jax.Array,
+    features: int,
+    kernel_size: tuple[int, int],
+    name: str,
+    *,
+    conv: ModuleDef,
+    norm: ModuleDef,
+    width: float,
+    strides: int = 1,
+    padding: str = "SAME",
+) -> jax.Array:
+    """Convolution, batch normalization, ReLU: `[N, H, W, C]` -> `[N, H', W', width * features]`.
+
+    To be called inside a module's compact `__call__`: its layers become that module's `NAME` and `NAME_bn`.
+    """
+    options = dict(strides=(strides, strides), padding=padding, name=name)
+    x = conv(scaled(features, width), kernel_size, **options)(x)
+    return nn.relu(norm(name=f"{name}_bn")(x))
+
+
+def tower(unit: Unit, x: jax.Array, steps: Steps, name: str, *, reduce: bool = False) -> jax.Array:
+    """Units one after the other, `NAME_1`, `NAME_2`, ...; with `reduce` the last has stride 2."""
+    for i, (features, kernel_size) in enumerate(steps, start=1):
+        options = HALVE if reduce and i == len(steps) else {}
+        x = unit(x, features, kernel_size, f"{name}_{i}", **options)
+    return x
+
+
+# The blocks: towers from the same input, side by side. Their layers become those of the network, see
+# `fields.add_block`. Channels are those at width 1.
+
+
+class Mixed35(nn.Module):
+    """Figure 5 of the Inception V3 paper, with one 5x5 left whole: N x 35 x 35 x C -> 224 + `pool_features`."""
+
+    unit: Unit
+    pool_features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        unit, name = self.unit, self.name
+        return _concatenate(
+            unit(x, 64, (1, 1), f"{name}_1x1"),
+            tower(unit, x, [(48, (1, 1)), (64, (5, 5))], f"{name}_5x5"),
+            tower(unit, x, [(64, (1, 1)), (96, (3, 3)), (96, (3, 3))], f"{name}_3x3dbl"),
+            unit(ops.average_pool(x), self.pool_features, (1, 1), f"{name}_pool"),
+        )
+
+
+class Reduce35(nn.Module):
+    """N x 35 x 35 x C -> N x 17 x 17 x (480 + C)."""
+
+    unit: Unit
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return _concatenate(
+            self.unit(x, 384, (3, 3), f"{self.name}_3x3", **HALVE),
+            tower(self.unit, x, [(64, (1, 1)), (96, (3, 3)), (96, (3, 3))], f"{self.name}_3x3dbl", reduce=True),
+            ops.max_pool(x, padding="VALID"),
+        )
+
+
+class Mixed17(nn.Module):
+    """Figure 6, a 7x7 as 1x7 and 7x1: N x 17 x 17 x C -> 768, with `features` inside the towers."""
+
+    unit: Unit
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        unit, name, f = self.unit, self.name, self.features
+        single = [(f, (1, 1)), (f, (1, 7)), (192, (7, 1))]
+        double = [(f, (1, 1)), (f, (7, 1)), (f, (1, 7)), (f, (7, 1)), (192, (1, 7))]
+        return _concatenate(
+            unit(x, 192, (1, 1), f"{name}_1x1"),
+            tower(unit, x, single, f"{name}_7x7"),
+            tower(unit, x, double, f"{name}_7x7dbl"),
+            unit(ops.average_pool(x), 192, (1, 1), f"{name}_pool"),
+        )
+
+
+class Reduce17(nn.Module):
+    """N x 17 x 17 x C -> N x 8 x 8 x (512 + C)."""
+
+    unit: Unit
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        seven = [(192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3))]
+        return _concatenate(
+            tower(self.unit, x, [(192, (1, 1)), (320, (3, 3))], f"{self.name}_3x3", reduce=True),
+            tower(self.unit, x, seven, f"{self.name}_7x7x3", reduce=True),
+            ops.max_pool(x, padding="VALID"),
+        )
+
+
+class Mixed8(nn.Module):
+    """Figure 7, a 3x3 spread over 1x3 and 3x1 side by side: N x 8 x 8 x C -> 2048."""
+
+    unit: Unit
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        unit, name = self.unit, self.name
+        single = unit(x, 384, (1, 1), f"{name}_3x3_1")
+        double = tower(unit, x, [(448, (1, 1)), (384, (3, 3))], f"{name}_3x3dbl")
+        return _concatenate(
+            unit(x, 320, (1, 1), f"{name}_1x1"),
+            unit(single, 384, (1, 3), f"{name}_3x3_2a"),
+            unit(single, 384, (3, 1), f"{name}_3x3_2b"),
+            unit(double, 384, (1, 3), f"{name}_3x3dbl_3a"),
+            unit(double, 384, (3, 1), f"{name}_3x3dbl_3b"),
+            unit(ops.average_pool(x), 192, (1, 1), f"{name}_pool"),
+        )
+
+
+class Auxiliary(nn.Module):
+    """The auxiliary tower, as TF-slim builds it: N x 17 x 17 x 768 -> logits `[N, num_classes]`.
+
+    Attributes:
+      unit: the network's.
+      dense: makes the classifier from its name.
+
+    Raises:
+      ValueError: less than 17 x 17 features.
+    """
+
+    unit: Unit
+    dense: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        height, width = x.shape[1:3]
+        if min(height, width) < MIN_AUXILIARY_MAP:
+            raise UserError(
+                f"the auxiliary tower needs 'stage4' features of {MIN_AUXILIARY_MAP} x {MIN_AUXILIARY_MAP}, "
+                f"which 299 pixels give, got {height} x {width}; take larger images or auxiliary=False."
+            )
+        x = ops.average_pool(x, window=(5, 5), strides=(3, 3), padding="VALID")  #   N x 5 x 5 x 768
+        x = self.unit(x, 128, (1, 1), f"{self.name}_conv1")  #                       N x 5 x 5 x 128
+        x = self.unit(x, 768, (5, 5), f"{self.name}_conv2", padding="VALID")  #      N x 1 x 1 x 768
+        return self.dense(name=f"{self.name}_predictions")(ops.global_average_pool(x))
+
+
+def _concatenate(*towers: jax.Array) -> jax.Array:
+    return jnp.concatenate(towers, axis=-1)
 
 
 class InceptionV3(nn.Module):
@@ -85,141 +239,41 @@ class InceptionV3(nn.Module):
         """
         check_images(images, MIN_IMAGE_SIZE, "Inception V3")
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = batch_norm(self, train=train, use_scale=False)
+        unit = partial(conv_unit, conv=partial(Conv, **dtypes), norm=norm, width=self.width)
+        block = partial(add_block, self, unit=unit)
 
-        def conv(
-            x: jax.Array,
-            features: int,
-            kernel_size: tuple[int, int],
-            name: str,
-            *,
-            strides: int = 1,
-            padding: str = "SAME",
-        ) -> jax.Array:
-            options = dict(strides=(strides, strides), padding=padding, **dtypes)
-            x = Conv(scaled(features, self.width), kernel_size, **options, name=name)(x)
-            options = dict(momentum=self.bn_decay, epsilon=self.bn_epsilon, use_scale=False, **dtypes)
-            return nn.relu(nn.BatchNorm(not train or self.bn_frozen, **options, name=f"{name}_bn")(x))
+        # Stem. Shapes at 299 px and width 1.
+        x = images.astype(self.dtype)  #                                             N x 299 x 299 x 3
+        x = unit(x, 32, (3, 3), "stem_conv1", **HALVE)  #                            N x 149 x 149 x 32
+        x = unit(x, 32, (3, 3), "stem_conv2", padding="VALID")  #                    N x 147 x 147 x 32
+        x = stage1 = unit(x, 64, (3, 3), "stem_conv3")  #                            N x 147 x 147 x 64
+        x = ops.max_pool(x, padding="VALID")  #                                      N x 73 x 73 x 64
+        x = unit(x, 80, (1, 1), "stem_conv4", padding="VALID")  #                    N x 73 x 73 x 80
+        x = stage2 = unit(x, 192, (3, 3), "stem_conv5", padding="VALID")  #          N x 71 x 71 x 192
+        x = ops.max_pool(x, padding="VALID")  #                                      N x 35 x 35 x 192
 
-        def tower(x: jax.Array, steps: Steps, name: str, *, reduce: bool = False) -> jax.Array:
-            """Convolutions one after the other, `name_1`, `name_2`, ...; with `reduce` the last has stride 2."""
-            for i, (features, kernel_size) in enumerate(steps, start=1):
-                last = dict(strides=2, padding="VALID") if reduce and i == len(steps) else {}
-                x = conv(x, features, kernel_size, f"{name}_{i}", **last)
-            return x
+        # Blocks.
+        x = block(Mixed35, pool_features=32, name="mixed0")(x)  #                    N x 35 x 35 x 256
+        x = block(Mixed35, pool_features=64, name="mixed1")(x)  #                    N x 35 x 35 x 288
+        x = stage3 = block(Mixed35, pool_features=64, name="mixed2")(x)  #           N x 35 x 35 x 288
+        x = block(Reduce35, name="mixed3")(x)  #                                     N x 17 x 17 x 768
+        x = block(Mixed17, features=128, name="mixed4")(x)  #                        N x 17 x 17 x 768
+        x = block(Mixed17, features=160, name="mixed5")(x)  #                        N x 17 x 17 x 768
+        x = block(Mixed17, features=160, name="mixed6")(x)  #                        N x 17 x 17 x 768
+        x = stage4 = block(Mixed17, features=192, name="mixed7")(x)  #               N x 17 x 17 x 768
+        x = block(Reduce17, name="mixed8")(x)  #                                     N x 8 x 8 x 1280
+        x = block(Mixed8, name="mixed9")(x)  #                                       N x 8 x 8 x 2048
+        x = stage5 = block(Mixed8, name="mixed10")(x)  #                             N x 8 x 8 x 2048
 
-        def fan(x: jax.Array, name: str) -> jax.Array:
-            """The 1x3 and 3x1 convolutions side by side that a 3x3 of the last modules is spread over."""
-            return _concatenate([conv(x, 384, (1, 3), f"{name}a"), conv(x, 384, (3, 1), f"{name}b")])
-
-        def mixed_35(_: nn.Module, x: jax.Array, name: str, pool_features: int) -> jax.Array:
-            """Figure 5 of the Inception V3 paper, with one 5x5 left whole."""
-            return _concatenate(
-                [
-                    conv(x, 64, (1, 1), f"{name}_1x1"),
-                    tower(x, [(48, (1, 1)), (64, (5, 5))], f"{name}_5x5"),
-                    tower(x, [(64, (1, 1)), (96, (3, 3)), (96, (3, 3))], f"{name}_3x3dbl"),
-                    conv(ops.average_pool(x), pool_features, (1, 1), f"{name}_pool"),
-                ]
-            )
-
-        def reduce_35(_: nn.Module, x: jax.Array, name: str) -> jax.Array:
-            return _concatenate(
-                [
-                    conv(x, 384, (3, 3), f"{name}_3x3", strides=2, padding="VALID"),
-                    tower(x, [(64, (1, 1)), (96, (3, 3)), (96, (3, 3))], f"{name}_3x3dbl", reduce=True),
-                    ops.max_pool(x, padding="VALID"),
-                ]
-            )
-
-        def mixed_17(_: nn.Module, x: jax.Array, name: str, f: int) -> jax.Array:
-            """Figure 6: 7x7 as 1x7 and 7x1."""
-            single = [(f, (1, 1)), (f, (1, 7)), (192, (7, 1))]
-            double = [(f, (1, 1)), (f, (7, 1)), (f, (1, 7)), (f, (7, 1)), (192, (1, 7))]
-            return _concatenate(
-                [
-                    conv(x, 192, (1, 1), f"{name}_1x1"),
-                    tower(x, single, f"{name}_7x7"),
-                    tower(x, double, f"{name}_7x7dbl"),
-                    conv(ops.average_pool(x), 192, (1, 1), f"{name}_pool"),
-                ]
-            )
-
-        def reduce_17(_: nn.Module, x: jax.Array, name: str) -> jax.Array:
-            return _concatenate(
-                [
-                    tower(x, [(192, (1, 1)), (320, (3, 3))], f"{name}_3x3", reduce=True),
-                    tower(
-                        x, [(192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3))], f"{name}_7x7x3", reduce=True
-                    ),
-                    ops.max_pool(x, padding="VALID"),
-                ]
-            )
-
-        def mixed_8(_: nn.Module, x: jax.Array, name: str) -> jax.Array:
-            """Figure 7: the 3x3 spread over 1x3 and 3x1 side by side."""
-            return _concatenate(
-                [
-                    conv(x, 320, (1, 1), f"{name}_1x1"),
-                    fan(conv(x, 384, (1, 1), f"{name}_3x3_1"), f"{name}_3x3_2"),
-                    fan(tower(x, [(448, (1, 1)), (384, (3, 3))], f"{name}_3x3dbl"), f"{name}_3x3dbl_3"),
-                    conv(ops.average_pool(x), 192, (1, 1), f"{name}_pool"),
-                ]
-            )
-
-        if self.remat:
-            mixed_35, mixed_17 = (nn.remat(f, static_argnums=(2, 3)) for f in (mixed_35, mixed_17))
-            reduce_35, reduce_17, mixed_8 = (nn.remat(f, static_argnums=(2,)) for f in (reduce_35, reduce_17, mixed_8))
-
-        # Shapes at 299 px and width 1.
-        x = images.astype(self.dtype)  #                                             [N, 299, 299, 3]
-        x = conv(x, 32, (3, 3), "stem_conv1", strides=2, padding="VALID")  #         [N, 149, 149, 32]
-        x = conv(x, 32, (3, 3), "stem_conv2", padding="VALID")  #                    [N, 147, 147, 32]
-        stage1 = conv(x, 64, (3, 3), "stem_conv3")  #                                [N, 147, 147, 64]
-        x = ops.max_pool(stage1, padding="VALID")  #                                 [N, 73, 73, 64]
-        x = conv(x, 80, (1, 1), "stem_conv4", padding="VALID")  #                    [N, 73, 73, 80]
-        stage2 = conv(x, 192, (3, 3), "stem_conv5", padding="VALID")  #              [N, 71, 71, 192]
-        x = ops.max_pool(stage2, padding="VALID")  #                                 [N, 35, 35, 192]
-        x = mixed_35(self, x, "mixed0", 32)  #                                       [N, 35, 35, 256]
-        x = mixed_35(self, x, "mixed1", 64)  #                                       [N, 35, 35, 288]
-        stage3 = mixed_35(self, x, "mixed2", 64)  #                                  [N, 35, 35, 288]
-        x = reduce_35(self, stage3, "mixed3")  #                                     [N, 17, 17, 768]
-        for name, f in (("mixed4", 128), ("mixed5", 160), ("mixed6", 160), ("mixed7", 192)):
-            x = mixed_17(self, x, name, f)  #                                        [N, 17, 17, 768]
-        stage4 = x
-        x = reduce_17(self, stage4, "mixed8")  #                                     [N, 8, 8, 1280]
-        x = mixed_8(self, x, "mixed9")  #                                            [N, 8, 8, 2048]
-        stage5 = mixed_8(self, x, "mixed10")  #                                      [N, 8, 8, 2048]
-
-        pooled = ops.global_average_pool(stage5)  #                                  [N, 2048]
-        logits = classifier_head(  #                                                 [N, num_classes]
-            pooled,
-            self.num_classes,
-            train=train,
-            fc_layers=self.fc_layers,
-            dropout_rate=self.dropout_rate,
-            **dtypes,
-        )
+        pooled = ops.global_average_pool(x)  #                                       N x 2048
+        options = dict(fc_layers=self.fc_layers, dropout_rate=self.dropout_rate, **dtypes)
+        logits = classifier_head(pooled, self.num_classes, train=train, **options)  # N x num_classes
         endpoints = dict(stage1=stage1, stage2=stage2, stage3=stage3, stage4=stage4, stage5=stage5)
         endpoints |= {"pooled": pooled, "logits": logits}
-        if self.auxiliary:  # as TF-slim builds it, on the features before the second reduction
-            if min(stage4.shape[1:3]) < MIN_AUXILIARY_MAP:
-                raise UserError(
-                    f"the auxiliary tower needs 'stage4' features of {MIN_AUXILIARY_MAP} x {MIN_AUXILIARY_MAP}, "
-                    f"which 299 pixels give, got {stage4.shape[1]} x {stage4.shape[2]}; "
-                    "take larger images or auxiliary=False."
-                )
-            x = ops.average_pool(stage4, window=(5, 5), strides=(3, 3), padding="VALID")  # [N, 5, 5, 768]
-            x = conv(x, 128, (1, 1), "auxiliary_conv1")  #                           [N, 5, 5, 128]
-            x = conv(x, 768, (5, 5), "auxiliary_conv2", padding="VALID")  #          [N, 1, 1, 768]
-            dense = nn.Dense(
-                self.num_classes,
-                dtype=logits.dtype,
-                param_dtype=self.param_dtype,
-                name="auxiliary_predictions",
-            )
-            endpoints["auxiliary_logits"] = dense(ops.global_average_pool(x))  #     [N, num_classes]
+        if self.auxiliary:
+            dense = partial(nn.Dense, self.num_classes, dtype=logits.dtype, param_dtype=self.param_dtype)
+            auxiliary = Auxiliary(unit, dense, name="auxiliary")
+            nn.share_scope(self, auxiliary)
+            endpoints["auxiliary_logits"] = auxiliary(stage4)  #                     N x num_classes
         return endpoints
-
-
-def _concatenate(parts: Sequence[jax.Array]) -> jax.Array:
-    return jnp.concatenate(parts, axis=-1)

@@ -17,6 +17,8 @@ from xception_flax.text.lookup import lookup
 # where a kernel is followed by another kernel (depthwise, then pointwise).
 kernel_init = nn.initializers.lecun_normal()
 
+ModuleDef = Callable[..., nn.Module]  # a class of modules with some of its fields filled in
+
 # What may stand between the depthwise and the pointwise convolution (paper, section 4.7, figure 10).
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "elu": nn.elu}
 
@@ -158,28 +160,60 @@ class _TrainingBatchNorm(nn.Module):
         return scale, (bias - mean * scale).astype(mean.dtype)
 
 
-def fused_separable_chain(
-    x: jax.Array, convs: Sequence[SeparableConv], *, relu_first: bool, bn_decay: float, bn_epsilon: float
+def separable_units(
+    x: jax.Array,
+    features: Sequence[int],
+    sepconv: ModuleDef,
+    norm: ModuleDef,
+    *,
+    name: str,
+    rate: int = 1,
+    relu_first: bool = True,
 ) -> jax.Array:
-    """Separable convolutions one after the other, each normalised, with a ReLU between: the step of training.
+    """Units of Xception, one after the other: ReLU, separable convolution, batch normalization.
 
-    To be called inside a module's compact `__call__`, where `NAME_bn` become that module's, as after
-    `nn.BatchNorm`. Each convolution is given the multiply-add of the normalization before it, so that
-    `ops` can do both, and the sums of the next, in one pass over memory.
+    To be called inside a module's compact `__call__`: its layers become that module's `NAME1`,
+    `NAME1_bn`, `NAME2`, ...
 
     Args:
       x: `[N, H, W, C]`.
-      relu_first: whether a ReLU is in front of the first convolution too.
+      features: output channels of each unit.
+      sepconv: makes a convolution from its features, dilation and name.
+      norm: makes a batch normalization from its name.
+      rate: dilation of the convolutions.
+      relu_first: whether the first unit has its ReLU.
 
     Returns:
-      `[N, H, W, features]` of the last, normalised, without a ReLU behind.
+      `[N, H, W, features[-1]]`, normalised, without a ReLU behind.
     """
+    convs = [sepconv(f, dilation=(rate, rate), name=f"{name}{i}") for i, f in enumerate(features, start=1)]
+    if ops.fuses_chains() and _is_fusible(convs[0], norm):
+        return _fused_separable_units(x, convs, norm, relu_first=relu_first)
+    for i, conv in enumerate(convs):
+        x = norm(name=f"{conv.name}_bn")(conv(nn.relu(x) if relu_first or i else x))
+    return x
+
+
+def _is_fusible(conv: nn.Module, norm: ModuleDef) -> bool:
+    """Whether it is a step of training of the separable convolution that `ops` can combine with its neighbours."""
+    separable = isinstance(conv, SeparableConv) and conv.mid_activation is None
+    return separable and not conv.is_initializing() and not norm(parent=None).use_running_average
+
+
+def _fused_separable_units(
+    x: jax.Array, convs: Sequence[SeparableConv], norm: ModuleDef, *, relu_first: bool
+) -> jax.Array:
+    """The same by other means: each convolution is given the multiply-add of the normalization before it.
+
+    So `ops` can do both, and the sums of the next normalization, in one pass over memory.
+    """
+    fields = norm(parent=None)  # of nn.BatchNorm
     dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
     scale, shift = jnp.ones(x.shape[-1], wide), jnp.zeros(x.shape[-1], wide)
     for i, conv in enumerate(convs):
         x, moments = conv.normalized(x, scale, shift, relu=relu_first or i > 0)
-        norm = _TrainingBatchNorm(bn_decay, bn_epsilon, conv.param_dtype, name=f"{conv.name}_bn")
-        scale, shift = norm(moments)
+        batch_norm = _TrainingBatchNorm(fields.momentum, fields.epsilon, fields.param_dtype, name=f"{conv.name}_bn")
+        scale, shift = batch_norm(moments)
     return (x.astype(wide) * scale + shift).astype(dtype)
 
 

@@ -6,6 +6,7 @@ that are mapped in space by themselves (sections 1.2 and 5: 'appears not to have
 """
 
 from collections.abc import Mapping
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -16,8 +17,8 @@ from jax.typing import DTypeLike
 
 from xception_flax.models import ops
 from xception_flax.models.costs import list_layers
-from xception_flax.models.layers import ACTIVATIONS, Conv, PointwiseConv, TowerConv, segments
-from xception_flax.models.xception import ENTRY_FLOW, STEM, Xception
+from xception_flax.models.layers import ACTIVATIONS, Conv, ModuleDef, PointwiseConv, TowerConv, segments
+from xception_flax.models.xception import Xception
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup
 
@@ -139,17 +140,16 @@ class XceptionTowers(Xception):
     order: str = "depthwise_first"
     width_multiple: int = 1
 
-    def spatial_conv(self, features: int, dilation: int, name: str) -> nn.Module:
-        """The convolution that the network is made of."""
-        return TowerConv(
-            features,
+    @property
+    def spatial_conv(self) -> ModuleDef:
+        """Makes a convolution from its features, dilation and name."""
+        return partial(
+            TowerConv,
             towers=self.towers,
             order=self.order,
-            dilation=(dilation, dilation),
             mid_activation=self.mid_activation,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            name=name,
         )
 
 
@@ -176,7 +176,7 @@ def equal_width(towers: int | None, *, order: str = "depthwise_first", keep: str
     image_shape = (299, 299, 3)
     target = sum(map(quantity, list_layers(Xception(), image_shape)))
     # The narrowest layer must have a channel for each tower, which sets the least width.
-    narrowest = {"depthwise_first": STEM[1], "pointwise_first": ENTRY_FLOW[0][0]}
+    narrowest = {"depthwise_first": 64, "pointwise_first": 128}  # what block2_sepconv1 takes and what it gives
     channels = lookup(narrowest, order, "order")
     least = len(segments(channels, towers)) / channels
     low, width, high = least, 1.0, 1.0

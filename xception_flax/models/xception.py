@@ -1,6 +1,7 @@
 """Xception (Chollet 2016, arXiv 1610.02357v3, figure 5)."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -8,18 +9,74 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from xception_flax.models import ops
-from xception_flax.models.fields import check_fields, check_images, rate_at, scaled
-from xception_flax.models.layers import Conv, PointwiseConv, SeparableConv, classifier_head, fused_separable_chain
+from xception_flax.models.fields import add_block, batch_norm, check_fields, check_images, rate_at, scaled
+from xception_flax.models.layers import Conv, ModuleDef, PointwiseConv, SeparableConv, classifier_head, separable_units
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 
 MIN_IMAGE_SIZE = 32  # pixels a side; five halvings leave one
 
-# Output channels, before `width`, of each convolution of a block.
-STEM = (32, 64)
-ENTRY_FLOW = ((128, 128), (256, 256), (728, 728))  # blocks 2 to 4, each with stride 2
-MIDDLE_FLOW = (728, 728, 728)  # repeated
-EXIT_FLOW = ((728, 1024), (1536, 2048))  # the block with stride 2, then the last without residual
+
+class DownsamplingBlock(nn.Module):
+    """Separable convolutions and max-pooling, and around both a 1x1 convolution: entry and exit flow of figure 5.
+
+    `[N, H, W, C]` -> `[N, H / 2, W / 2, features[-1]]`; all of H and W where `output_stride` is reached.
+
+    Attributes:
+      features: output channels of each separable convolution.
+      stride: of the input, in the plain network.
+      output_stride: as of `Xception`.
+      sepconv: makes a separable convolution from its features, dilation and name.
+      pointwise: makes a 1x1 convolution from its features, strides and name.
+      norm: makes a batch normalization from its name.
+      relu_first: whether a ReLU is in front of the first convolution too.
+      residual: whether the 1x1 convolution is there.
+      padding: of the max-pooling.
+    """
+
+    features: Sequence[int]
+    stride: int
+    output_stride: int
+    sepconv: ModuleDef
+    pointwise: ModuleDef
+    norm: ModuleDef
+    relu_first: bool = True
+    residual: bool = True
+    padding: str = "SAME"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        rate = rate_at(self.stride, self.output_stride)
+        options = dict(rate=rate, relu_first=self.relu_first, name=f"{self.name}_sepconv")
+        y = separable_units(x, self.features, self.sepconv, self.norm, **options)
+        if self.stride < self.output_stride:
+            strides, y = (2, 2), ops.max_pool(y, padding=self.padding)
+        else:
+            strides, y = (1, 1), ops.atrous_max_pool(y, rate=rate, padding=self.padding)
+        if not self.residual:
+            return y
+        name = f"{self.name}_residual"
+        return y + self.norm(name=f"{name}_bn")(self.pointwise(self.features[-1], strides=strides, name=name)(x))
+
+
+class MiddleBlock(nn.Module):
+    """Separable convolutions and the identity around them: middle flow of figure 5. `[N, H, W, C]` -> `[N, H, W, C]`.
+
+    Attributes as of `DownsamplingBlock`; the last of `features` is C.
+    """
+
+    features: Sequence[int]
+    stride: int
+    output_stride: int
+    sepconv: ModuleDef
+    norm: ModuleDef
+    residual: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        options = dict(rate=rate_at(self.stride, self.output_stride), name=f"{self.name}_sepconv")
+        y = separable_units(x, self.features, self.sepconv, self.norm, **options)
+        return y + x if self.residual else y
 
 
 class Xception(nn.Module):
@@ -86,15 +143,11 @@ class Xception(nn.Module):
         """Pixels of the image to a pixel of each stage."""
         return {f"stage{i}": min(2**i, self.output_stride) for i in range(1, 6)}
 
-    def spatial_conv(self, features: int, dilation: int, name: str) -> nn.Module:
-        """The convolution that the network is made of; what `XceptionTowers` puts in its place has the same shapes."""
-        return SeparableConv(
-            features,
-            dilation=(dilation, dilation),
-            mid_activation=self.mid_activation,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name=name,
+    @property
+    def spatial_conv(self) -> ModuleDef:
+        """Makes a convolution from its features, dilation and name. That of `XceptionTowers` has the same shapes."""
+        return partial(
+            SeparableConv, mid_activation=self.mid_activation, dtype=self.dtype, param_dtype=self.param_dtype
         )
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -112,88 +165,41 @@ class Xception(nn.Module):
         """
         check_images(images, MIN_IMAGE_SIZE, "Xception")
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = batch_norm(self, train=train)
+        conv, pointwise = partial(Conv, padding="VALID", **dtypes), partial(PointwiseConv, **dtypes)
+        common = dict(output_stride=self.output_stride, sepconv=self.spatial_conv, norm=norm, residual=self.residual)
+        middle = partial(add_block, self, MiddleBlock, **common)
+        down = partial(add_block, self, DownsamplingBlock, **common, pointwise=pointwise, padding=self.padding)
 
-        def channels(features: int) -> int:
-            return scaled(features, self.width, self.width_multiple)
-
-        def norm(x: jax.Array, name: str) -> jax.Array:
-            options = dict(momentum=self.bn_decay, epsilon=self.bn_epsilon, **dtypes)
-            return nn.BatchNorm(not train or self.bn_frozen, **options, name=f"{name}_bn")(x)
-
-        def conv(x: jax.Array, features: int, name: str, *, strides: int = 1) -> jax.Array:
-            conv = Conv(channels(features), strides=(strides, strides), padding="VALID", **dtypes, name=name)
-            return norm(conv(x), name)
-
-        def sepconvs(
-            x: jax.Array, block: int, features: Sequence[int], dilation: int, *, relu_first: bool = True
-        ) -> jax.Array:
-            """Normalised, with a ReLU between them and, if `relu_first`, in front, but none behind."""
-            convs = [
-                self.spatial_conv(channels(f), dilation, f"block{block}_sepconv{i}")
-                for i, f in enumerate(features, start=1)
-            ]
-            fusible = type(convs[0]) is SeparableConv and self.mid_activation is None
-            if ops.fuses_chains() and fusible and train and not self.bn_frozen and not self.is_initializing():
-                options = dict(bn_decay=self.bn_decay, bn_epsilon=self.bn_epsilon)
-                return fused_separable_chain(x, convs, relu_first=relu_first, **options)
-            for i, conv in enumerate(convs):
-                x = norm(conv(nn.relu(x) if relu_first or i else x), conv.name)
-            return x
-
-        def residual(x: jax.Array, features: int, name: str, *, strides: int) -> jax.Array:
-            conv = PointwiseConv(channels(features), strides=(strides, strides), **dtypes, name=name)
-            return norm(conv(x), name)
-
-        # A block is a function of the module so that it can be rematerialised; `stride` is that of its input.
-        def downsampling_block(
-            _: nn.Module, x: jax.Array, block: int, features: Sequence[int], stride: int
-        ) -> jax.Array:
-            rate = rate_at(stride, self.output_stride)
-            # The stem has just applied its ReLU: only block 2 has none in front.
-            y = sepconvs(x, block, features, rate, relu_first=block > 2)
-            strides = 2 if stride < self.output_stride else 1
-            if strides == 2:
-                y = ops.max_pool(y, padding=self.padding)
-            else:
-                y = ops.atrous_max_pool(y, rate=rate, padding=self.padding)
-            return y + residual(x, features[-1], f"block{block}_residual", strides=strides) if self.residual else y
-
-        def middle_block(_: nn.Module, x: jax.Array, block: int, features: Sequence[int], stride: int) -> jax.Array:
-            y = sepconvs(x, block, features, rate_at(stride, self.output_stride))
-            return y + x if self.residual else y
-
-        if self.remat:
-            downsampling_block, middle_block = (
-                nn.remat(block, static_argnums=(2, 3, 4)) for block in (downsampling_block, middle_block)
-            )
+        def channels(*features: int) -> tuple[int, ...]:
+            return tuple(scaled(f, self.width, self.width_multiple) for f in features)
 
         # Entry flow. Shapes at the paper's 299 px and width 1.
-        x = images.astype(self.dtype)  #                                          [N, 299, 299, 3]
-        x = nn.relu(conv(x, STEM[0], "block1_conv1", strides=2))  #               [N, 149, 149, 32]
-        x = nn.relu(conv(x, STEM[1], "block1_conv2"))  #                          [N, 147, 147, 64]
-        stages = [x]
-        for block, features in enumerate(ENTRY_FLOW, start=2):
-            x = downsampling_block(self, x, block, features, 2 ** (block - 1))  # [N, 74, 74, 128], [N, 37, 37, 256],
-            stages.append(nn.relu(x))  #                                          [N, 19, 19, 728]
+        x = images.astype(self.dtype)  #                                               N x 299 x 299 x 3
+        x = conv(*channels(32), strides=(2, 2), name="block1_conv1")(x)
+        x = nn.relu(norm(name="block1_conv1_bn")(x))  #                                N x 149 x 149 x 32
+        x = conv(*channels(64), name="block1_conv2")(x)
+        x = stage1 = nn.relu(norm(name="block1_conv2_bn")(x))  #                       N x 147 x 147 x 64
+        x = down(channels(128, 128), stride=2, relu_first=False, name="block2")(x)  #  N x 74 x 74 x 128
+        stage2 = nn.relu(x)
+        x = down(channels(256, 256), stride=4, name="block3")(x)  #                    N x 37 x 37 x 256
+        stage3 = nn.relu(x)
+        x = down(channels(728, 728), stride=8, name="block4")(x)  #                    N x 19 x 19 x 728
 
-        for block in range(5, 5 + self.middle_repeats):  # blocks 5 to 12 in the paper
-            x = middle_block(self, x, block, MIDDLE_FLOW, 16)  #                  [N, 19, 19, 728]
-        stages[-1] = nn.relu(x)
+        # Middle flow: blocks 5 to 12 in the paper.
+        for i in range(5, 5 + self.middle_repeats):
+            x = middle(channels(728, 728, 728), stride=16, name=f"block{i}")(x)  #     N x 19 x 19 x 728
+        stage4 = nn.relu(x)
 
-        # Exit flow: blocks 13 and 14 in the paper.
-        block = 5 + self.middle_repeats
-        x = downsampling_block(self, x, block, EXIT_FLOW[0], 16)  #               [N, 10, 10, 1024]
-        rate = rate_at(32, self.output_stride)
-        x = nn.relu(sepconvs(x, block + 1, EXIT_FLOW[1], rate, relu_first=False))  # [N, 10, 10, 1536], then 2048
-        stages.append(x)
+        # Exit flow: blocks 13 and 14 in the paper. The last has no pooling and no residual connection.
+        i = 5 + self.middle_repeats
+        x = down(channels(728, 1024), stride=16, name=f"block{i}")(x)  #               N x 10 x 10 x 1024
+        options = dict(rate=rate_at(32, self.output_stride), relu_first=False, name=f"block{i + 1}_sepconv")
+        x = separable_units(x, channels(1536, 2048), self.spatial_conv, norm, **options)
+        stage5 = nn.relu(x)  #                                                         N x 10 x 10 x 2048
 
-        pooled = ops.global_average_pool(x)  #                                    [N, 2048]
-        logits = classifier_head(  #                                              [N, num_classes]
-            pooled,
-            self.num_classes,
-            train=train,
-            fc_layers=self.fc_layers,
-            dropout_rate=self.dropout_rate,
-            **dtypes,
-        )
-        return {f"stage{i}": stage for i, stage in enumerate(stages, start=1)} | {"pooled": pooled, "logits": logits}
+        pooled = ops.global_average_pool(stage5)  #                                    N x 2048
+        options = dict(fc_layers=self.fc_layers, dropout_rate=self.dropout_rate, **dtypes)
+        logits = classifier_head(pooled, self.num_classes, train=train, **options)  #  N x num_classes
+        stages = dict(stage1=stage1, stage2=stage2, stage3=stage3, stage4=stage4, stage5=stage5)
+        return stages | {"pooled": pooled, "logits": logits}

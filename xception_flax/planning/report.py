@@ -143,7 +143,7 @@ def create_report(compiled: jax.stages.Compiled, config: ConfigDict, num_chips: 
 
 def fused_layer(op_name: str) -> str | None:
     """Returns the path of the separable convolution that `ops` computes by one kernel; None of another operation."""
-    match = re.search(rf"\.endpoints/(.+)\.normalized/{ops.FUSED_SCOPE}/", op_name)
+    match = re.search(rf"\.endpoints/(?:.+/)?([^/]+)\.normalized/{ops.FUSED_SCOPE}/", op_name)
     return match[1] if match else None
 
 
@@ -151,7 +151,7 @@ def kind_of(op_name: str, paths: dict[str, str], network: str) -> str:
     """Returns the kind of layer that an operation of the step belongs to.
 
     Args:
-      op_name: such as 'jit(train_step)/transpose(jvp(Xception))/Xception.endpoints/block1_conv1/mul'.
+      op_name: such as 'jit(train_step)/transpose(jvp(Xception))/Xception.endpoints/block2/block2_sepconv1_bn/mul'.
       paths: kinds of the layers by their paths: `{"block1_conv1": "regular conv.", ...}`.
       network: its class.
     """

@@ -41,7 +41,6 @@ __all__ = [
     "fuses_chains",
     "global_average_pool",
     "image_multiple",
-    "is_fused",
     "lowering",
     "max_pool",
     "moments",
@@ -50,7 +49,6 @@ __all__ = [
 ]
 
 FUSED_SCOPE = tpu.SCOPE  # in the name of an operation of a compiled program: it is one of the kernels of `tpu`
-is_fused = fuses_chains
 
 
 # Convolutions --------------------------------------------------------------------------------------
