@@ -1,5 +1,6 @@
 """What GPUs get, on CPUs (Triton's kernels interpreted): values and gradients are XLA's own."""
 
+import dataclasses
 from functools import partial
 from types import SimpleNamespace
 
@@ -180,31 +181,48 @@ def lowered(options) -> dict[str, str]:
     return found
 
 
+H100 = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", compute_capability="9.0")
+T4 = SimpleNamespace(device_kind="Tesla T4", platform="gpu", compute_capability="7.5")
+MI300X = SimpleNamespace(device_kind="AMD Instinct MI300X", platform="gpu", compute_capability="gfx942")
+CPU = SimpleNamespace(device_kind="cpu", platform="cpu")
+V5E = SimpleNamespace(device_kind="TPU v5 lite", platform="tpu")
+
+
 @pytest.mark.parametrize(
-    ("platform", "capabilities", "expected"),
+    ("local", "compiled_for", "expected"),
     [
-        ("gpu", ["9.0", "8.0"], True),
-        ("gpu", ["12.0"], True),
-        ("gpu", ["9.0", "7.5"], False),  # a T4
-        ("gpu", ["gfx90a"], False),  # an AMD Instinct
-        ("gpu", [None], True),  # compiled for, on a machine without one
-        ("cpu", [None], False),
-        ("tpu", [None], False),
+        ([H100, H100], None, True),
+        ([H100, H100], H100, True),
+        ([H100, T4], H100, False),
+        ([T4], None, False),
+        ([MI300X], None, False),
+        ([MI300X], MI300X, False),
+        ([CPU], H100, True),  # of a machine that is elsewhere
+        ([H100], CPU, False),
+        ([CPU], None, False),
+        ([V5E], None, False),
+        ([CPU], V5E, False),
     ],
 )
-def test_which_devices_have_triton(monkeypatch, platform, capabilities, expected):
-    devices = [SimpleNamespace(compute_capability=c) if c else SimpleNamespace() for c in capabilities]
-    monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+def test_which_devices_have_triton(monkeypatch, local, compiled_for, expected):
+    monkeypatch.setattr(jax, "local_devices", lambda: local)
+    mesh = SimpleNamespace(abstract_device=compiled_for, empty=compiled_for is None, axis_types=(AxisType.Auto,))
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
     assert lowerings.has_triton() == expected
     assert ops.fuses_chains() == expected
-    device = jax.sharding.AbstractDevice(device_kind="some", num_cores=None, platform=platform)
-    mesh = jax.sharding.AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=device)
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    with ops.lowering("stock"):
+        assert not ops.fuses_chains()
+
+
+def test_over_a_mesh_of_gpus_no_choice_is_left_to_the_program():
+    """XLA keeps a `cond` around a kernel of several devices; and what is never called need not be traced."""
+    mesh = sharding.create_mesh(data=4, fsdp=2).abstract_mesh
+    device = dataclasses.replace(mesh.abstract_device, device_kind=H100.device_kind)
+    mesh = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert lowerings.has_triton() == expected
-        with ops.lowering("stock"):
-            assert not ops.fuses_chains()
+        traced = jax.jit(ops.depthwise_convolution).trace(jnp.zeros((8, 5, 5, 4)), jnp.zeros((3, 3, 1, 4)))
+    assert "depthwise_forward" in str(traced.jaxpr)
+    assert "cond[" not in str(traced.jaxpr)
 
 
 @pytest.mark.parametrize("name", ops.LOWERINGS)

@@ -84,18 +84,24 @@ def chosen() -> str:
 def has_triton() -> bool:
     """Whether what is traced now is for GPUs that Pallas has Triton for: NVIDIA's from Ampere (8.0) on.
 
-    The mesh in context says what it is for, or else JAX's default backend. Tracing a kernel takes time, so it is left
+    The mesh in context says what it is for, or else JAX's default device. Tracing a kernel takes time, so it is left
     out where nothing would run it.
     """
+    kind = _kind_of_mesh() or jax.local_devices()[0].device_kind
+    return kind != "cpu" and not kind.startswith("TPU") and all(map(_may_have_triton, jax.local_devices()))
+
+
+def _kind_of_mesh() -> str | None:
+    """What JAX calls the devices of the mesh in context; None without a mesh, or where it does not say."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return platform in ("gpu", "cuda") and all(map(_can_run_triton, jax.local_devices()))
+    return None if device is None else device.device_kind
 
 
-def _can_run_triton(device: jax.Device) -> bool:
-    capability = str(getattr(device, "compute_capability", "8.0"))  # a CPU, which compiles for a GPU elsewhere
-    major, _, minor = capability.partition(".")
-    return major.isdigit() and minor.isdigit() and int(major) >= 8  # AMD has names instead: gfx90a
+def _may_have_triton(device: jax.Device) -> bool:
+    if device.platform == "cpu":
+        return True  # it compiles for a GPU that is elsewhere
+    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    return major.isdigit() and minor.isdigit() and int(major) >= 8  # AMD's are names, such as gfx90a
 
 
 def lower(
@@ -116,8 +122,10 @@ def lower(
         functions = {"default": stock}
     elif cuda is None or not has_triton():
         functions = {"cpu": cpu, "default": stock}
-    else:
+    elif _kind_of_mesh() in (None, "cpu"):
         functions = {"cpu": cpu, "cuda": cuda, "default": stock}
+    else:  # no other platform runs it, and with several devices XLA would leave the choice in the program
+        functions = {"default": cuda}
     return _lowered(*operands, functions=tuple(functions.items()), options=tuple(options.items()))
 
 

@@ -58,7 +58,7 @@ def takes(x: jax.Array, depthwise_kernel: jax.Array, pointwise_kernel: jax.Array
 
 def is_on_tpus(mesh: AbstractMesh) -> bool:
     """Whether the mesh is one of TPUs."""
-    return mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
+    return mesh.abstract_device is not None and mesh.abstract_device.device_kind.startswith("TPU")
 
 
 def separable_over_devices(
