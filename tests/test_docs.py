@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,6 +27,7 @@ import train
 import xception_flax
 from xception_flax.__main__ import VERBS
 from xception_flax.recipes import reading
+from xception_flax.training import sharding
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -85,6 +87,13 @@ def folder(tmp_path_factory) -> Iterator[Path]:
             Image.fromarray(image).save(folder / "photos" / name / f"{i}.jpg")
     with contextlib.chdir(folder):
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def one_device_only(monkeypatch):
+    """As a reader has on a CPU; over the eight of the other tests all takes twice as long."""
+    one = partial(sharding.create_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "create_mesh", one)
 
 
 @pytest.fixture(scope="module")
