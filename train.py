@@ -8,7 +8,6 @@ stopped.
 import signal
 
 from xception_flax.host import signals
-from xception_flax.text.errors import UserError
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
@@ -43,6 +42,7 @@ from xception_flax.runs.workdir import (
     remember,
 )
 from xception_flax.text import naming
+from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint, metrics, sharding
 from xception_flax.training.evaluation import evaluate
 from xception_flax.training.program import Program, create_program

@@ -138,7 +138,8 @@ def test_a_backbone_has_no_classifier(name):
     endpoints = apply(model, variables, images, method="endpoints")
     assert endpoints["logits"].shape == (2, 5)
     embedding = apply(backbone, {**variables, "params": params}, images)
-    np.testing.assert_allclose(embedding, endpoints["pooled"], rtol=1e-5, atol=1e-6)
+    # Two programs, compiled apart: the same sums in another order.
+    np.testing.assert_allclose(embedding, endpoints["pooled"], rtol=1e-4, atol=1e-6)
     last = np.maximum(endpoints[list(model.strides)[-1]], 0)  # with pre-activation the last ReLU is still to come
     np.testing.assert_allclose(embedding, last.mean((1, 2)), rtol=1e-4, atol=1e-5)
     assert np.ptp(embedding, axis=0).max() > 0

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -31,6 +32,13 @@ from xception_flax.weights import keras as keras_weights
 CLASSES = tuple("abcd")
 CLASSIFIER = (("params", "predictions", "bias"), ("params", "predictions", "kernel"))
 FINETUNE = str(Path(__file__).parents[2] / "configs" / "finetune_folder.py")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def keras_promotes_ranks() -> Iterator[None]:
+    """As Keras' own layers do; ours are held to the strict rule by all other tests."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.fixture(scope="module")

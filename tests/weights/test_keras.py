@@ -1,5 +1,7 @@
 """Parity with `keras.applications.Xception` and `InceptionV3`, live, on Keras' JAX backend."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import keras
@@ -15,6 +17,13 @@ from xception_flax.weights import keras as keras_weights
 MIN_SPREAD = 0.05  # of the largest logit, over images
 MAX_DIFFERENCE = 1e-4  # of that spread
 MAX_GRADIENT_DIFFERENCE = 1e-9  # of the largest gradient of the same array, in float64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def keras_promotes_ranks() -> Iterator[None]:
+    """As Keras' own layers do; ours are held to the strict rule by all other tests."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def random_variables(model, images: np.ndarray) -> dict:

@@ -1,5 +1,6 @@
 """The two published tars of ILSVRC2012, read in place: nothing is unpacked."""
 
+import contextlib
 import dataclasses
 import hashlib
 import re
@@ -163,21 +164,23 @@ class _Part:
 def _train(path: Path, synsets: list[str], advance: Advance) -> Iterator[EncodedImage]:
     """Yields the training images. The tar holds a tar a synset, 'n01440764.tar', of images 'n01440764_10026.JPEG'."""
     labels = {synset: label for label, synset in enumerate(synsets)}
-    for synset, start, size in _members(path, r"(n\d{8})\.tar", advance):
-        if synset[1] not in labels:
-            raise UserError(f"{path}: {synset[0]} is none of the {len(labels)} synsets of ILSVRC2012.")
-        for image, offset, num_bytes in _members(path, rf"{synset[1]}_\d+\.JPEG", start=start, size=size):
-            yield _repaired(EncodedImage(image[0], labels[synset[1]], str(path), offset, num_bytes))
+    with contextlib.closing(_members(path, r"(n\d{8})\.tar", advance)) as tars:
+        for synset, start, size in tars:
+            if synset[1] not in labels:
+                raise UserError(f"{path}: {synset[0]} is none of the {len(labels)} synsets of ILSVRC2012.")
+            for image, offset, num_bytes in _members(path, rf"{synset[1]}_\d+\.JPEG", start=start, size=size):
+                yield _repaired(EncodedImage(image[0], labels[synset[1]], str(path), offset, num_bytes))
 
 
 def _validation(path: Path, classes: tfds.features.ClassLabel, advance: Advance) -> Iterator[EncodedImage]:
     """Yields the validation images, 'ILSVRC2012_val_00000001.JPEG' and so on. TFDS has a file of their synsets."""
     synsets = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
-    for image, offset, num_bytes in _members(path, r"ILSVRC2012_val_(\d{8})\.JPEG", advance):
-        number = int(image[1])
-        if not 1 <= number <= len(synsets):
-            raise UserError(f"{path}: {image[0]} is not one of the {len(synsets):,} images of validation.")
-        yield EncodedImage(image[0], classes.str2int(synsets[number - 1]), str(path), offset, num_bytes)
+    with contextlib.closing(_members(path, r"ILSVRC2012_val_(\d{8})\.JPEG", advance)) as images:
+        for image, offset, num_bytes in images:
+            number = int(image[1])
+            if not 1 <= number <= len(synsets):
+                raise UserError(f"{path}: {image[0]} is not one of the {len(synsets):,} images of validation.")
+            yield EncodedImage(image[0], classes.str2int(synsets[number - 1]), str(path), offset, num_bytes)
 
 
 def _repaired(image: EncodedImage) -> EncodedImage:
