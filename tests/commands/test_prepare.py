@@ -219,7 +219,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(large_tars, tmp_path, ca
     with pytest.raises(ValueError, match="is not prepared"):
         sources.tfds.tfds("train", name="imagenet2012", data_dir=str(tmp_path / "killed"))
     process.kill()
-    process.wait()
+    process.communicate()
     assert len(list(incomplete.glob("*-of-?????"))) < 5
     written = {path: path.stat().st_mtime_ns for path in shards}
 
