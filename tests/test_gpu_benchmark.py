@@ -86,7 +86,7 @@ def test_who_fails_has_a_row_with_its_words(options, tmp_path):
     jobs = [gpu_contenders.Job("xception_flax_stock", "forward", 2, size=8, tiny=True)]
     gpu.measure(jobs, found, time.monotonic() + 600, dry_run=True)
     (row,) = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert row["failure"].startswith("ValueError: ")
+    assert row["failure"].startswith("UserError: ")
     assert found.failed()
 
 
