@@ -104,8 +104,8 @@ def test_head_is_pooling_hidden_layers_and_logistic_regression(rng):
     }
     y = x.mean((1, 2))
     for name in ("fc1", "fc2"):
-        y = np.maximum(y @ params[name]["kernel"] + params[name]["bias"], 0)
-    expected = y @ params["predictions"]["kernel"] + params["predictions"]["bias"]
+        y = np.maximum(y @ params[name]["kernel"] + params[name]["bias"][None], 0)
+    expected = y @ params["predictions"]["kernel"] + params["predictions"]["bias"][None]
     logits = head.apply(variables, x, train=False)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, rtol=0.02, atol=0.02)  # hidden layers compute in bfloat16

@@ -8,7 +8,7 @@ import pytest
 
 from xception_flax.recipes import groups, signatures
 from xception_flax.text import values
-from xception_flax.training import optimizers, steps
+from xception_flax.training import losses, optimizers
 
 GROUPS = {"": groups.LOOP, **groups.GROUPS}
 FUNCTIONS = {
@@ -95,4 +95,4 @@ def test_a_meaning_is_the_first_sentence():
         "one that ends in 0.5",
         "'x' or 'y' (see data/x.py)",
     ]
-    assert signatures.keys_of(steps.create_loss)["name"].meaning.startswith("'softmax' for")
+    assert signatures.keys_of(losses.create_loss)["name"].meaning.startswith("'softmax' for")

@@ -41,7 +41,7 @@ def fold_batch_norm(
         mean, var = stats[(*norm, "mean")], stats[(*norm, "var")]
         scale = jax.lax.rsqrt(var + epsilon) * params.get((*norm, "scale"), 1.0)
         kernel, bias = params[(*convolution, "kernel")], params[(*norm, "bias")]
-        params[(*convolution, "kernel")] = (kernel * scale).astype(kernel.dtype)
+        params[(*convolution, "kernel")] = (kernel * scale[None, None, None]).astype(kernel.dtype)
         params[(*norm, "bias")] = (bias - mean * scale).astype(bias.dtype)
         stats[(*norm, "mean")], stats[(*norm, "var")] = jnp.zeros_like(mean), jnp.ones_like(var) - epsilon
         if (*norm, "scale") in params:

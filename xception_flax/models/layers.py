@@ -214,6 +214,7 @@ def _fused_separable_units(
         x, moments = conv.normalized(x, scale, shift, relu=relu_first or i > 0)
         batch_norm = _TrainingBatchNorm(fields.momentum, fields.epsilon, fields.param_dtype, name=f"{conv.name}_bn")
         scale, shift = batch_norm(moments)
+    scale, shift = scale[None, None, None], shift[None, None, None]
     return (x.astype(wide) * scale + shift).astype(dtype)
 
 

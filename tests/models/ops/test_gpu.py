@@ -56,7 +56,8 @@ def test_kernels_with_a_normalization(rng, dtype, relu):
     affine = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
 
     def one_by_one(x, kernel, affine):
-        z = x * affine[0] + affine[1]
+        scale, shift = affine[:, None, None, None]
+        z = x * scale + shift
         return stock.depthwise(jax.nn.relu(z) if relu else z, kernel, **SAME)
 
     assert_equal(rng, lambda *operands: gpu.triton_depthwise(*operands, relu, True), one_by_one, x, kernel, affine)

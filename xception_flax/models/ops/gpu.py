@@ -125,7 +125,7 @@ def _moments_forward(x):
 
 
 def _moments_backward(x, gradient):
-    gradient = gradient / (x.size // x.shape[-1])
+    gradient = gradient.reshape(2, *(1,) * (x.ndim - 1), -1) / (x.size // x.shape[-1])
     return ((gradient[0] + 2 * gradient[1] * x.astype(gradient.dtype)).astype(x.dtype),)
 
 

@@ -45,7 +45,8 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def normalized(x: jax.Array, affine: jax.Array, relu: bool) -> jax.Array:
     """`x * affine[0] + affine[1]`, then a ReLU or none, in the type of `x`; computed in that of `affine`, `[2, C]`."""
-    z = x.astype(affine.dtype) * affine[0] + affine[1]
+    scale, shift = affine[:, None, None, None]
+    z = x.astype(affine.dtype) * scale + shift
     return (jax.nn.relu(z) if relu else z).astype(x.dtype)
 
 
