@@ -174,7 +174,7 @@ def trace_ours(job: Job, lowering: str) -> Callable[[], Step]:
 
     from xception_flax import create_model
     from xception_flax.models import ops
-    from xception_flax.training import metrics, optimizers, sharding, state, steps
+    from xception_flax.training import length, losses, metrics, optimizers, sharding, state, steps
 
     fields = dict(width=0.125, middle_repeats=1) if job.tiny else {}
     model = create_model("xception", NUM_CLASSES, dropout_rate=0.0, dtype=jnp.bfloat16, **fields)
@@ -183,13 +183,13 @@ def trace_ours(job: Job, lowering: str) -> Callable[[], Step]:
             return trace_forward(job, model)
 
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    schedule = optimizers.create_schedule(run=optimizers.Run(job.batch, num_images=job.batch, total_steps=1))
+    schedule = optimizers.create_schedule(run=length.RunLength(job.batch, num_images=job.batch, total_steps=1))
     tx, _ = optimizers.create_optimizer("sgd", LEARNING_RATE, schedule=schedule, momentum=MOMENTUM)
     _, abstract_state = state.make_init(model, tx, (job.size, job.size, 3), mesh, ema=False)
     train_step = steps.make_train_step(
         model,
         tx,
-        steps.create_loss("softmax"),
+        losses.create_loss("softmax"),
         metrics.create_metrics("single_label"),
         steps.create_normalizer(mean=(127.5,), std=(50.0,)),
         abstract_state,
