@@ -372,7 +372,7 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
     (tmp_path / "unread.ckpt").write_bytes(b"\x80\x02")
     for weights, options, message in [
         ("kears", {}, r"init\.weights: kears is neither a file nor a folder; .*; did you mean 'keras'"),
-        (tmp_path, {}, r"has no checkpoint; expected the workdir of a run of train\.py"),
+        (tmp_path, {}, r"is no workdir of a run: it has no config\.json; it has a file of weights: give .*/"),
         (tmp_path / "broken.h5", {}, r"broken\.h5 cannot be read as weights of Keras: "),
         (tmp_path / "text.h5", {}, r"text\.h5 cannot be read as weights of Keras: .*signature"),
         (tmp_path / "empty.h5", {}, r"empty\.h5 has no layers with weights in it; expected a file of Keras"),
