@@ -69,8 +69,8 @@ def test_images_that_may_be_black_by_mistake_are_counted(workdir, digits, monkey
     code, out, err = run(monkeypatch, capsys, "--workdir", workdir, *files, "--json", "--batch-size", 2)
     assert (code, out.count("\n")) == (0, 6)
     assert err == (
-        f"3 of 6 files, the first {files[1]}, are of 16 bits and use no upper half; if white is less than 65535 there, "
-        "the run needs data.max_value.\n"
+        f"3 of 6 files, the first {files[1]}, are of 16 bits and have no value in the upper half; "
+        "if white is less than 65535 there, the run needs data.max_value.\n"
     )
 
 

@@ -67,8 +67,8 @@ def main(argv: list[str]) -> int:
             readable += 1
     if dark:
         print(
-            f"{len(dark):,} of {len(paths):,} files, the first {naming.shown(dark[0])}, are of 16 bits and use no "
-            f"upper half; if white is less than {WHITE} there, the run needs data.max_value.",
+            f"{len(dark):,} of {len(paths):,} files, the first {naming.shown(dark[0])}, are of 16 bits and have no "
+            f"value in the upper half; if white is less than {WHITE} there, the run needs data.max_value.",
             file=sys.stderr,
         )
     return 2 if unreadable else 0
@@ -91,7 +91,8 @@ def predict(
       paths: of image files.
       mesh: the mesh of the run's variables.
       batch_size: images at a time; rounded up to a multiple of the devices.
-      dark: gets the files of 16 bits that use no upper half, where the recipe does not say which value is white.
+      dark: gets the files of 16 bits that have no value in the upper half, unless the recipe says
+        which value is white.
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
     config, image_shape = run.recipe, run.image_shape
