@@ -18,8 +18,9 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from xception_flax import create_model, planning
+from xception_flax import create_model
 from xception_flax.models import costs, ops
+from xception_flax.planning import report as reporting
 from xception_flax.planning import slices
 from xception_flax.planning.hlo import Hlo
 from xception_flax.recipes import reading
@@ -35,7 +36,7 @@ def load(*overrides: str) -> ConfigDict:
 
 
 def compile_for(config: ConfigDict) -> jax.stages.Compiled:
-    return planning.report.compile_step(config, slices.devices(WHERE), 1_281_167)
+    return reporting.compile_step(config, slices.devices(WHERE), 1_281_167)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def parameters(layers: list[costs.Layer]) -> int:
 
 
 def test_report_adds_up(compiled: jax.stages.Compiled, config: ConfigDict, parameters: int) -> None:
-    report = planning.report.create_report(compiled, config, 8)
+    report = reporting.create_report(compiled, config, 8)
     # Parameters, momentum and averages, float32, and twice the moving statistics; tiles pad little rows.
     assert 3 * 4 * parameters < report.state < 1.2 * 3 * 4 * parameters
     assert report.state < report.memory < 1 * slices.GIB
@@ -69,7 +70,7 @@ def test_report_adds_up(compiled: jax.stages.Compiled, config: ConfigDict, param
     # All bytes as the compiler counts them; those of HBM are fewer.
     assert sum(cost.size for cost in Hlo(compiled.as_text()).traffic()) == pytest.approx(report.xla_size, rel=0.2)
     assert sum(cost.size for cost in report.kinds.values()) < report.xla_size
-    assert all(report.kinds[kind].size > 0 for kind in (*planning.report.KINDS.values(), report.UPDATE))
+    assert all(report.kinds[kind].size > 0 for kind in (*reporting.KINDS.values(), report.UPDATE))
 
 
 def test_chips_add_up_gradients_and_statistics_and_nothing_else(
@@ -124,7 +125,7 @@ def test_fsdp_gathers_and_scatters(parameters: int) -> None:
     compiled = compile_for(changed)
     kinds = {c.kind for c in Hlo(compiled.as_text()).collectives()}
     assert "all-gather" in kinds
-    report = planning.report.create_report(compiled, changed, 8)
+    report = reporting.create_report(compiled, changed, 8)
     assert report.state < 0.5 * 3 * 4 * parameters  # the large arrays are split by eight
 
 

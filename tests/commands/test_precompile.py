@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from xception_flax import MODELS, create_model, data, planning
+from xception_flax import MODELS, create_model, data
 from xception_flax.commands import precompile
 from xception_flax.models import costs
+from xception_flax.planning import report as reporting
 from xception_flax.planning import slices
 from xception_flax.planning.hlo import Collective
 from xception_flax.recipes import reading
@@ -72,7 +73,7 @@ def test_shapes_are_those_of_the_data(tmp_path: Path) -> None:
     overrides += ["data.source=arrays", f"data.path={several}"]
     for config in (reading.load(DIGITS), reading.load(DIGITS, [f"--config.{text}" for text in overrides])):
         split = data.load(**config.data, train=True, batch_size=config.batch_size)
-        assert planning.report.batch_shapes(config) == split.batch_shapes
+        assert reporting.batch_shapes(config) == split.batch_shapes
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_what_does_not_fit_is_said(
 
     step = SimpleNamespace(lower=lambda *shapes: SimpleNamespace(compile=fail))
     monkeypatch.setattr(
-        planning.report, "create_program", lambda *args: SimpleNamespace(train_step=step, abstract_state=None)
+        reporting, "create_program", lambda *args: SimpleNamespace(train_step=step, abstract_state=None)
     )
     assert precompile.main(LENET) == 1
     out = capsys.readouterr().out
@@ -109,7 +110,7 @@ def test_other_errors_of_the_compiler_are_not_hidden(
 
     step = SimpleNamespace(lower=lambda *shapes: SimpleNamespace(compile=fail))
     monkeypatch.setattr(
-        planning.report, "create_program", lambda *args: SimpleNamespace(train_step=step, abstract_state=None)
+        reporting, "create_program", lambda *args: SimpleNamespace(train_step=step, abstract_state=None)
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
         precompile.main(LENET)
@@ -139,25 +140,25 @@ def test_largest_batch() -> None:
         return 1000 + an_image * images + more * images**2
 
     # 1000 + 100 n <= 16,000: n is at most 150, and 144 the multiple of 8 below. The line is met at once.
-    assert planning.report.largest_batch(memory, 16_000, first=64, state=1000) == (144, 152)
+    assert reporting.largest_batch(memory, 16_000, first=64, state=1000) == (144, 152)
     assert calls == [64, 144, 152]
     # Nothing fits; the first does not, and a smaller one does; a batch that no multiple is.
-    assert planning.report.largest_batch(memory, 1100, first=64, state=1000) == (0, 8)
-    assert planning.report.largest_batch(memory, 4000, first=128, state=1000) == (24, 32)
-    assert planning.report.largest_batch(memory, 16_000, first=6, state=1000) == (144, 152)
+    assert reporting.largest_batch(memory, 1100, first=64, state=1000) == (0, 8)
+    assert reporting.largest_batch(memory, 4000, first=128, state=1000) == (24, 32)
+    assert reporting.largest_batch(memory, 16_000, first=6, state=1000) == (144, 152)
     # Memory that is no line: 1000 + 100 n + n^2 <= 60,000 up to n = 197.9.
     calls.clear()
-    assert planning.report.largest_batch(lambda n: memory(n, more=1), 60_000, first=64, state=1000) == (192, 200)
-    assert len(calls) <= planning.report.MAX_COMPILATIONS
+    assert reporting.largest_batch(lambda n: memory(n, more=1), 60_000, first=64, state=1000) == (192, 200)
+    assert len(calls) <= reporting.MAX_COMPILATIONS
     # So large a chip that no batch is found which does not fit.
-    fits, fails = planning.report.largest_batch(memory, 10**12, first=8, state=1000)
-    assert (fits, fails) == (8 * 4 ** (planning.report.MAX_COMPILATIONS - 1), None)
+    fits, fails = reporting.largest_batch(memory, 10**12, first=8, state=1000)
+    assert (fits, fails) == (8 * 4 ** (reporting.MAX_COMPILATIONS - 1), None)
 
 
 def test_every_layer_has_a_kind() -> None:
     for name in MODELS:
         layers = costs.list_layers(create_model(name, num_classes=10), (96, 96, 3))
-        assert {layer.module for layer in layers} <= set(planning.report.KINDS)
+        assert {layer.module for layer in layers} <= set(reporting.KINDS)
 
 
 @pytest.mark.parametrize(
@@ -183,19 +184,19 @@ def test_every_layer_has_a_kind() -> None:
 )
 def test_kinds_by_where_an_operation_is_from(op_name: str, kind: str) -> None:
     layers = costs.list_layers(create_model("xception", num_classes=10, width=0.125), (96, 96, 3))
-    paths = {"/".join(layer.path): planning.report.KINDS[layer.module] for layer in layers}
-    assert planning.report.kind_of(f"jit(train_step)/{op_name}", paths, "Xception") == kind
+    paths = {"/".join(layer.path): reporting.KINDS[layer.module] for layer in layers}
+    assert reporting.kind_of(f"jit(train_step)/{op_name}", paths, "Xception") == kind
 
 
 def test_the_bound_by_hand() -> None:
     chip = slices.CHIPS["v5e"]
     where = slices.Slice("v5e:2x4", chip, (2, 4))
     kinds = {
-        "pointwise conv.": planning.report.Cost(1.97e12, 81_900_000),
-        "batch norm.": planning.report.Cost(0, 1_638_000_000),
+        "pointwise conv.": reporting.Cost(1.97e12, 81_900_000),
+        "batch norm.": reporting.Cost(0, 1_638_000_000),
     }
-    report = planning.report.Report(10**9, 10**6, 2e12, 2e9, kinds, [Collective("all-reduce", 90_000_000, 2)])
-    result = planning.report.estimate(report, where, images_a_chip=16)
+    report = reporting.Report(10**9, 10**6, 2e12, 2e9, kinds, [Collective("all-reduce", 90_000_000, 2)])
+    result = reporting.estimate(report, where, images_a_chip=16)
     # 1.97 of 197 TFLOP/s: 10 ms against 0.1 ms of memory; 1.638 of 819 GB/s: 2 ms; two all-reduces of 2 ms.
     assert result["kinds"]["pointwise conv."]["seconds"] == pytest.approx(10e-3)
     assert result["kinds"]["batch norm."]["seconds"] == pytest.approx(2e-3)
