@@ -70,7 +70,7 @@ def test_report_adds_up(compiled: jax.stages.Compiled, config: ConfigDict, param
     # All bytes as the compiler counts them; those of HBM are fewer.
     assert sum(cost.size for cost in Hlo(compiled.as_text()).traffic()) == pytest.approx(report.xla_size, rel=0.2)
     assert sum(cost.size for cost in report.kinds.values()) < report.xla_size
-    assert all(report.kinds[kind].size > 0 for kind in (*reporting.KINDS.values(), report.UPDATE))
+    assert all(report.kinds[kind].size > 0 for kind in (*reporting.KINDS.values(), reporting.UPDATE))
 
 
 def test_chips_add_up_gradients_and_statistics_and_nothing_else(
