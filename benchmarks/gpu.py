@@ -39,7 +39,7 @@ class Process:
     """A process of `gpu_contenders`: it gets ready by itself, and measures once it is told to."""
 
     def __init__(self, job: Job, folder: Path, dry_run: bool) -> None:
-        self._log = tempfile.TemporaryFile(mode="w+", dir=folder)  # noqa: SIM115 (closed by `end`)
+        self._log = folder / f"{job.subject}_{job.mode}_{job.batch}.log"
         own = {
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the next one gets ready beside it
             "JAX_PLATFORMS": "cpu" if dry_run else "cuda",
@@ -48,16 +48,17 @@ class Process:
         }
         if job.subject == "correctness":  # any algorithm must be right, and trying them all takes minutes
             own["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu_contenders", json.dumps(job._asdict())],
-            cwd=ROOT,
-            env=os.environ | own,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            start_new_session=True,  # a signal reaches its children too
-        )
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.gpu_contenders", json.dumps(job._asdict())],
+                cwd=ROOT,
+                env=os.environ | own,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # a signal reaches its children too
+            )
         self._ended_by_limit = False
 
     def records(self, limit: float) -> Iterator[Record]:
@@ -92,10 +93,10 @@ class Process:
 
     def end(self) -> None:
         """Ends the process and its children; a second time does nothing."""
-        if not self._log.closed:
+        if not self._process.stdout.closed:
             self._kill()
             self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout, self._log):
+            for pipe in (self._process.stdin, self._process.stdout):
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
 
@@ -104,8 +105,7 @@ class Process:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def _last_words(self) -> str:
-        self._log.seek(0)
-        return self._log.read()[-2000:]
+        return self._log.read_text(errors="replace")[-2000:]
 
 
 class Results:

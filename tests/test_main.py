@@ -1,5 +1,6 @@
 """The door: `xception-flax VERB` and `python -m xception_flax VERB` are one, list every verb, and answer mistakes."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,17 @@ def test_help_lists_the_verbs_with_a_line_each(door):
     for verb, what in VERBS.items():
         assert f"{verb:<11} {what}" in lines
         assert len(f"  {verb:<11} {what}") <= 120
+
+
+def test_help_that_nobody_reads_ends_without_a_traceback():
+    """As `| head` reads, and a full disk: `cli.run` does the same for each verb."""
+    with subprocess.Popen([SCRIPT, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([SCRIPT, "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (2, "")
 
 
 def test_without_a_verb_the_help_is_an_error():

@@ -1,6 +1,7 @@
 """The door to all commands: `xception-flax VERB ...`, and the same as `python -m xception_flax VERB ...`."""
 
 import importlib
+import os
 import signal
 import sys
 from typing import NoReturn
@@ -33,7 +34,10 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, signals.stop_at_once)
     arguments = sys.argv[1:]
     if arguments[:1] in (["--help"], ["-h"]):
-        print(USAGE)
+        try:
+            print(USAGE, flush=True)
+        except OSError as error:  # at once, since Python's own end would try to print again
+            os._exit(128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2)
         sys.exit(0)
     if not arguments:
         print(USAGE, file=sys.stderr)

@@ -1,5 +1,8 @@
 """Any text is drawn: as text, in letters that are there, within its room."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import cv2
@@ -131,3 +134,15 @@ def test_any_name_is_drawn(tmp_path, capsys):
     curves.draw_curves([{"step": 1, "train/loss": 1.0}], f"price_$$ {CAT} {'x' * 255}", tmp_path / "c.png")
     assert cv2.imread(str(tmp_path / "m.png")).shape[1] == 1540  # eight columns of 1.75 inches, 110 pixels each
     assert capsys.readouterr().err.count("\\u732b") == 3  # a line a picture: each lacks other letters besides
+
+
+def test_settings_of_the_user_change_no_picture(tmp_path):
+    """LaTeX for every text, and windows on a display: neither is here, and a run's curves are drawn all the same."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nbackend: TkAgg\n")
+    program = (
+        "import pathlib, sys; from xception_flax.runs import curves\n"
+        "curves.draw_curves([{'step': 1, 'train/loss': 1.0}], 'a_b $x', pathlib.Path(sys.argv[1]))"
+    )
+    own = os.environ | {"MATPLOTLIBRC": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "curves.png")], env=own, check=True, timeout=120)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

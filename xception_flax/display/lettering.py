@@ -13,10 +13,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib import font_manager
 from matplotlib.textpath import text_to_path
 
 from xception_flax.text import naming
+
+# Whatever a user's own settings are. Everything that draws comes by here.
+matplotlib.use("Agg")  # into files only, without a display
+matplotlib.rcParams["text.usetex"] = False  # names are not LaTeX
 
 FONT = "DejaVu Sans"  # comes with Matplotlib; has Latin, Greek, Cyrillic, Hebrew, Arabic and many signs
 

@@ -1,13 +1,7 @@
-"""Pictures for people: the curves of a run, the images a network got wrong, the images it learns from."""
+"""Pictures for people: the images a network got wrong, the images it learns from."""
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import matplotlib
-
-from xception_flax.text.errors import UserError
-
-matplotlib.use("Agg")  # draws into files only, without a display
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,8 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from xception_flax.display.lettering import Lettering, embedded
 from xception_flax.text import naming
-
-matplotlib.rcParams["text.usetex"] = False  # names are not LaTeX, even if the user's own settings turn it on
+from xception_flax.text.errors import UserError
 
 COLUMN_INCHES = 1.75  # width of an image
 CAPTION_SIZE, TITLE_SIZE = 9, 10  # of letters, in points

@@ -1,5 +1,6 @@
 """The history of a run on a disk: metrics.jsonl, and the same as events for TensorBoard."""
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from xception_flax.host.files import file_errors, write_whole
 from xception_flax.text import naming
+from xception_flax.text.errors import UserError
 
 
 class Events:
@@ -37,10 +39,15 @@ class Events:
         with file_errors(self._path, "written"):
             folder.mkdir(exist_ok=True)
             self._file = RecordWriter(str(self._path))
-        self._write(
-            Event(wall_time=now, file_version="brain.Event:2"),
-            Event(wall_time=now, step=start_step + 1, session_log=SessionLog(status=SessionLog.START)),
-        )
+        try:
+            self._write(
+                Event(wall_time=now, file_version="brain.Event:2"),
+                Event(wall_time=now, step=start_step + 1, session_log=SessionLog(status=SessionLog.START)),
+            )
+        except UserError:
+            with contextlib.suppress(OSError):  # of what is still to be written
+                self.close()
+            raise
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the values of a step by their names."""

@@ -21,6 +21,7 @@ from xception_flax.host.files import file_errors
 from xception_flax.runs.history import Events, open_metrics, to_json
 from xception_flax.runs.workdir import HISTORY, TENSORBOARD
 from xception_flax.text import naming
+from xception_flax.text.errors import UserError
 
 NO_SHARES = ("loss", "count", "bad_images")  # of what an evaluation returns; all else is a share of 1
 
@@ -80,8 +81,12 @@ class RunProgress:
             return
         self._console = stderr_console()
         self._path = workdir / HISTORY
-        self._events = Events(workdir / TENSORBOARD, start_step)
         self._file, strange = open_metrics(self._path, start_step)
+        try:
+            self._events = Events(workdir / TENSORBOARD, start_step)
+        except UserError:
+            self._file.close()
+            raise
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
