@@ -1,0 +1,33 @@
+"""A trained network of any origin, as reading its source gives it."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+
+class Pretrained(NamedTuple):
+    """A network with its weights, and what the source says of its use.
+
+    Attributes:
+      library: whose layers these are: 'keras', 'timm', or 'xception_flax'.
+      model: keywords of `models.create_model`; `name` too.
+      variables: what `model.apply` takes: 'params' and 'batch_stats', NumPy arrays.
+      class_names: of the logits, in their order; () where the source does not say.
+      image_size: pixels a side of the images it was trained on; None where the source does not say.
+      transforms: how an image becomes one of that size, as `data.eval_transforms`; None where unsaid.
+      normalize: `mean` and `std` on the scale 0 to 255, a value a channel or one for all; None where unsaid.
+      activation: 'softmax' (one label an image) or 'sigmoid' (several): from logits to probabilities.
+      left_out: what else the source has and this network has no place for, in words, a part each.
+      origin: what the weights are, as JSON: {'file': path, 'sha256': ...}.
+    """
+
+    library: str
+    model: dict[str, Any]
+    variables: dict[str, Any]
+    class_names: tuple[str, ...] = ()
+    image_size: int | None = None
+    transforms: str | None = None
+    normalize: dict[str, tuple[float, ...]] | None = None
+    activation: str = "softmax"
+    left_out: tuple[str, ...] = ()
+    origin: Mapping[str, Any] = MappingProxyType({})
