@@ -1,0 +1,168 @@
+"""Opens weights wherever they are: a run, a file or a folder of any library, or the name of published ones."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from xception_flax.runs.restore import Run, restore
+from xception_flax.runs.workdir import CONFIG, run_around
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import suggest, written
+from xception_flax.weights import fetching, keras_models, reading, torch_models
+from xception_flax.weights.pretrained import Pretrained
+
+# What the files that Keras Applications publishes take: [-1, 1]. No file says it.
+PUBLISHED_NORMALIZE = {"mean": (127.5,), "std": (127.5,)}
+
+KERAS_FORMS = ("hdf5", "keras")  # of `reading.recognize`; all others have arrays by torch's names, or ours
+
+MAX_BYTES = 2**31  # of all arrays of a file: the largest network in float64, with a training's averages beside
+
+
+def open_source(source: str, mesh: Mesh, checkpoint: str = "best", weights: str | None = None) -> Pretrained | Run:
+    """Returns the network that `source` is.
+
+    Args:
+      source: the workdir of a run; a file of Keras, torch or this project; a folder as the Hugging Face hub has it;
+        'keras:NETWORK', 'timm:NAME' or 'hf:OWNER/NAME', which `fetching` gets.
+      mesh: where the variables of a run go; those of all else stay in NumPy arrays.
+      checkpoint: of a run: 'latest', 'best' or the number of a step.
+      weights: of a run: 'raw', 'ema', or None for 'ema' where it keeps them.
+
+    Raises:
+      UserError: there is no such source, or it is damaged or of another network; the message says what to do.
+    """
+    path = _located(source)
+    if path.is_dir():
+        if (hub := _hub_folder(path)) is not None:
+            return read_file(hub.weights, hub.config)
+        if (path / CONFIG).is_file():
+            return restore(path, mesh, checkpoint, weights)
+        found = run_around(path) or _other_library(path)
+        raise UserError(f"{path} is no workdir of a run: it has no {CONFIG}{found}.")
+    return read_file(path)
+
+
+def _located(source: str) -> Path:
+    """Returns the file or folder that a source stands for, fetched where it is elsewhere."""
+    if fetching.is_remote(source):
+        return fetching.fetch(source)
+    try:
+        path = Path(source).expanduser()
+        if path.exists():
+            return path
+        if Path(f"{path}.index").is_file():
+            raise UserError(
+                f"{path} is a checkpoint of TensorFlow ({path.name}.index), and is not read; {reading.REWRITE_KERAS}."
+            )
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{written(source)}: {error}.") from None
+    except (OSError, RuntimeError) as error:  # the latter: ~ of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{written(source)} cannot be opened: {reason}.") from None
+    raise UserError(
+        f"{path} is neither a file nor a folder; expected a file of weights, the workdir of a run, or "
+        f"{', '.join(fetching.FORMS)}; {suggest(source, fetching.EXAMPLES)}"
+    )
+
+
+class HubFolder(NamedTuple):
+    """The files of a folder as the Hugging Face hub has it."""
+
+    weights: Path
+    config: dict[str, Any]
+
+
+# In this order: a pickle only where there is nothing else.
+HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def _hub_folder(path: Path) -> HubFolder | None:
+    """Returns the files of a folder as the hub has it; None for other folders, such as the workdir of a run."""
+    weights = next((path / name for name in HUB_WEIGHTS if (path / name).is_file()), None)
+    if weights is None or not (path / CONFIG).is_file():
+        return None
+    try:
+        config = json.loads((path / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path / CONFIG} cannot be read: {error}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path / CONFIG} is no description of a network; expected keys and values in braces.")
+    return HubFolder(weights, config)
+
+
+def read_file(path: Path, config: Mapping[str, Any] = MappingProxyType({})) -> Pretrained:
+    """Returns the network in a file of weights; see `reading.recognize` for the formats.
+
+    Args:
+      path: of the file.
+      config: what stands beside the file about it: `config.json` of a folder as the hub has it.
+
+    Raises:
+      UserError: the file is damaged, or no network here has its arrays.
+    """
+    try:
+        form = reading.recognize(path)
+        contents = reading.read(path, form, MAX_BYTES)
+        digests = {algorithm: _digest(path, algorithm) for algorithm in ("sha256", "md5")}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    origin = {"file": str(path.absolute()), "sha256": digests["sha256"]}
+    if form in KERAS_FORMS:
+        pretrained = keras_models.recognize(contents, path)
+        if digests["md5"] in fetching.PUBLISHED_MD5:
+            pretrained = pretrained._replace(normalize=PUBLISHED_NORMALIZE)
+    else:
+        arrays = {name: array for name, (array,) in contents.entries}
+        pretrained = torch_models.recognize(arrays, contents.config | dict(config), path)
+    return pretrained._replace(origin=dict(pretrained.origin) | origin)
+
+
+def from_run(run: Run) -> Pretrained:
+    """Returns a run as any other network with weights, its variables in NumPy arrays."""
+    model = {name: value for name, value in run.recipe.model.to_dict().items()}
+    return Pretrained(
+        library="xception_flax",
+        model=model,
+        variables=jax.tree.map(np.asarray, run.variables),
+        class_names=run.class_names,
+        image_size=run.recipe.data.image_size,
+        transforms=run.recipe.data.eval_transforms,
+        normalize={name: tuple(run.recipe.normalize[name]) for name in ("mean", "std")},
+        activation="sigmoid" if run.recipe.loss.name == "sigmoid" else "softmax",
+        origin={"step": run.step, "weights": run.weights},
+    )
+
+
+def _digest(path: Path, algorithm: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def _other_library(folder: Path) -> str:
+    """What a folder of another library is, and what to do, for an error; '' for other folders."""
+    names = set()
+    with contextlib.suppress(OSError):  # it is not there, or nobody may look
+        names = set(os.listdir(folder))
+    if files := sorted(name for name in names if Path(name).suffix in reading.SUFFIXES):
+        return f"; it has a file of weights: give {folder / files[0]}"
+    if "saved_model.pb" in names:
+        return f"; this is a SavedModel of TensorFlow: {reading.REWRITE_KERAS}"
+    if any(name.endswith(".index") for name in names):
+        return f"; this has a checkpoint of TensorFlow: {reading.REWRITE_KERAS}"
+    if names & {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"}:
+        return "; this is a checkpoint of Orbax, and not of such a run"
+    return ""
