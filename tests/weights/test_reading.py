@@ -1,5 +1,6 @@
 """Files of other libraries as they are, damaged, and made to hurt: what is read, what is said, what ends a reader."""
 
+import importlib
 import os
 import re
 import signal
@@ -16,7 +17,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from xception_flax.text.errors import UserError
 from xception_flax.weights import reading
+from xception_flax.weights.reader.room import Contents, Room
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 VALUES = np.array([[1.5, -2.25, 3], [1e-3, 0, 7]])
@@ -27,9 +30,15 @@ def refused(message: str):
     return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
 
 
-def read_here(path: Path, form: str, max_bytes: int = 10**6) -> list:
+def unreadable(path: Path, form: str, reason: str):
+    """What the caller of a reader is told."""
+    message = f"{path} cannot be read as {reading.FORMATS[form]}: {reason}."
+    return pytest.raises(UserError, match=f"^{re.escape(message)}$")
+
+
+def read_here(path: Path, form: str, max_bytes: int = 10**6) -> Contents:
     """What the reader does, in this process: a process each would take longer than all else here."""
-    return reading.READERS[form](path, reading.Room(max_bytes, []))
+    return importlib.import_module(f"xception_flax.weights.reader.{form}").read(path, Room(max_bytes, []))
 
 
 def write(path: Path, array: np.ndarray) -> Path:
@@ -68,7 +77,8 @@ def test_numbers_of_every_width_and_order(tmp_path, suffix, dtype):
         dtype = np.dtype(dtype).newbyteorder("<")  # it has no other
     array = VALUES.astype(dtype)
     path = write(tmp_path / f"a{suffix}", array)
-    ((name, (found,)),) = read_here(path, reading.recognize(path))
+    ((name, (found,)),), config = read_here(path, reading.recognize(path))
+    assert config == {}
     assert (name, found.dtype.str) == ("a", "<f8" if array.dtype.itemsize == 8 else "<f4")
     np.testing.assert_array_equal(found, array.astype(np.float64))
 
@@ -83,7 +93,7 @@ def test_the_process_hands_back_what_it_reads(tmp_path):
         "fortran": np.asfortranarray(VALUES),
     }
     np.savez_compressed(tmp_path / "a.npz", **arrays, num_batches_tracked=np.int64(7))
-    found = reading.read(tmp_path / "a.npz", "npz")
+    found, _ = reading.read(tmp_path / "a.npz", "npz")
     assert [name for name, _ in found] == list(arrays)
     for name, (array,) in found:
         np.testing.assert_array_equal(array, arrays[name], strict=True)
@@ -229,7 +239,7 @@ def test_a_flipped_bit_of_npz_is_found(tmp_path):
 def test_any_exception_of_a_library_is_a_sentence(tmp_path):
     path = write(tmp_path / "a.npz", VALUES)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"^BadZipFile: File is not a zip file$"):
+    with unreadable(path, "npz", "BadZipFile: File is not a zip file"):
         reading.read(path, "npz")
 
 
@@ -237,7 +247,7 @@ def test_a_reader_that_does_not_end_is_ended(tmp_path, monkeypatch):
     """By the kernel: of a pipe that nobody writes to, native code waits for ever."""
     os.mkfifo(tmp_path / "a.h5")
     monkeypatch.setattr(reading, "SECONDS", 1)
-    with pytest.raises(ValueError, match=r"^its reader was not done after 1 s$"):
+    with unreadable(tmp_path / "a.h5", "hdf5", "its reader was not done after 1 s"):
         reading.read(tmp_path / "a.h5", "hdf5")
 
 
@@ -248,7 +258,7 @@ CRASHED = "the library that reads it crashed (SIGSEGV); the file is damaged"
     ("ends", "message"),
     {
         "kill -SEGV $$": CRASHED,
-        """echo '{"layers": [["a", [["<f4", [9]]]]]}'; kill -SEGV $$""": CRASHED,
+        """echo '{"entries": [["a", [["<f4", [9]]]]]}'; kill -SEGV $$""": CRASHED,
         "kill -XCPU $$": "its reader was not done after 20 s",
         "kill -KILL $$": "its reader was ended from outside (SIGKILL)",
         "exit 3": "its reader ended with code 3",
@@ -259,7 +269,7 @@ def test_every_other_end_is_a_sentence(tmp_path, monkeypatch, ends, message):
     script.write_text(f"#!/bin/sh\n{ends}\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    with refused(message):
+    with unreadable(tmp_path / "a.h5", "hdf5", message):
         reading.read(tmp_path / "a.h5", "hdf5")
 
 
@@ -314,7 +324,7 @@ def test_what_is_not_read_is_named_by_its_content(tmp_path, name, content, messa
     path = tmp_path / name
     path.write_bytes(content)
     said = f"{path} must be .h5 (Keras), .safetensors or .npz (timm), or a workdir; this is {message}"
-    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
         reading.recognize(path)
 
 
@@ -332,7 +342,7 @@ def test_what_is_not_read_is_named_by_its_content(tmp_path, name, content, messa
 def test_an_archive_is_named_by_its_first_member(tmp_path, member, message):
     with zipfile.ZipFile(tmp_path / "model.ckpt", "w") as archive:
         archive.writestr(member, b"")
-    with pytest.raises(ValueError, match=rf"model\.ckpt must be .*; {re.escape(message)}"):
+    with pytest.raises(UserError, match=rf"model\.ckpt must be .*; {re.escape(message)}"):
         reading.recognize(tmp_path / "model.ckpt")
 
 

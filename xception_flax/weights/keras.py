@@ -15,9 +15,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xception_flax.text.errors import UserError
 from xception_flax.weights import reading
-from xception_flax.weights.reading import MAX_BYTES, Layers
+from xception_flax.weights.reading import MAX_BYTES
 
 PyTree = Any
+Layers = list[tuple[str, list[np.ndarray]]]  # name, arrays
 
 # Our names of the layers that Keras numbers, in its order.
 XCEPTION_NUMBERED = ("block2_residual", "block3_residual", "block4_residual", "block13_residual")
@@ -106,10 +107,7 @@ def read_layers(path: Path, template: Mapping[str, PyTree], max_bytes: int = MAX
     Raises:
       UserError: the file is not one of these, or is damaged.
     """
-    try:
-        layers = [(name, arrays) for name, arrays in reading.read(path, "hdf5", max_bytes) if arrays]
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read as weights of Keras: {error}.") from None
+    layers = [(name, arrays) for name, arrays in reading.read(path, "hdf5", max_bytes).entries if arrays]
     if not layers:
         raise UserError(f"{path} has no layers with weights in it; expected a file of Keras' model.save_weights().")
     if any(name.startswith("/") for name, _ in layers):

@@ -57,12 +57,9 @@ def read_state(path: Path, form: str, max_bytes: int = MAX_BYTES) -> dict[str, n
       max_bytes: limit of all arrays together.
 
     Raises:
-      UserError: the file does not have this format, or is damaged.
+      UserError: the file cannot be read.
     """
-    try:
-        return {name: array for name, (array,) in reading.read(path, form, max_bytes)}
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read as weights of timm: {error}.") from None
+    return {name: array for name, (array,) in reading.read(path, form, max_bytes).entries}
 
 
 def timm_names(template: Mapping[str, PyTree]) -> dict[tuple[str, ...], str]:

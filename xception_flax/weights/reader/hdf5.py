@@ -1,0 +1,93 @@
+"""Reads the HDF5 files that Keras writes: weights alone, or whole models."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from xception_flax.weights.reader.room import MAX_CONFIG, Contents, Room, native, parsed, printable
+
+
+def _child(group: Any, name: str) -> Any:
+    """Returns the object in an HDF5 group at `name`, which may be a path. Links to other places are refused."""
+    for part in name.split("/"):
+        if not isinstance(group, h5py.Group) or part not in group:
+            raise ValueError(f"there is no {name} in {getattr(group, 'name', group)}")
+        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
+            raise ValueError(f"{group.name.rstrip('/')}/{part} is a link to another place; expected the thing itself")
+        group = group[part]
+    return group
+
+
+def _dataset(group: Any, name: str, room: Room) -> np.ndarray:
+    dataset = _child(group, name)
+    if not isinstance(dataset, h5py.Dataset):
+        raise ValueError(f"{dataset.name} is no array")
+    if dataset.external or dataset.is_virtual:
+        raise ValueError(f"{dataset.name} has its numbers in another file or array; expected them here")
+    room.check(dataset.name, dataset.dtype, dataset.shape)
+    if dataset.dtype.kind == "f" and dataset.id.get_type() != h5py.h5t.py_create(dataset.dtype):
+        raise ValueError(f"{dataset.name} has numbers of a type of its own; expected those of IEEE 754")
+    if dataset.size and not _is_whole(dataset):  # missing parts would be read as zeros
+        raise ValueError(f"{dataset.name} has not all of its numbers in the file")
+    return native(dataset[()])
+
+
+def _is_whole(dataset: Any) -> bool:
+    if not dataset.chunks:
+        return dataset.id.get_storage_size() >= dataset.nbytes
+    chunks = math.prod(-(-n // chunk) for n, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+    return dataset.id.get_num_chunks() >= chunks
+
+
+def _vars(group: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Yields the groups named 'vars', one for each layer of Keras 3, with their places."""
+    # HDF5 allows a group to be in several groups, and in itself.
+    address = h5py.h5o.get_info(group.id).addr
+    if address in seen:
+        raise ValueError(f"{group.name} is in it twice")
+    seen.add(address)
+    for name in group:
+        # Skip the optimizer's variables and the states of random number generators.
+        if (group.name == "/" and name == "optimizer") or name == "seed_generator":
+            continue
+        item = _child(group, name)
+        if isinstance(item, h5py.Group) and name == "vars":
+            yield group.name, item
+        elif isinstance(item, h5py.Group):
+            yield from _vars(item, seen)
+
+
+def read(path: Path, room: Room) -> Contents:
+    """Returns the layers that Keras wrote, and a whole model's configuration. Raises ValueError as the package says.
+
+    A layer without a name gets its place in the file, which begins with '/'.
+    """
+    with h5py.File(path, "r") as file:
+        return Contents(layers(file, room), _config(file))
+
+
+def layers(file: h5py.File, room: Room) -> list[tuple[str, list[np.ndarray]]]:
+    """Returns (name, arrays) of each layer in an open file."""
+    top = _child(file, "model_weights") if "model_weights" in file else file
+    if "layer_names" not in top.attrs:  # Keras 3
+        groups = [
+            (group.attrs.get("name", place), group, map(str, range(len(group)))) for place, group in _vars(file, set())
+        ]
+    else:  # Keras 1 and 2, and whole models of all versions
+        groups = [(name, _child(top, printable(name)), None) for name in top.attrs["layer_names"]]
+        groups = [(name, group, map(printable, group.attrs["weight_names"])) for name, group, _ in groups]
+    return [(printable(name), [_dataset(group, w, room) for w in names]) for name, group, names in groups]
+
+
+def _config(file: h5py.File) -> dict[str, Any]:
+    """Returns what `model.save()` writes beside the weights; {} if only weights were saved."""
+    if "model_config" not in file.attrs:
+        return {}
+    if file.attrs.get_id("model_config").get_storage_size() > MAX_CONFIG:
+        raise ValueError(f"model_config has more than {MAX_CONFIG:,} bytes; expected less")
+    versions = {name: printable(file.attrs[name]) for name in ("keras_version", "backend") if name in file.attrs}
+    return {"config": parsed("model_config", file.attrs["model_config"]), "metadata": versions}
