@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+FIRST_LAYERS = ("block1_conv1", "stem_conv1")  # of each network
+
 
 class Pretrained(NamedTuple):
     """A network with its weights, and what the source says of its use.
@@ -31,3 +33,9 @@ class Pretrained(NamedTuple):
     activation: str = "softmax"
     left_out: tuple[str, ...] = ()
     origin: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images, which the first kernel says."""
+        kernel = next(self.variables["params"][name]["kernel"] for name in FIRST_LAYERS if name in self.variables["params"])
+        return kernel.shape[2]

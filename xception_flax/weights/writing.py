@@ -1,0 +1,237 @@
+"""Writes a network with its weights as other libraries read it: Keras, timm, the Hugging Face hub, NumPy.
+
+What is written is exact, or it is refused. What another library would compute otherwise, though every array fits, is
+returned in words. Our own description goes with the arrays where the format has a place for it, so that reading such a
+file gives the same network again.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from xception_flax import models
+from xception_flax.host.files import file_errors, sync, sync_tree
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import suggest
+from xception_flax.weights import cards, timm
+from xception_flax.weights import keras as keras_names
+from xception_flax.weights.description import DESCRIPTION, describe
+from xception_flax.weights.pretrained import Pretrained
+
+
+class Written(NamedTuple):
+    """What was written.
+
+    Attributes:
+      path: the file or folder.
+      notes: what the library that reads it does otherwise, and what it does not take, in words.
+    """
+
+    path: Path
+    notes: tuple[str, ...]
+
+
+def write(pretrained: Pretrained, output: Path) -> Written:
+    """Writes a network for another library, whole or not at all.
+
+    Args:
+      pretrained: the network.
+      output: a file, whose suffix says the format (`FORMATS`), or else a folder, in the layout of the Hugging Face hub.
+
+    Raises:
+      UserError: the format has no place for this network, or the output is there already or cannot be written.
+    """
+    check_output(output)
+    function = _format(output).function
+    with _beside(output) as partial:
+        notes = function(pretrained, partial)
+    return Written(output, tuple(notes))
+
+
+def check_output(output: Path) -> None:
+    """Raises UserError where `output` is there already, has no known suffix, or lies in no folder."""
+    _format(output)
+    if os.path.lexists(output):
+        raise UserError(f"{output} is there already; nothing was written. Remove it, or take another name.")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"{output.absolute().parent} is no folder; make it, or take another one for {output.name}.")
+
+
+# Formats -------------------------------------------------------------------------------------------
+
+
+def _write_keras(pretrained: Pretrained, path: Path) -> list[str]:
+    """Whole, as `.keras`, or the weights alone, as `.weights.h5`."""
+    model = _keras_model(pretrained)
+    (model.save_weights if path.name.endswith(".weights.h5") else model.save)(path)
+    return _differences(pretrained, KERAS_FIELDS, "Keras")
+
+
+def _keras_model(pretrained: Pretrained) -> Any:
+    """Keras Applications' network with these weights; a classifier with hidden layers is built behind it."""
+    name, fields = pretrained.model["name"], models.create_model(**pretrained.model)
+    if name not in ("xception", "inception_v3"):
+        raise UserError(f"Keras has no {name}; write .safetensors or .npz.")
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # before its import; TensorFlow is not among our requirements
+    try:
+        import keras
+    except ImportError as error:
+        raise UserError(f"Keras writes this format, and cannot be imported: {error}; pip install keras") from None
+    constructor = {"xception": keras.applications.Xception, "inception_v3": keras.applications.InceptionV3}[name]
+    size = pretrained.image_size or 299
+    hidden, classes = tuple(getattr(fields, "fc_layers", ())), fields.num_classes
+    options = {"include_top": classes > 0 and not hidden, "weights": None, "input_shape": (size, size, pretrained.channels)}
+    if options["include_top"]:
+        options |= {"classes": classes, "classifier_activation": pretrained.activation}
+    else:
+        options["pooling"] = "avg"
+    model = constructor(**options)
+    if classes and hidden:
+        x = model.output
+        for i, features in enumerate(hidden, start=1):
+            x = keras.layers.Dense(features, activation="relu", name=f"fc{i}")(x)
+        x = keras.layers.Dropout(fields.dropout_rate)(x)
+        x = keras.layers.Dense(classes, activation=pretrained.activation, name="predictions")(x)
+        model = keras.Model(model.input, x, name=name)
+    layers = [layer for layer in model.layers if layer.weights]
+    arrays = keras_names.to_keras(pretrained.variables, [(layer.name, len(layer.weights)) for layer in layers])
+    try:
+        for layer, values in zip(layers, arrays, strict=True):
+            layer.set_weights(values)
+    except ValueError:
+        raise UserError(f"Keras has {name} in one size; this one has other widths or depths.") from None
+    return model
+
+
+def _write_safetensors(pretrained: Pretrained, path: Path) -> list[str]:
+    import safetensors.numpy
+
+    arrays, notes = _torch_arrays(pretrained)
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    metadata = {"format": "pt", DESCRIPTION: json.dumps(describe(pretrained))}
+    safetensors.numpy.save_file(contiguous, path, metadata=metadata)
+    return notes
+
+
+def _torch_arrays(pretrained: Pretrained) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns arrays by timm's names where timm has the network, else by ours, and what timm does otherwise."""
+    architecture = architecture_of(pretrained)
+    if architecture is None:
+        return _our_arrays(pretrained.variables), [f"timm has no {pretrained.model['name']}; the names are ours"]
+    flat = flatten_dict(pretrained.variables)
+    hidden = any(place[1].startswith("fc") for place in flat)
+    head = {place: value for place, value in flat.items() if hidden and HEAD.fullmatch(place[1])}
+    backbone = unflatten_dict({place: value for place, value in flat.items() if place not in head})
+    notes = _differences(pretrained, TIMM_FIELDS.get(architecture, {}), "timm")
+    if head:
+        notes.append("timm has no hidden layers before a classifier; their arrays are there by our names")
+    return timm.to_timm(backbone) | _our_arrays(unflatten_dict(head)), notes
+
+
+def architecture_of(pretrained: Pretrained) -> str | None:
+    """Returns timm's name of the network; None where timm has none with these layers."""
+    name, width = pretrained.model["name"], pretrained.model.get("width", 1)
+    return None if width != 1 else TIMM_NETWORKS.get(name)
+
+
+def _our_arrays(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {"/".join(place): np.asarray(value) for place, value in flatten_dict(variables).items()}
+
+
+def _write_npz(pretrained: Pretrained, path: Path) -> list[str]:
+    """By our names, and beside the arrays, in the archive, our description."""
+    with path.open("wb") as file:
+        np.savez(file, **_our_arrays(pretrained.variables))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"{DESCRIPTION}.json", json.dumps(describe(pretrained)))
+    return []
+
+
+def _write_hub(pretrained: Pretrained, folder: Path) -> list[str]:
+    """A folder as the hub has it: config.json as timm's where timm has the network, the weights, and a model card."""
+    folder.mkdir()
+    notes = _write_safetensors(pretrained, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(cards.config(pretrained, architecture_of(pretrained)), indent=2))
+    (folder / "README.md").write_text(cards.model_card(pretrained, architecture_of(pretrained), notes))
+    return notes
+
+
+class Format(NamedTuple):
+    """What writes a format, and what it is."""
+
+    function: Callable[[Pretrained, Path], list[str]]
+    meaning: str
+
+
+# By the end of the output's name; without any of these it is a folder.
+FORMATS = {
+    ".weights.h5": Format(_write_keras, "Keras' weights"),
+    ".keras": Format(_write_keras, "a whole model of Keras"),
+    ".safetensors": Format(_write_safetensors, "timm's weights"),
+    ".npz": Format(_write_npz, "NumPy's arrays"),
+    "": Format(_write_hub, "a folder as the Hugging Face hub has it"),
+}
+
+
+def _format(output: Path) -> Format:
+    for suffix, found in FORMATS.items():
+        if suffix and output.name.endswith(suffix):
+            return found
+    if output.suffix:
+        written = [suffix for suffix in FORMATS if suffix]
+        raise UserError(
+            f"--output {output}: {output.suffix!r} is no format to write; {suggest(output.suffix, written)} "
+            "A name without a suffix is a folder for the Hugging Face hub."
+        )
+    return FORMATS[""]
+
+
+# What a library computes otherwise ------------------------------------------------------------------
+
+# Fields of ours that are not in the arrays, with the values they have in the other library's network.
+KERAS_FIELDS = {"padding": "SAME", "bn_epsilon": 1e-3, "mid_activation": None, "residual": True}
+TIMM_FIELDS = {
+    "legacy_xception": {"padding": "SYMMETRIC", "bn_epsilon": 1e-5, "mid_activation": None, "residual": True},
+}
+# Our networks that timm has, with its names.
+TIMM_NETWORKS = {
+    "xception": "legacy_xception",
+    **{name: name for name in ("xception41", "xception65", "xception71", "xception41p", "xception65p")},
+    "inception_v3": "inception_v3",
+}
+HEAD = re.compile("fc[0-9]+|predictions")
+
+
+def _differences(pretrained: Pretrained, theirs: Mapping[str, Any], library: str) -> list[str]:
+    """Says which fields the library's network has otherwise; its logits are then others than ours."""
+    network = models.create_model(**pretrained.model)
+    other = {k: v for k, v in theirs.items() if hasattr(network, k) and getattr(network, k) != v}
+    if not other:
+        return []
+    values = ", ".join(f"{name} {value} in place of {getattr(network, name)}" for name, value in other.items())
+    return [f"{library} computes this network with {values}: its logits differ from ours"]
+
+
+@contextlib.contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """A place in the same folder, of the same suffix, which becomes `output` when all of it is on the disk."""
+    with file_errors(output, "written"):
+        scratch = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=output.absolute().parent))
+        try:
+            partial = scratch / output.name
+            yield partial
+            (sync_tree if partial.is_dir() else sync)(partial)
+            os.rename(partial, output)
+            sync(output.absolute().parent)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
