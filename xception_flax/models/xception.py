@@ -102,7 +102,7 @@ class Xception(nn.Module):
       output_stride: stride of the last features, in pixels of the image: 32, or 16 or 8 with dilated
         convolutions in place of the last strides. Weights fit all three.
       padding: of the max-pooling: 'SAME' (TensorFlow and Keras) or 'SYMMETRIC' (PyTorch), which differ for
-        even sizes. `legacy_xception` in timm is padding='SYMMETRIC', bn_epsilon=1e-5.
+        even sizes. In timm, `legacy_xception` is padding='SYMMETRIC', bn_epsilon=1e-5.
       remat: recompute the inside of each block in the backward pass, which saves memory.
       bn_decay: share of the old moving statistic that a step keeps (0.99: Keras; not in the paper).
       bn_frozen: normalize by the moving statistics in training too, and leave them unchanged.
@@ -145,7 +145,7 @@ class Xception(nn.Module):
 
     @property
     def spatial_conv(self) -> ModuleDef:
-        """Makes a convolution of its features, dilation and name; `XceptionTowers` has another with the same shapes."""
+        """Makes a convolution from features, dilation and name; `XceptionTowers` has another with the same shapes."""
         return partial(
             SeparableConv, mid_activation=self.mid_activation, dtype=self.dtype, param_dtype=self.param_dtype
         )
