@@ -134,7 +134,7 @@ class AlignedXception(nn.Module):
       middle_repeats: blocks in the middle flow.
       preactivation: normalization and ReLU before each separable convolution, and none inside it.
       dropout_rate: share of the pooled features that is dropped in training.
-      width: multiplies all numbers of channels except the classifier's.
+      width: multiplies every number of channels but the classifier's.
       width_multiple: numbers of channels are rounded to a multiple of this, after `width`.
       output_stride: stride of the last features, in pixels of the image: 32, or 16 or 8 with dilated
         convolutions in place of the last strides. Weights fit all three. (In timm, xception71 lacks

@@ -193,7 +193,7 @@ class InceptionV3(nn.Module):
       fc_layers: widths of hidden layers before the classifier (Xception paper, table 2).
       auxiliary: also build the auxiliary tower on the 17 x 17 features; `endpoints` then has
         'auxiliary_logits'. No loss here uses them; the Xception paper trains without (section 4.3).
-      width: multiplies all numbers of channels except the classifiers'; the results are rounded to a
+      width: multiplies every number of channels but the classifiers'; the results are rounded to a
         multiple of 8.
       remat: recompute the inside of each module in the backward pass, which saves memory.
       bn_decay: share of the old moving statistic that a step keeps.

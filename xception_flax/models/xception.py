@@ -96,7 +96,7 @@ class Xception(nn.Module):
       mid_activation: None, 'relu' or 'elu' between depthwise and pointwise (section 4.7).
       fc_layers: widths of hidden layers before the classifier; (4096, 4096) for the JFT variant of
         table 2.
-      width: multiplies all numbers of channels except the classifier's.
+      width: multiplies every number of channels but the classifier's.
       width_multiple: numbers of channels are rounded to a multiple of this, after `width`.
       middle_repeats: blocks in the middle flow; 8 in the paper.
       output_stride: stride of the last features, in pixels of the image: 32, or 16 or 8 with dilated
