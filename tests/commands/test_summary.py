@@ -400,5 +400,5 @@ def test_a_full_disk_is_one_line():
     command = [sys.executable, "-m", "xception_flax", "summary", "lenet"]
     with open("/dev/full", "w") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    said = "error: a file, or what the output goes to: No space left on device.\n"
+    said = "error: a file or standard output: No space left on device.\n"
     assert (result.returncode, result.stderr) == (2, said)
