@@ -179,7 +179,7 @@ class RunProgress:
         self._record(step, record)
         self._bar.update(self._task, completed=step, state=f"{shown}  left")
         if not self._console.is_terminal:
-            began, first_step = self._began  # with evaluations and checkpoints, of which more will come
+            began, first_step = self._began  # includes evaluations and checkpoints, since more will come
             left = (self._total_steps - step) * (now - began) / max(step - first_step, 1)
             self.say(f"step {step}/{self._total_steps}  {shown}" + (f"  {duration(left)} left" if left else ""))
 

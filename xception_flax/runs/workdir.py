@@ -32,7 +32,7 @@ PROFILE = "profile"  # see `profiling`
 
 FILES = (LOCK, CONFIG, HISTORY, CURVES)
 FOLDERS = (CHECKPOINTS, TENSORBOARD, PROFILE)
-REPLACED = (CONFIG, HISTORY)  # replaced by new files at each start, which works whoever owns the old ones
+REPLACED = (CONFIG, HISTORY)  # new files take their place at each start, whoever owns the old ones
 
 CLAIM_AGAIN_SECONDS = 5.0  # before a second try to read the lock
 
