@@ -109,7 +109,9 @@ class Checkpoints(ocp.CheckpointManager):
         plain = Path(f"/proc/self/fd/{self._descriptor}")
         if not plain.is_dir():  # not Linux
             self._close_folder()
-            raise UserError("its path has special characters; take one of letters, digits and . , = + @ _ -")
+            raise UserError(
+                "its path is too long or has special characters; take one of letters, digits and . , = + @ _ -"
+            )
         return plain
 
     def _close_folder(self) -> None:
