@@ -1,14 +1,15 @@
-# make demo           set up, train on embedded digits to the end, show what came of it
-# make test           set up, check the code's form, run every test
+# make demo           set up, train on the included digits, show the results
+# make test           set up, check format, lint and the order of imports, run every test
 # make lint           ruff and import-linter alone
-# make test-minimum   every test again with the oldest versions that pyproject.toml allows
-# make test-newest    every test again with the newest versions that there are
-# make test-tpu       compile for TPUs that are not there, in an environment of its own (libtpu is 700 MB)
+# make test-minimum   run every test with the oldest versions that pyproject.toml allows
+# make test-newest    run every test with the newest versions
+# make test-tpu       compile for TPUs without having them, in a separate environment (libtpu is 700 MB)
 # make contenders     set up what the benchmarks compare with, in .venv-contenders (8 GB)
 # make pins           write requirements*.txt anew from pyproject.toml and benchmarks/requirements.in
+# make clean          remove all environments and what was built
 
 PYTHON ?= python3
-# An environment is of one Python: what says that it is complete has its version in its name.
+# The file that marks an environment as complete has the Python's version in its name: another Python needs a new one.
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 INSTALLED := .venv/installed-$(VERSION)
 INSTALLED_DEV := .venv/installed-dev-$(VERSION)
@@ -36,7 +37,7 @@ test-newest: $(INSTALLED_DEV)
 	.venv/bin/uv pip install --quiet --python .venv-newest/bin/python -e '.[dev]'
 	.venv-newest/bin/python -m pytest
 
-# libtpu has an environment of its own: with it there, JAX looks for TPUs at every start.
+# libtpu has a separate environment, because JAX looks for TPUs at every start if it is installed.
 test-tpu: .venv-tpu/installed
 	.venv-tpu/bin/python -m pytest --override-ini=addopts= -ra --durations=5 tests_tpu
 

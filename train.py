@@ -1,8 +1,7 @@
 """Trains a network by a recipe.
 
-All that a run leaves is in its workdir: config.json (the whole recipe, every default filled in),
-metrics.jsonl, tensorboard/, checkpoints/, curves.png. The same command again goes on where the run
-stopped.
+All files of a run are in its workdir: config.json (the recipe with every default filled in),
+metrics.jsonl, tensorboard/, checkpoints/, curves.png. The same command resumes a run that stopped.
 """
 
 import signal
@@ -55,21 +54,19 @@ EXAMPLES = """\
   python train.py --config configs/digits.py --workdir runs/lr --config.optimizer.learning_rate=0.1"""
 
 OUT_OF_MEMORY = (
-    "Lower batch_size or data.image_size, compute a batch in parts (step.accumulation_steps=4), set "
-    "model.dtype=bfloat16, each in a new workdir; or take more devices, and split the state over them by mesh.fsdp."
+    "Lower batch_size or data.image_size, compute a batch in parts (step.accumulation_steps=4) or set "
+    "model.dtype=bfloat16, in a new workdir. Or use more devices and split the state over them (mesh.fsdp)."
 )
 
-# Steps that may be under way at once. The host runs ahead of the devices by this much and no more:
-# enough to keep them busy, little enough that collectives on CPU devices never starve for threads.
+# How many steps the host runs ahead of the devices: enough to keep them busy, and so few that collectives on CPU
+# devices never run out of threads.
 MAX_STEPS_IN_FLIGHT = 2
 
 
 def main(argv: list[str]) -> int:
     parser = cli.parser("train.py", __doc__, EXAMPLES)
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the recipe, and its argument")
-    parser.add_argument(
-        "--workdir", required=True, type=cli.directory, help="folder of the run; made if it is not there"
-    )
+    parser.add_argument("--workdir", required=True, type=cli.directory, help="folder of the run; may be new")
     parser.add_argument("--config.KEY=VALUE", dest="ignored", metavar="", help="override a key of the recipe")
     arguments, overrides = parser.parse_known_args(argv)
     config = reading.load(arguments.config, overrides)
@@ -82,12 +79,12 @@ def train(config: ConfigDict, workdir: Path) -> int:
     """Runs a resolved recipe to its end, from the newest checkpoint in `workdir` if there is one.
 
     Returns:
-      The exit code: 0 at the end, 128 + N after signal N, with a checkpoint written.
+      The exit code: 0 if the run is finished; 128 + N if signal N stopped it, after a checkpoint was written.
 
     Raises:
-      ValueError: the recipe cannot be run here; nothing has been written but, at most, an empty run's config.json.
+      UserError: the recipe cannot be run here. At most the config.json of an empty run has been written.
     """
-    # Prepare. Whatever is wrong shows here, before anything is written.
+    # Prepare. Mistakes show here, before anything is written.
     check_workdir(workdir, config)
     processes.agree("recipe", lambda: alike(config) | processes.software())
     first_host, begun = jax.process_index() == 0, has_checkpoints(workdir)
@@ -100,7 +97,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     abstract_batch = check_program(program, mesh, train_data, eval_data)
     notes = [data.unread_of((train_data.source, eval_data.source))]
     notes += [] if begun else [split.check_max_value() for split in (train_data, eval_data)]
-    pretrained = None if begun else load_initial(config, program, mesh, train_data)  # else a checkpoint has them
+    pretrained = None if begun else load_initial(config, program, mesh, train_data)  # else from a checkpoint
 
     with contextlib.ExitStack() as stack:
         # Resume from the newest checkpoint, or begin.
@@ -120,10 +117,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
             check_same_data(saved, meta, workdir)
             meta["init"] = saved.get("init")
         if first_host:
-            remember(workdir, config)  # the mesh or the place of the data may be new
+            remember(workdir, config)  # the mesh or the data's folder may have changed
         if start_step >= total_steps:
             return already_finished(workdir, total_steps)
-        # The step is compiled while the state is made or read.
+        # The step is compiled while the state is created or read.
         background = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         compiling = background.submit(program.train_step.lower(program.abstract_state, abstract_batch).compile)
         if start_step:
@@ -154,7 +151,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 totals.add(sums)
             report.advance(step)
             if step == start_step + 1:
-                jax.block_until_ready((sums, program.learning_rate(step)))  # which compiles at its first call too
+                jax.block_until_ready((sums, program.learning_rate(step)))  # learning_rate compiles here
                 report.compiled(step)
                 allocator.release_free_memory()
 
@@ -193,7 +190,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         checkpoint.check_saves(manager, wait=True)
         if not last:
             report.say(f"stopped at step {step}, checkpoint written; the same command goes on from there")
-            return 128 + (stop.signal or signal.SIGTERM)  # of several processes one alone may have got it
+            return 128 + (stop.signal or signal.SIGTERM)  # perhaps only another process received it
     if first_host:
         show_results(config, workdir, results, weights)
     return 0
@@ -203,13 +200,13 @@ def train(config: ConfigDict, workdir: Path) -> int:
 
 
 def load_data(config: ConfigDict, begun: bool) -> tuple[data.Split, data.Split]:
-    """Returns the training split and the evaluation split, after a check that all hosts have the same ones.
+    """Returns the training split and the evaluation split, which must be the same on all hosts.
 
     Args:
-      begun: whether the workdir has checkpoints; on this too the hosts must agree.
+      begun: whether the workdir has checkpoints; the hosts must agree on this too.
 
     Raises:
-      ValueError: the splits have different classes, or not those of the recipe, or hosts differ.
+      UserError: the splits have different classes, or fewer than two, or not as many as the recipe; or hosts differ.
     """
     load = dict(
         **config.data,
@@ -236,13 +233,13 @@ def load_data(config: ConfigDict, begun: bool) -> tuple[data.Split, data.Split]:
 def check_program(
     program: Program, mesh: Mesh, train_data: data.Split, eval_data: data.Split
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Traces both steps, so that what does not fit together shows before anything is compiled.
+    """Traces both steps, so that mistakes in shapes show before anything is compiled.
 
     Returns:
       Shape, type and sharding of each array of a training batch.
 
     Raises:
-      ValueError: the data does not fit the program, or the state does not fit the devices.
+      UserError: the data does not fit the program, or the state does not fit the devices.
     """
     sharding.check_state_fits(mesh, program.abstract_state)
     abstract_batch = sharding.abstract_batch(mesh, train_data.batch_shapes)
@@ -268,7 +265,7 @@ def steps_to_profile(config: ConfigDict, total_steps: int) -> range:
     """Returns the steps to trace.
 
     Raises:
-      ValueError: the run ends before the last of them.
+      UserError: the run ends before the last of them.
     """
     steps = groups.profiled_steps(config.profile)
     if steps and steps[-1] > total_steps:
@@ -282,7 +279,7 @@ def steps_to_profile(config: ConfigDict, total_steps: int) -> range:
 def open_report(
     config: ConfigDict, workdir: Path, program: Program, mesh: Mesh, train_data: data.Split, start_step: int
 ) -> progress.RunProgress:
-    """Returns what shows and records the run; a context manager."""
+    """Returns a context manager that shows and records the run."""
     device_kind = mesh.devices.flat[0].device_kind
     peak = costs.peak_images_per_second(program.model, train_data.image_shape, device_kind, mesh.size)
     return progress.RunProgress(
@@ -290,13 +287,13 @@ def open_report(
         start_step=start_step,
         **program.length._asdict(),
         enabled=jax.process_index() == 0,
-        # Of the whole step; nothing is said where the backbone has no backward pass.
+        # The peak is for whole steps, so it is left out where the backbone has no backward pass.
         peak_images_per_second=peak if config.optimizer.backbone_factor else None,
     )
 
 
 def describe(config: ConfigDict, workdir: Path, program: Program, mesh: Mesh) -> str:
-    """Returns the run in a line."""
+    """Returns a line that describes the run."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
     length, device_kind = program.length, mesh.devices.flat[0].device_kind
     return (
@@ -307,12 +304,12 @@ def describe(config: ConfigDict, workdir: Path, program: Program, mesh: Mesh) ->
 
 def count_masked(totals: metrics.Accumulator, batch_size: int) -> int:
     """Returns how many images of the steps in `totals` were left out."""
-    steps = totals.count("gradient_norm")  # it is counted once a step
+    steps = totals.count("gradient_norm")  # one for each step
     return round(steps * batch_size - totals.count("loss"))
 
 
 def already_finished(workdir: Path, total_steps: int) -> int:
-    """Says that there is nothing to do, and how to train on; returns the exit code."""
+    """Prints that there is nothing to do and how to train for longer; returns the exit code."""
     if jax.process_index() == 0:
         print(f"{naming.shown(workdir)}: this run is finished ({total_steps} steps); nothing to do.")
         print(naming.harmless(how_to_train_on(workdir)))
@@ -321,7 +318,7 @@ def already_finished(workdir: Path, total_steps: int) -> int:
 
 
 def show_results(config: ConfigDict, workdir: Path, results: dict[str, float], weights: str) -> None:
-    """Shows the table of a run that is finished, and draws its curves."""
+    """Prints the results of a finished run and draws its curves."""
     rows = {
         **{name: console.percent(value) for name, value in results.items() if name not in progress.NO_SHARES},
         "evaluated": f"split {config.data.eval_split!r}, {results['count']:,} images, {weights} weights",
@@ -333,7 +330,7 @@ def show_results(config: ConfigDict, workdir: Path, results: dict[str, float], w
             "`xception-flax prepare check` names those of a folder or TFDS data set"
         )
     console.show_table("finished", rows | {"curves": naming.shown(workdir / CURVES)})
-    curves.draw_run(workdir)  # last: nothing that happens to the picture hides the results
+    curves.draw_run(workdir)  # last: if it fails, the results are already shown
 
 
 if __name__ == "__main__":

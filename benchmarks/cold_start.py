@@ -1,7 +1,7 @@
-"""From the start of a process to the end of its first training step: what a user waits for.
+"""Times from the start of a process to the end of its first training step: what a user waits for.
 
-`python train.py --config configs/imagenet.py` on a few arrays in a file, in float32: with an empty cache of compiled
-programs, and again with what that left. Beside it Keras Applications on TensorFlow, on the same file.
+It runs `python train.py --config configs/imagenet.py` on a small file of arrays, in float32, with an empty cache of
+compiled programs and again with the cache filled. Beside it, Keras Applications on TensorFlow gets the same file.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ EXAMPLES = """\
   python -m benchmarks.cold_start --config.step.ema_decay=0 --json cold_start.json"""
 
 NUM_CLASSES = 1000
-POLL_SECONDS = 0.01  # between two looks whether the step is done
+POLL_SECONDS = 0.01  # between two looks at the log
 
 
 def main(argv: list[str]) -> int:
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
 
 
 def write_arrays(path: Path, batch: int, size: int) -> None:
-    """Writes noise as the source 'arrays' wants it: four batches to train on, one to evaluate on."""
+    """Writes noise for the source 'arrays': four batches to train on, one to evaluate on."""
     rng = np.random.default_rng(0)
     arrays = {"class_names": np.array([str(label) for label in range(NUM_CLASSES)])}
     for split, count in (("train", 4 * batch), ("validation", batch)):
@@ -87,7 +87,7 @@ def write_arrays(path: Path, batch: int, size: int) -> None:
 
 
 def recipe(data: Path, batch: int, size: int) -> list[str]:
-    """The ImageNet recipe on the file `data`: all as it is, but for the batch, float32 and a record of each step."""
+    """Returns the ImageNet recipe on `data`, in float32, with this batch and size, and with a record of each step."""
     keys = {
         "batch_size": batch,
         "model.dtype": "float32",
@@ -106,7 +106,7 @@ def seconds_until(
     threads: int,
     environment: Mapping[str, str] | None = None,
 ) -> float:
-    """Returns the seconds from the start of a process until `is_done` of what it has printed; then ends it.
+    """Starts a process, ends it when `is_done(its output)`, and returns the seconds until then.
 
     Raises:
       WorkerError: it ended before.

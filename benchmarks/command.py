@@ -35,14 +35,14 @@ def parser(name: str, description: str, examples: str) -> argparse.ArgumentParse
 
 
 def add_turns(arguments: argparse.ArgumentParser) -> None:
-    """Adds the arguments of a benchmark whose sides take turns."""
+    """Adds the arguments of a benchmark whose contenders take turns."""
     arguments.add_argument("--rounds", type=positive(int), default=5, metavar="N", help="turns of each (5)")
     arguments.add_argument(
         "--seconds-per-turn",
         type=positive(float),
         default=3.0,
         metavar="S",
-        help="length of a turn, which is one run at least (3)",
+        help="length of a turn, at least one run (3)",
     )
 
 
@@ -58,7 +58,7 @@ def add_contenders_python(arguments: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Ends with an error where the machine is not as `options` want it."""
+    """Ends with an error if this machine does not fit the options."""
     if options.json and not options.json.absolute().parent.is_dir():
         arguments.error(f"--json: there is no folder {options.json.absolute().parent}.")
     if options.json:
@@ -67,18 +67,18 @@ def check(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> No
         except OSError as error:
             arguments.error(f"--json: {options.json} cannot be written: {error.strerror}.")
     if sys.platform != "linux":
-        arguments.error("the benchmarks need Linux: CPU affinity and peak memory are read as it has them.")
+        arguments.error("the benchmarks need Linux, for CPU affinity and peak memory.")
     if options.threads > cpu_count():
         arguments.error(f"--threads must be at most {cpu_count()}, the CPUs that this process may use.")
 
 
 def add_only(arguments: argparse.ArgumentParser) -> None:
-    """Adds the argument of a benchmark that some of its contenders can be chosen of."""
+    """Adds the argument that chooses some of a benchmark's contenders."""
     arguments.add_argument("--only", metavar="NAME,...", help="these contenders (all)")
 
 
 def chosen(arguments: argparse.ArgumentParser, options: argparse.Namespace, table: Mapping[str, Any]) -> list[str]:
-    """Returns the names of `--only`, each once, or all of `table`; ends with an error where it has no such name."""
+    """Returns the names of `--only`, each once, or all names of `table`; ends with an error if a name is unknown."""
     names = list(dict.fromkeys(options.only.split(","))) if options.only else list(table)
     for name in names:
         if name not in table:
@@ -89,25 +89,26 @@ def chosen(arguments: argparse.ArgumentParser, options: argparse.Namespace, tabl
 def check_contenders(
     arguments: argparse.ArgumentParser, options: argparse.Namespace, need: Sequence[str], without: str
 ) -> None:
-    """Ends with an error where `need`, contenders by name, cannot run for want of their environment.
+    """Ends with an error if the environment of the contenders `need` is missing.
 
     Args:
-      without: the argument with which none is needed.
+      need: names of contenders that run in it.
+      without: arguments with which it is not needed, for the message.
     """
     if need and not options.contenders_python.exists():
         arguments.error(
             f"{', '.join(need)}: there is no {options.contenders_python}; make the contenders' environment by "
-            f"`make contenders`, or measure what needs none ({without})."
+            f"`make contenders`, or measure without it ({without})."
         )
 
 
 def cpu_count() -> int:
-    """CPUs that this process may use."""
+    """Returns the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def positive(kind: type) -> Callable[[str], Any]:
-    """The type of an argument that is a number above 0."""
+    """Returns the type of an argument that is a number above 0."""
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -115,27 +116,27 @@ def positive(kind: type) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"must be positive, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # what argparse calls it where it is none
+    parse.__name__ = kind.__name__  # for argparse's messages
     return parse
 
 
 class Progress:
-    """Says on standard error what goes on: on a terminal in one line, elsewhere in a line each."""
+    """Shows progress on standard error: on a terminal in one line that changes, elsewhere in a line each."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix, self._terminal = prefix, sys.stderr.isatty()
 
     def show(self, text: str, seconds_left: float | None = None) -> None:
-        """Says it until the next; `seconds_left` may be unknown."""
+        """Shows `text` until the next call; `seconds_left` may be unknown."""
         left = "" if seconds_left is None else f", about {max(seconds_left, 0):.0f} s left"
         self._write(f"{self._prefix}: {text}{left}", end="" if self._terminal else "\n")
 
     def say(self, text: str) -> None:
-        """Says it for good."""
+        """Prints a line that stays."""
         self._write(f"{self._prefix}: {text}\n")
 
     def end(self) -> None:
-        """Leaves the line empty."""
+        """Clears the line."""
         self._write("")
 
     def _write(self, text: str, end: str = "") -> None:
@@ -144,7 +145,7 @@ class Progress:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, its columns as wide as they must be: the first to the left, the others to the right."""
+    """Returns a table in Markdown: its first column is aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
 
@@ -156,14 +157,19 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_json(path: Path | None, options: argparse.Namespace, results: Mapping[str, Any]) -> None:
-    """Writes what was asked, the machine and the results, if `path` is given."""
+    """Writes the machine, the options and the results, if `path` is given."""
     if path:
-        shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        path.write_text(json.dumps({"machine": machine(), "options": shown, **results}, indent=1) + "\n")
+        content = {"machine": machine(), "options": to_json(options), **results}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def to_json(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options as values that JSON can write."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Returns a description of this machine, and the date."""
     cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
         "cpu": cpu[1] if cpu else platform.machine(),
@@ -175,7 +181,7 @@ def machine() -> dict[str, Any]:
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
-    """Runs a benchmark and exits with its code; Ctrl-C and SIGTERM unwind it, and so end the workers."""
+    """Runs a benchmark and exits with its code; Ctrl-C and SIGTERM unwind it, which ends the workers."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt

@@ -1,8 +1,8 @@
-"""Who is compared: a table from names to functions that build one forward pass or one training step.
+"""The contenders: a table from names to functions that build one forward pass or one training step.
 
-Every builder is called in a process of its own, gets a `Job`, and returns a function that does the work once and
-to its end: the forward pass of a batch returns the logits `[N, classes]`, the training step the loss before its
-update. Libraries are imported inside of the builders: a process has one of them and no other.
+Each builder is called in a process of its own, gets a `Job`, and returns a function that does the work once, to its
+end: the forward pass of a batch returns the logits `[N, classes]`, the training step the loss before its update.
+Builders import their libraries themselves, so that a process has no other library.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,9 +26,9 @@ class Job(NamedTuple):
       mode: 'forward' (inference) or 'train' (gradients, batch statistics, SGD).
       batch: images.
       size: pixels a side.
-      threads: that compute; the process may run on so many CPUs and no more.
-      width: of the network; other contenders than this project's have 1.
-      middle_repeats: blocks of its middle flow; the others have 8.
+      threads: number of threads that compute, and of CPUs that the process may use.
+      width: of the network; only this project's can have another than 1.
+      middle_repeats: blocks of its middle flow; only this project's can have others than 8.
     """
 
     folder: str
@@ -43,7 +43,7 @@ class Job(NamedTuple):
         return np.load(Path(self.folder) / name)
 
 
-Run = Callable[[], np.ndarray]
+Work = Callable[[], np.ndarray]  # the function that is timed
 
 
 class Contender(NamedTuple):
@@ -52,15 +52,15 @@ class Contender(NamedTuple):
     Attributes:
       title: in the table.
       build: makes the function that is timed.
-      imports: modules that are there before memory is first measured.
+      imports: modules to import before memory is first measured.
       environment: variables of its process, beside those that all have.
-      reading: whose Xception it is, see `inputs.READINGS`; None for none.
+      reading: whose Xception it is, see `inputs.READINGS`; None if it is none.
       ours: runs in this project's environment; otherwise in the contenders'.
       modes: that it has.
     """
 
     title: str
-    build: Callable[[Job], Run]
+    build: Callable[[Job], Work]
     imports: tuple[str, ...]
     environment: Mapping[str, str] = MappingProxyType({})
     reading: str | None = "keras"
@@ -79,7 +79,7 @@ def _variables(job: Job) -> Any:
         return jax.device_put(unflatten_dict({tuple(name.split("/")): file[name] for name in file}))
 
 
-def _jitted_forward(model: Any, variables: Any, job: Job) -> Run:
+def _jitted_forward(model: Any, variables: Any, job: Job) -> Work:
     import jax
 
     forward = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
@@ -87,8 +87,8 @@ def _jitted_forward(model: Any, variables: Any, job: Job) -> Run:
     return lambda: np.asarray(forward(variables, images))
 
 
-def build_xception_flax(job: Job) -> Run:
-    """As its users run it: what `build_xception_flax_glibc` has, with freed memory kept, as all commands do."""
+def build_xception_flax(job: Job) -> Work:
+    """As all commands run it: `build_xception_flax_glibc` with freed memory kept."""
     from xception_flax.host import allocator
 
     allocator.keep_freed_memory()
@@ -105,7 +105,7 @@ def build_xception_flax(job: Job) -> Run:
     return run_as_train_py
 
 
-def build_xception_flax_glibc(job: Job) -> Run:
+def build_xception_flax_glibc(job: Job) -> Work:
     """Jitted `model.apply`, and the step of `train.py`, which takes uint8 and normalizes."""
     import jax
     import jax.numpy as jnp
@@ -144,7 +144,7 @@ def build_xception_flax_glibc(job: Job) -> Run:
     return run
 
 
-def build_folded(job: Job) -> Run:
+def build_folded(job: Job) -> Work:
     """Inference with batch normalization folded into the convolutions by this project's own function."""
     from benchmarks.inputs import network
     from xception_flax import fold_batch_norm
@@ -155,7 +155,7 @@ def build_folded(job: Job) -> Run:
     return _jitted_forward(model, fold_batch_norm(model, _variables(job)), job)
 
 
-def build_plain_linen(job: Job) -> Run:
+def build_plain_linen(job: Job) -> Work:
     import jax
     import optax
 
@@ -202,30 +202,30 @@ def _keras_model(job: Job, *, jit_compile: bool) -> Any:
     return model
 
 
-def _keras_training(model: Any, job: Job) -> Run:
+def _keras_training(model: Any, job: Job) -> Work:
     """Keras' own compiled step; what `train_on_batch` does around it takes a thousandth of a step."""
     images, labels = job.load("images.npy"), job.load("labels.npy")
     return lambda: np.asarray(model.train_on_batch(images, labels))
 
 
-def build_keras_tensorflow(job: Job, *, xla: bool = False) -> Run:
+def build_keras_tensorflow(job: Job, *, xla: bool = False) -> Work:
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(job.threads)
     model = _keras_model(job, jit_compile=xla)
     if job.mode == "train":
         return _keras_training(model, job)
-    # As `model.predict` compiles it, without the loop around.
+    # As `model.predict` compiles it, without its loop.
     forward = tf.function(lambda images: model(images, training=False), jit_compile=xla, reduce_retracing=True)
     images = tf.constant(job.load("images.npy"))
     return lambda: forward(images).numpy()
 
 
-def build_keras_tensorflow_xla(job: Job) -> Run:
+def build_keras_tensorflow_xla(job: Job) -> Work:
     return build_keras_tensorflow(job, xla=True)
 
 
-def build_keras_jax(job: Job) -> Run:
+def build_keras_jax(job: Job) -> Work:
     import jax
 
     model = _keras_model(job, jit_compile=True)
@@ -252,7 +252,7 @@ def _timm_model(job: Job) -> Any:
     return model.train(job.mode == "train")
 
 
-def build_timm(job: Job, *, compiled: bool = False) -> Run:
+def build_timm(job: Job, *, compiled: bool = False) -> Work:
     import torch
 
     torch.set_num_threads(job.threads)
@@ -282,12 +282,12 @@ def build_timm(job: Job, *, compiled: bool = False) -> Run:
     return train_step
 
 
-def build_timm_compiled(job: Job) -> Run:
+def build_timm_compiled(job: Job) -> Work:
     return build_timm(job, compiled=True)
 
 
 def write_onnx(job: Job) -> None:
-    """Writes `timm.onnx` into `job.folder`: evaluation mode, of one shape, batch normalization as it is."""
+    """Writes `timm.onnx` into `job.folder`: in evaluation mode, for one shape, batch normalization not folded."""
     import torch
 
     images = torch.from_numpy(job.load("images.npy").transpose(0, 3, 1, 2).copy())
@@ -298,7 +298,7 @@ def write_onnx(job: Job) -> None:
 # Engines of inference --------------------------------------------------------------------------------
 
 
-def build_onnxruntime(job: Job) -> Run:
+def build_onnxruntime(job: Job) -> Work:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -310,7 +310,7 @@ def build_onnxruntime(job: Job) -> Run:
     return lambda: session.run(None, {"images": images})[0]
 
 
-def build_openvino(job: Job) -> Run:
+def build_openvino(job: Job) -> Work:
     import openvino
 
     core = openvino.Core()
@@ -331,19 +331,19 @@ def _matrices() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((2, MATRIX_SIZE, MATRIX_SIZE), np.float32)
 
 
-def build_product_jax(job: Job) -> Run:
+def build_product_jax(job: Job) -> Work:
     import jax
 
     product, matrices = jax.jit(lambda a, b: a @ b), jax.device_put(tuple(_matrices()))
     return lambda: np.asarray(product(*matrices))
 
 
-def build_product_numpy(job: Job) -> Run:
+def build_product_numpy(job: Job) -> Work:
     a, b = _matrices()
     return lambda: a @ b
 
 
-def build_product_torch(job: Job) -> Run:
+def build_product_torch(job: Job) -> Work:
     import torch
 
     torch.set_num_threads(job.threads)
@@ -386,7 +386,7 @@ CONTENDERS = {
     "openvino_kept": Contender("OpenVINO, freed memory kept", build_openvino, ("openvino",), **_ENGINE_KEPT),
 }
 
-# A large matrix product by three libraries, for both modes: what the machine can do. The best of them counts.
+# A large matrix product by three libraries, for both modes, shows what the machine can do. The best of them counts.
 CEILINGS = {
     "product_jax": Contender("product by JAX", build_product_jax, ("jax",), reading=None, ours=True),
     "product_numpy": Contender("product by NumPy", build_product_numpy, ("numpy",), reading=None, ours=True),

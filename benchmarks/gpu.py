@@ -1,8 +1,8 @@
-"""What this network costs on one GPU: correctness of each lowering, operations, forward pass and training step.
+"""Measures this network on one GPU: correctness of each lowering, operations, forward pass and training step.
 
-Each contender is a process of its own, one at a time. Images are noise that is on the device already: reading and
-moving them is no part of any figure. What is worth most is measured first, and the JSON is written anew after
-each record, so a run that is ended loses nothing; what does not fit into --minutes has a row that says so.
+Each contender is a process of its own, one at a time. Images are noise that is already on the device: no figure
+includes reading or moving them. The most valuable jobs are measured first, and the JSON is written anew after each
+record, so an interrupted run loses nothing. What does not fit into --minutes has a row that says so.
 """
 
 import argparse
@@ -30,13 +30,13 @@ EXAMPLES = """\
   python -m benchmarks.gpu --dry-run"""
 
 LIMIT_SECONDS = 180  # of a process, compilation included
-LEAST_SECONDS = 15  # what is not worth starting with less left
+LEAST_SECONDS = 15  # with less time left, no process is started
 OURS = "xception_flax_"
 NOT_BY_DEFAULT = ("timm_max_autotune",)  # it compiles for minutes
 
 
 class Process:
-    """A process of `gpu_contenders`: it gets ready by itself, and measures once it is told to."""
+    """A process of `gpu_contenders`: it gets ready at once, and measures when it is told to."""
 
     def __init__(self, job: Job, folder: Path, dry_run: bool) -> None:
         self._log = folder / f"{job.subject}_{job.mode}_{job.batch}.log"
@@ -46,7 +46,7 @@ class Process:
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # compile time is measured
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         }
-        if job.subject == "correctness":  # any algorithm must be right, and trying them all takes minutes
+        if job.subject == "correctness":  # every algorithm must be right, and autotuning takes minutes
             own["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
@@ -71,7 +71,7 @@ class Process:
         timer = threading.Timer(limit, end_by_limit)
         timer.start()
         try:
-            with contextlib.suppress(BrokenPipeError):  # it has failed already, and said why
+            with contextlib.suppress(BrokenPipeError):  # it has failed already, and its output says why
                 self._process.stdin.write("go\n")
                 self._process.stdin.flush()
             for line in self._process.stdout:
@@ -113,10 +113,10 @@ class Results:
 
     def __init__(self, path: Path | None, options: argparse.Namespace) -> None:
         self._path = path
-        shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+
         self.all: dict[str, Any] = {
             "machine": command.machine(),
-            "options": shown | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
+            "options": command.to_json(options) | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
             "ceilings": {},
             **{name: [] for name in ("correctness", "rows", "operations", "profiles")},
         }
@@ -141,7 +141,7 @@ class Results:
         return {record["lowering"] for record in self.all["correctness"] if not record["same"]}
 
     def failed(self) -> bool:
-        """Whether anything went wrong, beside what was skipped."""
+        """Whether anything failed or is wrong, apart from skipped jobs."""
         records = [*self.all["rows"], *self.all["operations"]]
         return bool(self.wrong()) or any("failure" in r and not r.get("skipped") for r in records)
 
@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--batch", default="128,32,1,256", metavar="N,...", help="images, in this order (%(default)s)"
     )
-    arguments.add_argument("--mode", choices=("train", "forward"), help="this alone (both)")
+    arguments.add_argument("--mode", choices=("train", "forward"), help="only this mode (both)")
     arguments.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: does it run?")
     return arguments
 
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> int:
     try:
         batches = [command.positive(int)(text) for text in options.batch.split(",")]
     except (ValueError, argparse.ArgumentTypeError):
-        arguments.error(f"--batch takes numbers of images, 128,32 for one, got {options.batch!r}")
+        arguments.error(f"--batch takes numbers of images, such as 128,32, got {options.batch!r}.")
 
     results, deadline = Results(options.json, options), time.monotonic() + 60 * options.minutes
     measure(jobs(chosen, batches, options), results, deadline, options.dry_run)
@@ -188,7 +188,7 @@ def main(argv: list[str]) -> int:
 
 
 def jobs(chosen: Sequence[str], batches: Sequence[int], options: argparse.Namespace) -> list[Job]:
-    """What is to be measured, the most valuable first."""
+    """Returns the jobs, the most valuable first."""
     tiny = dict(tiny=True, size=64, chain_seconds=0.02) if options.dry_run else {}
     batches = [2] if options.dry_run else batches
     modes = [options.mode] if options.mode else ["train", "forward"]
@@ -211,7 +211,7 @@ def jobs(chosen: Sequence[str], batches: Sequence[int], options: argparse.Namesp
 
 
 def measure(todo: Sequence[Job], results: Results, deadline: float, dry_run: bool) -> None:
-    """Runs one process after the other; the next one imports and traces meanwhile."""
+    """Runs one process after the other; meanwhile the next one imports and traces."""
 
     def why_not(job: Job) -> str:
         if job.subject.removeprefix(OURS) in results.wrong() and job.subject.startswith(OURS):
@@ -277,7 +277,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def _correctness_table(records: Sequence[Record]) -> str:
-    """The largest error of each lowering and type, of operations and of the network."""
+    """Returns the largest error of each lowering and type, of operations and of the network."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record["lowering"], record["dtype"]), []).append(record)

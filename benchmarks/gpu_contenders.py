@@ -1,16 +1,14 @@
-"""What one process of `benchmarks.gpu` does: compare lowerings, time operations, or time one contender.
+"""One process of `benchmarks.gpu`: it compares lowerings, times operations, or times one contender.
 
-Each subject is a generator. It imports and traces up to its first `yield`, which costs no time of the device and
-happens while the process before it is measured; from then on the device is its own, and it yields records.
+Each subject is a generator. Up to its first `yield` it imports and traces, without the device and while the process
+before it is measured. After that it has the device for itself, and yields records.
 """
 
-import ctypes
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -24,12 +22,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.worker import end_with_parent, one_line, take_output
+
 NUM_CLASSES = 1000
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 REPEATS = 5  # chains of steps; the median counts
 
 Record = dict[str, Any]
-Step = Callable[[], Any]  # one step is sent to the device; what it returns is ready when the step has been done
+Step = Callable[[], Any]  # sends one step to the device; its result is ready when the step is done
 
 
 class Job(NamedTuple):
@@ -40,7 +40,7 @@ class Job(NamedTuple):
       mode: 'train' or 'forward', of a contender.
       batch: images.
       size: pixels a side.
-      chain_seconds: about what a chain of steps takes, which ends with one synchronization.
+      chain_seconds: approximate time of a chain of steps, which ends with one synchronization.
       profile: whether the longest kernels are recorded as well.
       tiny: small shapes and one middle block, for a CPU.
     """
@@ -58,7 +58,7 @@ class Job(NamedTuple):
 
 
 def lap_seconds(step: Step, synchronize: Callable[[Any], Any], chain_seconds: float) -> list[float]:
-    """Seconds a step, of each of `REPEATS` chains that are sent without waiting and waited for once."""
+    """Returns the seconds a step of each of `REPEATS` chains, which are sent without waiting and waited for once."""
 
     def chain(steps: int) -> float:
         start = time.perf_counter()
@@ -73,9 +73,13 @@ def lap_seconds(step: Step, synchronize: Callable[[Any], Any], chain_seconds: fl
 
 
 def longest(kernels: Iterable[tuple[str, float]], steps: int) -> Record:
-    """Of (name, milliseconds): what all, the ten longest kernels and the ten longest kinds take a step.
+    """Returns the milliseconds a step of all kernels, of the ten longest and of the ten longest kinds.
 
-    A kind is a name without its numbers, as compilers count what they generate: `loop_fusion_12`.
+    A kind is a name without the numbers that compilers give, as in `loop_fusion_12`.
+
+    Args:
+      kernels: (name, milliseconds) of each.
+      steps: number of steps that they belong to.
     """
     names, kinds = Counter(), Counter()
     for name, milliseconds in kernels:
@@ -102,7 +106,7 @@ class Jax:
         return (self._device.memory_stats() or {}).get("peak_bytes_in_use")
 
     def kernels(self, step: Step, steps: int) -> list[tuple[str, float]]:
-        """(name, milliseconds) of what ran on the device; on a CPU, of what XLA's threads say."""
+        """Returns (name, milliseconds) of what ran on the device; on a CPU, of what ran in XLA's threads."""
         import jax
 
         folder = tempfile.mkdtemp()
@@ -115,7 +119,7 @@ class Jax:
             planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
         finally:
             shutil.rmtree(folder)
-        # A GPU's plane has a line a stream, and may have others that say the same by another name.
+        # A GPU's plane has a line for each stream, and may have others with the same events under another name.
         lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
         lines = [line for line in lines if line.name.startswith("Stream")] or lines
         lines = lines or [line for plane in planes for line in plane.lines if line.name.startswith("tf_XLA")]
@@ -123,9 +127,9 @@ class Jax:
 
 
 def weights(shapes: Any) -> Any:
-    """Random variables of these shapes: kernels by He's rule, normalization as it begins; NumPy, float32.
+    """Returns random variables of these shapes: kernels by He's rule, normalization as initialized; NumPy, float32.
 
-    One set of names serves this project's network and `plain_linen`, and a draw costs no compilation.
+    They suit this project's network and `plain_linen`, whose names are the same, and nothing is compiled for them.
     """
     import jax
 
@@ -140,7 +144,7 @@ def weights(shapes: Any) -> Any:
 
 
 def initial(model: Any, size: int) -> Any:
-    """The model's variables, see `weights`."""
+    """Returns variables for the model, see `weights`."""
     import jax
 
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
@@ -148,7 +152,7 @@ def initial(model: Any, size: int) -> Any:
 
 
 def noise(job: Job) -> tuple[np.ndarray, np.ndarray]:
-    """Images `[N, H, W, 3]`, normal, and labels `[N]`."""
+    """Returns images `[N, H, W, 3]`, normally distributed, and labels `[N]`."""
     rng = np.random.default_rng(1)
     images = rng.standard_normal((job.batch, job.size, job.size, 3), np.float32)
     return images, rng.integers(0, NUM_CLASSES, job.batch, np.int32)
@@ -219,7 +223,7 @@ def trace_ours(job: Job, lowering: str) -> Callable[[], Step]:
 
 
 def trace_plain_linen(job: Job) -> Callable[[], Step]:
-    """What `nn.Conv(feature_group_count=...)` and Optax give, as anyone would write it."""
+    """The network of `plain_linen`, with `nn.Conv(feature_group_count=...)` and Optax."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -274,7 +278,7 @@ class Torch:
         return torch.cuda.max_memory_allocated() if self._cuda else None
 
     def kernels(self, step: Step, steps: int) -> list[tuple[str, float]]:
-        """(name, milliseconds) of what ran on the device."""
+        """Returns (name, milliseconds) of what ran on the device."""
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA if self._cuda else ProfilerActivity.CPU]) as profiler:
@@ -361,7 +365,7 @@ def contender(job: Job) -> Iterator[Record]:
 
 
 def timed_lowerings() -> list[str]:
-    """Those that are programs of their own on a GPU; 'fused' is for TPUs."""
+    """Returns the lowerings that differ on a GPU; 'fused' is for TPUs."""
     from xception_flax.models import ops
 
     return [name for name in ops.LOWERINGS if name != "fused"]
@@ -384,13 +388,13 @@ DTYPES = ("float32", "bfloat16")
 PARTS = ("value", "input gradient", "kernel gradient")
 
 # Largest ||out - ref|| / ||ref||. float32 is computed with `jax.default_matmul_precision("highest")`, bfloat16 as it
-# is; a lowering may also be off by twice what 'stock' is off in the same type. The network normalizes by the
-# statistics of few images, so its gradient carries a rounding further.
+# is; a lowering may also be off by twice as much as 'stock' in the same type. The network normalizes by the
+# statistics of few images, so rounding errors grow in its gradient.
 BOUNDS = {"operation": {"float32": 1e-5, "bfloat16": 1e-2}, "network": {"float32": 1e-3, "bfloat16": 1e-2}}
 
 
 def _cases(tiny: bool) -> list[tuple]:
-    """`CASES`; or few of each operation, a quarter as high and wide, odd or even as they were."""
+    """Returns `CASES`; if `tiny`, a few of them, a quarter as high and wide, with odd sizes odd and even ones even."""
     if not tiny:
         return CASES
 
@@ -418,7 +422,7 @@ class Comparison(NamedTuple):
 
 
 def _comparisons(job: Job) -> list[Comparison]:
-    """Operands are float32 with values that bfloat16 has: so all types find the same maxima."""
+    """Operands are float32, with values that bfloat16 can represent, so that all types find the same maxima."""
     import jax
     import jax.numpy as jnp
     from jax import lax
@@ -453,9 +457,9 @@ def _comparisons(job: Job) -> list[Comparison]:
     first = initial(create_model("xception", NUM_CLASSES, **fields), job.size)
     params, statistics = jax.device_put((first["params"], first["batch_stats"]))
     title = f"network, 1 middle block, {job.size} px"
-    dtypes = DTYPES[:1] if job.tiny else DTYPES  # of so few pixels the gradient in bfloat16 is noise
+    dtypes = DTYPES[:1] if job.tiny else DTYPES  # with so few pixels the gradient in bfloat16 is noise
     whole = Comparison(title, dtypes, "network", network, (draw(job.batch, job.size, job.size, 3), params))
-    return [whole, *map(operation, _cases(job.tiny))]  # what compiles longest begins
+    return [whole, *map(operation, _cases(job.tiny))]  # what compiles longest comes first
 
 
 def correctness(job: Job) -> Iterator[Record]:
@@ -469,7 +473,7 @@ def correctness(job: Job) -> Iterator[Record]:
     yield {}
 
     def evaluate(comparison: Comparison, dtype: str, lowering: str) -> list[jax.Array] | str:
-        """[value, gradients], each one vector; or what went wrong."""
+        """Returns [value, gradients], each as one vector, or the error."""
         function, key = comparison.make(dtype), jax.random.key(3)
 
         def both(*operands: Any) -> list[Any]:
@@ -511,7 +515,7 @@ def correctness(job: Job) -> Iterator[Record]:
 
 
 def relative_error(out: Any, expected: Any) -> float:
-    """||out - expected|| / ||expected||; infinite where anything is not finite."""
+    """Returns ||out - expected|| / ||expected||, or infinity if that is not finite."""
     import jax.numpy as jnp
 
     error = float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
@@ -519,7 +523,7 @@ def relative_error(out: Any, expected: Any) -> float:
 
 
 def operations(job: Job) -> Iterator[Record]:
-    """What the device can do, and the time of each depthwise convolution and its gradients by each lowering."""
+    """The device's ceilings, and the time of each depthwise convolution and its gradients by each lowering."""
     import jax
     import jax.numpy as jnp
 
@@ -532,7 +536,7 @@ def operations(job: Job) -> Iterator[Record]:
     def seconds(program: Callable[..., Any], inputs: list[tuple[jax.Array, ...]]) -> float:
         number = 0
 
-        def step() -> Any:  # in turn over more than a cache holds
+        def step() -> Any:  # with inputs in turn, more than a cache holds
             nonlocal number
             number += 1
             return program(*inputs[number % len(inputs)])
@@ -557,7 +561,7 @@ def operations(job: Job) -> Iterator[Record]:
         function = partial(getattr(ops, name), **options)
         x = jax.ShapeDtypeStruct((job.batch, *image), jnp.bfloat16)
         taps = jax.ShapeDtypeStruct(kernel, jnp.bfloat16)
-        parts = {  # of two images, the input's and the output's, and the kernel
+        parts = {  # functions of the input, the output's gradient and the kernel
             "value": lambda x, dy, kernel, function=function: function(x, kernel),
             "input gradient": lambda x, dy, kernel, function=function: jax.vjp(lambda x: function(x, kernel), x)[1](dy),
             "kernel gradient": lambda x, dy, kernel, function=function: jax.vjp(partial(function, x), kernel)[1](dy),
@@ -566,7 +570,7 @@ def operations(job: Job) -> Iterator[Record]:
         def program(part: str, lowering: str, parts=parts, x=x, taps=taps) -> Any:
             try:
                 with ops.lowering(lowering):
-                    # A function of its own for each: jit remembers the lowering with which one was first traced.
+                    # A new function each time: jit remembers the lowering with which a function was first traced.
                     return jax.jit(lambda *operands: parts[part](*operands)).lower(x, x, taps).compile()
             except Exception as error:
                 traceback.print_exc()
@@ -587,9 +591,8 @@ def operations(job: Job) -> Iterator[Record]:
                 yield {**record, "failure": compiled}
                 continue
             taken = seconds(compiled, inputs)
-            size = 2 * (
-                2 * math.prod(x.shape) + math.prod(kernel)
-            )  # of each part two of x, y, dx, dy, 2 bytes a number
+            # Each part moves two of x, y, dx and dy, and a kernel: 2 bytes a number.
+            size = 2 * (2 * math.prod(x.shape) + math.prod(kernel))
             yield {**record, "seconds": taken, "gb_per_second": size / taken / 1e9}
 
 
@@ -598,18 +601,10 @@ def operations(job: Job) -> Iterator[Record]:
 SUBJECTS = {"correctness": correctness, "operations": operations}
 
 
-def one_line(error: BaseException) -> str:
-    """The error's type and the first line of what it says."""
-    words = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {words[0]}"[:300]
-
-
 def main(job: Job) -> None:
-    """Gets ready, says so, waits for a line on standard input, and writes a line of JSON for each record."""
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    records_file = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to the log
+    """Gets ready, waits for a line on standard input, and writes a line of JSON for each record."""
+    end_with_parent()
+    records_file = take_output()
 
     def report(record: Record) -> None:
         records_file.write(json.dumps(record) + "\n")

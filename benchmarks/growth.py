@@ -1,6 +1,6 @@
 """How this project's cost grows with the batch, the size of the images, and the network's width and depth.
 
-Time should grow as the multiply-adds do: where it does, the last column of a table stays at 1. Each point is a process
+If time grows as the multiply-adds do, the last column of a table stays at 1. Each point is a process
 of its own, and the points of a table take turns.
 """
 
@@ -40,10 +40,10 @@ def main(argv: list[str]) -> int:
         action="append",
         type=_axis,
         metavar="NAME[=V,...]",
-        help=f"a table along this one, over these values; may be repeated (all: {', '.join(AXES)})",
+        help=f"make a table along this axis, over these values; may be repeated (all: {', '.join(AXES)})",
     )
     command.add_turns(arguments)
-    group = arguments.add_argument_group("what an axis leaves as it is")
+    group = arguments.add_argument_group("values that stay the same within a table")
     for name, kind, value in (("batch", int, 4), ("size", int, 299), ("width", float, 1.0), ("middle_repeats", int, 8)):
         flag = f"--{name.replace('_', '-')}"
         group.add_argument(flag, type=command.positive(kind), default=value, metavar="V", help=f"({value:g})")
@@ -70,7 +70,7 @@ def _axis(text: str) -> tuple[str, tuple[float, ...]]:
 
 
 def measure(axis: str, values: Sequence[float], options: argparse.Namespace) -> dict[str, Any]:
-    """Returns a row for each value: what it took, and `relative`, its time for a FLOP as a multiple of the last's."""
+    """Returns a row for each value, with `relative`: its time for a FLOP as a multiple of the last row's."""
     fields = {name: getattr(options, name) for name in AXES}
     progress = command.Progress(f"{options.mode}, {axis}")
     with tempfile.TemporaryDirectory(prefix="xception_flax_benchmark_") as folder, Turns(progress) as turns:

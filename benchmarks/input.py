@@ -1,7 +1,7 @@
-"""Images a second that are read, decoded, cropped and batched: this pipeline next to tf.data and torchvision's.
+"""Times reading, decoding, cropping and batching of images: this pipeline beside tf.data and torchvision's.
 
-Every contender is a process of its own on one CPU, and again on two. They take turns; who is not at work is
-stopped. See benchmarks/README.md.
+Each contender is a process of its own on one CPU, and another on all of --threads. They take turns; the processes that
+wait are stopped. See benchmarks/README.md.
 """
 
 import argparse
@@ -26,10 +26,10 @@ EXAMPLES = f"""\
 
 contenders: {", ".join(READERS)}"""
 
-CHECKED = 8  # images, whole, whose values are compared
+CHECKED = 8  # images, not cropped, whose pixels are compared
 
-# Mean difference from this project's pixels, of 255, of photos scaled down to 299 pixels. Rounding and the decoder's
-# own arithmetic are below 1; torchvision scales with antialiasing, which is another picture of the same crop.
+# Largest mean difference from this project's pixels, of 255, for photos scaled down to 299 pixels. Rounding and the
+# arithmetic of the decoder make less than 1; torchvision scales with antialiasing, which makes another picture.
 MAX_DIFFERENCE = {"tf_data": 1.5, "torchvision": 6.0}
 
 
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Returns what was read and a row for each of `names` on each number of CPUs, by number."""
+    """Returns the size of the files, the images of a run, and a row for each of `names` on each number of CPUs."""
     progress = command.Progress("input")
     with tempfile.TemporaryDirectory(prefix="xception_flax_benchmark_") as folder, Turns(progress) as turns:
 
@@ -73,7 +73,7 @@ def measure(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]
         checked = [name for name in names if name != "alone"]
         differences: dict[str, float] = {}
         for name in sorted({*checked, "xception_flax"}, key=lambda name: not READERS[name].ours):
-            with Turns(progress) as alone:  # a row of its own, so that who cannot is a row and not the end
+            with Turns(progress) as alone:  # with rows of its own: a failure is not the end
                 alone.add(name, READERS[name].title, start(name, 1), contender=name, job=whole._asdict())
             if "error" not in alone.rows[name]:
                 ours, theirs = (np.load(Path(whole.folder) / f"whole_{n}.npy") for n in ("xception_flax", name))
@@ -89,7 +89,7 @@ def measure(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]
                 row = turns.rows[key]
                 row |= {"contender": name, "cpus": threads, "difference": differences.get(name)}
                 if "error" not in row and (row["difference"] or 0) > MAX_DIFFERENCE.get(name, 0):
-                    turns.fail(key, f"reads something else: {row['difference']:.1f} of 255 away from it")
+                    turns.fail(key, f"reads something else: its pixels differ by {row['difference']:.1f} of 255")
         turns.take(options.rounds, options.seconds_per_turn)
         progress.end()
 
@@ -111,7 +111,7 @@ def _write(folder: Path, files: Sequence[bytes]) -> float:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Returns the result of `measure` as a table in Markdown, and what follows from it in lines below."""
+    """Returns the result of `measure` as a table in Markdown, with conclusions in lines below."""
     done = {(r["contender"], r["cpus"]): r for r in result["rows"] if "error" not in r}
     ours = done.get(("xception_flax", 1))
 

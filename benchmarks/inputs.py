@@ -1,6 +1,6 @@
-"""What all contenders are given: images, labels, the weights in everybody's words, and what must come out.
+"""The inputs of all contenders: images, labels, the weights under each library's names, and the expected results.
 
-Runs in this project's environment, in a process that has ended before anything is measured.
+It runs in this project's environment, in a process that ends before anything is measured.
 """
 
 from pathlib import Path
@@ -18,11 +18,11 @@ from xception_flax import create_model
 from xception_flax.models import costs
 from xception_flax.weights import keras, timm
 
-# The two readings of Xception that are about: they differ in the padding of the max-pooling for even sizes and in
-# the epsilon of batch normalization, by nothing that takes time.
+# The two usual readings of Xception. They differ in the padding of the max-pooling for even sizes and in the epsilon
+# of batch normalization, which takes no time.
 READINGS = {"keras": dict(padding="SAME", bn_epsilon=1e-3), "timm": dict(padding="SYMMETRIC", bn_epsilon=1e-5)}
 
-# What runs once: LLVM's passes would take more than they would save.
+# For programs that run once: LLVM's passes would take more time than they save.
 _COMPILED_FAST = {"xla_backend_optimization_level": 0}
 
 
@@ -33,19 +33,19 @@ def network(job: Job, **fields: Any) -> nn.Module:
 
 
 def write(job: Job, readings: list[str]) -> dict[str, Any]:
-    """Writes the files of `job.folder`, and what each of `readings` makes of them into `expected_{reading}.npy`.
+    """Writes the files of `job.folder`, with the results of each of `readings` in `expected_{reading}.npy`.
 
-    Weights are random. For logits to be compared the moving statistics are made those of the images: with others
-    the signal dies on its way, and any two networks agree.
+    Weights are random. To compare logits, the moving statistics are those of the images: with others the signal
+    vanishes on its way, and any two networks agree.
 
     Returns:
       `macs` of one image, forward, and `parameters`.
     """
     folder, rng = Path(job.folder), np.random.default_rng(0)
     images, labels = _images(rng, job.batch, job.size), rng.integers(0, NUM_CLASSES, job.batch)
-    normalised = (images.astype(np.float32) - 127.5) / 127.5
+    normalized = (images.astype(np.float32) - 127.5) / 127.5
     np.save(folder / "images_uint8.npy", images)
-    np.save(folder / "images.npy", normalised)
+    np.save(folder / "images.npy", normalized)
     np.save(folder / "labels.npy", labels.astype(np.int32))
 
     init = jax.jit(
@@ -54,14 +54,14 @@ def write(job: Job, readings: list[str]) -> dict[str, Any]:
     variables = init(jax.random.key(0))
     if readings and job.mode == "forward":
         # With a decay of 0 one step leaves the statistics of the batch itself.
-        _, updates = _apply(network(job, bn_decay=0.0), variables, normalised, train=True)
+        _, updates = _apply(network(job, bn_decay=0.0), variables, normalized, train=True)
         variables = {"params": variables["params"], **updates}
     for reading in readings:
         model = network(job, **READINGS[reading])
         if job.mode == "forward":
-            expected, _ = _apply(model, variables, normalised, train=False)
+            expected, _ = _apply(model, variables, normalized, train=False)
         else:
-            expected = _losses(model, variables, normalised, labels)
+            expected = _losses(model, variables, normalized, labels)
         np.save(folder / f"expected_{reading}.npy", expected)
 
     np.savez(folder / "flax.npz", **flatten_dict(variables, sep="/"))
@@ -77,7 +77,7 @@ def write(job: Job, readings: list[str]) -> dict[str, Any]:
 
 
 def _images(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
-    """`[n, size, size, 3]` uint8: patches of colour, each image its own, under a little noise."""
+    """Returns `[n, size, size, 3]` uint8: patches of color with a little noise, different in each image."""
     patches = rng.integers(0, 224, (n, 6, 6, 3))
     place = np.arange(size) * 6 // size
     return (patches[:, place][:, :, place] + rng.integers(0, 32, (n, size, size, 3))).astype(np.uint8)
@@ -92,7 +92,7 @@ def _apply(model: nn.Module, variables: Any, images: np.ndarray, *, train: bool)
 
 
 def _losses(model: nn.Module, variables: Any, images: np.ndarray, labels: np.ndarray) -> jax.Array:
-    """`[2]`: before an update and after it."""
+    """Returns the losses `[2]` before and after an update."""
 
     def loss(params: Any) -> jax.Array:
         state = {**variables, "params": params}
@@ -106,7 +106,7 @@ def _losses(model: nn.Module, variables: Any, images: np.ndarray, labels: np.nda
 
 
 def _keras_layers(variables: Any) -> list[tuple[str, int]]:
-    """(name in a fresh process of Keras, number of arrays) of each layer of Keras Applications' Xception."""
+    """Returns (name in a fresh process of Keras, number of arrays) of each layer of Keras Applications' Xception."""
     numbered = {}
     for i, ours in enumerate(keras.XCEPTION_NUMBERED):
         suffix = f"_{i}" if i else ""

@@ -1,4 +1,4 @@
-"""A first training step of Keras Applications' Xception, as its user would take it; `cold_start` runs and times it.
+"""A first training step of Keras Applications' Xception, as its users would write it; `cold_start` times it.
 
     python keras_first_step.py FILE.npz BATCH THREADS
 

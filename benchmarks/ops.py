@@ -1,7 +1,7 @@
-"""Each operation of Xception at the sizes where it does its work: our lowering, XLA's own, and a copy of its input.
+"""Times each operation of Xception at the sizes that matter: our lowering, XLA's own, and a copy of the input.
 
-All three take turns in one process. Value and gradients (of input and kernel) are timed apart; a copy reads
-and writes as many bytes as the input has, and is what an operation that waits for memory can be held against.
+All three take turns in one process. Value and gradients (of input and kernel) are timed separately. The copy reads and
+writes as many bytes as the input has; operations that wait for memory can be compared with it.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Real photographs, and JPEGs like ImageNet's cut from them. scikit-image has them in its wheel."""
+"""Real photos, which scikit-image has in its wheel, and JPEGs like ImageNet's cut from them."""
 
 import importlib.util
 from functools import cache
@@ -23,10 +23,10 @@ PHOTOS = (
 
 @cache
 def photo(name: str) -> np.ndarray:
-    """One of `PHOTOS`, 0.1 to 2 megapixels: uint8 `[H, W, 3]`, not to be written to."""
+    """Returns one of `PHOTOS`, 0.1 to 2 megapixels: uint8 `[H, W, 3]`, read-only."""
     package = importlib.util.find_spec("skimage")
     if package is None:
-        raise WorkerError("the photos that files are cut from come with scikit-image: pip install scikit-image.")
+        raise WorkerError("the photos come with scikit-image: pip install scikit-image.")
     path = Path(package.origin).parent / "data" / name
     image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
     if image is None:
@@ -36,8 +36,10 @@ def photo(name: str) -> np.ndarray:
 
 
 def jpegs(number: int, *, width: int = 500, height: int = 375, quality: int = 98, seed: int = 0) -> list[bytes]:
-    """Encoded pieces of the photos in turn, at random places and scales; the defaults make them
-    like ImageNet's: 500 x 375, and with a quality of 98 a mean of 99 kB."""
+    """Returns JPEG files of pieces of the photos in turn, at random places and scales.
+
+    By default they are like ImageNet's: 500 x 375 pixels, and with a quality of 98 a mean of 99 kB.
+    """
     rng = np.random.default_rng(seed)
     encoded = []
     for i in range(number):
@@ -53,7 +55,7 @@ def jpegs(number: int, *, width: int = 500, height: int = 375, quality: int = 98
 
 
 def encode(image: np.ndarray, *, quality: int = 95) -> bytes:
-    """uint8 `[H, W, 3]` as a JPEG file with 4:2:0 chroma, as nearly all of ImageNet has."""
+    """Returns uint8 `[H, W, 3]` as a JPEG file with 4:2:0 chroma, as nearly all of ImageNet's."""
     options = [
         cv2.IMWRITE_JPEG_QUALITY,
         quality,

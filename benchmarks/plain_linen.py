@@ -1,7 +1,7 @@
-"""Xception as anyone would write it in Flax: modules of linen and nothing else.
+"""Xception as anyone would write it in Flax, with linen's own modules only.
 
-The row of the benchmark that says what the lowerings of `xception_flax.models.ops` are worth. Names are those of
-`xception_flax`, so that one set of variables serves both.
+Its row of the benchmark shows what the lowerings of `xception_flax.models.ops` gain. Variables have the names of
+`xception_flax`, so that one set of them serves both.
 """
 
 from collections.abc import Callable

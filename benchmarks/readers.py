@@ -1,8 +1,8 @@
-"""Who reads images, as `contenders.py` has who computes: builders of a function that reads `BATCHES` batches.
+"""Contenders that read images: as in `contenders.py`, builders of a function, which reads `BATCHES` batches.
 
 Files are in `job.folder/train/photo`. In mode 'random' a batch is `job.batch` random crops, each 8 to 100 % of the area
-and 3:4 to 4:3 in aspect, scaled bilinearly to `job.size` pixels a side, every second one mirrored: uint8. In
-mode 'whole' it is all files in order, each scaled as it is, which is written to `whole_NAME.npy` to be compared.
+and 3:4 to 4:3 in aspect, scaled bilinearly to `job.size` pixels a side, half of them mirrored: uint8. In mode 'whole'
+it is all files in order, scaled without a crop; it is written to `whole_NAME.npy` to be compared.
 """
 
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.contenders import Contender, Job, Run
+from benchmarks.contenders import Contender, Job, Work
 
 MODES = ("random", "whole")
 
-BATCHES = 8  # a run: many, since those that come in pairs would make every second one cheap
+BATCHES = 8  # of a run: several, because some pipelines make two at once, and every second one would be free
 
-# As many names as ImageNet has images, of few files: what depends on the length of a data set is as it is there.
+# A few files have as many names as ImageNet has images, so that costs of a data set's length are included.
 NUM_IMAGES = 1_281_167
 
 
@@ -24,7 +24,7 @@ def _paths(job: Job) -> list[str]:
     return sorted(map(str, Path(job.folder, "train", "photo").iterdir()))
 
 
-def _reader(job: Job, name: str, batches: Callable[[], np.ndarray]) -> Run:
+def _reader(job: Job, name: str, batches: Callable[[], np.ndarray]) -> Work:
     def run() -> np.ndarray:
         if job.mode == "whole":
             images = batches()
@@ -39,7 +39,7 @@ def _reader(job: Job, name: str, batches: Callable[[], np.ndarray]) -> Run:
     return run
 
 
-def build_xception_flax(job: Job) -> Run:
+def build_xception_flax(job: Job) -> Work:
     """`Split.batches`, as `train.py` reads them, with its allocator."""
     import dataclasses
 
@@ -67,8 +67,8 @@ def build_xception_flax(job: Job) -> Run:
     return _reader(job, "xception_flax", lambda: next(iterator)["images"])
 
 
-def build_alone(job: Job) -> Run:
-    """Decoding, crop with resizing, flip and nothing else, of files in memory: what no pipeline can be faster than."""
+def build_alone(job: Job) -> Work:
+    """Only decoding, crop with resizing, and flip, of files in memory: no pipeline can be faster."""
     from xception_flax.data import decoding, transforms
     from xception_flax.host import allocator
 
@@ -86,7 +86,7 @@ def build_alone(job: Job) -> Run:
     return run
 
 
-def build_tf_data(job: Job) -> Run:
+def build_tf_data(job: Job) -> Work:
     """As TensorFlow's own ImageNet examples do it: crop in the decoder, `tf.image.resize`."""
     import tensorflow as tf
 
@@ -122,7 +122,7 @@ def build_tf_data(job: Job) -> Run:
     return _reader(job, "tf_data", lambda: next(iterator))
 
 
-def build_torchvision(job: Job) -> Run:
+def build_torchvision(job: Job) -> Work:
     """As torchvision's reference recipe: Pillow, `RandomResizedCrop`, `DataLoader` with a worker for each CPU."""
     import itertools
 

@@ -1,7 +1,7 @@
-"""One forward pass and one training step of Xception: this project next to what one would use instead, on a CPU.
+"""Times a forward pass and a training step of Xception on a CPU: this project beside what one would use instead.
 
-Every contender is a process of its own on the same CPUs. They take turns, over and over, so that what the machine
-does meanwhile happens to all; who is not at work is stopped. See benchmarks/README.md.
+Each contender is a process of its own on the same CPUs. They take turns many times, so that other load on the machine
+affects all alike; the processes that wait are stopped. See benchmarks/README.md.
 """
 
 import argparse
@@ -28,8 +28,8 @@ contenders: {", ".join(CONTENDERS)}"""
 MODES = ("forward", "train")
 MIN_IMAGE_SIZE = 71  # pixels a side; Keras Applications takes none smaller
 
-# Largest difference from what must come out, as a share of what an image changes: float32 leaves 1e-5, another
-# network all of it.
+# Largest difference from the expected result, as a share of its spread over images: rounding in float32 makes 1e-5,
+# another network about 1.
 MAX_DIFFERENCE = 1e-3
 
 # A training step is the forward pass and two more of its size: the gradients of activations and of weights.
@@ -66,8 +66,8 @@ def main(argv: list[str]) -> int:
 
 
 def measure(names: Sequence[str], mode: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Returns what was computed, the `ceiling` of the machine, and a row for each of `names`, the fastest first."""
-    # Where only this project's environment is needed, the ceiling needs no other.
+    """Returns the job, the ceiling of the machine, and a row for each of `names`, the fastest first."""
+    # If no contender needs the other environment, the ceiling does not need it either.
     foreign = any(not CONTENDERS[name].ours for name in names)
     ceilings = [name for name in CEILINGS if foreign or CEILINGS[name].ours]
     progress = command.Progress(mode)
@@ -94,7 +94,7 @@ def measure(names: Sequence[str], mode: str, options: argparse.Namespace) -> dic
             difference = turns.rows[name].get("difference", 0.0)
             if not difference <= MAX_DIFFERENCE:
                 turns.fail(
-                    name, f"computes something else: {difference:.0e} away from it, at most {MAX_DIFFERENCE:.0e}"
+                    name, f"computes something else: the difference is {difference:.0e}, at most {MAX_DIFFERENCE:.0e}"
                 )
         turns.take(options.rounds, options.seconds_per_turn)
         progress.end()

@@ -1,4 +1,4 @@
-"""Workers that take turns: A B C A B C ..., so that what the machine does meanwhile happens to all alike."""
+"""Workers that take turns: A B C A B C ..., so that other load on the machine affects all alike."""
 
 import contextlib
 import math
@@ -14,7 +14,7 @@ Row = dict[str, Any]  # of a table: `title`, what its worker replied, and `error
 
 
 class Turns:
-    """Workers and the rows of their results, by name; a context manager that ends them all."""
+    """Workers and the rows of their results, by name; a context manager that ends all workers."""
 
     def __init__(self, progress: Progress) -> None:
         self.rows: dict[str, Row] = {}
@@ -29,7 +29,7 @@ class Turns:
         self._stack.close()
 
     def add(self, name: str, title: str, worker: Worker, **request: Any) -> None:
-        """Has `worker` build what it will run; `request` is that of `build`."""
+        """Adds a worker, and has it build what it will run; `request` are the arguments of its `build`."""
         self._progress.show(f"building {title}")
         self.rows[name] = {"name": name, "title": title}
         self._workers[name] = self._stack.enter_context(worker)
@@ -37,7 +37,7 @@ class Turns:
             self.rows[name] |= worker.ask("build", **request)
 
     def fail(self, name: str, error: str) -> None:
-        """Leaves one out; its row keeps the reason."""
+        """Ends the worker; its row keeps the error."""
         self.rows[name]["error"] = error
         self._workers.pop(name).end()
         self._progress.say(f"{self.rows[name]['title']}: {error}")
@@ -65,7 +65,7 @@ class Turns:
 
     @contextlib.contextmanager
     def _failing(self, name: str) -> Iterator[None]:
-        """The others go on where one cannot."""
+        """Ends only this worker if it fails; the others go on."""
         try:
             yield
         except WorkerError as error:

@@ -1,10 +1,10 @@
 """A process that computes for the benchmark, and its handle: lines of JSON over pipes, a reply to each request.
 
 A worker is stopped (SIGSTOP, with all of its threads and children) whenever it has nothing to do. Thread pools wait
-for their next task by spinning, and while one contender is timed no other may: some spin for milliseconds, some for
-as long as they are let.
+for their next task by spinning, some for milliseconds and some without end, and while one contender is timed no other
+may run.
 
-Linux only: CPU affinity, peak memory and the end with the parent are its own.
+It needs Linux: for CPU affinity, peak memory, and the end of a process with its parent.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 ROOT = Path(__file__).parent.parent
 
-# Settings that change how fast a library is. What is left of them in a shell must help nobody.
+# Variables that change how fast a library is. No contender gets those of the user's shell.
 SETTINGS = re.compile(
     "(JAX|XLA|TF|KERAS|TORCH|TORCHINDUCTOR|PYTORCH|INDUCTOR|ORT|OV|OPENVINO|ONEDNN|DNNL|MKL|OMP|GOMP|KMP|OPENBLAS|"
     "MALLOC|GLIBC|LD|PYTHON)_?.*"
@@ -33,7 +33,7 @@ SETTINGS = re.compile(
 
 
 def clean_environment() -> dict[str, str]:
-    """Returns this process's variables without `SETTINGS`; JAX keeps to the CPU, TensorFlow's log to errors."""
+    """Returns this process's variables without `SETTINGS`; JAX uses the CPU, TensorFlow logs only errors."""
     kept = {name: value for name, value in os.environ.items() if not SETTINGS.fullmatch(name)}
     return kept | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
@@ -47,8 +47,8 @@ class Worker:
 
     Args:
       python: interpreter of its environment.
-      threads: CPUs that it may run on, the first so many of this process's own.
-      folder: for what its libraries cache, which must be empty for every run of the benchmark.
+      threads: number of CPUs that it may run on, the first ones of this process.
+      folder: for the caches of its libraries, which must be empty for every run of the benchmark.
       environment: further variables.
     """
 
@@ -66,17 +66,17 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            start_new_session=True,  # Ctrl-C is ours to handle, and a signal reaches its children too
+            start_new_session=True,  # Ctrl-C must reach only the parent, and a signal to the worker its children too
         )
 
     def ask(self, request: str, **arguments: Any) -> Any:
-        """Returns the reply, with the worker awake for as long as it takes.
+        """Wakes the worker until it replies, and returns the reply.
 
         Raises:
-          WorkerError: an exception in the worker, or its end.
+          WorkerError: the worker raised an exception, or ended.
         """
         self._signal(signal.SIGCONT)
-        with contextlib.suppress(BrokenPipeError):  # it has ended: the reply says so
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which is reported below
             self._process.stdin.write(json.dumps([request, arguments]) + "\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -101,7 +101,7 @@ class Worker:
         """Ends the process and its children; a second time does nothing."""
         if self._log.closed:
             return
-        self._signal(signal.SIGKILL)  # nothing that it holds is needed, and a stopped process hears nothing else
+        self._signal(signal.SIGKILL)  # a stopped process receives no other signal
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._log):
             with contextlib.suppress(BrokenPipeError):
@@ -120,7 +120,7 @@ class Worker:
 
 
 class _Requests:
-    """What a worker can be asked: its methods."""
+    """The requests that a worker answers: its methods."""
 
     def __init__(self) -> None:
         self._run: Any = None
@@ -136,12 +136,12 @@ class _Requests:
         contenders.write_onnx(contenders.Job(**job))
 
     def build(self, contender: str, job: dict[str, Any]) -> dict[str, Any]:
-        """Makes the function that is timed, and calls it once; in training twice: the second loss has an update in it.
+        """Makes the function that is timed, and calls it once; in training twice, as the second loss shows the update.
 
         Returns:
           `versions` of what was imported; `build_seconds` of making the network with its weights, and
           `first_seconds` of the first call, compilation included; resident memory `imported_mb` after the
-          imports and `build_peak_mb` up to here, of the whole process; `difference` from what must come out.
+          imports and `build_peak_mb` up to here, of the whole process; `difference` from the expected result.
         """
         import numpy as np
 
@@ -188,8 +188,8 @@ class _Requests:
 
 
 def difference(value: Any, expected: Any) -> float:
-    """Largest difference of logits, as a share of what they spread over images (of one, over classes); of losses
-    `[steps]`, as a share of the first.
+    """Returns the largest difference: of logits, as a share of their spread over images (of one image, over classes);
+    of losses `[steps]`, as a share of the first loss.
     """
     import numpy as np
 
@@ -200,18 +200,35 @@ def difference(value: Any, expected: Any) -> float:
 
 
 def _memory_mb(field: str) -> float:
-    """VmRSS, resident memory, or VmHWM, its peak, in MB (10^6 bytes)."""
+    """Returns VmRSS, resident memory, or VmHWM, its peak, in MB (10^6 bytes)."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024 / 1e6
 
 
-def main(threads: int) -> None:
+def end_with_parent() -> None:
+    """Has the kernel end this process when its parent ends."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def take_output() -> TextIO:
+    """Returns standard output for replies alone; what libraries print goes to standard error from now on."""
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return output
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the error's type and the first line of its message."""
+    words = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {words[0]}"[:300]
+
+
+def main(threads: int) -> None:
+    end_with_parent()
     # Before any library counts the CPUs: XLA, OpenBLAS and Eigen make as many threads as they find.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to the log
+    replies = take_output()
     requests = _Requests()
     for line in sys.stdin:
         request, arguments = json.loads(line)
@@ -219,8 +236,7 @@ def main(threads: int) -> None:
             reply = {"result": getattr(requests, request)(**arguments)}
         except Exception as error:
             traceback.print_exc()
-            words = str(error).strip().splitlines() or [""]
-            reply = {"error": f"{type(error).__name__}: {words[0]}"[:300]}
+            reply = {"error": one_line(error)}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 

@@ -1,4 +1,4 @@
-"""The paper's ablations, and the dimension that it left unexplored: imagenet.py with exactly one change.
+"""The paper's ablations, and the towers that it left unexplored: imagenet.py with exactly one change.
 
     python train.py --config configs/ablations.py:NAME --workdir WORKDIR --config.data.data_dir=DIR
 
@@ -14,7 +14,7 @@ NAME is one of
                       towers have more parameters: 1 has 8.0, 2 has 4.5, 4 has 2.8 times Xception's
     towers_K_equal    the same, with a width that gives as many parameters as Xception, to 1 % (0.35,
                       0.46, 0.60 for K of 1, 2, 4), so that only the structure differs. K is at most 60:
-                      beyond, the narrower network lacks a channel for each tower
+                      with more, the narrower network lacks a channel for each tower
 
 Data, hardware: as for imagenet.py. Measured by us: not yet run.
 """
@@ -47,7 +47,7 @@ def get_config(name: str) -> ConfigDict:
         group, option = key.split(".")
         config[group][option] = value
     if towers:
-        # [ours] All three: sections 1.2 and 5 ask for such networks.
+        # [ours] All three values: sections 1.2 and 5 ask for such networks.
         config.model.name = "xception_towers"
         config.model.towers = int(towers[1])
         if towers[2]:

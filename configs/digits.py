@@ -1,10 +1,10 @@
-"""Handwritten digits: real data in the package, about two minutes on two CPU cores.
+"""Handwritten digits: real data, included in the package; two to four minutes on two CPU cores.
 
     python train.py --config configs/digits.py --workdir runs/digits
     xception-flax evaluate --workdir runs/digits --split test
     python train.py --config configs/digits.py:lenet --workdir runs/lenet       the baseline
 
-Data: 1,257 digits of 8 x 8 pixels to train on, 180 to watch ('validation'), 360 held out ('test').
+Data: 1,257 digits of 8 x 8 pixels to train on, 180 for 'validation', 360 held out for 'test'.
 Hardware: a laptop CPU.
 Measured by us: see docs/recipes.md. Size and augmentation were compared on folds of the first two parts
 (40 epochs: 5 of 719 wrong on two folds; 30 epochs: 10 of 1,078 on three); the length is chosen for two

@@ -1,4 +1,4 @@
-"""A narrow Xception on Fashion-MNIST, from its four IDX files; larger than the digits.
+"""A narrow Xception on Fashion-MNIST, from its four IDX files.
 
     python train.py --config configs/fashion_mnist.py --workdir runs/fashion --config.data.data_dir=DIR
     xception-flax evaluate --workdir runs/fashion --split test

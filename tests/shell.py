@@ -1,4 +1,4 @@
-"""Commands as a user starts them: in processes of their own, or by their entry point in this one."""
+"""Runs commands as a user does: in processes of their own, or by their entry point in this one."""
 
 import os
 import subprocess
@@ -14,11 +14,11 @@ from xception_flax.commands import cli
 
 ROOT = Path(__file__).parents[1]
 
-started: list[subprocess.Popen] = []  # which a test leaves behind if it fails; `conftest.none_is_left` ends them
+started: list[subprocess.Popen] = []  # `conftest.none_is_left` kills those that a failed test leaves behind
 
 
 def environment(devices: int | None = None) -> dict[str, str]:
-    """The variables of a process: with so many CPU devices and compiled as for a user, or as in this process."""
+    """Returns the environment of a process. With `devices` it has so many CPU devices and compiles as a user's does."""
     own = {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     if devices is not None:
         own["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
@@ -26,7 +26,7 @@ def environment(devices: int | None = None) -> dict[str, str]:
 
 
 def start(*arguments: object, devices: int | None = None) -> subprocess.Popen:
-    """Starts Python with `arguments`, as the first process of a group of its own."""
+    """Starts Python with `arguments` in a process group of its own."""
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         env=environment(devices),
@@ -51,7 +51,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 def run(*arguments: object, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess:
-    """Runs Python with `arguments` and changed environment variables to its end."""
+    """Runs Python with `arguments` to its end; `variables` change its environment."""
     command, changed = [sys.executable, *map(str, arguments)], environment() | variables
     return subprocess.run(command, env=changed, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 

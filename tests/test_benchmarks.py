@@ -1,4 +1,4 @@
-"""The benchmarks run and compare what they say; times are never asserted."""
+"""The benchmarks run, and their reports are right; times are never asserted."""
 
 import io
 import json
@@ -20,11 +20,11 @@ import shell
 from benchmarks import cold_start, command, contenders, growth, inputs, photos, plain_linen, readers, step, worker
 from benchmarks import input as input_benchmark
 
-MAX_DIFFERENCE = 1e-4  # of what the logits spread over images, as in test_keras_weights.py; measured: 8e-6
+MAX_DIFFERENCE = 1e-4  # of the spread of the logits over images, as in tests/weights/test_keras.py; measured: 8e-6
 
 
 def benchmark(arguments: str) -> subprocess.CompletedProcess:
-    """`python -m benchmarks.` and the rest of a command line."""
+    """Runs `python -m benchmarks.` with the rest of a command line."""
     name, *others = arguments.split()
     return shell.run("-m", f"benchmarks.{name}", *others)
 
@@ -36,7 +36,7 @@ def test_plain_linen_has_the_parameters_of_xception():
 
 
 def test_the_step_of_train_py_trains(tmp_path):
-    """The losses before and after an update of the same weights, of a narrow network."""
+    """A narrow network's losses before and after an update of the same weights."""
     job = contenders.Job(str(tmp_path), "train", batch=8, size=71, threads=1, width=0.05, middle_repeats=1)
     inputs.write(job, ["keras"])
     run = contenders.build_xception_flax(job)
@@ -51,7 +51,7 @@ def test_a_start_that_fails_says_why(tmp_path):
 
 
 def test_a_step_is_measured_and_who_fails_keeps_a_row(tmp_path):
-    """Two contenders that are here and one that is not: its environment lacks TensorFlow."""
+    """Two contenders are installed, and one is not: its environment lacks TensorFlow."""
     file = tmp_path / "step.json"
     names = ["xception_flax", "plain_linen", "keras_tensorflow"]
     result = benchmark(
@@ -140,7 +140,7 @@ def test_a_table_in_markdown():
 
 
 def test_input_is_measured_and_its_values_are_compared(tmp_path):
-    """Photos read whole by the two that are here are the same; the one that is not keeps a row."""
+    """Two readers are installed and read the same from whole photos; the third is not, and has a row that says so."""
     file = tmp_path / "input.json"
     result = benchmark(
         "input --images 8 --batch 8 --size 64 --threads 1 --rounds 1 --seconds-per-turn 0.1 "
@@ -161,7 +161,7 @@ def test_input_is_measured_and_its_values_are_compared(tmp_path):
 
 
 def test_a_reader_reads_whole_photos_as_pillow_does(tmp_path):
-    """Scaled bilinearly without antialiasing, against the same by NumPy's own arithmetic of Pillow's pixels."""
+    """Bilinear scaling without antialiasing, against NumPy's arithmetic on Pillow's pixels."""
     contents = photos.jpegs(4, width=64, height=64)
     input_benchmark._write(tmp_path, contents)
     job = contenders.Job(str(tmp_path), "whole", batch=4, size=32, threads=1)

@@ -1,4 +1,4 @@
-"""README and docs: every command and program in them runs, in the order of a reader, in one folder.
+"""README and docs: every command and program in them runs, in the order of the pages, in one folder.
 
 A ```bash block is run command by command with a small network; a ```console block has one command and what it
 prints; the ```python blocks of a page are one program, with shallow networks. Two comments above a block change that:
@@ -48,7 +48,7 @@ LENET = ["--config.model.name=lenet", "--config.model.width=0.1"]  # a fifth of 
 # Pages whose commands say nothing about the network.
 WITH_LENET = ("docs/recipes.md", "docs/data.md", "docs/runs.md")
 
-# What prepares a machine, and is not run. Of these, files that they name must be there.
+# Commands that prepare a machine. They are not run, but the files that they name must exist.
 SETUP = ("make", "pip", "curl", "git", "source", "cd")
 
 
@@ -75,7 +75,7 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory) -> Iterator[Path]:
-    """Where a reader is: in a clone, with images of two classes in `photos`."""
+    """A reader's working directory: a clone, with images of two classes in `photos`."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("configs", "docs", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
@@ -91,26 +91,26 @@ def folder(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def one_device_only(monkeypatch):
-    """As a reader has on a CPU; over the eight of the other tests all takes twice as long."""
+    """One device, as a reader has on a CPU. With the eight of the other tests everything takes twice as long."""
     one = partial(sharding.create_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr(sharding, "create_mesh", one)
 
 
 @pytest.fixture(scope="module")
 def names() -> dict[str, dict[str, object]]:
-    """The names that the programs of each page have made."""
+    """The names that the programs of each page have defined."""
     return {page: {} for page in PAGES}
 
 
 def commands(text: str) -> list[list[str]]:
-    """The commands of a block, as words."""
+    """Returns the commands of a block, split into words."""
     lines = text.replace("\\\n", " ").splitlines()
     split = [shlex.split(part, comments=True) for line in lines for part in line.split(" && ")]
     return [words for words in split if words]
 
 
 def our_main(words: list[str]) -> tuple[Callable[[list[str]], int] | None, list[str]]:
-    """The function behind a command of ours, and its arguments; None for what prepares a machine."""
+    """Returns the function behind a command of ours, or None if it prepares a machine, and its arguments."""
     program, *arguments = words
     if program == "xception-flax":
         verb, *arguments = arguments
@@ -139,7 +139,7 @@ def check_setup(words: list[str]) -> None:
 
 
 def check_arguments(main: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture) -> None:
-    """Every flag is one of the command's, and every key of a recipe is there and takes the value."""
+    """Checks that the command has every flag, and the recipe every key with such a value."""
     sub_command = [word for word in arguments[:1] if not word.startswith("-")] if "prepare" in main.__module__ else []
     with pytest.raises(SystemExit, match="0"):
         main([*sub_command, "--help"])
@@ -152,7 +152,7 @@ def check_arguments(main: Callable[[list[str]], int], arguments: list[str], caps
 
 
 def run(block: Block, words: list[str], capsys: pytest.CaptureFixture) -> str:
-    """Runs a command, or checks it where it is not to be run, and returns what it prints."""
+    """Runs a command, or checks its arguments if it is not to be run, and returns its output."""
     main, arguments = our_main(words)
     if main is None:
         check_setup(words)
@@ -190,7 +190,7 @@ def test_what_a_page_says_to_do(block, names, capsys, monkeypatch):
 
 
 def test_keys_in_the_text_are_keys_of_recipes(folder):
-    """Keys that a sentence names, too: `--config.GROUP.KEY=...`."""
+    """Also keys that a sentence names: `--config.GROUP.KEY=...`."""
     recipes = ["digits.py", "imagenet.py", f"folder.py:{folder / 'photos'}"]
     configs = [reading.load(f"configs/{recipe}") for recipe in recipes]
     configs.append(reading.load("configs/digits.py", ["--config.data.source=arrays", "--config.data.path=mine.npz"]))

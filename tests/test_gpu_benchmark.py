@@ -1,4 +1,4 @@
-"""The benchmark for GPUs does all of its work on a CPU, at tiny shapes; times are never asserted."""
+"""The benchmark for GPUs runs completely on a CPU, at tiny shapes; times are never asserted."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_a_dry_run(tmp_path):
-    """Everything but torch, which is not here: its row says so."""
+    """Everything but torch, which is not installed: its row says so."""
     file, lowerings = tmp_path / "gpu.json", gpu_contenders.timed_lowerings()
     names = ["correctness", "operations", "xception_flax_platform", "timm"]
     call = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--mode", "train", "--minutes", "30"]
@@ -28,7 +28,7 @@ def test_a_dry_run(tmp_path):
     for r in compared:
         assert r["same"]
         assert set(r["errors"]) == set(gpu_contenders.PARTS[: 2 if r["case"].startswith("max_pool") else 3])
-        # Measured: 2.2e-6 and 2.4e-3; where a CPU adds up in bfloat16 8.7e-3 (jax 0.11.2, a matrix product).
+        # Measured: 2.2e-6 in float32, 2.4e-3 in bfloat16, 8.7e-3 where a CPU sums in bfloat16 (a product, jax 0.11.2).
         assert max(r["errors"].values()) < (1e-5 if r["dtype"] == "float32" else 1e-2)
     kinds = {r["case"].split()[0].rstrip(",") for r in compared}
     assert kinds == {"network", "depthwise_convolution", "pointwise_convolution", "convolution", "max_pool"}
@@ -80,8 +80,8 @@ def test_no_time_left_has_a_row(options):
     assert not found.failed()
 
 
-def test_who_fails_has_a_row_with_its_words(options, tmp_path):
-    """At 8 px no network has a pixel left; 299 px on a CPU would not end in time."""
+def test_a_contender_that_fails_has_a_row_with_its_message(options, tmp_path):
+    """It fails because 8 px are too few for the network."""
     found = gpu.Results(tmp_path / "gpu.json", options)
     jobs = [gpu_contenders.Job("xception_flax_stock", "forward", 2, size=8, tiny=True)]
     gpu.measure(jobs, found, time.monotonic() + 600, dry_run=True)

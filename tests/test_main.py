@@ -1,4 +1,4 @@
-"""The door: `xception-flax VERB` and `python -m xception_flax VERB` are one, list every verb, and answer mistakes."""
+"""`xception-flax VERB` and `python -m xception_flax VERB` are the same, list every verb, and report mistakes."""
 
 import signal
 import subprocess
@@ -33,7 +33,7 @@ def test_help_lists_the_verbs_with_a_line_each(door):
 
 
 def test_help_that_nobody_reads_ends_without_a_traceback():
-    """As `| head` reads, and a full disk: `cli.run` does the same for each verb."""
+    """Its reader has gone, as with `| head`, or the disk is full; `cli.run` does the same for each verb."""
     with subprocess.Popen([SCRIPT, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
@@ -58,6 +58,6 @@ def test_a_misspelt_verb_is_a_line():
     )
 
 
-def test_a_verb_calls_itself_by_the_door():
+def test_the_usage_of_a_verb_names_the_script():
     for door in ([SCRIPT], [sys.executable, "-m", "xception_flax"]):
         assert run(*door, "summary", "--help").stdout.startswith("usage: xception-flax summary [-h]")

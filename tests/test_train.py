@@ -39,7 +39,7 @@ from xception_flax.training import evaluation, metrics, sharding
 
 DIGITS = str(ROOT / "configs" / "digits.py")
 
-# 157 steps of 16 images: a second or so of training, and long enough to be stopped in.
+# 157 steps of 16 images: a second or so of training, which is long enough to stop it.
 SMALL = [
     "--config.model.width=0.02",
     "--config.model.middle_repeats=0",
@@ -53,7 +53,7 @@ SMALL = [
 ]
 
 
-# The same of a network that compiles at once, where that is all that matters.
+# The same for LeNet, which compiles fast, in tests for which any network will do.
 LENET = [text for text in SMALL if "model." not in text]
 
 
@@ -64,7 +64,7 @@ def start(workdir: Path, *arguments: str, devices: int = 2) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def whole_timed(tmp_path_factory) -> tuple[Path, float]:
-    """A run from beginning to end in one go, and how many seconds it took from outside."""
+    """An uninterrupted run, and its duration in seconds, measured from outside."""
     workdir, begin = tmp_path_factory.mktemp("whole"), time.monotonic()
     code, out, err = finish(start(workdir))
     assert code == 0, err
@@ -74,7 +74,7 @@ def whole_timed(tmp_path_factory) -> tuple[Path, float]:
 
 @pytest.fixture(scope="module")
 def whole(whole_timed) -> Path:
-    """The folder of that run."""
+    """The workdir of that run."""
     return whole_timed[0]
 
 
@@ -103,12 +103,12 @@ def test_the_same_command_on_a_finished_run_says_so(whole):
     assert code == 0
     assert "this run is finished (157 steps); nothing to do" in out
     assert {p for p in whole.rglob("*") if p.is_file() and "tensorboard" not in p.parts} == set(before)
-    for path, content in before.items():  # the picture is drawn again, and all else is as it was
+    for path, content in before.items():  # the picture is drawn again; all else is unchanged
         assert path.name in ("curves.png", ".lock") or path.read_bytes() == content
 
 
 def test_the_parts_of_the_time_add_up(whole_timed):
-    """Together they are no longer than the process, measured from outside."""
+    """Their sum is not longer than the process took, measured from outside."""
     workdir, seconds = whole_timed
     recorded = records(workdir)
     trained = [r for r in recorded if "train/loss" in r]
@@ -119,7 +119,7 @@ def test_the_parts_of_the_time_add_up(whole_timed):
     for r in trained:
         assert 0 <= r["train/input_wait_seconds"] <= r["train/step_seconds"]
         assert r["train/images_per_second"] == pytest.approx(16 / r["train/step_seconds"])
-        assert "train/mfu" not in r  # nobody knows the peak of a CPU
+        assert "train/mfu" not in r  # no peak is known for CPUs
     assert ["train/first_step_seconds" in r for r in trained] == [True] + [False] * (len(trained) - 1)
     assert all("eval/seconds" in r for r in recorded if "eval/loss" in r)
 
@@ -138,10 +138,10 @@ pathlib.Path(sys.argv[1]).write_text(f"{counts['cache_hits']} {counts['compile_r
 
 
 def test_a_second_start_compiles_nothing(tmp_path):
-    """With a user's own cache: the second run finds each program, and ends bit for bit as the first.
+    """With a user's own cache the second run finds each program, and ends bit for bit as the first.
 
-    A run here is five steps of a small network, an evaluation and a checkpoint; compiled at LLVM's lowest level, since
-    the tests of resumption compare a run that compiles with such as do not at the usual one.
+    Each run has five steps of a small network, an evaluation and a checkpoint. It is compiled at LLVM's lowest level;
+    at the usual level, the tests of resumption compare a run that compiles with runs that do not.
     """
     counts = {}
     for name in ("cold", "warm"):
@@ -161,7 +161,7 @@ def test_a_second_start_compiles_nothing(tmp_path):
         assert "rror" not in result.stderr
         counts[name] = [int(n) for n in (tmp_path / f"{name}.txt").read_text().split()]
     (cold_hits, cold_requests), (warm_hits, warm_requests) = counts["cold"], counts["warm"]
-    assert cold_hits < cold_requests / 10  # programs that are equal but for their names
+    assert cold_hits < cold_requests / 10  # a few programs are equal except for their names
     assert warm_hits == warm_requests == cold_requests
     folder = tmp_path / "caches" / "xception_flax" / "jax"
     assert {"jit_train_step", "jit_init", "jit_eval_step"} <= {path.name.partition("-")[0] for path in folder.iterdir()}
@@ -177,9 +177,9 @@ def test_a_second_start_compiles_nothing(tmp_path):
 
 
 def test_a_profile_has_the_chosen_steps_and_no_other(tmp_path, monkeypatch, capsys):
-    """Asked for are 5 to 8, of a run that goes on from step 6: 7 and 8 are left."""
+    """Steps 5 to 8 are asked for; a run that resumes from step 6 traces 7 and 8."""
     arguments = ["--config", f"{DIGITS}:lenet", "--workdir", tmp_path, *LENET, "--config.epochs=0.1019"]  # 8 steps
-    arguments += ["--config.schedule.warmup_epochs=0", "--config.checkpoint_every_epochs=0.02545"]  # every second
+    arguments += ["--config.schedule.warmup_epochs=0", "--config.checkpoint_every_epochs=0.02545"]  # every second step
     code, _, err = run(monkeypatch, capsys, train.main, *arguments)
     assert code == 0, err
     assert not (tmp_path / "profile").exists()
@@ -197,7 +197,7 @@ def test_a_profile_has_the_chosen_steps_and_no_other(tmp_path, monkeypatch, caps
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
     traced = [event for plane in planes for line in plane.lines for event in line.events]
     assert [dict(e.stats)["step_num"] for e in traced if e.name == "train"] == [7, 8]
-    # The devices' own work: each of the eight runs the step's fusions, twice.
+    # The devices' own work: each of the eight runs the fusions of the step twice.
     assert sum("fusion" in e.name and not e.name.startswith("$") for e in traced) > 2 * 8 * 10
 
 
@@ -205,7 +205,7 @@ WORKERS = ["--config.data.num_workers=2", "--config.data.num_threads=1"]
 
 
 def children(pid: int) -> set[int]:
-    """Processes that read for `pid`: all that Python has started for it, but for its tracker of shared memory."""
+    """Returns the worker processes of `pid`: those that Python has spawned, without its tracker of shared memory."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -226,7 +226,7 @@ def is_alive(pid: int) -> bool:
 
 
 def segments(pids: set[int]) -> set[str]:
-    """Files of the shared memory in which workers hand over their batches: those that these processes have mapped."""
+    """Returns the files of shared memory that these processes have mapped; workers pass their batches in them."""
     found = set()
     for pid in pids:
         with contextlib.suppress(OSError):  # it has ended
@@ -235,9 +235,9 @@ def segments(pids: set[int]) -> set[str]:
 
 
 def stand_still(process: subprocess.Popen) -> tuple[set[int], set[str]]:
-    """Stops the trainer; returns its workers and what is mapped, once they wait with all that they may make ahead.
+    """Stops the trainer and waits until its workers have filled their queues; returns the workers and their segments.
 
-    Killed before that they may leave a segment for good: Python makes one, and then tells its tracker of it.
+    A worker that is killed before that may leave a segment for good: Python creates one before it tells its tracker.
     """
     process.send_signal(signal.SIGSTOP)
     readers, looks, deadline = children(process.pid), [], time.monotonic() + 120
@@ -249,7 +249,7 @@ def stand_still(process: subprocess.Popen) -> tuple[set[int], set[str]]:
 
 
 def assert_gone(pids: set[int], held: set[str]) -> None:
-    """Soon no worker is left, nor a segment that was held."""
+    """Asserts that soon no worker is left, and no segment that was held."""
     assert held
     deadline = time.monotonic() + 60
     while left := {*filter(is_alive, pids), *filter(os.path.exists, held)}:
@@ -258,10 +258,11 @@ def assert_gone(pids: set[int], held: set[str]) -> None:
 
 
 def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
-    """SIGTERM, then SIGKILL, then to the end: every array and every record as without a stop.
+    """Stopped by SIGTERM, killed by SIGKILL, then run to the end: all arrays and evaluations are as without a stop.
 
-    Worker processes read, in the last run and in that without a stop threads. The first signal is to the whole
-    group, as a terminal or a batch system sends it; the second is to the trainer alone, and ends them too.
+    The first two starts read with worker processes, the last one and the uninterrupted run with threads. SIGTERM goes
+    to the whole group, as a terminal or a batch system sends it; SIGKILL goes to the trainer alone, and ends its
+    workers too.
     """
     process = start(tmp_path, *WORKERS)
     wait_until(lambda: len(records(tmp_path)) >= 3, process)
@@ -299,7 +300,7 @@ def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
 
 
 def test_a_signal_to_the_group_while_workers_start(tmp_path):
-    """They are Python's imports until they can ignore it; the first step ends, and is saved."""
+    """Workers can ignore it only after Python's imports. The first step ends, and is saved."""
     process = start(tmp_path, *WORKERS)
     wait_until(lambda: children(process.pid), process)
     os.killpg(process.pid, signal.SIGTERM)
@@ -312,7 +313,7 @@ def test_a_signal_to_the_group_while_workers_start(tmp_path):
 def test_ctrl_c_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):
     process = start(tmp_path)
     wait_until(lambda: len(records(tmp_path)) >= 1, process)
-    process.send_signal(signal.SIGSTOP)  # while it holds still: a second run does not come into its workdir
+    process.send_signal(signal.SIGSTOP)  # so that it holds its workdir while a second run is started there
     try:
         code, _, err = run(monkeypatch, capsys, train.main, "--config", DIGITS, "--workdir", tmp_path, *SMALL)
         assert code == 2
@@ -329,7 +330,7 @@ def test_ctrl_c_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("command", [["train.py"], ["-m", "xception_flax", "evaluate"]], ids=" ".join)
 @pytest.mark.parametrize("module", ["xception_flax.host.signals", "numpy", "jax", "flax.linen", "orbax.checkpoint"])
 def test_ctrl_c_during_the_imports_ends_without_a_traceback(command, module):
-    """Python says on stderr what it has imported; the signal comes when that has come to `module`."""
+    """Python prints each import on stderr; the signal is sent after that of `module`."""
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", *command, "--workdir", "w"],
         env=environment(1),
@@ -340,7 +341,7 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback(command, module):
     for line in process.stderr:
         if line.split("|")[-1].strip() == module:
             break
-    process.stderr.readline()  # of the next module: after the first of them the handler is set
+    process.stderr.readline()  # of the next module; by then the handler is set even for the first `module`
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 128 + signal.SIGINT
@@ -349,7 +350,7 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback(command, module):
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
-    """In native code too, where Python's own handlers wait: an hour of hashing stands for compiling."""
+    """Also in native code, where Python's own handlers do not run: an hour of hashing stands for compilation."""
     (tmp_path / "s.py").write_text("""
 import hashlib
 from xception_flax.host import signals
@@ -372,8 +373,8 @@ with signals.StopRequest():
     assert (code, err) == (128 + signal.SIGTERM, "\ninterrupted\n")
 
 
-def test_of_several_processes_one_hands_ctrl_c_on():
-    """To JAX's handler of SIGTERM, once; the second Ctrl-C is the end, by the other's test."""
+def test_one_of_several_processes_passes_ctrl_c_on():
+    """It goes to JAX's handler of SIGTERM, once. A second Ctrl-C ends the process, as tested above."""
     got = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
     try:
@@ -405,10 +406,10 @@ def start_two(*workdirs: Path, overrides: Sequence[str] = ("", "")) -> list[subp
 
 
 def test_two_processes_are_one(whole, tmp_path, monkeypatch, capsys):
-    """Two hosts of one device each see what one host of two sees: the same losses, and one checkpoint.
+    """Two hosts of one device each compute what one host of two devices does: the same losses, and one checkpoint.
 
-    On the way one of them gets Ctrl-C, which it hands to JAX as SIGTERM, a preempted host's: both save the
-    same step, say so by their exit code, and go on from there.
+    During the run one host gets Ctrl-C and passes it to JAX as SIGTERM, as if it were preempted. Both hosts save the
+    same step, exit with the code of a signal, and resume from there.
     """
     hosts = start_two(tmp_path)
     wait_until(lambda: len(records(tmp_path)) >= 2, hosts[0])
@@ -426,7 +427,7 @@ def test_two_processes_are_one(whole, tmp_path, monkeypatch, capsys):
     assert "going on from the checkpoint of step" in results[0][2]
     one, two = ({r["step"]: r["train/loss"] for r in records(w) if "train/loss" in r} for w in (whole, tmp_path))
     assert one.keys() <= two.keys()
-    # Sums in another order: equal to rounding at first, which training then magnifies.
+    # The order of sums differs: losses are first equal up to rounding, which training then magnifies.
     np.testing.assert_allclose([two[5], two[10]], [one[5], one[10]], rtol=1e-4)
     final = [[r for r in records(w) if "eval/loss" in r][-1] for w in (whole, tmp_path)]
     assert final[0]["eval/count"] == final[1]["eval/count"] == 180
@@ -439,7 +440,7 @@ def test_two_processes_are_one(whole, tmp_path, monkeypatch, capsys):
 
 
 def test_processes_that_differ_do_not_begin(whole, tmp_path):
-    """By their seeds nothing is written; by their workdirs, of which one has a run in it, nothing either."""
+    """Nothing is written if their seeds differ, or if only one of their workdirs has checkpoints."""
     seeds = ["--config.seed=0", "--config.seed=1"]
     results = [finish(host) for host in start_two(tmp_path / "new", overrides=seeds)]
     said = "error: the processes of this run are not alike: {}. Start the same on every host."
@@ -479,7 +480,7 @@ def test_evaluate_repeats_the_loops_evaluation(whole, monkeypatch, capsys):
 
 
 def test_the_picture_says_what_it_is_of(whole, tmp_path, monkeypatch, capsys):
-    """An SVG has its words as comments. Ten times one image, as each of the digits: nine are wrong."""
+    """An SVG has its texts as comments. One image is labelled as each of the ten digits, so nine are wrong."""
     digit = np.load(ROOT / "xception_flax" / "data" / "digits.npz")["images"][:1]
     files = {"ten": (np.repeat(digit, 10, 0), np.arange(10))}
 
@@ -508,14 +509,14 @@ def test_the_picture_says_what_it_is_of(whole, tmp_path, monkeypatch, capsys):
 
 
 def test_no_picture_loses_the_results(whole, tmp_path, monkeypatch, capsys):
-    """A bad path is found before there is anything to lose, a full disk after all is said."""
+    """A bad path is found before the evaluation, a full disk after its results are printed."""
     for picture, message in [
         (tmp_path / "no" / "m.png", "No such file"),
         (tmp_path / "m.pgn", r"expected one that ends in \.png"),
         (tmp_path / "m", r"expected one that ends in \.png"),
         (whole, r"expected one that ends in \.png"),
     ]:
-        both = ["--picture", picture, "--split", "tset"]  # the split is looked at first of all that is work
+        both = ["--picture", picture, "--split", "tset"]  # a wrong split is the first error of the evaluation
         code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, *both)
         assert (code, out) == (2, "")
         assert re.match(rf"error: {picture} .*{message}", err), err
@@ -577,7 +578,7 @@ def test_mistakes_with_evaluate(whole, monkeypatch, capsys, arguments, message):
 
 
 def test_a_killed_worker_loses_nothing(tmp_path):
-    """As the system does where memory runs out: what was trained is saved, and the message says so."""
+    """A worker is killed, as by the system if memory runs out: the trained steps are saved, and the message says so."""
     process = start(tmp_path, *WORKERS)
     wait_until(lambda: len(records(tmp_path)) >= 1, process)
     readers, held = stand_still(process)
@@ -599,7 +600,7 @@ def test_a_killed_worker_loses_nothing(tmp_path):
 
 
 def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
-    """One of 24 files is cut: the steps before it are saved; a recipe that replaces it goes on from there."""
+    """One of 24 files is cut: the steps before it are saved, and a run that replaces the image resumes from there."""
     photo = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))[1].tobytes()
     for split, i in itertools.product(("train", "val"), range(24)):
         path = tmp_path / "photos" / split / "ab"[i % 2] / f"{i:02}.jpg"
@@ -658,7 +659,7 @@ def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
         (["--config.model.num_classes=7"], "model.num_classes is 7, but the data has 10 classes"),
         (["--config.mesh.fsdp=3"], "mesh: data=-1 x fsdp=3 must cover the 8 devices exactly; .* take 1 or 2 or 4 or 8"),
         (["--config.batch_size=1264"], "batch_size=1264 is more than the 1257 images of split 'train'; take at most"),
-        # Of two mistakes the workdir is the first to be looked at.
+        # Of two mistakes, that of the workdir is reported.
         (["--workdir", "/proc/nothing", "--config.mesh.fsdp=3"], "workdir /proc/nothing cannot be written"),
         (["--workdir", __file__, "--config.mesh.fsdp=3"], "workdir .*test_train.py is a file; expected a folder"),
         (["--config.normalize.mean=(1.0,2.0)", "--config.normalize.std=(1.0,2.0)"], "mean has 2 values.*1 channels"),
@@ -696,7 +697,7 @@ def test_mistakes_with_train(tmp_path, monkeypatch, capsys, arguments, message):
 
 
 def test_transforms_of_another_shape_are_refused_before_an_epoch(tmp_path, monkeypatch, capsys):
-    """Those of evaluation too, which comes after hours of training."""
+    """Also transforms of the evaluation, which comes after hours of training."""
     for chain in ("train", "eval"):
         arguments = [
             "--config",
@@ -714,7 +715,7 @@ def test_transforms_of_another_shape_are_refused_before_an_epoch(tmp_path, monke
 
 
 def test_without_a_cluster_none_is_joined(tmp_path):
-    """A process of its own: JAX joins others before it has looked for devices, or not at all."""
+    """In a process of its own, because JAX joins a cluster only before it looks for devices."""
     process = start(tmp_path / "w", "--distributed")
     code, out, err = finish(process)
     assert (code, out) == (2, "")
@@ -729,7 +730,7 @@ def test_another_recipe_in_an_old_workdir_is_refused(whole, monkeypatch, capsys)
         capsys,
         train.main,
         *("--config", DIGITS, "--workdir", whole, *SMALL, "--config.seed=5"),
-        "--config.mesh.fsdp=3",  # a second mistake: the workdir is the first to be looked at
+        "--config.mesh.fsdp=3",  # a second mistake, which is not the one reported
     )
     assert code == 2
     assert "holds a run of another recipe; nothing was changed" in err
@@ -738,9 +739,9 @@ def test_another_recipe_in_an_old_workdir_is_refused(whole, monkeypatch, capsys)
 
 
 def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
-    """The directory of a folder may move; its classes and its number of images may not change.
+    """A folder of images may move; its classes and its number of images may not change.
 
-    What is not read in it is said; on images that would be nearly black no run begins.
+    Files that are not read are reported, and no run begins on images that would be nearly black.
     """
     image = cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes()
     dark = cv2.imencode(".png", np.full((40, 40), 4000, np.uint16))[1].tobytes()
@@ -770,9 +771,9 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
     assert code == 0
     assert "\n1 of 17 files is not read: 1 .heic (x/0.heic).\n" in err
     assert "\nthe training data: 1 of 3 images of 16 bits looked at have no value in the upper half; if white" in err
-    (tmp_path / "a" / "train" / "x" / "1.png").write_bytes(dark)  # a run that was begun is not refused for that
+    (tmp_path / "a" / "train" / "x" / "1.png").write_bytes(dark)  # does not stop a run that has begun
 
-    # Older checkpoints have the names of classes as they were on their disk.
+    # Older checkpoints have the names of classes as they were on the disk.
     (meta,) = (tmp_path / "w" / "checkpoints").glob("*/meta/metadata")
     content = json.loads(meta.read_text())
     assert content["class_names"] == ["x", "\xe9"]
@@ -782,7 +783,9 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "a" / "stray.txt").touch()
     code, out, _ = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path / "w")
     assert code == 0
-    assert re.search(r"not read +1 file is not read: 1 \.txt \(a/stray\.txt\)\.", out)  # of its split all is
+    assert re.search(
+        r"not read +1 file is not read: 1 \.txt \(a/stray\.txt\)\.", out
+    )  # all files of its split are read
     elsewhere = f"--config.data.data_dir={tmp_path / 'dark'}"
     code, _, err = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path / "w", elsewhere)
     assert code == 2
@@ -801,7 +804,7 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
 
 
 def test_one_class_is_refused(tmp_path, monkeypatch, capsys):
-    """A loss of 0 and 100 % would say nothing."""
+    """Its loss of 0 and accuracy of 100 % would mean nothing."""
     image = cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes()
     for split in ("train", "val"):
         (tmp_path / "photos" / split / "cat").mkdir(parents=True)
@@ -840,7 +843,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch, defect):
 
 
 def test_what_does_not_fit_into_memory_is_two_lines(tmp_path, monkeypatch, capsys):
-    """No machine has room for 32 PiB; and an error that is none of memory keeps its traceback."""
+    """No machine has room for 32 PiB. An error that is not about memory keeps its traceback."""
     with monkeypatch.context() as patch:
         patch.setattr(train, "train", lambda *arguments: np.empty(2**55, np.uint8))
         code, _, err = run(patch, capsys, train.main, "--config", DIGITS, "--workdir", tmp_path / "w")
@@ -880,7 +883,7 @@ def test_divergence_stops_before_it_is_saved(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
-# One step of an update that overflows: its loss and gradient are as finite as those of any other first step.
+# One step whose update overflows. Its loss and gradient are finite, as in any first step.
 OVERFLOW = [text for text in LENET if "warmup" not in text] + ["--config.epochs=0.0127"]
 OVERFLOW += [f"--config.{text}" for text in ("schedule.name=constant", "optimizer.name=rmsprop")]
 OVERFLOW += ["--config.optimizer.learning_rate=3e38"]
@@ -918,11 +921,11 @@ def test_what_is_not_finite_in_an_evaluation_is_named(one_device, loss, weight, 
 
 
 BRIEF = [*LENET, "--config.epochs=0.1019", "--config.schedule.warmup_epochs=0"]  # 8 steps
-BRIEF += ["--config.log_every_steps=2", "--config.checkpoint_every_epochs=0.02545"]  # each two
+BRIEF += ["--config.log_every_steps=2", "--config.checkpoint_every_epochs=0.02545"]  # every two steps
 
 
-def test_records_are_on_the_disk_before_the_checkpoint_that_they_are_of(tmp_path, monkeypatch, capsys):
-    """By the size of the file that was last synced, and its size where a save begins."""
+def test_records_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch, capsys):
+    """The size of the file when a save begins is its size when it was last synced."""
     path, synced, seen = tmp_path / "metrics.jsonl", {}, []
     fsync, save = os.fsync, train.checkpoint.save
 
@@ -947,7 +950,7 @@ def test_records_are_on_the_disk_before_the_checkpoint_that_they_are_of(tmp_path
 
 @pytest.mark.parametrize("renamed", [True, False], ids=["renamed", "removed"])
 def test_a_workdir_that_is_gone_ends_the_run(tmp_path, monkeypatch, capsys, renamed):
-    """At the next record; it is not made again, as Orbax would."""
+    """It ends at the next record, and does not create the workdir again, as Orbax would."""
     workdir = tmp_path / "w"
     monkeypatch.setattr(
         progress.RunProgress,
@@ -961,12 +964,12 @@ def test_a_workdir_that_is_gone_ends_the_run(tmp_path, monkeypatch, capsys, rena
 
 
 def test_a_full_disk_is_one_line(whole, tmp_path):
-    """By a limit on the size of files: the records fail, and the checkpoint that is being written.
+    """A limit on the size of files stands for a full disk: records and checkpoints fail.
 
-    After a run of the same programs, which then are not compiled again.
+    The run of `whole` has compiled the same programs, so they are cached.
     """
-    limit = 3600  # bytes: more than config.json has, and than ten records
-    frequent = ["--config.log_every_steps=1", "--config.checkpoint_every_epochs=0.1274"]  # each ten steps
+    limit = 3600  # bytes: more than config.json has, and more than ten records
+    frequent = ["--config.log_every_steps=1", "--config.checkpoint_every_epochs=0.1274"]  # every ten steps
     command = [sys.executable, "-W", "ignore::UserWarning", str(ROOT / "train.py"), "--config", DIGITS]
     process = subprocess.run(
         [*command, "--workdir", str(tmp_path), *SMALL, *frequent],

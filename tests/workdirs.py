@@ -1,4 +1,4 @@
-"""What a run has left in its workdir, read without our own code."""
+"""Reads the files of a run without our own code."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,18 @@ import orbax.checkpoint as ocp
 
 
 def records(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl; none before the run writes one."""
+    """Returns the records of metrics.jsonl; none if there is no file yet."""
     path = workdir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def evaluations(workdir: Path) -> list[dict]:
-    """The results of every evaluation, without the time it took."""
+    """Returns the records of evaluations, without the time they took."""
     return [{k: v for k, v in r.items() if k != "eval/seconds"} for r in records(workdir) if "eval/loss" in r]
 
 
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by its path."""
+    """Returns every array of a checkpoint by its path."""
     leaves = {}
     for item in ("raw", "ema", "optimizer"):
         with ocp.StandardCheckpointer() as checkpointer:

@@ -1,4 +1,4 @@
-"""Before anything imports JAX: these tests compile for TPUs and must not look for one."""
+"""Runs before anything imports JAX: these tests compile for TPUs and must not look for one."""
 
 from xception_flax.planning import slices
 

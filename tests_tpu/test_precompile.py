@@ -1,8 +1,8 @@
 """Steps compiled by the TPU's own compiler (libtpu): `make test-tpu`.
 
-Narrow networks on small images, since a whole one takes minutes. What is asserted of them holds for
-the whole: which collectives there are and what they add up, how the depthwise convolution is
-lowered, and that the report adds up to what the compiler says.
+Networks are narrow and images small, since a whole network takes minutes. What is asserted holds for the
+whole too: which collectives there are and what they add up, how the depthwise convolution is lowered, and
+that the report adds up to what the compiler counts.
 """
 
 import json
@@ -61,13 +61,13 @@ def parameters(layers: list[costs.Layer]) -> int:
 
 def test_report_adds_up(compiled: jax.stages.Compiled, config: ConfigDict, parameters: int) -> None:
     report = reporting.create_report(compiled, config, 8)
-    # Parameters, momentum and averages, float32, and twice the moving statistics; tiles pad little rows.
+    # Parameters, momentum and averages, float32, and twice the moving statistics; tiles pad short rows.
     assert 3 * 4 * parameters < report.state < 1.2 * 3 * 4 * parameters
     assert report.state < report.memory < 1 * slices.GIB
-    # The compiler counts the network's arithmetic but for the borders of images, and all else.
+    # The compiler counts the network's arithmetic, except at the borders of images, and all other arithmetic.
     network = sum(cost.flops for cost in report.kinds.values())
     assert network == pytest.approx(report.flops, rel=0.15)
-    # All bytes as the compiler counts them; those of HBM are fewer.
+    # The sum is what the compiler counts; those of HBM alone are fewer.
     assert sum(cost.size for cost in Hlo(compiled.as_text()).traffic()) == pytest.approx(report.xla_size, rel=0.2)
     assert sum(cost.size for cost in report.kinds.values()) < report.xla_size
     assert all(report.kinds[kind].size > 0 for kind in (*reporting.KINDS.values(), reporting.UPDATE))
@@ -80,7 +80,7 @@ def test_chips_add_up_gradients_and_statistics_and_nothing_else(
     assert {c.kind for c in collectives} == {"all-reduce"}
     # Gradients of kernels are added up in bfloat16, as they are computed; all else is float32, and little.
     assert 2 * parameters < sum(c.times * c.size for c in collectives) < 4.2 * parameters
-    # Nearly every one is of a batch norm: mean and variance forward, two sums backward.
+    # Nearly all belong to a batch norm: mean and variance forward, two sums backward.
     norms = sum(layer.module == "BatchNorm" for layer in layers)
     assert 1.5 * norms < sum(c.times for c in collectives) < 2.5 * norms
 
@@ -95,7 +95,7 @@ def test_depthwise_convolution_is_a_grouped_one(compiled: jax.stages.Compiled) -
 
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
 def test_fused_kernels_compile_and_save_bytes(topology: str) -> None:
-    """The separable convolution of the middle flow in training, 128 images: a kernel each way, 0.27 of the bytes."""
+    """The separable convolution of the middle flow in training, 128 images: one kernel each way, 0.27 of the bytes."""
     mesh = Mesh(np.array(slices.devices(slices.parse_slice(topology))).reshape(1, 1), ("data", "fsdp"))
     any_layout = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec()))
     array = jax.ShapeDtypeStruct
@@ -111,7 +111,7 @@ def test_fused_kernels_compile_and_save_bytes(topology: str) -> None:
     programs = {}
     for name in ("platform", "fused"):
         with ops.lowering(name), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            # Layouts as the kernels like them, as they are within a network.
+            # XLA chooses the layouts of the arguments, as it does inside a network.
             step = jax.jit(lambda *arguments: gradients(*arguments), in_shardings=any_layout, out_shardings=any_layout)
             programs[name] = step.lower((images, scale, scale, *kernels), (images, moments)).compile()
     calls = {name: program.as_text().count("tpu_custom_call") for name, program in programs.items()}
@@ -138,7 +138,7 @@ def test_command(topology: str) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["chips"], result["steps"]) == (slices.parse_slice(topology).num_chips, round(36 * 1257 / 256))
     assert bool(result["collectives"]) == (result["chips"] > 1)
-    # libtpu says nothing of hardware that it misses.
+    # libtpu prints nothing about missing hardware.
     assert [line for line in done.stderr.splitlines() if not line.startswith("compiling")] == []
 
 
@@ -153,7 +153,7 @@ def test_memory_is_as_libtpu_has_it(name: str) -> None:
         jax.jit(lambda x: x + 1).lower(huge).compile()
 
 
-def test_what_does_not_fit() -> None:
+def test_a_batch_that_does_not_fit() -> None:
     command = [sys.executable, "-m", "xception_flax", "precompile", "--config", "configs/digits.py:lenet"]
     command += [
         "--topology=v5e:2x2",

@@ -8,18 +8,16 @@ __version__ = "0.1.0"
 _HOMES = {
     "MODELS": "models",
     "UserError": "text.errors",
-    "allocator": "host",
+    "allocator": "host.allocator",
     "create_model": "models",
     "fold_batch_norm": "models.folding",
-    "ops": "models",
+    "ops": "models.ops",
 }
 
 
 def __getattr__(name: str) -> object:
-    # Imported when asked for: JAX takes seconds, and a command handles Ctrl-C before it imports that.
+    # Imported at first use: importing JAX takes seconds, and a command must handle Ctrl-C before that.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
-    if name in ("allocator", "ops"):
-        return importlib.import_module(f"{home.__name__}.{name}")
-    return getattr(home, name)
+    module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    return module if name in ("allocator", "ops") else getattr(module, name)

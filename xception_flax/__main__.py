@@ -1,4 +1,4 @@
-"""The door to all commands: `xception-flax VERB ...`, and the same as `python -m xception_flax VERB ...`."""
+"""Entry point of all commands: `xception-flax VERB ...`, the same as `python -m xception_flax VERB ...`."""
 
 import importlib
 import os
@@ -8,15 +8,15 @@ from typing import NoReturn
 
 from xception_flax.host import signals
 
-# Each is a module of `commands` with `main(argv)`; words before the first line of its own --help.
+# Each verb is a module of `commands` with `main(argv)`. The descriptions are here because the modules import slowly.
 VERBS = {
-    "evaluate": "evaluates a checkpoint of a run: a table, a picture of what is wrong, a line of JSON",
-    "predict": "says what a trained network sees in images",
+    "evaluate": "evaluates a checkpoint: a table, a picture of the mistakes, a line of JSON",
+    "predict": "predicts the classes of images",
     "prepare": "writes a data set for training (imagenet, folder), or reads every image of one (check)",
-    "show-data": "draws the images that a network would see, augmented and mixed",
-    "summary": "says what a network is made of and what it costs",
-    "recipe": "shows every key that a recipe takes: its value, type, default and meaning",
-    "precompile": "compiles the training step for a TPU slice that is not there, and says what it costs",
+    "show-data": "draws images as the network sees them, augmented and mixed",
+    "summary": "shows parameters, multiply-adds and activations of a network",
+    "recipe": "shows every key of a recipe: value, type, default and meaning",
+    "precompile": "compiles the training step for a TPU slice, without one: memory, traffic, estimated time",
 }
 
 USAGE = f"""\
@@ -30,13 +30,13 @@ xception-flax VERB --help shows a verb's arguments and examples."""
 
 
 def main() -> NoReturn:
-    # Before the imports below, which take seconds. Python's own handler would end in a traceback out of them.
+    # Before the imports below, which take seconds: Python's own handler would print a traceback from inside them.
     signal.signal(signal.SIGINT, signals.stop_at_once)
     arguments = sys.argv[1:]
     if arguments[:1] in (["--help"], ["-h"]):
         try:
             print(USAGE, flush=True)
-        except OSError as error:  # at once, since Python's own end would try to print again
+        except OSError as error:  # exits at once, because Python's normal exit would try to print again
             os._exit(128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2)
         sys.exit(0)
     if not arguments:
@@ -48,7 +48,7 @@ def main() -> NoReturn:
 
         print(f"error: unknown verb {written(verb)}; {suggest(verb, VERBS)}", file=sys.stderr)
         sys.exit(2)
-    if verb == "precompile":  # before JAX is imported, which asks for the hardware
+    if verb == "precompile":  # before the import of JAX, which looks for hardware
         from xception_flax.planning import slices
 
         slices.hide_hardware()

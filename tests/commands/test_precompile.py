@@ -1,4 +1,4 @@
-"""The report of a step that is compiled for elsewhere; tests_tpu/ has what needs the TPU's compiler."""
+"""The report of a compiled step, on CPUs; tests_tpu/ has the tests that need the TPU's compiler."""
 
 import importlib.metadata
 import json
@@ -23,7 +23,7 @@ LENET = ["--config", f"{DIGITS}:lenet", "--topology", "v5e:2x4"]
 
 @pytest.fixture
 def cpus_for_chips(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The eight CPU devices of the tests in the place of chips, and no libtpu."""
+    """CPU devices stand for chips, and libtpu is not needed."""
     monkeypatch.setattr(slices, "devices", lambda where: jax.devices()[: where.num_chips])
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3")
 
@@ -41,7 +41,7 @@ def test_command(cpus_for_chips: None, capsys: pytest.CaptureFixture[str]) -> No
     model = reading.load(f"{DIGITS}:lenet").model
     macs = sum(layer.macs for layer in costs.list_layers(create_model(**model), (48, 48, 1)))
     assert result["network_flops"] == 6 * macs * 8
-    # What the chips must add up is at least the gradient: 74,010 float32.
+    # The chips must sum at least the gradient: 74,010 float32.
     assert set(result["collectives"]) == {"all-reduce"}
     assert 74_010 * 4 <= result["collectives"]["all-reduce"]["bytes"] < 1.01 * 74_010 * 4
     kinds = result["kinds"]
@@ -139,18 +139,18 @@ def test_largest_batch() -> None:
         calls.append(images)
         return 1000 + an_image * images + more * images**2
 
-    # 1000 + 100 n <= 16,000: n is at most 150, and 144 the multiple of 8 below. The line is met at once.
+    # 1000 + 100 n <= 16,000: n is at most 150, and the multiple of 8 below is 144. It is the first guess from the line.
     assert reporting.largest_batch(memory, 16_000, first=64, state=1000) == (144, 152)
     assert calls == [64, 144, 152]
-    # Nothing fits; the first does not, and a smaller one does; a batch that no multiple is.
+    # Nothing fits; the first batch does not fit and a smaller one does; the first batch is no multiple of 8.
     assert reporting.largest_batch(memory, 1100, first=64, state=1000) == (0, 8)
     assert reporting.largest_batch(memory, 4000, first=128, state=1000) == (24, 32)
     assert reporting.largest_batch(memory, 16_000, first=6, state=1000) == (144, 152)
-    # Memory that is no line: 1000 + 100 n + n^2 <= 60,000 up to n = 197.9.
+    # Memory that is not linear: 1000 + 100 n + n^2 <= 60,000 up to n = 197.9.
     calls.clear()
     assert reporting.largest_batch(lambda n: memory(n, more=1), 60_000, first=64, state=1000) == (192, 200)
     assert len(calls) <= reporting.MAX_COMPILATIONS
-    # So large a chip that no batch is found which does not fit.
+    # A chip so large that every batch that is tried fits.
     fits, fails = reporting.largest_batch(memory, 10**12, first=8, state=1000)
     assert (fits, fails) == (8 * 4 ** (reporting.MAX_COMPILATIONS - 1), None)
 

@@ -1,4 +1,4 @@
-"""What the command says of images is what the network says of them, and of files that are none."""
+"""`predict` prints what the network computes for images, and names files that are not images."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """The digits of split 'validation' as files, with their classes; every second of 12 bits in 16."""
+    """The digits of split 'validation' as files, with their classes; every second file has 12 bits in 16."""
     folder, source = tmp_path_factory.mktemp("digits"), sources.digits.digits("validation")
     for i, image in enumerate(source.images):
         cv2.imwrite(str(folder / f"{i:03}.png"), image.astype(np.uint16) * 16 + 9 if i % 2 else image)
@@ -105,7 +105,7 @@ def test_a_bad_file_is_named_and_the_others_are_predicted(workdir, digits, tmp_p
 
 
 def test_an_output_that_is_not_finite_is_an_error_of_its_image(workdir, digits, one_device):
-    """Finite weights may still be too large for an image."""
+    """Weights can be finite and still so large that the output is not."""
     run = restore(workdir, one_device, "latest")
     run = run._replace(variables=jax.tree.map(lambda array: array * 1e30, run.variables))
     path = digits[0] / "000.png"

@@ -1,4 +1,4 @@
-"""Preparing data: the two tars of ImageNet, folders, what a check finds; and training on what was prepared."""
+"""Preparing data: the two tars of ImageNet, folders, what a check finds; training on prepared data."""
 
 import contextlib
 import errno
@@ -34,8 +34,8 @@ from xception_flax.commands import evaluate, prepare
 from xception_flax.data import sources
 from xception_flax.prepare import imagenet, records
 
-# Numbers of classes as everywhere that ImageNet's synsets are sorted: tench, vine snake, Shetland sheepdog, toilet
-# tissue; and the classes of the first validation images, by ILSVRC's own list.
+# Class numbers are the usual ones, by sorted synsets: tench, vine snake, Shetland sheepdog, toilet tissue. Those of the
+# first validation images are from ILSVRC's own list.
 SYNSETS = {"n15075141": 999, "n01440764": 0, "n02105855": 230, "n01739381": 59}
 VALIDATION_LABELS = [65, 970, 230, 809, 516, 57, 334, 415, 674, 332, 109]
 PATH = "imagenet2012/5.1.0"
@@ -55,7 +55,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def write_tars(directory: Path, train: dict[str, bytes], validation: dict[str, bytes]) -> Path:
-    """The layout of the published tars: a tar of a tar a synset, and a flat one."""
+    """Writes tars in the published layout: a tar with one tar per synset, and a flat tar."""
     with tarfile.open(directory / "ILSVRC2012_img_train.tar", "w") as outer:
         for synset in dict.fromkeys(name.partition("_")[0] for name in train):
             file = io.BytesIO()
@@ -72,7 +72,7 @@ def write_tars(directory: Path, train: dict[str, bytes], validation: dict[str, b
 
 @pytest.fixture(scope="module")
 def images() -> dict[str, dict[str, bytes]]:
-    """45 photographs to train on, a CMYK and a PNG under the names known for it among them; 11 to validate."""
+    """45 images for training, two of them a CMYK and a PNG under the names known for that; 11 for validation."""
     encoded = photos.jpegs(54, width=160, height=120, quality=90)
     names = [f"{synset}_{100 * i + 26}.JPEG" for i in range(11) for synset in SYNSETS]
     train = dict(zip(names[:43], encoded, strict=False))
@@ -140,7 +140,7 @@ def test_tfds_reads_imagenet_byte_for_byte(data_dir, images):
 
 
 def test_the_known_files_become_rgb_jpegs(data_dir, images):
-    """Of the PNG's pixels a JPEG of quality 100 loses little; the CMYK's are those that the file has as RGB."""
+    """A JPEG of quality 100 keeps the PNG's pixels nearly, and those of the CMYK as RGB."""
     source = sources.tfds.tfds("train", name="imagenet2012", data_dir=str(data_dir))
     found = {
         example["name"].split(" ")[-1]: example["image"] for example in map(source.__getitem__, range(len(source)))
@@ -155,9 +155,9 @@ def test_the_known_files_become_rgb_jpegs(data_dir, images):
 
 
 def test_it_is_what_tfds_itself_writes(data_dir, tmp_path):
-    """The same images through TFDS' own writer: the same shards of equal records in the same order.
+    """TFDS' own writer makes of the same images the same shards, with equal records in the same order.
 
-    The order of the fields in a record is arbitrary in TFDS, so that records are equal and not their bytes.
+    TFDS writes the fields of a record in any order, so records are compared and not their bytes.
     """
 
     class Imagenet2012(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -195,7 +195,7 @@ def test_it_is_what_tfds_itself_writes(data_dir, tmp_path):
 
 @pytest.fixture(scope="module")
 def large_tars(images, tmp_path_factory) -> Path:
-    """Five shards: photographs with 9 MB of zeros after their end, which decoders do not look at."""
+    """Enough for five shards: photographs with 9 MB of zeros after their end, which decoders ignore."""
     names = list(images["train"])[:32]
     train = {name: images["train"][name] + bytes(9_000_000) for name in names}
     return write_tars(tmp_path_factory.mktemp("large"), train, images["validation"])
@@ -213,7 +213,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(large_tars, tmp_path, ca
     while not (shards := list(incomplete.glob("*-of-?????"))):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
-    # While it holds still: another one is kept out, nothing looks finished.
+    # While it is stopped, another process is kept out, and nothing looks finished.
     process.send_signal(signal.SIGSTOP)
     assert "is being written by another process" in fail(capsys, monkeypatch, *arguments, tmp_path / "killed")
     with pytest.raises(ValueError, match="is not prepared"):
@@ -234,7 +234,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(large_tars, tmp_path, ca
 
 
 def test_a_write_that_fails_is_a_line(large_tars, tmp_path):
-    """By a limit on the size of files, as a full disk: the kernel refuses in the middle of a shard."""
+    """A limit on the size of files stands for a full disk: the kernel refuses to write the rest of a shard."""
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "from xception_flax.commands import cli, prepare; cli.run(prepare.main)"
@@ -259,7 +259,7 @@ def test_mistakes_with_imagenet(tars, images, data_dir, tmp_path, capsys, monkey
     assert re.search(r"has [\d,]+ bytes, and 147,897,477,120 are published: .*--subset", message(tars))
     assert "--subset: not allowed with argument --hashes" in message(tars, "--hashes", "--subset")
 
-    published = tmp_path / "published"  # the sizes of the true ones, and nothing but holes in them
+    published = tmp_path / "published"  # sparse files of the published sizes
     published.mkdir()
     for tar in imagenet.TARS.values():
         (published / tar.name).touch()
@@ -403,12 +403,12 @@ def test_mistakes_with_a_folder(folder, tmp_path, capsys, monkeypatch):
         (folder / "n01440764").rename(folder / name)
         assert f"TFDS reads no class {name!r}; rename the folder, without white space" in message(folder)
         (folder / name).rename(folder / "n01440764")
-    large = folder / "n01440764" / "large.jpg"  # a hole
+    large = folder / "n01440764" / "large.jpg"  # a sparse file
     large.touch()
     os.truncate(large, 2**29 + 1)
     assert "large.jpg has 536,870,913 bytes; that is no image" in message(folder)
     os.truncate(large, 2**29)
-    # Twice what is free and 32 GB: they would be written, if another process made room for them meanwhile.
+    # Twice the free space and 32 GB: too much even if another process makes room meanwhile.
     holes = [large, *(large.with_name(f"{i}.jpg") for i in range(shutil.disk_usage(tmp_path).free // 2**28 + 64))]
     for hole in holes[1:]:
         hole.touch()
@@ -420,7 +420,7 @@ def test_mistakes_with_a_folder(folder, tmp_path, capsys, monkeypatch):
     assert re.search(r"error: .*\\xff\.jpg: TFDS takes no file name that is not UTF-8; rename it", message(folder))
     (folder / "n01440764" / os.fsdecode(b"\xff.jpg")).unlink()
 
-    # Begun, and then the images changed.
+    # The images changed after it was begun.
     (tmp_path / "out" / "my_photos" / "1.0.0.incomplete" / records.PREPARED).write_text("{}")
     assert "was begun with other images, or they have changed since; remove it" in message(folder)
     photo = next((folder / "n01440764").iterdir()).read_bytes()
@@ -447,7 +447,7 @@ def test_mistakes_with_a_folder(folder, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["my_photos", "food101"])
 def test_training_reads_it_by_the_name_that_is_printed(folder, tmp_path, capsys, name):
-    """Also where TFDS has a data set of that name itself, which it takes where no version is given."""
+    """Also if TFDS has a data set of that name itself, which it takes if no version is given."""
     run("folder", folder, "--data-dir", tmp_path / "tfds", "--name", name)
     options = dict(re.findall(r"--config\.data\.(\w+)=(\S+)", capsys.readouterr().out))
     assert options == {"source": "tfds", "name": f"{name}:1.0.0", "data_dir": str(tmp_path / "tfds")}
@@ -486,7 +486,7 @@ def test_check_of_imagenet(data_dir, images, tmp_path, capsys):
 
 
 def test_check_finds_what_is_wrong(folder, tmp_path, capsys):
-    """Files that cannot be decoded, and the same file twice: in the folder, and in what was prepared of it."""
+    """Files that cannot be decoded, and a file that is there twice: in the folder, and in the data set made of it."""
     files = sorted(folder.rglob("*.jpg"))
     copied, cut, garbage = files[0].read_bytes(), files[1], files[2]
     cut.write_bytes(cut.read_bytes()[:2000])
@@ -513,14 +513,14 @@ def test_check_finds_what_is_wrong(folder, tmp_path, capsys):
 
 
 def test_check_looks_at_the_splits_that_training_has(folder, tmp_path, capsys, monkeypatch):
-    """Copies of training images among those held out; of a folder as of the data set that is made of it."""
+    """It finds copies of training images among those held out, in a folder as in the data set made of it."""
     for split in ("train", "val"):
         assert (
             len(sources.folder.folder(split, data_dir=str(folder), val_fraction=0.3)) == {"train": 32, "val": 8}[split]
         )
     held_out = sources.folder.folder("val", data_dir=str(folder), val_fraction=0.3).paths[:6]
     taken = 0
-    for i in range(100):  # names of copies that are of split train
+    for i in range(100):  # looks for names of copies that are in split train
         (copy := Path(held_out[taken]).with_name(f"copy{i}.jpg")).write_bytes(Path(held_out[taken]).read_bytes())
         if str(copy) in sources.folder.folder("val", data_dir=str(folder), val_fraction=0.3).paths:
             copy.unlink()
@@ -529,7 +529,7 @@ def test_check_looks_at_the_splits_that_training_has(folder, tmp_path, capsys, m
     paths = sources.folder.folder("train", data_dir=str(folder), val_fraction=0.3).paths[-5:]
     (folder / "again").mkdir()
     for path in paths:
-        shutil.copy(path, folder / "again")  # under their own names they are of split train too
+        shutil.copy(path, folder / "again")  # under their own names they are in split train too
     run("folder", folder, "--data-dir", tmp_path / "tfds", "--val-fraction", "0.3")
     dataset = tmp_path / "tfds" / "my_photos" / "1.0.0"
     for arguments in ([folder, "--val-fraction", "0.3"], [dataset]):
@@ -539,7 +539,7 @@ def test_check_looks_at_the_splits_that_training_has(folder, tmp_path, capsys, m
         assert re.findall(r"(\w+)\n +images +(\d+)", out) == [("train", "43"), ("val", "8")]
         assert "11 files are there more than once, 6 of them in more than one split" in out
         shown = re.findall(r"^  (train|val): .* = (train|val): ", out, re.MULTILINE)
-        assert [len(set(splits)) for splits in shown] == [2] * 6 + [1] * 4  # the worse first, of eleven ten
+        assert [len(set(splits)) for splits in shown] == [2] * 6 + [1] * 4  # those in two splits first; ten of eleven
     message = fail(capsys, monkeypatch, "check", dataset, "--val-fraction", "0.3")
     assert message == f"error: {dataset} is a data set, which has its splits; leave out --val-fraction."
 
@@ -561,7 +561,7 @@ def test_what_is_not_read_is_said(folder, tmp_path, capsys):
 
 
 def test_names_are_prepared_in_one_form(folder, tmp_path):
-    """Of a copy that macOS has made, the same records; a name that is there in both forms is there twice."""
+    """A copy made by macOS gives the same records. A name in both of Unicode's forms is refused as there twice."""
     (folder / "n01440764").rename(folder / "caf\xe9")
     shutil.copytree(folder, copy := tmp_path / "copy")
     (copy / "caf\xe9").rename(copy / "cafe\u0301")
@@ -601,9 +601,9 @@ def test_check_says_what_is_white_in_sixteen_bits(tmp_path, capsys):
 
 
 def test_check_and_training_agree_on_a_folder(folder, tmp_path, capsys):
-    """With images of no class beside the splits: both read the splits, and say what is left out."""
+    """With images of no class beside the splits, both read the splits and report what is left out."""
     (folder / "train").mkdir()
-    for place in list(folder.iterdir())[:]:
+    for place in list(folder.iterdir()):
         if place.name != "train":
             place.rename(folder / "train" / place.name)
     (folder / "test").mkdir()
@@ -620,7 +620,7 @@ def test_check_and_training_agree_on_a_folder(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("damage", ["a bit flipped", "cut in half", "removed"])
 def test_a_damaged_data_set_is_an_error_of_its_record(folder, tmp_path, capsys, damage):
-    """`check` counts its records; training names one, saves what it has, and does not take it for a bad image."""
+    """`check` lists the records; training names one, and does not take it for a bad image."""
     run("folder", folder, "--data-dir", tmp_path)
     dataset = tmp_path / "my_photos" / "1.0.0"
     (shard,) = dataset.glob("*train*")
@@ -693,11 +693,13 @@ def test_mistakes_with_check(tmp_path, capsys, monkeypatch):
     (photos / "cat").mkdir(parents=True)
     assert "has no image" in fail(capsys, monkeypatch, "check", photos)
     (photos / "cat" / "a.jpg").write_bytes(b"")
-    where = ["--json", tmp_path / "no" / "report.json"]
-    assert "no is no directory" in fail(capsys, monkeypatch, "check", photos, *where)
-    for path, expected in ((photos, "Is a directory"), ("/proc/report.json", "No such file or directory")):
+    for path, expected in (
+        (tmp_path / "no" / "report.json", "No such file or directory"),
+        (photos, "Is a directory"),
+        ("/proc/report.json", "No such file or directory"),
+    ):
         message = fail(capsys, monkeypatch, "check", photos, "--json", path)
-        assert message == f"error: --json: {path} cannot be written: {expected}."
+        assert message == f"error: {path} cannot be written: {expected}; name another file."
     assert prepare.main(["check", str(photos)]) == 1  # an empty file, and not one image
 
 
@@ -711,7 +713,7 @@ def test_help_is_worth_reading(capsys):
 
 # Training ------------------------------------------------------------------------------------------
 
-# The paper's recipe but for its size: 6 steps of 8 of the 45 images, and at the end 11 to evaluate on, in two batches.
+# The paper's recipe, made small: 6 steps of 8 of the 45 images, then an evaluation on 11 images in two batches.
 SMALL = [
     "--config.model.width=0.02",
     "--config.model.middle_repeats=0",
@@ -730,13 +732,15 @@ def start(workdir: Path, data_dir: Path, *arguments: str) -> subprocess.Popen:
 
 
 def test_an_epoch_of_the_papers_recipe(data_dir, tmp_path, capsys):
-    """At 299 pixels, on eight devices: what is there in mid-epoch, resumed with two worker processes, ends with
-    every bit of the run that went on; and evaluation counts each of the 11 images once."""
+    """At 299 pixels on eight devices: a copy of the workdir in mid-epoch is resumed with two worker processes.
+
+    It ends bit for bit as the run that went on, and the evaluation counts each of the 11 images once.
+    """
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     process = start(whole, data_dir)
     wait_until(lambda: any(record["step"] == 3 for record in workdirs.records(whole)), process)
     process.send_signal(signal.SIGSTOP)
-    shutil.copytree(whole, stopped)  # what would be left, had it been killed here
+    shutil.copytree(whole, stopped)  # as if it had been killed here
     process.send_signal(signal.SIGCONT)
     code, _, err = finish(process)
     assert code == 0, err

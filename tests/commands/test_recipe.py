@@ -50,7 +50,7 @@ def test_lines_fit_a_terminal_but_for_long_values(capsys):
 
 @pytest.mark.parametrize("name", ["digits", "digits:lenet", "imagenet_modern", "imagenet_aligned:xception71", "jft"])
 def test_what_is_shown_can_be_given_on_a_command_line(capsys, name):
-    """Given as overrides to another recipe, all the values make this one, data's folder and types included."""
+    """All values, given as overrides of another recipe, make this recipe, with the data's folder and every type."""
     file, colon, argument = name.partition(":")
     path = f"{CONFIGS / file}.py{colon}{argument}"
     lines = run(capsys, path).splitlines()

@@ -1,4 +1,4 @@
-"""The contact sheet shows what the training step computes with."""
+"""The picture shows the images that the training step computes with."""
 
 import itertools
 from pathlib import Path
@@ -34,7 +34,7 @@ class Linear(nn.Module):
 
 
 def test_it_shows_what_a_step_sees():
-    """With a learning rate of 0 the losses of three steps on eight devices are those of the batches shown."""
+    """With a learning rate of 0 the losses of three steps on eight devices equal those of the batches shown."""
     config = reading.load(DIGITS, [*MIXED, "--config.data.image_size=16"])
     split = data.load(**config.data, batch_size=16, seed=config.seed, train=True)
     shown = list(itertools.islice(show_data.batches(config, split), 3))

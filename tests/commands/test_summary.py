@@ -79,7 +79,7 @@ MILLIONS = {
     "lenet": 0.404,  # by hand: 5*5*(3*32 + 32*64 + 64*128) + 129*128 + 129*1000
 }
 
-# What could upset stages: nothing behind a block, segments of channels, a tower behind the classifier, ...
+# Networks that could confuse stages: nothing after a block, segments of channels, a tower beside the classifier, ...
 # Two middle blocks stand for 8 or 16; whole networks are in STAGES and in the test of --all.
 VARIANTS = [
     ("xception", {}),
@@ -123,20 +123,20 @@ def from_shell(*arguments: str, **variables: str) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize("name", STAGES)
 def test_stages(name):
-    """Also where the last layer of a stage does not show what comes out: pooling, a concatenation of towers."""
+    """Also where the last layer of a stage has another shape than the stage: pooling, a concatenation of towers."""
     rows = summary.summarize(create_model(name), (299, 299, 3))
     assert [(row.name, row.shape, row.stride) for row in rows] == STAGES[name]
 
 
 def test_a_block_without_residual_ends_with_its_pooling():
-    """Section 4.6's ablation: the last layer of block 2 puts out 147 x 147, the block 74 x 74 as with it."""
+    """Section 4.6's ablation: the last layer of block 2 has 147 x 147 pixels, the block 74 x 74 as with a residual."""
     rows = summary.summarize(create_model("xception", residual=False), (299, 299, 3))
     assert [(row.name, row.shape, row.stride) for row in rows] == STAGES["xception"]
 
 
 @pytest.mark.parametrize(("name", "fields"), VARIANTS, ids=ids)
 def test_variants(name, fields):
-    """Stages have the sizes and strides that the network's `endpoints` have; every layer is counted once."""
+    """Stages have the sizes and strides of the network's `endpoints`, and every layer is counted once."""
     model, size = create_model(name, **fields), 32 if name == "lenet" else 299
     size = max(size, 2 * max(model.strides.values()))
     stages = summary.summarize(model, (size, size, 3))
@@ -149,7 +149,7 @@ def test_variants(name, fields):
 
     endpoints = jax.eval_shape(compute, image)
     ends = {(endpoints[stage].shape[1], stride) for stage, stride in model.strides.items()}
-    if name == "inception_v3":  # its stem is one stage, and the endpoints 1 and 2 are in it
+    if name == "inception_v3":  # its stem is one stage with endpoints 1 and 2 in it
         ends -= {(147, 2), (71, 4)}
     assert {(row.shape[0], row.stride) for row in spatial} == ends
     assert spatial[-1].shape == endpoints[list(model.strides)[-1]].shape[1:]
@@ -178,7 +178,7 @@ def test_the_middle_flow_is_one_row():
     )
 
 
-def test_only_what_is_the_same_and_next_to_it_is_folded():
+def test_only_equal_neighbors_are_folded():
     row = summary.Row("a", 1, (4, 4, 8), 2, 10, 2, 160, 512)
     other = row._replace(name="c", macs=161)
     rows = [row, row._replace(name="b"), other, row._replace(name="d")]
@@ -193,7 +193,7 @@ def test_only_what_is_the_same_and_next_to_it_is_folded():
 
 
 def test_strides_are_exact_where_borders_are_most_of_the_image():
-    """Inception V3 at its least size: mixed3 puts out 3 x 3 of 75 x 75, and still its stride is 16, not 25 or 32."""
+    """Inception V3 at its smallest size: mixed3 is 3 x 3 of 75 x 75, but its stride is 16, not 25 or 32."""
     rows = {row.name: row for row in summary.summarize(create_model("inception_v3"), (75, 75, 3))}
     assert (rows["mixed3"].shape, rows["mixed3"].stride) == ((3, 3, 768), 16)
     assert (rows["mixed10"].shape, rows["mixed10"].stride) == ((1, 1, 2048), 32)
@@ -212,7 +212,7 @@ def test_images_need_not_be_square():
 
 
 def test_from_the_shell():
-    """A real process; the only platform allowed it does not exist, so that no device but the CPU was opened."""
+    """In a process whose only allowed platform does not exist, so no device but the CPU can be opened."""
     result = from_shell("xception", JAX_PLATFORMS="no_such_accelerator", COLUMNS="40")
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads(result.stdout.splitlines()[-1]) == {
@@ -254,7 +254,7 @@ def test_all_from_the_shell():
 
 @pytest.mark.parametrize("options", [[], ["--layers"]])
 def test_tables_fit_a_terminal_of_80_columns(monkeypatch, capsys, options):
-    """The widest: a fold of 16, and layers of two-digit blocks."""
+    """The widest tables: a row for 16 blocks, and layers of blocks with two digits."""
     code, out, _ = run(monkeypatch, capsys, "xception71", *options)
     assert code == 0
     *lines, _ = out.splitlines()
@@ -272,7 +272,7 @@ def test_layers(monkeypatch, capsys):
     _, title, headers, *rows = out.splitlines()[:8]
     assert title == "lenet, images 32 x 32 x 3, 1,000 classes"
     assert re.split(" {2,}", headers) == ["layer", "output", "stride", "parameters", "MACs", "act. MB"]
-    # Before its pooling, which a stage has and a layer has not: 32 x 32 pixels, 5 x 5 x 3 x 32 weights.
+    # The layer does not include the pooling, as its stage does: 32 x 32 pixels, 5 x 5 x 3 x 32 weights.
     assert rows[0].split() == ["conv1", "32x32x32", "1", "2,400", "2.458", "M", "0.131"]
     assert [row.split()[0] for row in rows] == ["conv1", "conv2", "conv3", "fc1", "predictions"]
 
@@ -289,7 +289,7 @@ def test_fields_of_the_network(monkeypatch, capsys):
     assert [half[k] for k in ("parameters", "statistics", "macs", "activation_bytes")] == totals(
         costs.list_layers(model, (299, 299, 1))
     )
-    # Half the bytes but for the 1000 logits, which are float32 in any case.
+    # Half the bytes, except for the 1000 logits, which are always float32.
     bfloat16 = record("--config.model.dtype=bfloat16", "xception", "--config.model.param_dtype=bfloat16")
     assert bfloat16["activation_bytes"] - 4000 == (plain["activation_bytes"] - 4000) / 2
     assert bfloat16["parameter_bytes"] == plain["parameter_bytes"] / 2
@@ -388,7 +388,7 @@ def test_a_mistake_from_the_shell_is_no_traceback():
 
 
 def test_whoever_reads_the_output_may_go():
-    """As `| head` does: no traceback."""
+    """As with `| head`: there is no traceback."""
     command = [sys.executable, "-m", "xception_flax", "summary", "lenet"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
@@ -400,5 +400,5 @@ def test_a_full_disk_is_one_line():
     command = [sys.executable, "-m", "xception_flax", "summary", "lenet"]
     with open("/dev/full", "w") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    said = "error: a file, or what the output goes to: No space left on device.\n"
+    said = "error: a file or standard output: No space left on device.\n"
     assert (result.returncode, result.stderr) == (2, said)

@@ -127,7 +127,7 @@ def test_the_contract_covers_every_source(prepared):
 
 @pytest.mark.parametrize("name", data.SOURCES)
 def test_contract(prepared, name):
-    """Random access that pickles, classes, and batches of the promised shapes; evaluation sees each image once."""
+    """Sources have random access and classes, and pickle. Batches have their shapes; evaluation has each image once."""
     source = data.SOURCES[name]("train", **prepared[name])
     assert isinstance(source, sources.Source)
     assert len(source.class_names) == 10
@@ -158,7 +158,7 @@ def test_contract(prepared, name):
 
 
 def test_digits_are_the_published_ones():
-    """1,797 images; the class counts and the mean stand in scikit-learn's documentation of the same file."""
+    """1,797 images; scikit-learn's documentation of the same file has the class counts and the mean."""
     whole = sources.digits.digits("train+validation+test")
     assert np.bincount(whole.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     with np.load(Path(data.__file__).with_name("digits.npz")) as file:
@@ -180,7 +180,7 @@ def test_digits_splits_are_fixed_and_apart():
 
 
 def test_the_identity_of_a_split_is_its_data():
-    """Not how it is read; other are another last label, first pixel and order of classes."""
+    """It does not depend on how the data is read. It changes with a label, a pixel, or the order of classes."""
     split = data.load("digits", train=True, batch_size=8, image_size=8, channels=1)
     source, identity = split.source, split.identity()
     assert dataclasses.replace(split, num_threads=7, process_index=1, process_count=2).identity() == identity
@@ -210,7 +210,7 @@ def test_an_epoch_has_every_image_once_and_the_next_another_order():
 
 
 def test_resuming_is_arithmetic():
-    """Batch n is the same whether one starts at 0 or at n, across the end of an epoch (78.6 batches) too."""
+    """Batch n is the same from a start at 0 or at n, also across the end of an epoch (78.6 batches)."""
     whole = take(85)
     for start in (1, 40, 78, 79, 84):
         assert_same(take(1, start), whole[start : start + 1])
@@ -222,7 +222,7 @@ def test_the_seed_decides():
 
 
 def test_augmentation_differs_between_epochs():
-    """The same image at another time is augmented in another way."""
+    """The same image is augmented in another way in each epoch."""
     options = dict(batch_size=1257, train_transforms="random_affine(max_shift=0.3) | resize")
     first, second = take(1, 0, **options)[0], take(1, 1, **options)[0]
     a = {i.tobytes() for i in first["images"]}
@@ -266,7 +266,7 @@ def test_threads_and_workers_suit_the_cpus(given, cpus, chosen):
 
 
 def test_the_cpus_are_those_of_this_process():
-    """Of an affinity of one CPU, as a batch system sets it; processes that share a host share its CPUs."""
+    """With an affinity of one CPU, as a batch system may set. Processes that share a host share its CPUs."""
     program = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "from xception_flax import data\n"
@@ -281,7 +281,7 @@ def test_the_cpus_are_those_of_this_process():
 
 
 class Counted:
-    """A source that writes down which of its examples were read."""
+    """A source that records which of its examples were read, as files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -300,7 +300,7 @@ class Counted:
     [(1, 0, 2), (4, 0, 2), (2, 2, 2 * 6)],
 )
 def test_a_bounded_number_of_batches_is_made_ahead(tmp_path, num_threads, num_workers, batches):
-    """However long nobody asks for one: so memory is bounded."""
+    """However long the reader waits, so that memory is bounded."""
     split = dataclasses.replace(
         data.load("digits", train=False, batch_size=10, image_size=8, channels=1, num_threads=num_threads),
         source=Counted(tmp_path),
@@ -312,11 +312,11 @@ def test_a_bounded_number_of_batches_is_made_ahead(tmp_path, num_threads, num_wo
         seen = -1
         while seen != (seen := len(list(tmp_path.iterdir()))):
             time.sleep(1.0)
-        assert 10 * batches <= seen <= 10 * (batches + 1)  # and the one that was taken
+        assert 10 * batches <= seen <= 10 * (batches + 1)  # with the one that was taken
 
 
 def test_shared_memory_outlives_nobody():
-    """SIGKILL of the whole group: what workers had handed over is freed by Python's tracker, which is not in it."""
+    """After SIGKILL of the whole group, Python's tracker, which is not in it, frees the shared memory."""
     script = """
 import time
 from multiprocessing import shared_memory
@@ -352,7 +352,7 @@ def test_evaluation_sees_every_image_once(batch_size, processes):
         counts.add(len(batches))
         seen += [i.tobytes() for b in batches for i, m in zip(b["images"], b["mask"], strict=True) if m]
         assert {b["images"].shape[0] for b in batches} == {batch_size // processes}
-    assert counts == {-(-360 // batch_size)}  # as many on every host, or their collectives would hang
+    assert counts == {-(-360 // batch_size)}  # the same number on every host, or collectives would hang
     expected = [
         geometry.resize(i[..., None], None, image_size=32).tobytes() for i in sources.digits.digits("test").images
     ]
@@ -379,7 +379,7 @@ def test_center_crop_takes_the_centre(photo):
 
 
 def test_random_resized_crop_has_the_promised_areas_and_aspects():
-    """A picture of its own coordinates tells which rectangle was taken."""
+    """The pixels are their own coordinates, which shows the rectangle that was taken."""
     y, x = np.mgrid[0:200, 0:250].astype(np.uint8)
     coordinates = np.stack([y, x, 0 * x], -1)
     areas, aspects = [], []
@@ -391,7 +391,7 @@ def test_random_resized_crop_has_the_promised_areas_and_aspects():
         aspects.append(w / h)
     assert 0.18 < min(areas) < 0.25
     assert 0.85 < max(areas) <= 1.03
-    assert np.mean(areas) == pytest.approx(0.55, abs=0.06)  # a little less than 0.6: large ones fit less often
+    assert np.mean(areas) == pytest.approx(0.55, abs=0.06)  # less than 0.6, since large ones fit less often
     assert 0.7 < min(aspects) < 0.8
     assert 1.25 < max(aspects) < 1.4
 
@@ -494,7 +494,7 @@ def test_mistakes_in_a_folder_are_refused(prepared, tmp_path):
 
 
 def test_a_folder_of_classes_alone_is_split_by_names(tmp_path):
-    """By SHA-256 of the name, which nothing else changes: not other files, not the class, not the place."""
+    """By SHA-256 of the file's name. Other files, the class and the folder do not matter."""
 
     def split(root, name, **options):
         files = sources.folder.folder(name, data_dir=str(root), **options)
@@ -590,7 +590,7 @@ def touch(directory: Path, *names: str) -> Path:
 
 
 def test_every_suffix_of_what_decodes_is_read(tmp_path):
-    """Pillow's own list for its formats and for JPEG, but for .pfm, which has 32 bits; in capitals too."""
+    """Pillow's own list for these formats, also in capitals, except .pfm, which has 32 bits."""
     PIL.Image.init()
     formats = {"JPEG", *decoding.FORMATS}
     suffixes = {suffix for suffix, form in PIL.Image.registered_extensions().items() if form in formats} - {".pfm"}
@@ -604,7 +604,7 @@ def test_what_is_not_read_is_counted_and_named(tmp_path):
     touch(tmp_path, *(f"{name}/{i}.jpg" for name in ("cat", "dog") for i in range(20)))
     touch(tmp_path, *(f"cat/{i}.heic" for i in range(9)), "dog/a.AVIF", "dog/b.avif", "dog/label", "about.txt")
     touch(tmp_path, "stray.png", "cat/.b.jpg", ".cache/cat/c.png")
-    touch(tmp_path, ".DS_Store", "cat/._0.jpg", "cat/Thumbs.db", ".git/config", "dog/desktop.ini")  # not worth a word
+    touch(tmp_path, ".DS_Store", "cat/._0.jpg", "cat/Thumbs.db", ".git/config", "dog/desktop.ini")  # not reported
     touch(tmp_path, "__MACOSX/cat/._0.jpg", "lost+found/0")
     (tmp_path / "cat" / ".all").symlink_to(tmp_path / "dog")
     os.mkfifo(tmp_path / "cat" / "pipe.jpg")
@@ -618,7 +618,7 @@ def test_what_is_not_read_is_counted_and_named(tmp_path):
     )
     assert data.unread_of([train, val]) == data.unread_of([val, train]) == expected
     assert data.unread_of([sources.digits.digits("train")]) == ""
-    of_one = "17 files are not read: 9 .heic (cat/0.heic), 2 hidden"  # of how many this split does not know
+    of_one = "17 files are not read: 9 .heic (cat/0.heic), 2 hidden"  # one split does not know the total
     assert data.unread_of([val], whole=False).startswith(of_one)
     assert sources.folder.describe_unread(train.unread[:1], None) == "1 file is not read: 1 hidden (cat/.b.jpg)."
     assert pickle.loads(pickle.dumps(train)) == dataclasses.replace(train, unread=())  # as workers get it
@@ -650,7 +650,7 @@ def test_names_that_break_lines_are_spelled():
 
 
 def test_an_example_is_made_of_shown_kinds_only(monkeypatch):
-    """A million files beside the images would take seconds at each start."""
+    """With a million other files beside the images, this would take seconds at each start."""
     taken = []
     monkeypatch.setattr(sources.folder, "Path", lambda path: taken.append(path) or Path(path))
     unread = [sources.folder.Unread(f"cat/{i}.{i % 20}", f".{i % 20}") for i in range(2000)]
@@ -659,7 +659,7 @@ def test_an_example_is_made_of_shown_kinds_only(monkeypatch):
 
 
 def test_splits_that_are_not_used_are_named(tmp_path):
-    """Folders of images that look like splits, but may be none."""
+    """They are folders of images that look like splits, but may be something else."""
     touch(tmp_path, *(f"{split}/{c}/{c}.jpg" for split in ("train", "val", "test") for c in ("cat", "dog")))
     touch(tmp_path, "docs/img/fig.png", "unlabelled/part1/a.jpg", "notes/1/a.md")
     splits = [sources.folder.folder(split, data_dir=str(tmp_path)) for split in ("train", "val")]
@@ -680,7 +680,7 @@ def test_splits_that_are_not_used_are_named(tmp_path):
 
 
 def test_a_folder_without_classes_beside_splits_is_not_read(tmp_path):
-    """Test images without labels, as competitions give them, and other people's files."""
+    """Such as test images without labels, as in competitions, and any other files."""
     touch(tmp_path, "train/cat/a.jpg", "train/dog/b.jpg", "val/cat/c.jpg", "val/dog/d.jpg")
     touch(tmp_path, "test/e.jpg", "test/f.jpg", "notes/1/g.xml", "val/h.jpg")
     assert sources.folder.folder_splits(str(tmp_path)) == ("train", "val")
@@ -704,9 +704,9 @@ def test_other_names_of_splits_are_read_where_they_are_asked_for(tmp_path):
 
 
 def test_a_copy_with_decomposed_names_is_the_same_data(tmp_path):
-    """As macOS and some archives write them: the same split, order and classes, each file opened by its own name."""
+    """macOS and some archives write such names. Splits, order and classes are the same, and the files are opened."""
     for form in ("NFC", "NFD"):
-        for name in ("café", "cafz", "zürich"):  # decomposed, 'café' would come before 'cafz'; composed, behind
+        for name in ("café", "cafz", "zürich"):  # 'café' sorts before 'cafz' if decomposed, after it if composed
             names = [unicodedata.normalize(form, f"{name}/{'éa'[i % 2]}ö{i}.jpg") for i in range(30)]
             touch(tmp_path / form, *names)
     read = {form: sources.folder.folder("train", data_dir=str(tmp_path / form)) for form in ("NFC", "NFD")}
@@ -821,9 +821,9 @@ def test_mistakes_in_arrays_are_refused(tmp_path):
         (dict(train_images=images, train_labels=labels * 4.0 - 1), r"numbers of classes, from 0 on, got -1\.$"),
         (dict(train_images=images, train_labels=labels * 1e300), r"must be the numbers of classes, got 2e\+300\.$"),
         (dict(train_images=images, train_labels=[0, 1, -(2**63)]), "from 0 on, got -9223372036854775808"),
-        (dict(train_images=images, train_labels=[0, 1, 2**62]), "4,611,686,018,427,387,905 classes, .* of 3 images"),
+        (dict(train_images=images, train_labels=[0, 1, 2**62]), "4,611,686,018,427,387,905 classes, .* for 3 images"),
         (dict(train_images=images, train_labels=np.uint64([0, 1, 2**64 - 1])), "18,446,744,073,709,551,616 classes"),
-        (dict(train_images=images, train_labels=np.zeros((3, 2**20 + 1), bool)), "1,048,577 classes, .* of 3 images"),
+        (dict(train_images=images, train_labels=np.zeros((3, 2**20 + 1), bool)), "1,048,577 classes, .* for 3 images"),
         (dict(train_images=images, train_labels=labels, class_names=list("abb")), "class_names must differ, got 'b' 2"),
         (
             dict(train_images=images, train_labels=labels, class_names=["x" * 999] * 3),
@@ -888,11 +888,11 @@ def test_labels_are_taken_in_every_form_that_means_one_thing(tmp_path):
         [1, 0, 1],
         ("no", "d\xe9j\xe0 vu"),
     )
-    assert read([9, 0, 1])[2] == tuple("0123456789")  # few images of many classes, to evaluate on
+    assert read([9, 0, 1])[2] == tuple("0123456789")  # a few images of many classes, for evaluation
 
 
 def test_an_npz_file_is_believed_before_it_is_read(tmp_path, monkeypatch):
-    """A header that claims what is not there, and an array larger than memory."""
+    """Headers that claim more than the file has, and an array larger than memory, are refused."""
     path = tmp_path / "a.npz"
 
     def write(shape, content):
@@ -912,7 +912,7 @@ def test_an_npz_file_is_believed_before_it_is_read(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             sources.arrays.arrays("train", path=str(path))
     write((2**28, 8, 8), b"")
-    with zipfile.ZipFile(path, "a") as archive:  # whose own list claims it too
+    with zipfile.ZipFile(path, "a") as archive:  # the archive's directory claims it too
         archive.writestr("more", b"")
         archive.filelist[0].file_size += 2**34
     with pytest.raises(
@@ -1001,10 +1001,10 @@ def test_mistakes_with_tfds_are_refused(prepared, tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(2**62, "4,611,686,018,427,387,904 classes, .* of 40 images"), (None, "says nothing of its")],
+    [(2**62, "4,611,686,018,427,387,904 classes, .* for 40 images"), (None, "says nothing of its")],
 )
 def test_a_number_of_classes_that_cannot_be_is_refused(prepared, tmp_path, number, message):
-    """Of a data set that names no class."""
+    """The data set has no names of classes."""
     directory = tmp_path / "small_digits" / "1.2.3"
     shutil.copytree(prepared["tfds"]["data_dir"], directory)
     (directory / "label.labels.txt").unlink()
@@ -1028,7 +1028,7 @@ def test_tfds_in_a_format_without_random_access_is_refused(prepared, tmp_path):
 
 
 def test_tensorflow_is_never_imported(prepared, tmp_path):
-    """With a TensorFlow installed that leaves a mark when it is imported, a process reads every source without one."""
+    """A process reads every source without importing a fake TensorFlow, which would leave a file."""
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow" / "__init__.py").write_text(
         f"open({str(tmp_path / 'mark')!r}, 'w').close()\nraise ImportError('imported')"
@@ -1038,7 +1038,6 @@ import importlib, pkgutil
 import xception_flax, train
 for module in pkgutil.walk_packages(xception_flax.__path__, "xception_flax."):
     importlib.import_module(module.name)
-from xception_flax.host import allocator
 from xception_flax import data
 for name, options in {prepared!r}.items():
     split = data.load(source=name, train=False, batch_size=4, image_size=8, channels=1, **options)

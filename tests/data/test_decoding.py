@@ -1,4 +1,4 @@
-"""Decoding against Pillow's own reading, what is refused, and what becomes of it in a batch."""
+"""Decoding against Pillow's own, refused files, and bad images in a batch."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ def rotated_by_exif(form: str) -> bytes:
 
 
 def unknown_version(jpeg: bytes) -> bytes:
-    """JFIF version 0.00, of which libjpeg warns, and which changes no pixel."""
+    """JFIF version 0.00: libjpeg warns, and no pixel changes."""
     place = jpeg.index(b"JFIF\0") + 5
     return jpeg[:place] + b"\0\0" + jpeg[place + 2 :]
 
@@ -85,7 +85,7 @@ GOOD = {
 
 @pytest.mark.parametrize("name", GOOD)
 def test_files_are_read_as_pillow_reads_them(name):
-    """Bit for bit; in gray within 1, for Pillow and OpenCV round the luma apart (of a JPEG it is stored)."""
+    """Bit for bit. Gray is within 1, since Pillow and OpenCV round luma differently (a JPEG stores its luma)."""
     with Image.open(io.BytesIO(GOOD[name])) as file:
         color, gray = np.asarray(file.convert("RGB")), np.asarray(file.convert("RGB").convert("L"))
     np.testing.assert_array_equal(decode(GOOD[name], 3), color)
@@ -98,7 +98,7 @@ def test_files_are_read_as_pillow_reads_them(name):
 
 
 def test_cmyk_is_read_as_pillow_reads_it():
-    """Within 1: both multiply by the black channel, and round apart."""
+    """Within 1: both multiply by the black channel, and round differently."""
     content = encode(COLOR.convert("CMYK"), "JPEG", quality=95)
     with Image.open(io.BytesIO(content)) as file:
         rgb = file.convert("RGB")
@@ -116,7 +116,7 @@ def test_sixteen_bits_of_gray_become_the_upper_eight(form):
     np.testing.assert_array_equal(decode(content, 3), np.repeat(gray[..., None], 3, -1))
 
 
-VALUES = np.arange(4096, dtype=np.uint16).reshape(64, 64)  # all that 12 bits have
+VALUES = np.arange(4096, dtype=np.uint16).reshape(64, 64)  # all values of 12 bits
 COLORS = np.stack([VALUES, VALUES[::-1], VALUES.T], -1)
 
 
@@ -141,11 +141,11 @@ WIDE = {
 
 @pytest.mark.parametrize("name", WIDE)
 def test_twelve_of_sixteen_bits_are_scaled_by_what_is_white(name):
-    """4,095 becomes 255, as its upper 8 of 12 bits are; without a word of it 16 shades would be left."""
+    """4,095 becomes 255, which is the upper 8 of its 12 bits. Without `max_value` only 16 shades are left."""
     content, values = WIDE[name]
     values = values if values.ndim == 3 else np.repeat(values[..., None], 3, -1)
     np.testing.assert_array_equal(decode(content, 3, max_value=4095), values >> 4)
-    assert np.abs(decode(content, 3).astype(int) - (values >> 8)).max() <= (name == "PPM")  # which Pillow rounds
+    assert np.abs(decode(content, 3).astype(int) - (values >> 8)).max() <= (name == "PPM")  # Pillow rounds it
     np.testing.assert_array_equal(decode(content, 3, max_value=65535), decode(content, 3))
     np.testing.assert_array_equal(decode(content, 3, max_value=9999), values.astype(int) * 256 // 10_000)
     assert largest_value(content) == 4095
@@ -154,7 +154,7 @@ def test_twelve_of_sixteen_bits_are_scaled_by_what_is_white(name):
 
 
 def test_a_white_that_a_file_names_is_taken():
-    """PNM's header names its largest value, a TIFF of 12 bits a value has no other."""
+    """The header of PNM names its largest value. In a TIFF of 12 bits, white is 4,095."""
     np.testing.assert_array_equal(
         decode(pnm(VALUES, 4095), 1)[..., 0], np.round(VALUES / 4095 * 65535).astype(int) >> 8
     )
@@ -188,7 +188,7 @@ def test_pixels_are_taken_as_they_are():
 
 
 def test_a_large_jpeg_may_be_decoded_small():
-    """Of 400 x 300 pixels as small as both sides keep what is asked; files of other formats stay whole."""
+    """A JPEG of 400 x 300 becomes as small as both sides allow. Files of other formats are decoded whole."""
     large = photos.photo("chelsea.png")[:300, :400]
     content = encode(Image.fromarray(large), "JPEG", quality=95)
     for min_side, shape in [
@@ -201,7 +201,7 @@ def test_a_large_jpeg_may_be_decoded_small():
         assert decode(content, 3, min_side).shape == shape
     means = decode(content, 3).reshape(150, 2, 200, 2, 3).mean((1, 3))
     difference = np.abs(decode(content, 3, 150) - means)
-    assert difference.mean() < 1  # the mean of what it stands for, but for 4:2:0 chroma
+    assert difference.mean() < 1  # the mean of the pixels it replaces, except for 4:2:0 chroma
     assert decode(encode(COLOR, "PNG"), 3, 20).shape == (150, 200, 3)
 
 
@@ -209,7 +209,7 @@ def test_a_large_jpeg_may_be_decoded_small():
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG whose header claims so many pixels of one bit."""
+    """A PNG whose header claims this size, in pixels of one bit."""
     header = b"IHDR" + struct.pack(">2I5B", width, height, 1, 0, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + chunk + encode(Image.new("1", (8, 8)), "PNG")[33:]
@@ -256,7 +256,7 @@ def test_what_is_refused(name, channels):
     ["JPEG", "JPEG 4:4:4", "JPEG progressive", "JPEG gray", "PNG", "GIF", "WebP", "WebP with alpha", "BMP"],
 )
 def test_a_file_cut_anywhere_is_refused(name):
-    """At 50 places; of PNG and GIF the last bytes are an end mark, without which all pixels are there."""
+    """At 50 places. The last bytes of PNG and GIF are an end mark; without it all pixels are still there."""
     content = GOOD[name]
     whole = decode(content, 3)
     for length in np.linspace(1, len(content) - 1, 50).astype(int):
@@ -283,7 +283,7 @@ def test_arrays_that_are_no_image_are_refused(image, message):
 
 
 def test_a_bomb_takes_no_memory():
-    """Of 1.2 and 12 GB that are claimed a process takes less than 50 MB to refuse them."""
+    """A process refuses images that claim 1.2 and 12 GB, and takes less than 50 MB for it."""
     assert MAX_PIXELS * 3 <= 2**28
     program = f"""
 import resource
@@ -326,7 +326,7 @@ def test_stop_names_the_file(folder, num_workers):
         r"segment\. Repair it, .*--config\.data\.on_bad_image=replace"
     )
     with contextlib.closing(split.batches()) as batches:
-        assert next(batches)["mask"].sum() == 5  # those before it are not lost
+        assert next(batches)["mask"].sum() == 5  # the batch before it is not lost
         with pytest.raises(data.InputError, match=expected):
             next(batches)
 
@@ -340,7 +340,7 @@ def test_a_file_that_is_gone_is_named(folder):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_replace_masks_and_keeps_its_place(folder, num_workers):
-    """In the order of the files: a has 00, 02, ..., b has 01, 03, ..."""
+    """Files are in the order of their classes: a has 00, 02, ..., b has 01, 03, ..."""
     split = load(folder, train=False, on_bad_image="replace", num_workers=num_workers)
     batches = list(split.batches())
     mask = np.concatenate([b["mask"] for b in batches])
@@ -352,14 +352,14 @@ def test_replace_masks_and_keeps_its_place(folder, num_workers):
 
 
 def test_nobody_trains_on_near_black_without_a_word(tmp_path, monkeypatch):
-    """A run begins on images of 16 bits where they use the upper half, or where it is said what is white."""
+    """A run begins on images of 16 bits only if most use the upper half, or if `max_value` is set."""
     for split, i in itertools.product(("train", "test"), range(40)):
         path = tmp_path / split / "ab"[i % 2] / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(JPEG if i % 4 == 1 else encode(Image.fromarray(np.minimum(VALUES, 3000)), "PNG"))
     split = load(tmp_path, train=True, num_threads=1)
     with pytest.raises(
-        ValueError, match=r"up to 3,000 of 65,535 \(in 25 .*than 11 of 255 .*data\.max_value=4095; by 65535"
+        ValueError, match=r"up to 3,000 of 65,535 \(in 25 .*at most 11 of 255.*data\.max_value=4095, or by 65535"
     ):
         split.check_max_value()
     for max_value, brightest in ((4095, 3000 >> 4), (65535, 3000 >> 8)):
@@ -368,7 +368,9 @@ def test_nobody_trains_on_near_black_without_a_word(tmp_path, monkeypatch):
             assert next(batches)["images"].max() == brightest
     bright = encode(Image.fromarray(VALUES * 16), "PNG")
     (tmp_path / "train" / "a" / "00.png").write_bytes(bright)
-    with pytest.raises(ValueError, match=r"up to 3,000 of 65,535 \(in 2\d of 2\d that"):  # one is no word for all
+    with pytest.raises(
+        ValueError, match=r"up to 3,000 of 65,535 \(in 2\d of 2\d that"
+    ):  # one bright image is not enough
         split.check_max_value()
     paths = sorted((tmp_path / "train").glob("*/*.png"))
     for path in paths[3:]:
@@ -386,7 +388,7 @@ def test_nobody_trains_on_near_black_without_a_word(tmp_path, monkeypatch):
 
 
 def test_one_image_of_each_class_is_looked_at(tmp_path, monkeypatch):
-    """A folder is sorted by classes, of which whole ones lie between images that are spread evenly."""
+    """A folder is sorted by classes, and evenly spread images may leave out whole classes."""
     dark, bright = (encode(Image.fromarray(np.full((4, 4), v, np.uint16)), "PNG") for v in (4000, 40_000))
     for i in range(60):
         path = tmp_path / "train" / f"{i // 10}" / f"{i:02}.png"

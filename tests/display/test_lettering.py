@@ -1,4 +1,4 @@
-"""Any text is drawn: as text, in letters that are there, within its room."""
+"""Any text is drawn: as plain text, in letters that a font has, within its space."""
 
 import os
 import subprocess
@@ -16,13 +16,13 @@ from xception_flax.display.lettering import Lettering
 from xception_flax.runs import curves
 from xception_flax.text import naming
 
-ARC = "\u2312"  # a letter that of Matplotlib's own fonts STIX has and DejaVu has not
+ARC = "\u2312"  # of Matplotlib's own fonts, STIX has this letter and DejaVu does not
 CAT = "\u732b"  # none of them has it
 
 
 @pytest.fixture(autouse=True)
 def no_fonts_but_matplotlibs(monkeypatch):
-    """What is installed here is nothing to the tests; a warning of Matplotlib's, of a missing letter, is an error."""
+    """Hides the fonts of this machine. Matplotlib's warning of a missing letter is an error."""
     own = [entry for entry in font_manager.fontManager.ttflist if "mpl-data" in entry.fname]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
@@ -43,7 +43,7 @@ def drawn(text: str) -> plt.Text:
 
 
 def test_a_text_without_end_keeps_both_ends():
-    """Each letter that is left is measured."""
+    """It is cut before its letters are measured."""
     text = "a" * 10**6 + "b"
     assert Lettering([text]).drawable(f"{text}\nc") == f"{'a' * 250}…{'a' * 249}b\nc"
 
@@ -74,7 +74,7 @@ def test_a_letter_that_no_font_has_is_a_number_and_a_line(capsys):
 
 
 def test_a_font_that_was_installed_since_is_found(monkeypatch, capsys):
-    """Matplotlib lists the fonts once, in a file; here it is as if STIX had come after that."""
+    """Matplotlib lists the fonts once, in a file. Here STIX is installed after that."""
     stix = font_manager.findfont("STIXGeneral")
     others = [entry for entry in font_manager.fontManager.ttflist if "STIX" not in entry.name]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", others)
@@ -108,7 +108,7 @@ def test_what_is_cut_fits_and_stays_apart():
         (r"\u732b\xe9\\nb", [r"\u732b", r"\xe9", r"\\", "n", "b"]),
     ],
 )
-def test_letters_are_what_a_reader_takes_for_one(text, expected):
+def test_letters_are_as_a_reader_sees_them(text, expected):
     assert list(lettering._letters(text)) == expected
 
 
@@ -133,11 +133,13 @@ def test_any_name_is_drawn(tmp_path, capsys):
     pictures.draw_images(images, [naming.shown(name) for name in names], "$_\n\x1b", tmp_path / "s.svg")
     curves.draw_curves([{"step": 1, "train/loss": 1.0}], f"price_$$ {CAT} {'x' * 255}", tmp_path / "c.png")
     assert cv2.imread(str(tmp_path / "m.png")).shape[1] == 1540  # eight columns of 1.75 inches, 110 pixels each
-    assert capsys.readouterr().err.count("\\u732b") == 3  # a line a picture: each lacks other letters besides
+    assert (
+        capsys.readouterr().err.count("\\u732b") == 3
+    )  # one line for each picture, since each lacks other letters too
 
 
 def test_settings_of_the_user_change_no_picture(tmp_path):
-    """LaTeX for every text, and windows on a display: neither is here, and a run's curves are drawn all the same."""
+    """They ask for LaTeX and for windows; a run's curves are drawn without either."""
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nbackend: TkAgg\n")
     program = (
         "import pathlib, sys; from xception_flax.runs import curves\n"

@@ -1,4 +1,4 @@
-"""What the allocator does with freed memory, as the kernel counts it in a process of its own."""
+"""What the allocator does with freed memory, counted by the kernel in a separate process."""
 
 import subprocess
 import sys
@@ -21,7 +21,6 @@ def faults(times):
 faults(1)
 print(faults(4))
 """
-
 
 HOLE = """
 from pathlib import Path
@@ -58,7 +57,7 @@ def test_free_memory_below_what_lives_on_is_released():
 
 
 def test_freed_memory_is_kept():
-    """Four arrays of 16,384 pages, one after the other: each page is mapped four times more, or not once."""
+    """Four arrays of 16,384 pages, one after the other: by default each maps its pages anew, or else none does."""
 
     def run(*arguments):
         return subprocess.run(

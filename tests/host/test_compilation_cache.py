@@ -11,7 +11,7 @@ from xception_flax.host import compilation_cache
 
 @pytest.fixture
 def settings(monkeypatch):
-    """Nothing set by anyone; what a test sets is undone."""
+    """Begins with JAX's defaults, and restores the settings after the test."""
     names = [
         "jax_enable_compilation_cache",
         "jax_compilation_cache_dir",
@@ -56,7 +56,7 @@ def test_what_jax_was_told_has_precedence(settings, tmp_path, monkeypatch):
 
 
 def test_several_processes_have_what_they_can_share(settings, tmp_path, monkeypatch):
-    """On CPUs nothing; elsewhere the folder that JAX was told of, and not the user's own, which may be each host's."""
+    """Nothing on CPUs. Elsewhere the folder given to JAX, but not the user's own, which may differ between hosts."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
@@ -88,11 +88,11 @@ def test_without_a_place_there_is_none(settings, tmp_path, monkeypatch):
 
 
 def test_what_was_not_used_for_longest_goes_first(tmp_path):
-    """Of 10 entries of 100 bytes 5 may stay: those last read, or last written."""
+    """Of 10 entries of 100 bytes, the 5 that were read or written last may stay."""
     for i in range(10):
         path = tmp_path / f"jit_{i}-cache"
         path.write_bytes(bytes(100))
-        os.utime(path, (1000 + i if i else 5000, 1000 + i))  # the first of them was read last of all
+        os.utime(path, (1000 + i if i else 5000, 1000 + i))  # the first was read last of all
     (tmp_path / "other").write_bytes(bytes(1000))
     compilation_cache.prune(tmp_path, 599)
     assert {path.name for path in tmp_path.iterdir()} == {"other", *(f"jit_{i}-cache" for i in (0, 6, 7, 8, 9))}

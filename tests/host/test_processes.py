@@ -1,4 +1,4 @@
-"""Several processes as one: what must be alike, and that none is left waiting."""
+"""Several processes as one run: what must be equal, and that no process is left waiting."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def test_what_differs_is_said():
 
 
 def test_who_gives_no_sign_for_too_long():
-    """Of three one never comes and one falls silent after 10 seconds; `now` is the time of the one that looks."""
+    """Of three processes one never comes, and one gives no sign after 10 seconds."""
     signs = processes.Signs(3)
     assert signs.silent({"s/0": "0", "s/1": "0"}, 0.0) == []
     assert signs.silent({"s/0": "1", "s/1": "1"}, 10.0) == []
@@ -130,10 +130,10 @@ def run(numbers: list[int], body: str, environment: dict[str, str] | None = None
 
 
 def test_two_that_differ_and_one_that_fails(tmp_path):
-    """Each comparison is refused on both, and where one fails the other does not wait for it in a collective.
+    """A comparison fails on both, and when one process fails the other does not wait for it in a collective.
 
-    With a cache of compiled programs that they are told to share: neither process asks it for a program, so
-    that both run what they have compiled, however often they start.
+    Both are told to share a cache of compiled programs. Neither asks it for a program, so each always runs what it has
+    compiled itself.
     """
     body = f"""
 counts = []
@@ -159,7 +159,7 @@ multihost_utils.process_allgather(np.zeros(7))
 
 
 def test_a_workdir_of_each_hosts_own_and_one_that_is_killed(tmp_path):
-    """The first hears of the death, and not of the folder."""
+    """Both refuse the folders that are not shared. Then process 0 reports the death of process 1."""
     for i in "01":
         (tmp_path / i).mkdir()
     body = f"""
@@ -186,7 +186,7 @@ multihost_utils.process_allgather(np.zeros(7))
 
 
 def test_a_death_is_said_where_the_next_collective_fails_of_it():
-    """gloo raises at once where a peer has gone, which says nothing of which one, nor what to do."""
+    """gloo raises at once when a peer is gone, but says neither which one nor what to do."""
     body = """
 processes.STILL_SECONDS = 3  # six signs of life
 start()
@@ -206,7 +206,7 @@ multihost_utils.process_allgather(np.zeros(7))
 
 
 def test_ctrl_c_and_a_defect_are_said_by_the_other():
-    """An error that passes `jit` gets a note of JAX's behind it, which is no reason."""
+    """JAX adds a note to an error that passes through `jit`; the note is not the reason."""
     body = """
 start()
 multihost_utils.process_allgather(np.zeros(7))
@@ -234,5 +234,5 @@ def test_one_that_waits_for_nobody(number, reason):
     assert (code, err) == (
         2,
         f"error: process {number} of 2 has waited 2 s; {reason}. Start the same command on every host, with "
-        "--coordinator each with its own --process-id; see what is said there.\n",
+        "--coordinator each with its own --process-id; look at the output there.\n",
     )

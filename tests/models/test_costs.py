@@ -1,4 +1,4 @@
-"""The share of the ceiling, from numbers that are known."""
+"""Costs and ceilings, from published numbers."""
 
 import jax.numpy as jnp
 import pytest
@@ -7,7 +7,7 @@ from xception_flax import models
 from xception_flax.host import devices
 from xception_flax.models import costs
 
-# The multiply-adds of figure 5 for an image of 299 x 299, which test_summary.py proves by other means.
+# The multiply-adds of figure 5 for an image of 299 x 299, which test_models.py checks.
 XCEPTION_MACS = 8.357e9
 
 

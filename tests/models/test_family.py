@@ -12,8 +12,8 @@ from xception_flax.training.state import make_init
 
 CLASSES, BATCH, STEPS = 5, 16, 2
 
-# The narrowest of each; those that differ in depth alone are left out, and Xception itself is in test_steps.py, at
-# greater length.
+# The narrowest of each. Those that differ only in depth are left out. Xception itself is in test_steps.py, with more
+# steps.
 FAMILY = {
     "xception_towers": dict(width=0.07, middle_repeats=0, towers=3, mid_activation="relu"),
     "inception_v3": dict(width=0.02),
@@ -32,14 +32,14 @@ def test_the_family_is_complete():
 def test_eight_devices_equal_one(monkeypatch, one_device, name):
     """Two steps with momentum, data and fsdp at once, float64: losses to 1e-6, all state to 1e-7 of its largest."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)  # a narrow network has no large arrays
-    # Dropout, whose masks would hide nothing here, is in test_steps.py.
+    # Dropout is tested in test_steps.py.
     fields = dict(num_classes=CLASSES, dropout_rate=0.0, dtype="float64", param_dtype="float64", **FAMILY[name])
     model = create_model(name, **fields)
     size = 75 if name == "inception_v3" else 32
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
-        """A state to begin with, without compiling the initialisation: that is tested in test_steps.py."""
+        """An initial state without compiling the initialization, which test_steps.py tests."""
         field, name = path[0].name, getattr(path[-1], "key", "")
         if field == "params" and name == "kernel":
             return rng.normal(0, (2 / np.prod(leaf.shape[:-1])) ** 0.5, leaf.shape)

@@ -1,4 +1,4 @@
-"""Layers: their parameters, and what they are made of."""
+"""Layers: their parameters, and the operations in them."""
 
 import flax.linen as nn
 import jax
@@ -24,7 +24,7 @@ def test_separable_convolution_is_depthwise_then_pointwise(rng):
 
 
 def test_dilated_separable_convolution(rng):
-    """Its taps two pixels apart: on every second pixel it is the plain one."""
+    """With taps two pixels apart, it is the plain convolution of every second pixel."""
     x = rng.normal(size=(2, 9, 8, 4)).astype(np.float32)
     module = layers.SeparableConv(6, dilation=(2, 2))
     variables = module.init(jax.random.key(0), x)

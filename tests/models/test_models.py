@@ -64,7 +64,7 @@ def abstract_variables(model, channels: int = 3):
 
 
 def random_variables(model, images):
-    """Random weights without compiling an initialisation: kernels of variance 1 / fan_in, other arrays disturbed."""
+    """Random weights, without compiling an initialization: kernels of variance 2 / fan_in, other arrays disturbed."""
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -127,7 +127,7 @@ def test_the_docs_have_the_sizes():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_backbone_has_no_classifier(name):
-    """num_classes=0: the same network less `predictions`, and the pooled features for logits."""
+    """num_classes=0: the same network without `predictions`, with the pooled features as logits."""
     model = create_model(name, num_classes=5, **NARROW[name])
     backbone = model.clone(num_classes=0)
     images = jax.random.normal(jax.random.key(0), (2, 75, 80, 3))
@@ -138,7 +138,7 @@ def test_a_backbone_has_no_classifier(name):
     endpoints = apply(model, variables, images, method="endpoints")
     assert endpoints["logits"].shape == (2, 5)
     embedding = apply(backbone, {**variables, "params": params}, images)
-    # Two programs, compiled apart: the same sums in another order.
+    # Two programs, compiled separately, add up in different orders.
     np.testing.assert_allclose(embedding, endpoints["pooled"], rtol=1e-4, atol=1e-6)
     last = np.maximum(endpoints[list(model.strides)[-1]], 0)  # with pre-activation the last ReLU is still to come
     np.testing.assert_allclose(embedding, last.mean((1, 2)), rtol=1e-4, atol=1e-5)
@@ -180,9 +180,9 @@ def test_output_stride_with_symmetric_pooling():
 
 @pytest.mark.parametrize("name", ["xception", "xception_towers", "inception_v3", "xception41", "xception41p"])
 def test_remat_keeps_less_for_the_backward_pass(name):
-    """Bytes that the gradient keeps of the forward pass, from shapes: 0.14, 0.27, 0.70, 0.09 and 0.08 of it all.
+    """Bytes that the gradient keeps of the forward pass, from shapes: 0.14, 0.27, 0.70, 0.09 and 0.08 of all.
 
-    In a block of Inception there is little between what goes in and what comes out.
+    A block of Inception has few arrays between its input and its output.
     """
     model = create_model(name, num_classes=5, dropout_rate=0.0, **NARROW[name] | {"width": 0.1})
     images = jax.ShapeDtypeStruct((8, 128, 128, 3), jnp.float32)
@@ -203,7 +203,7 @@ def test_remat_keeps_less_for_the_backward_pass(name):
 
 @pytest.mark.parametrize("name", ["xception", "xception41p"])
 def test_remat_changes_memory_only(name):
-    """Same names, logits, statistics and gradients; the blocks' insides are computed twice."""
+    """Same names, logits, statistics and gradients; the insides of the blocks are computed twice."""
     model = create_model(name, num_classes=5, dropout_rate=0.0, **NARROW[name])
     images = jax.random.normal(jax.random.key(0), (2, 75, 75, 3))
     variables = random_variables(model, images)
@@ -218,7 +218,7 @@ def test_remat_changes_memory_only(name):
             return jnp.sum(jnp.sin(logits)), updates
 
         step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(variables["params"], images)
-        barriers[remat] = step.as_text().count("optimization_barrier")  # what keeps XLA from undoing it
+        barriers[remat] = step.as_text().count("optimization_barrier")  # these keep XLA from undoing it
         results[remat] = step.compile(compiler_options={"xla_backend_optimization_level": 0})(
             variables["params"], images
         )
@@ -230,7 +230,7 @@ def test_remat_changes_memory_only(name):
 
 
 def test_auxiliary_tower_of_inception_v3():
-    """TF-slim's: 128 of 1x1, 768 of 5x5, a classifier; off by default, and in no logits."""
+    """TF-slim's: 128 filters 1x1, 768 filters 5x5, a classifier; off by default, and not in the logits."""
     model = create_model("inception_v3", auxiliary=True)
     layers = {layer.path[0]: layer for layer in list_layers(model, (299, 299, 3))}
     assert layers["auxiliary_conv1"].shape == (5, 5, 128)
@@ -295,7 +295,7 @@ def test_xception_cost_at_299_pixels():
 
 
 def test_xception_parameter_names_are_public():
-    """Names and shapes stay: checkpoints and forks hold them. A new name is a new line, not a changed one."""
+    """Names and shapes stay, as checkpoints and forks have them. A new name is a new line, not a changed one."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_variables(create_model("xception")))
     lines = [f"{'/'.join(k.key for k in path)} {'x'.join(map(str, leaf.shape))}" for path, leaf in leaves]
     golden = Path(__file__).parents[1] / "golden" / "xception_parameters.txt"
@@ -306,7 +306,7 @@ def test_xception_parameter_names_are_public():
 @pytest.mark.parametrize(("height", "width", "channels"), [(32, 32, 1), (33, 71, 3), (64, 40, 4)])
 def test_any_size_and_channels(name, height, width, channels):
     model = create_model(name, num_classes=7, **NARROW[name])
-    if name == "inception_v3":  # whose least size is 75
+    if name == "inception_v3":  # its least size is 75
         height, width = height + 43, width + 43
     images = jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32)
     logits, _ = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, train=False), images)
@@ -384,7 +384,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     variables = random_variables(model, images)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     logits, state = apply(model, variables, images, capture_intermediates=True, mutable=["intermediates"])
-    assert state["intermediates"]["block7_sepconv2_bn"]["__call__"][0].dtype == (jnp.bfloat16)
+    assert state["intermediates"]["block7_sepconv2_bn"]["__call__"][0].dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
     exact = apply(model.clone(dtype=jnp.float32), variables, images)
     assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
@@ -453,7 +453,7 @@ def test_bad_images_are_refused(name, shape, message):
 
 @pytest.mark.parametrize("name", [name for name in NARROW if name != "lenet"])
 def test_frozen_normalization_trains_as_it_infers(name):
-    """Without dropout the two are one program, and no statistic is computed: what goes in comes out."""
+    """Without dropout the two are the same program, and the statistics are returned as they came."""
     model = create_model(name, num_classes=5, dropout_rate=0.0, bn_frozen=True, **NARROW[name])
     variables, images = abstract_variables(model), jax.ShapeDtypeStruct((2, 75, 75, 3), jnp.float32)
     train = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=True, mutable="batch_stats"))(variables, images)

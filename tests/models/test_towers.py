@@ -1,4 +1,4 @@
-"""The axis between regular and depthwise separable convolution, and the paper's figures 1 to 4 on it."""
+"""Numbers of towers between regular and depthwise separable convolution, and the paper's figures 1 to 4."""
 
 import flax.linen as nn
 import jax
@@ -34,7 +34,7 @@ def assert_equal(a, b, tolerance: float) -> None:
 
 
 def block_diagonal(params: dict) -> np.ndarray:
-    """The dense kernel that the spatial convolutions of a `TowerConv` are: zero between segments."""
+    """The dense kernel that equals the spatial convolutions of a `TowerConv`: zero between segments."""
     blocks = []
     for name in ("spatial", "spatial_smaller"):
         if name in params:
@@ -65,7 +65,7 @@ def test_segments(channels, count, sizes):
 
 @pytest.mark.parametrize("count", range(1, 9))
 @pytest.mark.parametrize("order", ORDERS)
-def test_every_point_of_the_axis_is_a_dense_convolution_with_zeros(rng, order, count):
+def test_any_number_of_towers_is_a_dense_convolution_with_zeros(rng, order, count):
     """Value and all gradients, for each number of towers of 8 channels; float64, to 1e-13."""
     with jax.enable_x64(True):
         x = jnp.asarray(rng.normal(size=(2, 6, 5, 8 if order == "depthwise_first" else 5)))
@@ -74,7 +74,7 @@ def test_every_point_of_the_axis_is_a_dense_convolution_with_zeros(rng, order, c
 
         def dense(params, x):
             spatial, pointwise = block_diagonal(params), params["pointwise"]["kernel"][0, 0]
-            # One k x k convolution: nothing stands between the two, and a 1x1 keeps the zero padding zero.
+            # One k x k convolution, as nothing is between the two, and a 1x1 keeps the zero padding zero.
             equation = "hwcd,df->hwcf" if order == "depthwise_first" else "df,hwfg->hwdg"
             operands = (spatial, pointwise) if order == "depthwise_first" else (pointwise, spatial)
             return ops.convolution(x, jnp.einsum(equation, *operands))
@@ -84,7 +84,7 @@ def test_every_point_of_the_axis_is_a_dense_convolution_with_zeros(rng, order, c
 
 
 def test_one_tower_is_the_regular_convolution_and_one_a_channel_the_separable(rng):
-    """The ends of the axis, with the very kernels of `Conv` and `SeparableConv`; bit for bit, gradients too."""
+    """With the kernels of `SeparableConv` bit for bit, and those of a regular convolution to 1e-6; gradients too."""
     x = rng.normal(size=(2, 6, 5, 8)).astype(np.float32)
     separable = layers.SeparableConv(12)
     params = separable.init(jax.random.key(0), x)["params"]
@@ -220,7 +220,7 @@ def test_one_tower_a_channel_makes_xception():
 
 @pytest.mark.parametrize("count", [1, 2, 8, 64])
 def test_parameters_of_a_whole_network_follow_the_formula(count):
-    """Each separable convolution's 9 C weights of the depthwise part become 9 * (sum of squares of its segments)."""
+    """The 9 C depthwise weights of each separable convolution become 9 * (sum of squares of its segments)."""
     inputs = [64, 128, 128, 256, 256, 728, *(8 * [728, 728, 728]), 728, 728, 1024, 1536]
     network = sum(
         layer.parameters for layer in list_layers(create_model("xception_towers", towers=count), (299, 299, 3))

@@ -1,4 +1,4 @@
-"""Reading compiled programs: real ones of the CPU, and lines as TPUs have them; every number is by hand."""
+"""Reading compiled programs: real ones for CPUs, and lines of programs for TPUs; every number is by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ import pytest
 from xception_flax.planning.hlo import Collective, Hlo
 from xception_flax.training import sharding
 
-# What only TPU programs have: tiles that pad, memory in the chip (S(1)), copies into it that run beside
-# the arithmetic, convolutions within fusions, collectives within fusions.
+# What only TPU programs have: tiles that pad, memory in the chip (S(1)), asynchronous copies into it,
+# convolutions inside fusions, collectives inside fusions.
 TPU = """\
 HloModule jit_step, is_scheduled=true
 
@@ -50,13 +50,15 @@ kind=kOutput, calls=%fused_computation.1, metadata={op_name="step/bn1/reduce_sum
 
 # Dimensions from the fastest: 100, 8, 3, padded to 128, 8, 3 and two bytes each.
 IMAGES = 128 * 8 * 3 * 2
-FEATURES = 128 * 8 * 3 * 2  # 20 channels take as much as 100
+FEATURES = 128 * 8 * 3 * 2  # 20 channels are padded to 128 too
 ROW = 128 * 4  # 20 float32, padded to 128
 
 
 def test_tpu_instructions_by_hand() -> None:
     traffic = {part.opcode + part.op_name: part for part in Hlo(TPU).traffic()}
-    copy = traffic["copy-startstep/conv1/dot_general"]  # it has no name: its user's, and of that the convolution's
+    copy = traffic[
+        "copy-startstep/conv1/dot_general"
+    ]  # it has the name of its user, a fusion, which has that of its convolution
     assert (copy.size, copy.hbm_size) == (2 * IMAGES, IMAGES)  # read from HBM, written into the chip
     fusion = traffic["fusionstep/conv1/dot_general"]
     assert (fusion.size, fusion.hbm_size) == (IMAGES + FEATURES + 2 * ROW, FEATURES + 2 * ROW)
@@ -67,7 +69,7 @@ def test_tpu_instructions_by_hand() -> None:
 
 
 def test_tpu_collectives_by_hand() -> None:
-    # The hidden one counts; of an asynchronous one the result has operand and result. 1,000 fill 1,024 places.
+    # The one inside a fusion counts. The result of an asynchronous one includes its operand. 1,000 fill 1,024 places.
     assert Hlo(TPU).collectives() == [Collective("all-gather", 4096, 1), Collective("all-reduce", 4096, 1)]
 
 
@@ -83,7 +85,7 @@ def test_real_program_of_eight_devices() -> None:
     compiled = step.lower(*shapes).compile()
     hlo = Hlo(compiled.as_text())
     assert hlo.collectives() == [Collective("all-reduce", 32 * 4, 1)]
-    # One device has 128 rows. XLA may write the product between the two, and read it again.
+    # One device has 128 rows. XLA may write the product to memory and read it again.
     least = (128 * 64 + 64 * 32 + 32) * 4 + 2 * 32 * 4
     size = sum(part.size for part in hlo.traffic())
     assert least <= size <= least + 2 * 128 * 32 * 4 + 2048

@@ -1,4 +1,4 @@
-"""TPU slices: their names, rings and links, and what is said where libtpu is missing."""
+"""TPU slices: their names, rings and links, and the message without libtpu."""
 
 import importlib.util
 
@@ -15,7 +15,7 @@ from xception_flax.planning import slices
         ("v6e:16x16", 256, (True, True)),
         ("v4:2x2x1", 4, (False, False, False)),
         ("v5p:4x4x8", 128, (True, True, True)),
-        ("v4:2x4x4", 32, (False, False, False)),  # no whole cube, and so no switches
+        ("v4:2x4x4", 32, (False, False, False)),  # less than a cube, so without switches
         ("v5p:8x16x16", 2048, (True, True, True)),
         ("v5e:1x1", 1, (False, False)),
     ],
@@ -46,7 +46,7 @@ def test_no_slices(name: str, words: str) -> None:
 
 
 def test_collectives_by_hand() -> None:
-    # 2 x 4 without rings: 45 GB/s on each of two sides; the way is 1 + 3 hops. An all-reduce is two passes.
+    # 2 x 4 without rings: 45 GB/s on each of two sides; the longest way is 1 + 3 hops. An all-reduce is two passes.
     line = slices.parse_slice("v5e:2x4")
     assert line.collective_seconds("all-gather", 90_000_000) == pytest.approx(1e-3)
     assert line.collective_seconds("all-reduce", 90_000_000) == pytest.approx(2e-3)
@@ -72,7 +72,7 @@ def test_chips_are_as_specified() -> None:
         assert 0.95 * memory <= chip.usable_bytes / 2**30 < 1.01 * memory
         assert chip.hbm_bytes_per_second == bandwidth * 1e9
         assert chip.flops_per_second == teraflops * 1e12
-        # The links of the documents are a tenth faster than those of the book, whose figures are what arrives.
+        # The links are a tenth faster in these documents than in the book, which counts what arrives.
         neighbours = 2 * len(chip.shapes[0].split("x"))
         assert 0.85 * links <= neighbours * chip.link_bytes_per_second / 1e9 <= links
 

@@ -1,4 +1,4 @@
-"""Every recipe: each group fits the function it feeds; one of each kind takes a step through the real loop."""
+"""Every recipe: each group fits the function that takes it; one recipe of each kind takes a step in the real loop."""
 
 import json
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_the_list_is_complete():
 
 
 def test_every_network_is_in_a_recipe():
-    """So that each is traced below; each trains in test_family.py, test_steps.py or test_prepare.py."""
+    """So each is traced below; each trains in test_family.py, test_steps.py or test_prepare.py."""
     networks = {reading.load(path_of(name)).model.name for name in RECIPES if "folder" not in name}
     assert networks == set(MODELS)
 
@@ -110,8 +110,8 @@ def load(name: str, directory: Path, *overrides: str):
     return reading.load(path, ["--config." + text for text in texts])
 
 
-# Losses, metrics, mixing and networks with and without batch statistics. Of the others imagenet trains in
-# test_prepare.py and finetune_folder in test_initial.py.
+# All losses, metrics and mixing, and networks with and without batch statistics. Of the other recipes, imagenet trains
+# in test_prepare.py and finetune_folder in test_initial.py.
 STEPPING = ("digits", "digits:lenet", "imagenet_modern", "jft")
 
 
@@ -139,7 +139,7 @@ def test_recipe_fits_together(name, tmp_path):
 
 @pytest.mark.parametrize("name", STEPPING)
 def test_recipe_takes_a_step(name, tmp_path, capsys):
-    # What it is evaluated by is the recipe's, and `evaluate` below takes it from there.
+    # The transforms of the evaluation are the recipe's, and `evaluate` below takes them from there.
     crop = ["data.eval_transforms=center_crop(fraction=0.4, kernel='bicubic', antialias=True)"]
     config = load(name, tmp_path, *(crop if name == "digits" else []))
     file = name.partition(":")[0]
@@ -192,7 +192,7 @@ def test_jft_is_the_papers():
 
 
 def test_inception_v3_is_trained_as_xception_is():
-    """Sections 4.2 and 4.3: the same settings but for the weight decay, and no auxiliary tower."""
+    """Sections 4.2 and 4.3: the same settings except for the weight decay, and no auxiliary tower."""
     xception, inception = (reading.load(str(CONFIGS / f"{name}.py")) for name in ("imagenet", "inception_v3"))
     assert not inception.model.auxiliary
     assert inception.loss.weight_decay == 4e-5
@@ -224,7 +224,7 @@ def test_aligned_recipe_has_the_named_network(name):
 )
 def test_an_ablation_is_one_change(name, changes):
     found = differences(reading.load(str(CONFIGS / "imagenet.py")), reading.load(f"{CONFIGS / 'ablations.py'}:{name}"))
-    if name.startswith("towers"):  # another network's name and its other defaults come with it
+    if name.startswith("towers"):  # the network's name and other defaults change too
         changes = changes | {
             "model.name: 'xception' -> 'xception_towers'",
             "model.order: '(none)' -> 'depthwise_first'",
@@ -244,7 +244,7 @@ TAGS = ("[paper]", "[Inception V3]", "[Keras]", "[torchvision]", "[WRN]", "[CutM
 
 @pytest.mark.parametrize("name", ["cifar10", "finetune_folder", "imagenet", "imagenet_modern", "jft"])
 def test_every_value_is_tagged(name):
-    """Each line of a recipe that follows others' says where its value is from."""
+    """In recipes that follow a publication each line says where its value is from."""
     lines = (CONFIGS / f"{name}.py").read_text().splitlines()
     body = lines[next(i for i, line in enumerate(lines) if line.startswith("def get_config")) + 1 :]
     untagged = [

@@ -1,4 +1,4 @@
-"""What stands in the signatures of the groups' functions, and of all that their selectors choose from."""
+"""The signatures of the functions that take the groups, and of all entries of their tables."""
 
 import inspect
 from collections.abc import Callable
@@ -19,7 +19,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_every_key_has_a_type_a_default_of_it_and_a_meaning(function):
-    """An object of the program's, such as a mesh, that stands between / and * has no such type."""
+    """An object of the program, such as a mesh, would fail here if it were between / and *."""
     for name, key in signatures.keys_of(function).items():
         values.describe(key.annotation)
         assert key.meaning, f"{name} has no entry in 'Args:' or 'Attributes:' of the docstring"
@@ -28,15 +28,15 @@ def test_every_key_has_a_type_a_default_of_it_and_a_meaning(function):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-def test_a_docstring_tells_of_all_that_a_function_takes_and_of_nothing_else(function):
+def test_a_docstring_names_no_argument_that_is_not_there(function):
     signature = inspect.signature(getattr(function, "func", function))
     told = signatures.meanings_of(function)
     assert {name.lstrip("*") for name in told} <= signature.parameters.keys()
 
 
 @pytest.mark.parametrize(("name", "group"), GROUPS.items(), ids=GROUPS)
-def test_keys_are_what_a_function_takes_by_name_beside_what_the_program_gives(name, group):
-    """`function(a, b, **config.group, c=c)` binds, whatever entry is chosen, and so does the call of the entry."""
+def test_functions_take_their_keys_and_the_programs_arguments(name, group):
+    """`function(a, b, **config.group, c=c)` binds with every entry of the table, and so does the call of the entry."""
     for choice in group.table or [""]:
         keys = dict.fromkeys(group.keys(choice))
         bind(group.function, keys)
@@ -46,7 +46,7 @@ def test_keys_are_what_a_function_takes_by_name_beside_what_the_program_gives(na
 
 
 def bind(function: Callable[..., Any], keys: dict[str, Any]) -> None:
-    """Raises TypeError unless the program can call `function`: before / by position, behind * by name."""
+    """Raises TypeError unless the program can call `function`: before / by position, after * by name."""
     parameters = inspect.signature(function).parameters.values()
     before = [None for p in parameters if p.kind is p.POSITIONAL_ONLY]
     behind = {p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY} | keys
@@ -69,7 +69,7 @@ def test_what_the_program_gives_is_no_key():
 
 
 def test_a_partials_values_are_defaults():
-    """In its own signature all that follows a keyword that it sets can no longer be given by position."""
+    """In a partial's own signature every parameter after a keyword that it sets is keyword-only."""
     keys = groups.GROUPS["model"].keys("xception41p")
     assert (keys["preactivation"].default, keys["bn_epsilon"].default, keys["width"].default) == (True, 1e-5, 1.0)
 

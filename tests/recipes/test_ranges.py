@@ -1,6 +1,6 @@
-"""The extremes of every key of every group, from its annotation: refused in a line, or listed here with a meaning.
+"""Extreme values of every key of every group, made from its annotation: refused in one line, or listed here.
 
-A new key is tried by itself; what it takes beyond ordinary values must be added to `ACCEPTED`, or be refused.
+A new key is tried automatically. Extreme values that it accepts must be added to `ACCEPTED`, with their meaning.
 """
 
 import argparse
@@ -46,7 +46,7 @@ EXTREMES = {
 
 
 def extremes(annotation: Any) -> Iterator[Any]:
-    """Values of a type, or nearly of it, that a number too long, a slip or malice would make."""
+    """Yields values of a type, or nearly of it, that come from a number too long, a slip or malice."""
     if annotation in EXTREMES:
         yield from EXTREMES[annotation]
     elif typing.get_origin(annotation) is Sequence:
@@ -58,9 +58,9 @@ def extremes(annotation: Any) -> Iterator[Any]:
         yield from (value for kind in typing.get_args(annotation) for value in extremes(kind))
 
 
-# What is taken all the same, by its `repr`. All else must be refused.
+# Values that are accepted, by their `repr`. All others must be refused.
 ACCEPTED = {
-    # 0, as which it counts: nothing dropped, kept, decayed, mixed or learned.
+    # It counts as 0: nothing is dropped, kept, decayed, mixed or learned.
     "-0.0": (
         *("model.dropout_rate", "model.bn_decay", "loss.label_smoothing", "loss.weight_decay", "step.ema_decay"),
         *("optimizer.learning_rate", "optimizer.momentum", "optimizer.decoupled_weight_decay", "optimizer.decay"),
@@ -68,7 +68,7 @@ ACCEPTED = {
         *("schedule.final_factor", "mix.mixup_alpha", "mix.cutmix_alpha", "mix.probability", "mix.switch_probability"),
     ),
     "inf": ("eval_every_epochs", "checkpoint_every_epochs"),  # at the end alone
-    # A seed, a backbone without classifier, an entry and an exit flow alone, off, none.
+    # A seed, a backbone without classifier, no middle flow, off, none.
     "0": (
         *("seed", "model.num_classes", "model.middle_repeats", "data.num_workers", "data.min_decoded_side"),
         "checkpoint.keep_best",
@@ -82,7 +82,7 @@ ACCEPTED = {
         "schedule.every_images",  # every_epochs is given
         "data.max_value",  # 16 bits as they are
     ),
-    # No profile; and of what no workdir is named, no checkpoint is asked for.
+    # No profile; a checkpoint's name is not looked at if no workdir is named.
     "''": ("profile", "init.checkpoint"),
     **{repr(text): ("init.checkpoint",) for text in ("a\nb", LONG_NAME, "~nobody")},
 }
@@ -106,7 +106,7 @@ def resolve(name: str, values: dict[str, Any]) -> ConfigDict:
     return checking.resolve(groups.pop("") | groups)
 
 
-# What each group feeds, called with it: from shapes, or on as little as shows NaN.
+# The function of each group, called with it: on shapes, or on as little data as shows NaN.
 
 
 def finite(tree: Any) -> None:
@@ -173,7 +173,7 @@ def try_data(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def try_checkpoint(config: ConfigDict, mesh: Mesh) -> None:
-    # Of a folder that is not there, and read only: nothing is made.
+    # The folder does not exist and is read only, so nothing is created.
     checkpoint.open_manager(Path("/nowhere"), best_metric="top1", read_only=True, **config.checkpoint).close()
 
 
@@ -195,7 +195,7 @@ TRY: dict[str, Callable[[ConfigDict, Mesh], None]] = {
 
 
 def choices() -> Iterator[tuple[str, str]]:
-    """Every group, with every entry of its table; of networks that differ by their fields' values, one."""
+    """Yields every group with every entry of its table; of networks that differ only in values of fields, one."""
     for name, group in GROUPS.items():
         entries = {getattr(entry, "func", entry): choice for choice, entry in group.table.items()}
         yield from ((name, choice) for choice in entries.values() or [""])
@@ -203,7 +203,7 @@ def choices() -> Iterator[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def least(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """What an entry of a table needs, beside what `MINIMAL` has of its group."""
+    """The keys that an entry of a table needs, besides those in `MINIMAL`."""
     folder = tmp_path_factory.mktemp("data")
     for i in range(40):  # 20 of each class: some are of split 'val'
         (folder / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
@@ -220,11 +220,11 @@ def least(tmp_path_factory) -> dict[str, dict[str, Any]]:
     }
 
 
-NOT_THERE = ("fashion_mnist", "tfds")  # data, so that all is refused
+NOT_THERE = ("fashion_mnist", "tfds")  # without their data everything is refused
 
 
 def refusal(run: Callable[[], Any]) -> str | None:
-    """What a command would say and end with code 2; None where nothing is wrong. A defect is raised."""
+    """Returns the message of a UserError; None if nothing is wrong. Other errors are raised."""
     try:
         run()
     except UserError as error:
@@ -253,14 +253,14 @@ def test_extremes(name, choice, least, one_device):
                 continue
             assert message.count("\n") < 2, (what, message)
             assert len(message) < 1000, (what, message)
-            # A text may be called by what it is: 'unknown split'.
+            # For a text the message may say what it is instead: 'unknown split'.
             assert key in message or isinstance(value, str) or choice in NOT_THERE, (what, message)
     names = {f"{name}.{key}".lstrip(".") for key in keys}
     expected = {(key, value) for value, taken in ACCEPTED.items() for key in taken if key in names}
     assert accepted == (set() if choice in NOT_THERE else expected)
 
 
-# Numbers of a transform's, as text: a chain is one value of a recipe.
+# Numbers for transforms, as text: a chain is one value of a recipe.
 NUMBERS = (
     "1e999",
     "-1e999",
@@ -283,7 +283,7 @@ ACCEPTED_BY_TRANSFORMS = {
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_extremes_in_a_chain(name):
-    """The least resize_size is image_size, and a transform that needs it is given it."""
+    """A transform that needs `resize_size` gets the smallest one, `image_size`."""
     keywords = {k: p for k, p in list(inspect.signature(TRANSFORMS[name]).parameters.items())[2:]}
     accepted = set()
     for key, parameter in keywords.items():
@@ -302,7 +302,7 @@ def test_extremes_in_a_chain(name):
     assert accepted == expected
 
 
-# By themselves: what was once a traceback, or taken. That each is refused is above; here is how.
+# Values that once ended in a traceback or were accepted. The tests above check that they are refused; these check how.
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_an_infinite_rate_is_refused_without_a_recipe_too():
 
 
 def test_float64_without_jaxs_switch_is_refused(one_device):
-    """JAX would compute in float32, and say so in a warning."""
+    """JAX would compute in float32 after a warning."""
     model = models.create_model("lenet", num_classes=2, dtype="float64")
     with pytest.raises(ValueError, match=r"^model\.dtype=float64 needs JAX_ENABLE_X64=1 in the environment"):
         abstract_variables(model, (8, 8, 1), one_device)
@@ -374,7 +374,7 @@ def test_ranges(value, bounds, message):
 
 
 def test_what_float32_holds_is_in_range():
-    """Its own limits: 2^-126 and (2 - 2^-23) 2^127."""
+    """Also its limits: 2^-126 and (2 - 2^-23) 2^127."""
     check_range("n", 1 - 2**-24, 0, 1, below=True)  # float32's last number below 1
     for value in (0, -0.0, float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max), 2**100):
         check_range("n", value, 0)

@@ -192,7 +192,7 @@ def test_another_choice_drops_the_keys_of_the_old_one():
         ("--config.model.=3", r"unknown recipe key 'model\.' with model\.name='xception'; there are: "),
         ("--config.model.width.x=3", r"unknown recipe group 'model\.width' in --config\.model\.width\.x; did you mean"),
         ("--config.batch_size=", "recipe key 'batch_size' must be an integer, got ''"),
-        # What Python's own parser gives up on, in each of its ways.
+        # Values on which Python's own parser fails, in each of its ways.
         (
             "--config.batch_size=" + "(" * 10_000,
             r"recipe key 'batch_size' must be an integer, got '\({59} \.\.\. \({29}'",
@@ -234,7 +234,7 @@ def test_bad_overrides_are_refused(override, message):
 
 
 def test_of_a_key_given_twice_the_last_counts():
-    """As on any command line, so that a script's own can be overridden in their turn."""
+    """As on any command line: arguments in a script can be overridden by more arguments."""
     assert reading.load(DIGITS, ["--config.seed=3", "--config.seed=4"]).seed == 4
 
 
@@ -245,7 +245,7 @@ def test_an_override_of_a_group_that_is_none(tmp_path):
 
 
 def test_not_a_number_is_refused_wherever_it_comes_from():
-    """No override can say it: 'nan' is text. A recipe can."""
+    """In a recipe as in an override."""
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match=f"'optimizer.learning_rate' must be a finite number, got {value}"):
             checking.resolve(minimal(optimizer={"name": "sgd", "learning_rate": value}))
@@ -289,7 +289,7 @@ def test_mistakes_with_recipe_files(tmp_path):
         ("def get_config(size):\n    return {}\n", r"r\.py needs an argument: --config .*r\.py:SIZE"),
         ("def get_config():\n    return int('x')\n", r"r\.py, line 2: invalid literal for int\(\)"),
         ("get_config = 3\n", r"r\.py: get_config must be a function that returns a ConfigDict, got 3\.$"),
-        ("import sys\nsys.exit(0)\n", r"r\.py, line 2: SystemExit: 0$"),  # which is no end of a training
+        ("import sys\nsys.exit(0)\n", r"r\.py, line 2: SystemExit: 0$"),  # must not look like a run that ended well
         ("def get_config():\n    raise SystemExit('x')\n", r"r\.py, line 2: SystemExit: x$"),
         ("x = 1\0\n", r"r\.py: source code string cannot contain null bytes$"),
         ("x = " + "(" * 1000, r"r\.py, line 1: too many nested parentheses: x = \({56} \.\.\. \({30}$"),
@@ -312,7 +312,7 @@ def test_mistakes_with_recipe_files(tmp_path):
         with pytest.raises(ValueError, match=message):
             reading.load(write(tmp_path / "r.py", text))
     os.mkfifo(tmp_path / "fifo.py")
-    for path in (tmp_path / "fifo.py", "/dev/zero", tmp_path / ("x" * 300), "/x\0/y"):  # none of them is opened
+    for path in (tmp_path / "fifo.py", "/dev/zero", tmp_path / ("x" * 300), "/x\0/y"):  # none may be opened
         with pytest.raises(ValueError, match=r"^no recipe file '/"):
             reading.load(str(path))
     with pytest.raises(ValueError, match=r"^no recipe file 'x{59} \.\.\. x{29}'; "):
@@ -328,9 +328,9 @@ def test_mistakes_with_recipe_files(tmp_path):
 
 
 def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
-    """What was meant is found by its name alone; from elsewhere the message says where one is."""
+    """It is suggested by its name alone. In another folder the message says which folder was searched."""
     monkeypatch.chdir(ROOT)
-    every = r"configs/ablations\.py, .*configs/digits\.py, .*configs/jft\.py\.$"  # and neither train.py nor a test
+    every = r"configs/ablations\.py, .*configs/digits\.py, .*configs/jft\.py\.$"  # but neither train.py nor a test
     for path, message in [
         ("configs/zzzzz.py", rf"^no recipe file 'configs/zzzzz\.py'; there are: {every}"),
         ("configs/", rf"^'configs/' is a folder, not a recipe file; there are: {every}"),
@@ -349,7 +349,7 @@ def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
 def test_an_argument_reaches_the_recipe(tmp_path):
     assert reading.load(str(ROOT / "configs" / "jft.py") + ":fc").model.fc_layers == (4096, 4096)
     assert reading.load(str(ROOT / "configs" / "jft.py")).model.fc_layers == ()
-    # What a recipe says of its argument is for the user, who has no use for the line.
+    # A recipe's UserError about its argument is shown without the line of the recipe.
     with pytest.raises(ValueError, match=r"jft\.py: the argument must be 'fc' or nothing, got 'x'"):
         reading.load(str(ROOT / "configs" / "jft.py") + ":x")
     with pytest.raises(ValueError, match=r"folder\.py: data\.data_dir: \S*/no is no directory; expected"):

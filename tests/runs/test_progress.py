@@ -1,4 +1,4 @@
-"""What a person sees: records, rates, and the picture of them."""
+"""What a user sees of a run: records, rates, curves."""
 
 import errno
 import json
@@ -72,7 +72,7 @@ def test_columns_are_aligned_and_never_cut(monkeypatch, capsys):
 
 
 def test_what_others_called_a_thing_is_shown_as_it_stands(tmp_path, monkeypatch, capsys):
-    """Rich reads `[red]` as a colour, `[/x]` as an error, `:cat:` as a picture; a terminal what follows ESC."""
+    """Rich reads `[red]` as a colour, `[/x]` as an error, `:cat:` as an emoji; a terminal obeys what follows ESC."""
     name = "[red][/x] :cat: {task} 100%"
     monkeypatch.setenv("COLUMNS", "40")
     console.show_table(name, {"猫": "a\x1b[31m", "name": "b\nc"})
@@ -96,7 +96,7 @@ def test_what_others_called_a_thing_is_shown_as_it_stands(tmp_path, monkeypatch,
 
 
 def test_a_bar_on_the_terminal_takes_nothing_from_a_file(monkeypatch, capsys):
-    """Standard error a terminal, standard output a file: `predict --json > FILE`, where rows are printed meanwhile."""
+    """Standard error is a terminal and standard output a file, as in `predict --json > FILE`."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     for step in console.stepping("predicting", range(3)):
         print(step)
@@ -106,7 +106,7 @@ def test_a_bar_on_the_terminal_takes_nothing_from_a_file(monkeypatch, capsys):
 
 
 def test_a_resumed_run_continues_the_records_of_its_checkpoint(tmp_path):
-    """Records after step 20 came from steps that are done again; a line cut off by a kill goes too."""
+    """Records after step 20 are removed, since those steps are done again; so is a line that a kill cut off."""
     with run(tmp_path) as report:
         for step in (10, 20, 30):
             report.train(step, {"loss": float(step)})
@@ -120,7 +120,7 @@ def test_a_resumed_run_continues_the_records_of_its_checkpoint(tmp_path):
 
 STRANGE = [
     b"a note of mine\n",
-    b'{"step": 12, "train/lo\n',  # cut off, and something went on after it
+    b'{"step": 12, "train/lo\n',  # cut off, then something was written after it
     b'{"step": 13, "train/loss": 1.0}{"step": 14}\n',
     b"\xff\xfe\n",
     b"\0\0\0\0\n",
@@ -137,14 +137,14 @@ RECORDS = [b'{"step": 1, "train/loss": 3.0}\r\n', b'{"step": 20, "eval/loss": nu
 
 @pytest.mark.parametrize("tail", [b"", b'{"step": 40, "train/lo', b"\0\0\0", b'{"step": 40, "train/loss": 1.0}'])
 def test_what_is_no_record_stays_as_it_is(tmp_path, capsys, tail):
-    """Only later records go, and a last line that was cut off: what is not understood is somebody's."""
+    """Only later records and a last line that was cut off are removed. Other lines may be the user's."""
     path, later = tmp_path / "metrics.jsonl", b'{"step": 30, "train/loss": 2.0}\n'
     path.write_bytes(RECORDS[0] + later + b"".join(STRANGE) + RECORDS[1] + later + tail)
     with run(tmp_path, start_step=20) as report:
         report.train(21, {"loss": 0.5})
     lines = path.read_bytes().splitlines(keepends=True)
     assert b"".join(lines[:-1]) == RECORDS[0] + b"".join(STRANGE) + RECORDS[1]
-    said = f"{path} has {len(STRANGE)} lines that are no records, the first is line 3; left as they are."
+    said = f"{path} has {len(STRANGE)} lines that are not records, the first is line 3; left as they are."
     assert capsys.readouterr().err.splitlines()[0] == said
     records = history.read_metrics(path)
     assert records[:-1] == [json.loads(line) for line in RECORDS]
@@ -161,7 +161,7 @@ def test_a_record_without_the_end_of_its_line_is_one(tmp_path):
 
 @pytest.fixture
 def file_size():
-    """Sets the largest size of a file, by the kernel: as on a full disk a file takes its first part and no more."""
+    """Sets the kernel's limit of a file's size. As on a full disk, the first part of a file is written, and no more."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -169,7 +169,7 @@ def file_size():
 
 
 def test_a_full_disk_is_a_line_and_what_was_written_stays(tmp_path, file_size):
-    """Also where the file is closed on the way out, which writes once more."""
+    """Also when the file is closed at the end, which writes once more."""
     path = tmp_path / "metrics.jsonl"
 
     def train_until_it_is_full():
@@ -184,7 +184,7 @@ def test_a_full_disk_is_a_line_and_what_was_written_stays(tmp_path, file_size):
     assert whole.endswith(b"\n")
     assert len(cut_off) == 9
     assert [r["step"] for r in history.read_metrics(path)] == [10]
-    # To begin again takes room as well; what is there stays.
+    # To begin again takes room too; the file stays as it is.
     before = path.read_bytes()
     file_size(9)
     with pytest.raises(ValueError, match=r"cannot be written: File too large\.$"):
@@ -196,7 +196,7 @@ def test_a_full_disk_is_a_line_and_what_was_written_stays(tmp_path, file_size):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE])
 @pytest.mark.parametrize("name", ["tensorboard/events.out.tfevents", "metrics.jsonl"])
 def test_what_the_disk_refuses_is_a_line(tmp_path, monkeypatch, number, name):
-    """Of events, and of records that a checkpoint waits for; an error that is under way is not hidden by another."""
+    """For events, and for records that a checkpoint waits for. Such an error does not hide another exception."""
 
     def refuse(*_):
         raise OSError(number, os.strerror(number))
@@ -234,7 +234,7 @@ def test_other_hosts_write_nothing(tmp_path, capsys):
 
 
 def test_all_of_the_time_is_recorded_once(tmp_path, monkeypatch, capsys):
-    """By a clock of our own: the rate leaves out compilation and pauses, and the parts add up to the whole."""
+    """By a fake clock: the rate leaves out compilation and pauses, and the parts add up to the whole time."""
     clock = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     with progress.RunProgress(
@@ -282,7 +282,7 @@ def test_all_of_the_time_is_recorded_once(tmp_path, monkeypatch, capsys):
 
 
 def test_curves_show_what_there_is(tmp_path):
-    """More records, more ink; a run without evaluation or with a failing loss still draws."""
+    """More records make more ink. A run without evaluation, or without a finite loss, is drawn too."""
     records = [{"step": s, "train/loss": 1 / s, "train/top1": 1 - 1 / s, "train/learning_rate": 0.1} for s in (1, 2, 3)]
     evaluated = [*records, {"step": 3, "eval/loss": 0.2, "eval/top1": 0.9}]
     multi_label = [{"step": 1, "train/loss": None}, {"step": 1, "eval/loss": 3.0, "eval/map": 0.3}]
@@ -305,7 +305,7 @@ def test_mistakes_show_every_image(tmp_path):
     none = cv2.imread(str(tmp_path / "none.png"))
     pictures.draw_mistakes(images[:1], ["a"], ["b"], [0.5], "a title\nof three\nlines", tmp_path / "one.png")
     one = cv2.imread(str(tmp_path / "one.png"))
-    assert (one == 200).all(-1).mean() > 0.2  # as large as what is on it
+    assert (one == 200).all(-1).mean() > 0.2  # the picture is no larger than its content
     assert none.shape[0] < 100
     gray = (nine == 200).all(-1).sum()
     assert gray > 9 * 50 * 50

@@ -1,7 +1,7 @@
-"""Runs read back: one of version 0.1 for ever, and what stands in the way.
+"""Runs are read back: one of version 0.1, which every later version must read, and damaged ones.
 
-`golden/workdir_0.1.tar.xz` is a run that the version before modules had folders wrote, with what that version said of
-it; `golden/make_workdir.py` says how it was made. It is never made anew: it stands for the runs that users have.
+`golden/workdir_0.1.tar.xz` is a run that version 0.1 wrote, with what that version printed about it.
+`golden/make_workdir.py` says how it was made. It is never made anew, since it stands for the runs that users have.
 """
 
 import json
@@ -41,7 +41,7 @@ def said(capsys, command, *arguments) -> str:
 
 
 def images() -> np.ndarray:
-    """The images of `logits.npz`: `[16, 32, 32, 1]`, normalized as the recipe says."""
+    """The images of `logits.npz`: `[16, 32, 32, 1]`, normalized by the recipe."""
     pixels = digits.digits("test").images[:16, ..., None].astype(np.float32)
     return (pixels.repeat(4, 1).repeat(4, 2) - 127.5) / 127.5
 
@@ -69,7 +69,7 @@ def test_an_old_run_is_evaluated_as_before(old, capsys):
 
 
 def test_an_old_run_predicts(old, tmp_path, capsys):
-    """What evaluate counts right is what predict says: both are of the run's own preparation of images."""
+    """evaluate counts exactly the predictions of predict as right: both prepare images as the run's recipe says."""
     test = digits.digits("test")
     for i, image in enumerate(test.images):
         cv2.imwrite(str(tmp_path / f"{i:03}.png"), image)
@@ -84,7 +84,7 @@ def test_an_old_run_predicts(old, tmp_path, capsys):
 
 
 def test_an_old_run_goes_on(old, tmp_path, capsys):
-    """From its first checkpoint, by its own recipe, to what the old version ended at."""
+    """From its first checkpoint, by its own recipe, to the result of the old version."""
     shutil.copytree(old, tmp_path / "w")
     shutil.rmtree(tmp_path / "w" / "checkpoints" / "79")
     recipe = read_recipe(tmp_path / "w")

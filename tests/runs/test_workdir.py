@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what may stand in its way, and the recipe that it keeps."""
+"""The folder of a run: its claim, files in its way, and the recipe that it keeps."""
 
 import errno
 import fcntl
@@ -49,7 +49,7 @@ def test_a_workdir_remembers_and_refuses_another_recipe(tmp_path):
 
 
 def test_how_to_train_on_is_said_where_it_is_possible(tmp_path):
-    """The run has a checkpoint, and the other recipe computes the same with its weights."""
+    """It is possible if the run has a checkpoint and the other recipe computes the same with its weights."""
     workdir = tmp_path / "my run"
     claim(workdir, reading.load(DIGITS)).__enter__()
     longer = reading.load(DIGITS, ["--config.epochs=72"])
@@ -140,7 +140,7 @@ def test_bad_workdirs_are_refused(tmp_path):
     ],
 )
 def test_an_odd_config_json_is_a_line_for_all_who_read_it(tmp_path, one_device, content, message):
-    """Whoever reads it: the run's own command, another recipe's, and who restores the run."""
+    """For the run's own command, for a command with another recipe, and for whoever restores the run."""
     (tmp_path / "checkpoints" / "8").mkdir(parents=True)
     path = tmp_path / "config.json"
     path.write_bytes(content)
@@ -156,7 +156,7 @@ def test_an_odd_config_json_is_a_line_for_all_who_read_it(tmp_path, one_device, 
 
 @pytest.mark.parametrize("name", FILES + FOLDERS)
 def test_what_is_in_the_way_of_a_runs_files_is_refused(tmp_path, monkeypatch, name):
-    """Before anything is written, in a workdir that is new, and in one of a run that goes on."""
+    """Before anything is written, in a new workdir and in that of a run that goes on."""
     config = reading.load(DIGITS)
     expected, other = ("folder", "no folder") if name in FOLDERS else ("file", "a folder")
     workdir, path = tmp_path / "w", tmp_path / "w" / name
@@ -179,7 +179,7 @@ def test_what_is_in_the_way_of_a_runs_files_is_refused(tmp_path, monkeypatch, na
     path.unlink()
 
     path.mkdir() if expected == "folder" else path.write_text("")
-    monkeypatch.setattr(os, "access", lambda at, mode: Path(at) != path)  # of root's there is none without
+    monkeypatch.setattr(os, "access", lambda at, mode: Path(at) != path)  # for root every file is accessible
     needed = "read" if name in REPLACED else "read and written"
     message = rf"^{path} cannot be {needed} by this user; change its permissions or its owner\.$"
     with pytest.raises(ValueError, match=message):
@@ -212,7 +212,7 @@ def test_a_workdir_that_is_gone_is_noticed(tmp_path):
 
 
 def test_a_workdir_is_claimed_by_one_at_a_time(tmp_path, monkeypatch):
-    """The lock is the kernel's: a process that is killed leaves none; where there are no locks, none is needed."""
+    """A killed process leaves no lock, since the lock is the kernel's. Without locks, every process gets the claim."""
     config = reading.load(DIGITS)
     script = f"""
 import pathlib, time
@@ -229,7 +229,7 @@ with workdir.claim(pathlib.Path({str(tmp_path)!r}), reading.load({DIGITS!r})):
         other.kill()
     with claim(tmp_path, config), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
         claim(tmp_path, config).__enter__()
-    # Between the first look and the claim another run may have come and gone.
+    # Another run may have begun and ended between the check and the claim.
     with (
         pytest.raises(ValueError, match=r"(?s)another recipe.*seed: 0 -> 3"),
         claim(tmp_path, reading.load(DIGITS, ["--config.seed=3"])),
@@ -245,7 +245,7 @@ with workdir.claim(pathlib.Path({str(tmp_path)!r}), reading.load({DIGITS!r})):
 
 
 def test_infinite_epochs_between_two_are_at_the_end_alone(tmp_path):
-    """JSON has no infinity. A config.json of an older version says it all the same, and is of the same recipe."""
+    """JSON has no infinity. The config.json of an older version has it nevertheless, and is the same recipe."""
     config = reading.load(DIGITS, ["--config.eval_every_epochs=inf", "--config.checkpoint_every_epochs=1e400"])
     largest = 2.0**128 - 2.0**104  # of float32
     assert (config.eval_every_epochs, config.checkpoint_every_epochs) == (largest, largest)

@@ -1,4 +1,4 @@
-"""Whatever files, folders and classes are called: it is printed, stored and trained on, and two names stay two."""
+"""Files, folders and classes of any name are printed, stored and trained on, and different names stay different."""
 
 import io
 import itertools
@@ -32,7 +32,7 @@ LETTERS = ["\\", "x", "e", "2", "0", "9", "u", "d", "8", "n", "\udce9", "\ud8e0"
         ("line\nbreak\ttab\r", r"line\nbreak\ttab\r"),
         ("\x1b[31mred\x1b]0;title\x07", r"\x1b[31mred\x1b]0;title\x07"),
         ("abc\u202edef\u2028", r"abc\u202edef\u2028"),
-        ("\x85\x9b31m", r"\u0085\u009b31m"),  # a command too, in 8 bits
+        ("\x85\x9b31m", r"\u0085\u009b31m"),  # a terminal command too, in 8 bits
         ("\ud83d", r"\ud83d"),
         ("cat\u200b\xa0\ufeff", r"cat\u200b\u00a0\ufeff"),
         (" a b  ", r"\x20a b\x20\x20"),
@@ -45,12 +45,12 @@ def test_shown(name, expected):
 
 
 def test_two_names_stay_two():
-    """All 88,740 strings of up to four letters of those that an escape is made of or made for."""
+    """All 88,740 strings of one to four of the letters of which escapes consist, or which are escaped."""
     names = ["".join(letters) for n in range(1, 5) for letters in itertools.product(LETTERS, repeat=n)]
     assert len(names) == 17 + 17**2 + 17**3 + 17**4 == 88_740
     assert len({naming.shown(name) for name in names}) == len(names)
     stored = naming.stored(names)
-    "".join(stored).encode()  # Unicode, all of it
+    "".join(stored).encode()  # all of it is valid Unicode
     assert naming.restored(stored) == names
 
 
@@ -65,12 +65,12 @@ def test_a_name_is_the_same_under_every_locale(monkeypatch):
     """Under ASCII Python reads the two bytes of é as two surrogates."""
     monkeypatch.setattr(naming.os, "fsencode", lambda name: name.encode("ascii", "surrogateescape"))
     assert naming.decoded("caf\udcc3\udca9") == "café"
-    assert naming.decoded("café") == "café"  # no name of a file of this machine
+    assert naming.decoded("café") == "café"  # not a name of a file on this machine
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Eight images of each of some classes that no one would call so."""
+    """Eight images of each of some classes with strange names."""
     folder, rng = tmp_path_factory.mktemp("data") / BYTE, np.random.default_rng(0)
     names = [BYTE, r"caf\xe9", "a\n\x1b[31mb", "-$\\frac{$", "[red]{} 100% :cat:", "   ", "\u202e猫", "x" * 255]
     for number, name in enumerate(names):
@@ -98,7 +98,7 @@ def run(monkeypatch, main, *arguments, encoding="ascii") -> tuple[int, str, str]
 
 
 def test_a_run_on_them_from_its_data_to_its_predictions(folder, tmp_path, monkeypatch, capsys):
-    """Trained, resumed, evaluated, drawn and predicted; the names come back from JSON as they are on the disk."""
+    """Trained, resumed, evaluated, drawn and predicted; names from JSON are those on the disk."""
     data_dir, names = folder
     small = ["model.name=lenet", "data.image_size=32", "batch_size=16", "epochs=1", "schedule.warmup_epochs=0"]
     small += [
@@ -144,7 +144,7 @@ def test_a_run_on_them_from_its_data_to_its_predictions(folder, tmp_path, monkey
 
 
 def test_closed_output_is_no_traceback(monkeypatch):
-    """`>&-`: Python has None then for standard output."""
+    """With `>&-`, standard output is None in Python."""
     monkeypatch.setattr(sys, "argv", ["command"])
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
@@ -174,8 +174,8 @@ def test_check_reports_them(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "tfds").exists()
 
 
-def test_tfds_takes_what_is_unicode(tmp_path, monkeypatch):
-    """Its readers and writers are in C++: of another folder they would raise TypeError."""
+def test_tfds_takes_only_unicode(tmp_path, monkeypatch):
+    """Its readers and writers are in C++, and would raise TypeError for another folder."""
     rng, there = np.random.default_rng(0), tmp_path / os.fsdecode(b"\xe9")
     names = sorted(["$", "a\u202eb", "\x1b[31m", "猫", r"caf\xe9", "-{}"])
     for name, i in itertools.product(names, range(12)):
@@ -187,7 +187,7 @@ def test_tfds_takes_what_is_unicode(tmp_path, monkeypatch):
     assert (code, err.splitlines()[-1]) == (2, expected)
     code, out, err = run(monkeypatch, prepare.main, "folder", tmp_path / "of", "--data-dir", tmp_path / "b c")
     assert code == 0, err
-    assert f"--config.data.data_dir='{tmp_path}/b c'" in out  # as a shell takes it
+    assert f"--config.data.data_dir='{tmp_path}/b c'" in out  # as a shell reads it
     source = tfds.tfds("train+val", data_dir=str(tmp_path / "b c" / "of" / "1.0.0"))
     assert (len(source), source.class_names) == (72, tuple(names))
     os.rename(tmp_path / "b c", there)

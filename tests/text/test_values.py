@@ -1,4 +1,4 @@
-"""Values as text, their types and the words for them."""
+"""Values as text, their types, and the descriptions of types."""
 
 import math
 from collections.abc import Sequence
@@ -64,14 +64,14 @@ def test_a_text_is_read_by_the_type(text, annotation, value):
         ("x" * 4097, str, r"^key must be a text of at most 4,096 characters, none of them NUL, got 'x{59} "),
     ],
 )
-def test_what_is_no_value_of_a_type_is_refused(value, annotation, message):
+def test_a_value_of_another_type_is_refused(value, annotation, message):
     with pytest.raises(ValueError, match=message):
         values.check("key", value, annotation)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.dtype("bfloat16"), "bfloat16"], ids=repr)
 def test_a_data_type_is_kept_by_its_name(dtype):
-    """As JSON can have it."""
+    """JSON can store it."""
     assert values.check("key", dtype, DTypeLike) == "bfloat16"
 
 
@@ -81,6 +81,6 @@ def test_a_text_that_reads_as_another_value_is_quoted():
     assert values.as_text("7", str) == "7"
 
 
-def test_of_other_types_there_is_no_value():
+def test_other_types_are_refused():
     with pytest.raises(TypeError, match=r"<class 'dict'> is no type of a value that a user can write\.$"):
         values.describe(dict)

@@ -1,4 +1,4 @@
-"""Checkpoints: everything comes back bit for bit, onto any mesh, and damage is seen."""
+"""Checkpoints: everything comes back bit for bit, onto any mesh, and damage is detected."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def open_manager(path, **options):
 
 @pytest.mark.parametrize("ema", [True, False])
 def test_round_trip_onto_another_mesh(tmp_path, one_device, ema):
-    """Saved from 8 devices in shares, read onto 1 and onto 2 x 4; bit for bit."""
+    """Saved in shares by 8 devices, restored onto 1 device and onto 2 x 4, bit for bit."""
     saved = make_state(sharding.create_mesh(data=1, fsdp=8), 7, ema=ema)
     assert saved.params["conv"]["kernel"].addressable_shards[0].data.shape == (64, 256)
     with open_manager(tmp_path) as manager:
@@ -82,7 +82,7 @@ def test_variables_alone(tmp_path, one_device):
 
 
 def test_latest_and_best_are_kept(tmp_path, one_device):
-    """Scores .1 .9 .3 .2 NaN: the two newest stay, and step 2, the best."""
+    """With scores .1 .9 .3 .2 NaN, the two newest steps stay, and step 2, which is the best."""
     with open_manager(tmp_path, keep_latest=2, keep_best=1) as manager:
         for step, score in enumerate((0.1, 0.9, 0.3, 0.2, float("nan")), start=1):
             checkpoint.save(manager, make_state(one_device, step), META, {"top1": score})
@@ -134,7 +134,7 @@ def test_a_flipped_bit_is_seen(tmp_path, one_device):
 
 
 def test_values_that_decode_and_are_wrong_are_seen(tmp_path, one_device):
-    """The files are whole and decode; only the checksum tells."""
+    """The files are complete and can be decoded. Only the checksum shows that they are wrong."""
     state = make_state(one_device, 1)
     with open_manager(tmp_path) as manager:
         checkpoint.save(manager, state, META, None)
@@ -178,7 +178,7 @@ def test_another_network_is_refused(tmp_path, one_device):
     [(("params",), np.nan), (("batch_stats", "ema_params"), np.inf), (("ema_batch_stats",), -np.inf)],
 )
 def test_weights_that_are_not_finite_are_neither_saved_nor_read(tmp_path, one_device, monkeypatch, fields, value):
-    """Of both kinds, parameters and statistics; those of a checkpoint that an older version wrote are not used."""
+    """Parameters and statistics, raw and averaged. An older version may have written such a checkpoint."""
     state = make_state(one_device, 1)
     bad = state
     for field in fields:
@@ -207,7 +207,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_read(tmp_path, one_de
 
 
 def test_optimizers_may_begin_at_infinity(tmp_path, one_device):
-    """As optax' reduce_on_plateau does with the best value so far."""
+    """As optax's reduce_on_plateau does, for the best value so far."""
     state = make_state(one_device, 1)
     state = state.replace(opt_state=(state.opt_state[0], jnp.float32(np.inf)))
     with open_manager(tmp_path) as manager:
@@ -217,7 +217,7 @@ def test_optimizers_may_begin_at_infinity(tmp_path, one_device):
 
 
 def test_what_fails_at_the_end_hides_no_reason(tmp_path, monkeypatch):
-    """A save that has failed meanwhile is said where nothing else is wrong."""
+    """A failed save raises on closing, unless another exception is being handled."""
 
     def fail(manager):
         raise ValueError("RESOURCE_EXHAUSTED: no room\nand a stack")
@@ -256,7 +256,7 @@ def test_bad_options_are_refused(tmp_path):
         open_manager(tmp_path, keep_latest=0)
 
 
-# Of whatever a stranger's disk and its names are ----------------------------------------------------
+# Any disk and any names ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,8 +265,8 @@ def test_bad_options_are_refused(tmp_path):
     ids=ascii,
 )
 def test_a_folder_of_any_name_keeps_its_checkpoints(tmp_path, one_device, name):
-    """Orbax merges its files by a glob on the whole path: with a bracket in it they were lost without a word."""
-    for other in ("axb", "lr=0"):  # which the patterns match too
+    """Orbax merges its files by a glob on the whole path. With a bracket in the path, it lost them silently."""
+    for other in ("axb", "lr=0"):  # the patterns match these names too
         (tmp_path / other / "checkpoints").mkdir(parents=True)
     workdir = tmp_path / name
     with open_manager(workdir, keep_latest=1) as manager:
@@ -285,7 +285,7 @@ def test_a_folder_of_any_name_keeps_its_checkpoints(tmp_path, one_device, name):
 
 
 def test_a_bucket_is_no_local_folder():
-    """To etils /gs/ and /s3/ are buckets, wherever they are mounted; a long path has no room for Orbax' own names."""
+    """etils takes /gs/ and /s3/ for buckets, even if they are folders. A long path leaves no room for Orbax's names."""
     plain = ["/runs/1", "/data/lr=0.1,b=2/x_y-z", "/gsx/a", "/home/a b/caf\u00e9"]
     assert [bool(checkpoint.PLAIN_PATH.fullmatch(path)) for path in plain] == [True] * 4
     others = ["/gs/runs", "/s3/runs", "/a/gs:/b", "/a[1]", "/a\\b", "/a*", "/a?", "/caf\udce9", "/" + "x/" * 600]
@@ -293,8 +293,10 @@ def test_a_bucket_is_no_local_folder():
 
 
 def test_a_step_gets_its_name_when_the_disk_has_all_of_it(tmp_path, one_device, monkeypatch):
-    """Each file and folder of a step is synced after its last change and before the renaming; then the parent; then
-    the older step is removed."""
+    """Each file and folder of a step is synced after its last change and before the step is renamed.
+
+    Then the parent folder is synced, and then the older step is removed.
+    """
     events = []
     sync, rename, remove = os.fsync, os.rename, shutil.rmtree
 
@@ -339,7 +341,7 @@ def files_of(folder, *items):
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("how", ["lost", "emptied", "other values"])
 def test_a_step_that_is_not_kept_is_no_checkpoint(tmp_path, one_device, monkeypatch, how, step):
-    """Of the first all values are read back, of the later ones what describes them; older ones stay."""
+    """The first step is read back completely, later ones only in the files that describe them. Older steps stay."""
     sync_tree = checkpoint.files.sync_tree
 
     def break_it(folder):
@@ -356,17 +358,17 @@ def test_a_step_that_is_not_kept_is_no_checkpoint(tmp_path, one_device, monkeypa
             (folder / "meta" / "metadata").write_text(json.dumps(meta))
 
     monkeypatch.setattr(checkpoint.files, "sync_tree", break_it)
-    kept = "kept of steps: 1" if step == 2 else "there is none from before it"
+    kept = "checkpoints kept: 1" if step == 2 else "there is no earlier one"
     reasons = {
         "lost": "raw was written and cannot be read: ",
         "emptied": rf"it was written, but optimizer/manifest\.ocdbt is empty; {kept}\.$",
-        "other values": rf"ema was written and is read with other values; {kept}\.$",
+        "other values": rf"ema was written, but other values are read back; {kept}\.$",
     }
     with open_manager(tmp_path, keep_latest=1) as manager:
         for now in range(1, step):
             checkpoint.save(manager, make_state(one_device, now), META, {"top1": 0.5})
         checkpoint.save(manager, make_state(one_device, step), META, {"top1": 0.6})
-        if how == "other values" and step == 2:  # which only reading all of it would tell
+        if how == "other values" and step == 2:  # only reading all values would show it
             checkpoint.check_saves(manager, wait=True)
             return
         with pytest.raises(ValueError, match=rf"a checkpoint could not be written to .*checkpoints: {reasons[how]}"):
@@ -417,7 +419,7 @@ def read(workdir, which, state):
     ],
 )
 def test_what_is_damaged_is_named(tmp_path, two_steps, one_device, monkeypatch, file, content, reason):
-    """To a run that goes on and to those who read it, each file of which nothing or half is left."""
+    """To a run that goes on and to readers, for each file that is empty, cut off or wrong."""
     monkeypatch.setattr(checkpoint, "READ_AGAIN_SECONDS", 0)
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     step = tmp_path / "checkpoints" / "2"
@@ -434,7 +436,7 @@ def test_what_is_damaged_is_named(tmp_path, two_steps, one_device, monkeypatch, 
 
 
 def test_a_renamed_step_is_not_believed(tmp_path, two_steps, one_device):
-    """Nor one of before its meta said the step: there the optimizer's own tells."""
+    """Nor is an older checkpoint, whose meta has no step: the optimizer's step shows it."""
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     renamed = tmp_path / "checkpoints" / "300"
     (tmp_path / "checkpoints" / "2").rename(renamed)
@@ -469,7 +471,7 @@ def test_a_checkpoint_without_its_step_in_meta_is_read(tmp_path, two_steps, one_
 
 
 def test_a_reader_looks_again_where_its_step_is_removed(tmp_path, two_steps, one_device, monkeypatch):
-    """The run saves step 3 and removes step 2 between the choice of a reader and its reading, half of it or all."""
+    """Between a reader's choice and its reading, the run saves step 3 and removes step 2, partly or completely."""
     monkeypatch.setattr(checkpoint, "READ_AGAIN_SECONDS", 0)
     state = make_state(one_device, 3)
     find_step = checkpoint.find_step
@@ -495,7 +497,7 @@ def test_a_reader_looks_again_where_its_step_is_removed(tmp_path, two_steps, one
 
 
 def test_a_failed_save_leaves_no_thread(tmp_path, one_device, monkeypatch):
-    """Orbax makes folders in the background by default: six threads then waited 300 s for one that was not made."""
+    """By default Orbax creates folders in the background. When one failed, six threads waited 300 s for it."""
     with open_manager(tmp_path) as manager:
         checkpoint.save(manager, make_state(one_device, 1), META, None)
         checkpoint.check_saves(manager, wait=True)
@@ -508,7 +510,7 @@ def test_a_failed_save_leaves_no_thread(tmp_path, one_device, monkeypatch):
             mkdir(path, *args, **options)
 
         monkeypatch.setattr(os, "mkdir", refuse)
-        with pytest.raises(ValueError, match=r"could not be written to .*Permission denied.*; kept of steps: 1\.$"):
+        with pytest.raises(ValueError, match=r"could not be written to .*Permission denied.*; checkpoints kept: 1\.$"):
             checkpoint.save(manager, make_state(one_device, 2), META, None)
         for thread in set(threading.enumerate()) - before:
             thread.join(timeout=5)
@@ -531,7 +533,7 @@ def test_a_folder_that_cannot_be_read_or_made_is_named(tmp_path):
             "RESOURCE_EXHAUSTED: writing:\n[OS error 28: ENOSPC No space left on device]",
             "the disk is full; make room, and ",
         ),
-        ("INTERNAL: a\nb", "INTERNAL: a; there is none from before it\\.$"),
+        ("INTERNAL: a\nb", "INTERNAL: a; there is no earlier one\\.$"),
     ],
 )
 def test_why_a_save_failed_is_found_in_what_libraries_say(tmp_path, error, reason):
@@ -540,5 +542,5 @@ def test_why_a_save_failed_is_found_in_what_libraries_say(tmp_path, error, reaso
         assert re.search(f"/checkpoints: {reason}", said), said
         (tmp_path / "checkpoints").rename(tmp_path / "moved")
         said = str(checkpoint._failed_save(manager, ValueError(error)))
-        assert "the folder was removed or renamed meanwhile; there is none" in said
+        assert "the folder was removed or renamed meanwhile; there is no earlier one" in said
         (tmp_path / "moved").rename(tmp_path / "checkpoints")

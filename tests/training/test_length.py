@@ -1,4 +1,4 @@
-"""Epochs as steps: how many a run has, and where an interval ends."""
+"""The length of a run: the number of its steps, and where intervals of epochs end."""
 
 import math
 
@@ -8,7 +8,7 @@ from xception_flax.training.length import MAX_STEPS, RunLength, create_length
 
 
 def test_a_run_has_whole_steps_and_at_least_one():
-    """ImageNet in 100 epochs of 1,536 images: 83,409.0 steps; 0.49 and 0.51 of a step."""
+    """100 epochs of ImageNet at batch size 1,536 are 83,409.0 steps. Then 0.49, 1 and 2.51 steps."""
     assert create_length(100.0, 1536, 1_281_167) == RunLength(1536, 1_281_167, 83_409)
     assert [create_length(epochs, 10, 100).total_steps for epochs in (0.049, 0.1, 0.251)] == [1, 1, 3]
     assert create_length(float(MAX_STEPS), 1, 1).total_steps == MAX_STEPS
@@ -18,7 +18,7 @@ def test_a_run_has_whole_steps_and_at_least_one():
 
 @pytest.mark.parametrize("num_images", [100, 103, 1257])
 def test_an_interval_ends_where_its_multiples_do(num_images):
-    """After step s, s * batch_size images are seen: as many ends as whole intervals in them, one a step at most."""
+    """A step ends an interval if, after it, `step * batch_size` images make up another whole interval."""
     run = RunLength(10, num_images, 1000)
     for every in (0.1, 0.3, 1.0, 2.5):
         ends = [step for step in range(1, 1001) if run.ends_interval(step, every)]

@@ -19,7 +19,7 @@ def test_sigmoid_loss_is_binary_cross_entropy_summed_over_classes(rng):
 
 
 def test_soft_labels_are_for_floating_types(rng):
-    """Rows of 0 and 1 are several labels, and stay refused by the loss of one."""
+    """Integer rows of 0 and 1 mean several labels, which the loss for one label refuses."""
     logits, soft = rng.normal(size=(3, 4)), rng.dirichlet(np.ones(4), 3)
     loss = losses.create_loss("softmax", label_smoothing=0.2)
     expected = -np.sum((0.8 * soft + 0.05) * np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)), -1)

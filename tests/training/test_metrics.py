@@ -1,4 +1,4 @@
-"""Metrics against definitions written out, and on padding, ties and NaN."""
+"""Metrics against their definitions as loops, and on padding, ties and NaN."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_average_precision_by_hand():
     logits = jnp.array([[3.0, 1.0, 4.0, 2.0]])
     labels = jnp.array([[1, 1, 0, 0]])
     assert float(metrics.average_precision(logits, labels, 4)[0]) == pytest.approx(0.5)
-    # Of the best 2 only class 0 counts; the most that 2 ranks could reach is 2: AP@2 = (1/2) / 2.
+    # Among the best 2 only class 0 is a hit, and 2 ranks could reach 2: AP@2 = (1/2) / 2.
     assert float(metrics.average_precision(logits, labels, 2)[0]) == pytest.approx(0.25)
     # Class 0 three times as important: (3 * 1/2 + 1 * 2/4) / 4.
     weights = jnp.array([3.0, 1.0, 1.0, 1.0])
@@ -111,7 +111,7 @@ def test_bad_class_weights_are_refused(tmp_path):
 
 
 def test_accumulated_batches_equal_the_whole(rng):
-    """Dividing once: batches of unlike size weigh by their images, not by their number."""
+    """The sums are divided once, so each image weighs the same in batches of any size."""
     logits = rng.normal(size=(37, 6)).astype(np.float32)
     labels = rng.integers(0, 6, 37)
     compute = jax.jit(metrics.create_metrics("single_label"))

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: values by NumPy, distributions, and nothing that depends on the number of devices."""
+"""Mixup and CutMix: values against NumPy, distributions, and the same on any number of devices."""
 
 import re
 
@@ -14,19 +14,19 @@ COLLECTIVES = re.compile(r"all-reduce|all-gather|all-to-all|collective-permute|r
 
 
 def batch(size: int = 16) -> dict[str, np.ndarray]:
-    """Random images with labels that are their own numbers."""
+    """Random images, each with its index as its label."""
     images = np.random.default_rng(0).integers(0, 256, (size, 20, 24, 3), dtype=np.uint8)
     return {"images": images, "labels": np.arange(size, dtype=np.int32)}
 
 
 def own_share(labels: np.ndarray, mixed: dict) -> np.ndarray:
-    """The share of each place's own image, from 0 to 1."""
+    """The share that each image keeps of itself, from 0 to 1."""
     return np.where(mixed["labels"] == labels, mixed["share"], 1 - mixed["share"])
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_values(kind):
-    """Neighbours are partners; rounded images; CutMix's share is exactly what it leaves of the image."""
+    """Neighbours are partners, images are rounded, and CutMix's share is exactly the part of the image it leaves."""
     mix = jax.jit(mixing.make_mixing(**{f"{kind}_alpha": 1.0}))
     for step in range(6):
         check_values(kind, jax.device_get(mix(mixing.mixing_key(0, step), batch())))
@@ -56,7 +56,7 @@ def check_values(kind: str, mixed: dict) -> None:
 
 
 def shares(keys: int = 4000, **options) -> tuple[np.ndarray, np.ndarray]:
-    """For many batches, the share of the own image, and whether CutMix made it."""
+    """For many batches: the share that the first image keeps of itself, and whether it was mixed by CutMix."""
     before = {
         "images": np.stack([np.full((40, 40, 1), 100, np.uint8), np.full((40, 40, 1), 200, np.uint8)]),
         "labels": np.arange(2, dtype=np.int32),
@@ -71,7 +71,7 @@ def shares(keys: int = 4000, **options) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
 def test_share_of_mixup_is_beta(alpha):
-    """Kolmogorov and Smirnov against NumPy's; of 4,000 and 400,000 draws 0.1 % is at 0.031."""
+    """Kolmogorov-Smirnov test against NumPy; for 4,000 and 400,000 draws the level of 0.1 % is at 0.031."""
     ours, _ = shares(mixup_alpha=alpha)
     theirs = np.sort(np.random.default_rng(0).beta(alpha, alpha, 400_000))
     ranks = np.searchsorted(theirs, np.sort(ours)) / len(theirs)
@@ -79,7 +79,7 @@ def test_share_of_mixup_is_beta(alpha):
 
 
 def test_share_of_cutmix_is_what_the_border_leaves_of_beta():
-    """The definition of timm's `rand_bbox` in NumPy, 40 pixels a side; alpha 1."""
+    """Against timm's `rand_bbox`, written in NumPy: 40 pixels a side, alpha 1."""
     ours, _ = shares(cutmix_alpha=1.0)
     rng = np.random.default_rng(0)
     side = (40 * np.sqrt(1 - rng.beta(1, 1, 400_000))).astype(int)
@@ -89,11 +89,11 @@ def test_share_of_cutmix_is_what_the_border_leaves_of_beta():
     points = np.unique(theirs)
     difference = np.searchsorted(theirs, points, "right") / len(theirs) - (ours[:, None] <= points + 1e-5).mean(0)
     assert np.abs(difference).max() < 0.031
-    assert 0.5 < ours.mean() < 0.75  # and not 0.5: a third of the rectangle is outside
+    assert 0.5 < ours.mean() < 0.75  # not 0.5, since a third of the rectangle is outside
 
 
 def test_how_often():
-    """4,000 batches: 70 % mixed, of these 30 % by CutMix; each within 5 standard deviations."""
+    """Of 4,000 batches 70 % are mixed, and 30 % of these by CutMix; both within 5 standard deviations."""
     share, cut = shares(mixup_alpha=0.8, cutmix_alpha=1.0, probability=0.7, switch_probability=0.3)
     assert np.mean(share < 1) == pytest.approx(0.7, abs=0.04)
     assert cut.sum() / (share < 1).sum() == pytest.approx(0.3, abs=0.04)
@@ -109,7 +109,7 @@ def test_the_key_is_of_seed_and_step():
 
 @pytest.mark.parametrize(("size", "axes"), [(16, {"data": 2, "fsdp": 4}), (8, {"data": 8})], ids=str)
 def test_any_number_of_devices_mixes_alike(one_device, size, axes):
-    """Bit for bit; with an even number of images a device, and only then, nothing is sent."""
+    """Bit for bit. Nothing is sent between devices if each has an even number of images, and only then."""
     mix = mixing.make_mixing(mixup_alpha=0.2, cutmix_alpha=1.0)
     results = []
     for mesh in (one_device, sharding.create_mesh(**({"data": 1} | axes))):
@@ -160,9 +160,9 @@ def test_who_is_mixed_with_a_bad_image_does_not_count():
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_a_bad_image_never_counts(kind):
-    """With a small alpha a share is often so near to 0 that it is the partner's image which counts, whole."""
+    """With a small alpha a share is often so near 0 that only the partner's image is left."""
     bad = {"images": np.full((4, 2, 2, 1), 200, np.uint8), "mask": np.array([1, 0, 1, 1], np.float32)}
-    bad["images"][1] = 0  # as what cannot be decoded is replaced
+    bad["images"][1] = 0  # images that cannot be decoded are replaced by black ones
     mix = jax.jit(mixing.make_mixing(**{f"{kind}_alpha": 0.1}))
     swapped = 0
     for step in range(400):

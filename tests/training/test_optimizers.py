@@ -1,4 +1,4 @@
-"""Schedules against the paper's formulas, optimizers against traces written by hand, one contract for all."""
+"""Schedules against the paper's formulas, optimizers against traces written by hand, and one contract for all."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def test_jft_schedule_counts_samples():
 
 
 def test_staircase_falls_exactly_at_each_interval():
-    """Every step of 40 whole intervals, compiled too: no interval is early or late by a rounding."""
+    """At every step of 40 whole intervals, compiled: rounding makes no interval begin early or late."""
     run = RunLength(batch_size=10, num_images=30, total_steps=1000)
     schedule = create_schedule("exponential", run=run, decay_rate=0.5, every_epochs=1.0)
     factors = jax.jit(jax.vmap(schedule))(jnp.arange(120))
@@ -123,7 +123,7 @@ def test_sgd_is_tf1s_momentum(problem):
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_decoupled_decay_shrinks_by_rate_times_decay(name):
-    """With no gradient at all a kernel shrinks by (1 - rate * decay) a step, whatever the momentum."""
+    """Without a gradient, each step multiplies a kernel by (1 - rate * decay), whatever the momentum."""
     tx, _ = create_optimizer(name, 0.1, schedule=constant, decoupled_weight_decay=0.5)
     trace = run_optimizer(tx, np.zeros((3, 2), np.float32), np.ones(2, np.float32))
     np.testing.assert_allclose(trace[:, 0], [0.95, 0.95**2, 0.95**3], rtol=1e-6)
@@ -145,7 +145,10 @@ def test_clipping_shortens_the_whole_gradient():
 
 @pytest.mark.parametrize("name", ["sgd", "rmsprop", "adamw"])
 def test_a_backbone_factor_is_one_of_the_learning_rate(name):
-    """Ten steps: the classifier as without it, the backbone as with that learning rate; 0 leaves it, bit for bit."""
+    """After ten steps the classifier is as without the factor, and the backbone as with that learning rate.
+
+    With a factor of 0 the backbone stays as it is, bit for bit.
+    """
     decay = {} if name == "rmsprop" else {"decoupled_weight_decay": 0.1}
     gradients = np.random.default_rng(0).normal(size=(10, 2, 3)).astype(np.float32)
 
@@ -177,7 +180,7 @@ def test_the_contract_covers_every_optimizer():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_contract(name):
-    """Every optimizer: minimises a quadratic, and goes on from a copied state as if nothing had been."""
+    """Every optimizer minimises a quadratic, and goes on from a state that was copied to the host and back."""
     tx, _ = create_optimizer(name, RATES[name], schedule=constant)
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Meshes, batches and the one rule for the state."""
+"""Meshes, and the sharding of batches and of the state."""
 
 import jax
 import numpy as np
@@ -20,12 +20,12 @@ def test_mesh_covers_all_devices(sizes, shape):
 @pytest.mark.parametrize(
     ("sizes", "advice"),
     [
-        ({"data": 3}, "leave one of them, and only one, at -1"),
+        ({"data": 3}, "set one of them, and only one, to -1"),
         ({"fsdp": 3}, "mesh.fsdp must divide their number: take 1 or 2 or 4 or 8"),
         ({"data": 3, "fsdp": -1}, "mesh.data must divide their number: take 1 or 2 or 4 or 8"),
-        ({"data": -1, "fsdp": -1}, "leave one of them, and only one, at -1"),
-        ({"data": 0}, "leave one of them, and only one, at -1"),
-        ({"data": -2}, "leave one of them, and only one, at -1"),
+        ({"data": -1, "fsdp": -1}, "set one of them, and only one, to -1"),
+        ({"data": 0}, "set one of them, and only one, to -1"),
+        ({"data": -2}, "set one of them, and only one, to -1"),
     ],
 )
 def test_bad_meshes_are_refused(sizes, advice):
@@ -53,7 +53,7 @@ def test_batch_that_divides_is_taken():
 
 
 def test_a_state_that_fits_no_device_is_refused(monkeypatch):
-    """Of eight virtual CPUs each has an eighth of the host's memory: here 1 MB, for 1.05 MB or half of it."""
+    """Each of eight virtual CPUs has an eighth of the host's memory, here 1 MB. The whole state takes 1.05 MB."""
     monkeypatch.setattr(sharding.allocator, "free_memory_bytes", lambda: 8_000_000)
 
     def state(mesh):

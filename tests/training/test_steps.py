@@ -21,7 +21,7 @@ NORMALIZE = steps.create_normalizer((127.5,), (127.5,))
 
 
 class Small(nn.Module):
-    """Every kind of layer that Xception has, once: what holds for a step does not need depth, and compiles at once."""
+    """Has each kind of layer of Xception once. Tests of a step need no depth, and this compiles quickly."""
 
     dropout_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
@@ -87,9 +87,9 @@ def train(mesh, data, **options):
 
 @pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}], ids=str)
 def test_eight_devices_equal_one(monkeypatch, reference, axes):
-    """Ten steps of a narrow Xception, in float64: losses within 1e-6, all of the state within 1e-7 of its largest.
+    """Ten steps of a narrow Xception in float64: losses within 1e-6, each array within 1e-7 of its largest value.
 
-    In float32 the rounding of another order of summation is enough to send a ReLU the other way.
+    In float32, the rounding of another order of summation would be enough to flip a ReLU.
     """
     monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)  # a narrow network has no large arrays
     with jax.enable_x64(True):
@@ -117,7 +117,7 @@ def reference(one_device):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_shards(monkeypatch, one_device, name):
-    """Its whole state in shares over fsdp, after three steps the same as on one device; float64."""
+    """Its state is split over fsdp, and after three steps in float64 it is the same as on one device."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
     with jax.enable_x64(True):
         options = dict(model=SMALL.clone(dtype=jnp.float64), optimizer=name, rate=0.01)
@@ -152,7 +152,7 @@ def test_batch_normalization_sees_the_global_batch():
     """The moving mean after a step is the mean over all 16 images, not over the two of one device."""
     mesh = sharding.create_mesh()
     data = batches(1)
-    data[0]["images"][:8] = data[0]["images"][:8] // 8  # devices with dark and with bright images
+    data[0]["images"][:8] = data[0]["images"][:8] // 8  # some devices have dark images, others have bright ones
     state, _ = train(mesh, data)
     initial, _, _ = build(mesh)
     kernel = jax.device_get(initial.params["conv"]["kernel"])
@@ -163,7 +163,7 @@ def test_batch_normalization_sees_the_global_batch():
     np.testing.assert_allclose(stats["mean"], 0.1 * y.mean((0, 1, 2)), rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * y.var((0, 1, 2)), rtol=1e-3)
     local = [y[2 * d : 2 * d + 2].var((0, 1, 2)) for d in range(8)]
-    assert np.abs(np.mean(local, 0) - y.var((0, 1, 2))).max() > 1e-2  # what a per-device one would have given
+    assert np.abs(np.mean(local, 0) - y.var((0, 1, 2))).max() > 1e-2  # what statistics per device would give
 
 
 def test_one_step_is_the_gradient_of_loss_and_penalty(one_device):
@@ -193,7 +193,7 @@ def test_one_step_is_the_gradient_of_loss_and_penalty(one_device):
 
 
 def test_accumulation_is_the_mean_gradient_of_the_parts(one_device):
-    """Four parts of 4: part i has the images i, i + 4, ...; statistics follow one part after the other."""
+    """Four parts of 4 images: part i has images i, i + 4, ...; one part after the other updates the statistics."""
     batch = batches(1)[0]
     state, train_step, _ = build(one_device, accumulation_steps=4)
     params, stats = jax.device_get((state.params, state.batch_stats))
@@ -232,7 +232,7 @@ MIX = mixing.make_mixing(mixup_alpha=0.8, cutmix_alpha=1.0)
 
 
 def test_a_mixed_step_is_the_loss_of_the_mixed_batch(one_device):
-    """Cross-entropy with both labels, by their shares, smoothed; the metrics are of the label with the larger share."""
+    """The loss is smoothed cross-entropy with both labels, by their shares; metrics take the larger share's label."""
     state, train_step, _ = build(one_device, mix=MIX, accumulation_steps=4)
     variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
     mixed = jax.device_get(jax.jit(MIX)(mixing.mixing_key(0, 0), batches(1)[0]))
@@ -330,7 +330,7 @@ def test_evaluation_counts_real_images_only(one_device):
 
 
 class Linear(nn.Module):
-    """Without batch statistics, in which an image that is left out would still show."""
+    """Has no batch statistics, which would include images that are left out."""
 
     dtype: DTypeLike = jnp.float32
 
@@ -341,7 +341,7 @@ class Linear(nn.Module):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_what_is_masked_is_as_if_it_were_not_there(one_device, parts):
-    """Of 16 images 6 are masked, unequally over the two parts: the step of the 10 others alone, and its metrics."""
+    """With 6 of 16 images masked, unequally over the parts, step and metrics are those of the 10 others alone."""
     batch = batches(1)[0]
     mask = np.float32([1, 0] * 5 + [1, 1, 1, 1, 0, 1])
     bad = batch | {"images": np.where(mask[:, None, None, None] > 0, batch["images"], 0).astype(np.uint8)}
@@ -373,7 +373,7 @@ def test_a_mask_of_ones_changes_nothing_and_one_of_zeros_leaves_the_penalty(one_
 
 
 def test_a_frozen_backbone_has_no_gradient(one_device):
-    """The classifier's update is that of the whole step, the rest stays, and the backward pass is not computed."""
+    """The classifier is updated as in a whole step, all else stays, and the backbone's backward pass is left out."""
     (batch,), results = batches(1), []
     for frozen in (False, True):
         state, train_step, _ = build(one_device, loss=losses.create_loss("softmax"), backbone_frozen=frozen)

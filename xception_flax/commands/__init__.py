@@ -1,1 +1,1 @@
-"""The commands, a file each: arguments, calls and words."""
+"""The commands, one file each: arguments, calls and messages."""

@@ -1,4 +1,4 @@
-"""What every command shares: its arguments, its start on one host or several, quiet logs, errors in a line."""
+"""What all commands share: arguments, the start on one host or several, quiet logs, errors in one line."""
 
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 
-# No data set has more images, and the bytes of so many still fit in 64 bits: what is too large is refused as that.
+# No data set has more images, and the bytes of so many fit in 64 bits. A larger count is refused as such.
 MAX_COUNT = 10**10
 
 
@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 
 def directory(text: str) -> Path:
     """The type of an argument that names a folder."""
-    if not text:  # of an unset variable in a script; it would be the working directory
+    if not text:  # from an unset variable in a script; Path('') would be the working directory
         raise argparse.ArgumentTypeError("must be a path, got ''")
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is no path of a file system; mount the bucket and give its path")
@@ -58,7 +58,7 @@ def positive(text: str) -> int:
 
 
 def parser(prog: str, description: str | None, examples: str, *, hosts: bool = True) -> argparse.ArgumentParser:
-    """Returns a parser; `hosts` adds the arguments about several hosts, which every command with devices takes."""
+    """Returns a parser; `hosts` adds the arguments for a run on several hosts."""
     arguments = _Parser(
         prog=prog,
         description=description,
@@ -83,6 +83,9 @@ def start(arguments: argparse.Namespace) -> None:
     """Connects the hosts, enables the compilation cache, sets the allocator and quiets the libraries.
 
     Must be called before JAX opens a device.
+
+    Raises:
+      UserError: the arguments about hosts do not go together, another host is missing, or there is no device.
     """
     absl_logging.set_verbosity(absl_logging.ERROR)
     if not _wants_traceback():
@@ -102,18 +105,18 @@ def start(arguments: argparse.Namespace) -> None:
     compilation_cache.enable()
     if platform == "cpu":
         allocator.keep_freed_memory()
-    if platform == "cpu" and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # JAX's own choice, not the user's
-        # XLA notes for many of Intel's CPUs that gather and scatter are slow, later takes the note for a feature that
-        # the CPU lacks, and logs kilobytes about it for each program out of the cache, without consequence
+    if platform == "cpu" and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # set by JAX, not by the user
+        # For many Intel CPUs XLA notes that gather and scatter are slow. When it loads a program from the cache, it
+        # takes the note for a feature that the CPU lacks, and logs kilobytes about it, though nothing is wrong
         # (jax-ml/jax#38445). Real errors are raised as well as logged.
         jax.config.update("jax_logging_level", "CRITICAL")
 
 
 def _say_failed_saves_once() -> None:
-    """Silences the thousand lines that threads print when a save fails; one error is raised for it in any case.
+    """Silences the thousand lines that threads print when a save fails; the error is raised once in any case.
 
-    Orbax logs for each of its threads, asyncio for each task whose result nobody read, and TensorStore delivers results
-    to event loops that are closed, or to an interpreter that is shutting down.
+    Orbax logs it in each thread, and asyncio for each task whose result was not read. TensorStore delivers results to
+    event loops that are closed, or to an interpreter that is shutting down.
     """
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -126,7 +129,7 @@ def _say_failed_saves_once() -> None:
     sys.unraisablehook = unraisable
 
 
-# No space or quota left, a broken disk, one that has become read-only: the user's to mend, whatever was being written.
+# No space or quota left, a broken disk, a disk that became read-only: for the user to fix, whatever was being written.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
@@ -134,7 +137,7 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     """Runs a command on `argv`, or the arguments of this process, and exits with its code.
 
     A UserError is printed, and the code is 2. Any other error is a defect and keeps its traceback; with
-    XCEPTION_FLAX_TRACEBACK=1 every error does. Where one of several processes fails, the others are told and end too.
+    XCEPTION_FLAX_TRACEBACK=1 every error does. If one of several processes fails, the others are told and end too.
     """
     _make_streams_lenient()
     try:
@@ -152,16 +155,16 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
 
 
 def _make_streams_lenient() -> None:
-    """Lets no letter or closed stream end a command: what was computed is worth more than its printing."""
+    """Keeps commands from failing on a closed stream or a letter that it cannot encode: results matter more."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by `>&-`
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # letters that its encoding lacks
+            stream.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
 
 
 def _outcome(main: Callable[[list[str]], int], argv: list[str]) -> tuple[int, str | None]:
-    """Returns the exit code and, where the command failed, what to say of it; '' says nothing."""
+    """Returns the exit code and, if the command failed, the message to print; '' prints nothing."""
     try:
         code = main(argv)
         sys.stdout.flush()
@@ -169,7 +172,7 @@ def _outcome(main: Callable[[list[str]], int], argv: list[str]) -> tuple[int, st
     except BrokenPipeError:
         if not _nobody_reads(sys.stdout.fileno()):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the rest can be flushed
         return 128 + signal.SIGPIPE, ""
     except UserError as error:
         if _wants_traceback():
@@ -178,7 +181,7 @@ def _outcome(main: Callable[[list[str]], int], argv: list[str]) -> tuple[int, st
     except OSError as error:
         if error.errno not in DISK_ERRORS or _wants_traceback():
             raise
-        return 2, _complaint(f"{error.filename or 'a file, or what the output goes to'}: {error.strerror}.")
+        return 2, _complaint(f"{error.filename or 'a file or standard output'}: {error.strerror}.")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT, "\ninterrupted"
 
@@ -188,7 +191,7 @@ def _wants_traceback() -> bool:
 
 
 def complain(message: str) -> None:
-    """Prints a message about what the user gave, of one line or more, on standard error."""
+    """Prints a user's error, of one or more lines, on standard error."""
     print(_complaint(message), file=sys.stderr)
 
 
@@ -197,7 +200,7 @@ def _complaint(message: str) -> str:
 
 
 def _nobody_reads(pipe: int) -> bool:
-    """Whether a pipe has lost its reader, such as `head` after its last line."""
+    """Returns whether the reader of a pipe has gone, as `head` does after its last line."""
     poll = select.poll()
     poll.register(pipe, select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))
@@ -205,14 +208,14 @@ def _nobody_reads(pipe: int) -> bool:
 
 @contextlib.contextmanager
 def out_of_memory(advice: str) -> Iterator[None]:
-    """Turns running out of memory, the host's or a device's, into an error that gives advice.
+    """Turns an out-of-memory error, of the host or a device, into a UserError with advice.
 
     Raises:
-      ValueError: memory ran out within the context.
+      UserError: memory ran out within the context.
     """
     try:
         yield
-    except (ValueError, OSError):  # a full disk is RESOURCE_EXHAUSTED to some, and another matter
+    except (ValueError, OSError):  # some libraries call a full disk RESOURCE_EXHAUSTED too
         raise
     except Exception as error:  # JAX and OpenCV have their own types, and JAX two codes
         reason = re.search(r"(RESOURCE_EXHAUSTED|out of memory|insufficient memory).*", str(error), re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: a table, a picture of what the network got wrong, and one line of JSON."""
+"""Evaluates a checkpoint: a table, a picture of the mistakes, and one line of JSON."""
 
 import argparse
 import functools
@@ -13,7 +13,7 @@ from xception_flax import data
 from xception_flax.commands import cli
 from xception_flax.data.batch import Batch
 from xception_flax.display import console, pictures
-from xception_flax.host import processes
+from xception_flax.host import files, processes
 from xception_flax.recipes import reading
 from xception_flax.recipes.comparing import alike
 from xception_flax.runs import history, progress
@@ -36,7 +36,7 @@ MAX_MISTAKES = 40  # images in the picture
 
 
 class Mistakes:
-    """Collects the first images whose most likely class is not the true one."""
+    """Collects the first images whose most likely class is not the true one, called with each batch and its logits."""
 
     def __init__(self, class_names: Sequence[str]) -> None:
         self._class_names = class_names
@@ -62,9 +62,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--checkpoint", default="latest", metavar="WHICH", help="latest (default), best, or the number of a step"
     )
-    parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema where the recipe keeps them, else raw")
+    parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema if the recipe keeps them, else raw")
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="of what is wrong; default: WORKDIR/mistakes_SPLIT.png"
+        "--picture", type=Path, metavar="FILE", help="picture of the mistakes; default: WORKDIR/mistakes_SPLIT.png"
     )
     parser.add_argument("--split", help="split of the data set, default: the recipe's data.eval_split")
     parser.add_argument(
@@ -94,27 +94,30 @@ def main(argv: list[str]) -> int:
     if jax.process_index() == 0:
         console.show_table(naming.shown(arguments.workdir), rows)
         print(history.to_json(results), flush=True)
-        if draw is not None:  # last: nothing that happens to the picture loses the results
+        if draw is not None:  # last: if it fails, the results are already printed
             draw()
     return 0
 
 
 def _picture_path(arguments: argparse.Namespace, config: ConfigDict) -> Path | None:
-    """Where the picture goes, checked before there are results to lose; None where none is drawn."""
+    """Returns the path of the picture, checked before there are results to lose; None if none is drawn."""
     if config.metrics.name != "single_label" or jax.process_count() > 1:
         if arguments.picture is not None:
-            raise UserError("--picture: none is drawn on several hosts, nor for several labels an image; leave it out.")
+            raise UserError(
+                "--picture: no picture is drawn on several hosts or with several labels per image; leave it out."
+            )
         return None
-    # A file a split: a glance at one is no reason to lose the picture of another.
+    # One file per split, so that evaluating one split does not overwrite the picture of another.
     picture = arguments.picture or arguments.workdir / mistakes_picture(config.data.eval_split)
-    pictures.check_path(picture)
+    pictures.check_suffix(picture)
+    files.check_writable(picture)
     return picture
 
 
 def _evaluate_checkpoint(
     arguments: argparse.Namespace, config: ConfigDict, picture: Path | None
 ) -> tuple[dict, dict[str, str], Callable[[], None] | None]:
-    """Returns the results, the rows of the table, and what draws the picture."""
+    """Returns the results, the rows of the table, and a function that draws the picture."""
     processes.agree("recipe", lambda: alike(config) | processes.software())
     mesh = sharding.create_mesh(**config.mesh)
     batch_size = arguments.batch_size
@@ -130,7 +133,7 @@ def _evaluate_checkpoint(
         processes_per_host=sharding.processes_per_host(),
     )
     processes.agree("data", lambda: {"--batch-size": batch_size, "--weights": arguments.weights} | split.identity())
-    dark = split.check_max_value()  # it may be of another place than the training's
+    dark = split.check_max_value()  # the data may be others than in training
     run = restore(arguments.workdir, mesh, arguments.checkpoint, arguments.weights)
     processes.agree("checkpoint", lambda: {"the checkpoint": {"step": run.step, "meta": run.meta}})
     data.check_class_names(run.class_names, split)

@@ -1,17 +1,17 @@
-"""Compiles a recipe's training step for a TPU slice that is not there, and says what it will cost.
+"""Compiles a recipe's training step for a TPU slice, without one, and reports what it will cost.
 
-It is the step that train.py runs, compiled from shapes by the TPU's own compiler (libtpu): no TPU, no
-data and no memory are needed, one to five minutes are. What is the compiler's word and what an estimate:
-  memory        of the compiler: what a chip needs at most; a program that does not fit is not made
-  bytes         a step and chip, read from the compiled program: each instruction reads what it takes
-                and writes what it gives once; arrays in the chip's own memory (VMEM) are not counted
+It is the step that train.py runs, compiled from shapes by the TPU's own compiler (libtpu). No TPU and no data
+are needed; it takes one to five minutes. Where the figures are from:
+  memory        the compiler: the most that a chip needs; a step that does not fit is not compiled
+  bytes         per step and chip, read from the compiled program: each instruction reads its operands
+                and writes its results once; arrays in the chip's own memory (VMEM) are not counted
   arithmetic    of the network: six times the multiply-adds of a forward pass (two operations each;
                 forward, gradient of the input, gradient of the weights); the compiler's own count of
-                all arithmetic stands beside it
-  collectives   read from the compiled program: arrays that the chips add up or gather
-  time          estimate: each kind of layer at the chip's full bandwidth or full arithmetic, whichever
-                takes longer, which no chip reaches, and collectives after that, which may be hidden
-                behind it; input, evaluation and checkpoints come on top
+                all arithmetic is beside it
+  collectives   read from the compiled program: arrays that the chips sum or gather
+  time          an estimate: each kind of layer takes the larger of its bytes at full bandwidth and its
+                arithmetic at full peak, which no chip reaches; collectives are added, though they may
+                overlap; input, evaluation and checkpoints are not included
 """
 
 import concurrent.futures
@@ -120,10 +120,10 @@ def main(argv: list[str]) -> int:
         "--topology", required=True, metavar="SLICE", help=f"such as v5e:2x4; TPUs: {', '.join(slices.CHIPS)}"
     )
     parser.add_argument(
-        "--num-images", type=cli.positive, metavar="N", help="of the training split; known of imagenet2012"
+        "--num-images", type=cli.positive, metavar="N", help="images of the training split; not needed for imagenet2012"
     )
     parser.add_argument(
-        "--find-largest-batch", action="store_true", help="compile for other batches too: a few times as long"
+        "--find-largest-batch", action="store_true", help="compile for other batch sizes too: takes a few times as long"
     )
     parser.add_argument("--config.KEY=VALUE", dest="ignored", metavar="", help="override a key of the recipe")
     arguments, overrides = parser.parse_known_args(argv)
@@ -137,7 +137,7 @@ def main(argv: list[str]) -> int:
         changed.batch_size = batch_size
         with console.waiting(f"compiling for {where.name}, {batch_size:,} images"):
             try:
-                # In a thread: this one waits as Python does, and so hears Ctrl-C.
+                # In a thread, so that this one can handle Ctrl-C while the compiler runs.
                 with concurrent.futures.ThreadPoolExecutor(1) as thread:
                     compiled = thread.submit(compile_step, changed, devices, num_images or batch_size).result()
             except DoesNotFit as error:

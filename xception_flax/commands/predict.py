@@ -1,4 +1,4 @@
-"""Says what a trained network sees in images: the most likely classes and their probabilities."""
+"""Predicts the classes of images: the most likely ones and their probabilities."""
 
 import itertools
 import sys
@@ -26,7 +26,7 @@ EXAMPLES = """\
   xception-flax predict --workdir runs/photos cat.jpg dog.png
   xception-flax predict --workdir runs/photos holiday/ --json > holiday.jsonl"""
 
-MAX_WIDTH = 60  # columns of a terminal, for the files; one that is longer does not move the rows of all others
+MAX_WIDTH = 60  # of the column of files, in terminal cells; a longer name moves its own row only
 
 OUT_OF_MEMORY = "Take a smaller --batch-size; the result does not depend on it."
 
@@ -35,13 +35,13 @@ def main(argv: list[str]) -> int:
     parser = cli.parser("xception-flax predict", __doc__, EXAMPLES, hosts=False)
     parser.add_argument("--workdir", type=cli.directory, required=True, help="folder of a run of train.py")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a file, or a folder with files in it")
-    parser.add_argument("--top", type=cli.positive, default=5, metavar="N", help="classes to name an image (5)")
+    parser.add_argument("--top", type=cli.positive, default=5, metavar="N", help="classes to show for each image (5)")
     parser.add_argument(
         "--checkpoint", default="best", metavar="WHICH", help="best (default), latest, or the number of a step"
     )
-    parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema where the recipe keeps them, else raw")
+    parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema if the recipe keeps them, else raw")
     parser.add_argument("--batch-size", type=cli.positive, default=32, metavar="N", help="images at a time (32)")
-    parser.add_argument("--json", action="store_true", help="a line of JSON an image in place of the table")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each image, not the table")
     arguments = parser.parse_args(argv)
     paths = list(_files(arguments.images))
     cli.start(arguments)
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         run = restore(arguments.workdir, mesh, arguments.checkpoint, arguments.weights)
         width = min(max(cell_len(naming.shown(path)) for path in paths), MAX_WIDTH)
         readable, unreadable, dark = 0, 0, []
-        # What is known of an image is printed at once: nothing that happens to another loses it.
+        # Each result is printed at once, so that an error with a later image does not lose it.
         for path, scores in predict(run, paths, mesh, arguments.batch_size, dark):
             if isinstance(scores, UserError):
                 cli.complain(f"{naming.shown(path)}: {scores}")
@@ -81,18 +81,18 @@ def predict(
     batch_size: int,
     dark: list[Path] | None = None,
 ) -> Iterator[tuple[Path, np.ndarray | UserError]]:
-    """Yields each image's file with the probability of each class `[num_classes]`, or with what is wrong with it.
+    """Yields each file with the probabilities of the classes `[num_classes]`, or with the error.
 
-    Images are prepared as in the evaluation of the recipe. Where they have one label each the
-    probabilities add up to 1, where they have several each class has its own.
+    Images are prepared as in the recipe's evaluation. With one label per image the probabilities sum to 1;
+    with several labels each class has a probability of its own.
 
     Args:
-      run: what predicts.
-      paths: of image files.
+      run: the run whose network predicts.
+      paths: image files.
       mesh: the mesh of the run's variables.
-      batch_size: images at a time; rounded up to a multiple of the devices.
-      dark: gets the files of 16 bits that have no value in the upper half, unless the recipe says
-        which value is white.
+      batch_size: images at a time; rounded up to a multiple of the number of devices.
+      dark: a list to which files of 16 bits without a value in the upper half are added, unless the recipe
+        sets `data.max_value`.
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
     config, image_shape = run.recipe, run.image_shape
@@ -101,9 +101,9 @@ def predict(
     to_probabilities = jax.nn.sigmoid if config.loss.name == "sigmoid" else jax.nn.softmax
 
     def prepare(path: Path) -> tuple[np.ndarray | UserError, bool]:
-        """The image, or what is wrong with it; and whether it may be nearly black by mistake."""
+        """Returns the image or the error, and whether the image may be nearly black by mistake."""
         try:
-            rng = np.random.default_rng(0)  # which no transform of an evaluation has a use for
+            rng = np.random.default_rng(0)  # not used by the transforms of an evaluation
             content, read = path.read_bytes(), config.data
             image = prepare_image(content, chain, image_shape, read.min_decoded_side, rng, read.max_value)
             largest = largest_value(content) if read.max_value is None else None
@@ -115,7 +115,7 @@ def predict(
 
     @jax.jit
     def forward(variables: dict, images: jax.Array) -> jax.Array:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # each device its own images; see `ops`
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # each device computes its own images
             return to_probabilities(run.model.apply(variables, normalize(images), train=False))
 
     with ThreadPoolExecutor() as threads:
@@ -123,7 +123,7 @@ def predict(
             prepared, may_be_dark = zip(*threads.map(prepare, paths[start : start + batch_size]), strict=True)
             if dark is not None:
                 dark.extend(itertools.compress(paths[start:], may_be_dark))
-            images = np.zeros((batch_size, *image_shape), np.uint8)  # as many each time: one program
+            images = np.zeros((batch_size, *image_shape), np.uint8)  # always as many, for one program
             for i, image in enumerate(prepared):
                 if not isinstance(image, UserError):
                     images[i] = image
@@ -135,10 +135,10 @@ def predict(
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    """The files themselves, and all images in and below the folders.
+    """Yields the files, and all images in and below the folders.
 
     Raises:
-      ValueError: there is no such file or folder, or a folder has no image.
+      UserError: a file or folder does not exist, or a folder has no image.
     """
     for path in paths:
         if path.is_dir():

@@ -1,10 +1,10 @@
-"""Prepares data sets and checks them: ArrayRecord as TFDS writes it, without TensorFlow.
+"""Prepares and checks data sets: ArrayRecord as TFDS writes it, without TensorFlow.
 
   imagenet   the two tars of ILSVRC2012 as TFDS' `imagenet2012`
   folder     your own images, CLASS/*.jpg, as a TFDS data set
   check      reads every image of a data set or of a folder
 
-After a stop or a kill the same command goes on. A data set lies in VERSION.incomplete until it is complete.
+If it was stopped or killed, the same command continues. A data set is in VERSION.incomplete until it is complete.
 """
 
 import argparse
@@ -20,9 +20,9 @@ import tensorflow_datasets as tfds
 from xception_flax.commands import cli
 from xception_flax.data import MAX_THREADS, decoding, sources
 from xception_flax.display import console
+from xception_flax.host import files
 from xception_flax.prepare import check, folder, imagenet, records
 from xception_flax.text import naming
-from xception_flax.text.errors import UserError
 
 EXAMPLES = """\
   xception-flax prepare imagenet --tars downloads --data-dir /data/tfds --hashes
@@ -36,18 +36,18 @@ def main(argv: list[str]) -> int:
 
     command = commands.add_parser("imagenet", help="the two tars of ILSVRC2012", allow_abbrev=False)
     command.set_defaults(function=prepare_imagenet)
-    command.add_argument("--tars", type=cli.directory, required=True, metavar="DIR", help="where the two tars are")
+    command.add_argument("--tars", type=cli.directory, required=True, metavar="DIR", help="folder with the two tars")
     hashes = command.add_mutually_exclusive_group()
     hashes.add_argument("--hashes", action="store_true", help="check their MD5 too, which reads 155 GB")
-    hashes.add_argument("--subset", action="store_true", help="take tars of another size: a part of ImageNet")
+    hashes.add_argument("--subset", action="store_true", help="accept tars of other sizes: a part of ImageNet")
     _add_output(command)
 
-    command = commands.add_parser("folder", help="images in a folder a class", allow_abbrev=False)
+    command = commands.add_parser("folder", help="images in one folder per class", allow_abbrev=False)
     command.set_defaults(function=prepare_folder)
     command.add_argument(
         "source", type=cli.directory, metavar="SRC", help="with CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg"
     )
-    command.add_argument("--name", help="of the data set; default: the folder's, in small letters")
+    command.add_argument("--name", help="of the data set; default: the folder's name in small letters")
     _add_val_fraction(command, "SRC")
     _add_output(command)
 
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     command.add_argument(
         "dataset", type=cli.directory, metavar="DATASET", help="NAME/VERSION of a prepared data set, or a folder"
     )
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the report there, with all names")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the report with all names to FILE")
     _add_val_fraction(command, "DATASET")
     _add_threads(command)
     arguments = parser.parse_args(argv)
@@ -68,14 +68,14 @@ def _add_val_fraction(command: argparse.ArgumentParser, of: str) -> None:
         "--val-fraction",
         type=_fraction,
         metavar="SHARE",
-        help=f"of {of}/CLASS/*.jpg, which a hash of each file's name decides, as in training on a folder; "
+        help=f"share of {of}/CLASS/*.jpg in split val, chosen by a hash of the file's name as in training on a folder; "
         f"default: {sources.folder.VAL_FRACTION}",
     )
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--data-dir", type=cli.directory, required=True, metavar="DIR", help="where TFDS data sets are; made if needed"
+        "--data-dir", type=cli.directory, required=True, metavar="DIR", help="folder of TFDS data sets; may be new"
     )
     _add_threads(command)
 
@@ -86,7 +86,7 @@ def _add_threads(command: argparse.ArgumentParser) -> None:
         type=_threads,
         default=min(16, os.cpu_count() or 1),
         metavar="N",
-        help="that read at the same time; default: %(default)s",
+        help="threads that read; default: %(default)s",
     )
 
 
@@ -124,12 +124,12 @@ def prepare_imagenet(arguments: argparse.Namespace) -> int:
 
 def prepare_folder(arguments: argparse.Namespace) -> int:
     directory = arguments.source.expanduser().absolute()
-    files = folder.open_folder(directory, arguments.val_fraction)
-    class_names = next(iter(files.values())).class_names
+    splits = folder.open_folder(directory, arguments.val_fraction)
+    class_names = next(iter(splits.values())).class_names
     info = folder.create_info(arguments.name or folder.default_name(directory), class_names, arguments.data_dir)
-    if unread := sources.folder.unread_of(files.values()):
+    if unread := sources.folder.unread_of(splits.values()):
         print(f"{naming.shown(directory)}: {unread}", file=sys.stderr)
-    return _prepare(info, folder.list_images(directory, files), arguments, str(directory))
+    return _prepare(info, folder.list_images(directory, splits), arguments, str(directory))
 
 
 def _prepare(
@@ -176,7 +176,7 @@ def check_data_set(arguments: argparse.Namespace) -> int:
     of_training = {split: source for split, source in splits.items() if split in ("train", "val")} or splits
     class_names = folder.common_classes(arguments.dataset, of_training)
     if arguments.json is not None:
-        _check_json(arguments.json)
+        files.check_writable(arguments.json)  # before hours of reading, not after
     total = sum(map(len, splits.values()))
     with console.counting(f"reading {arguments.dataset.name}", total, "images") as advance:
         images = check.read_all(splits, arguments.num_threads, advance)
@@ -193,16 +193,6 @@ def check_data_set(arguments: argparse.Namespace) -> int:
     if other:  # training does not use these splits, but `evaluate` would refuse them
         print(f"\nother classes than training's: split {', '.join(other)}")
     return 1 if other or any(described["undecodable"] for described in report.values()) else 0
-
-
-def _check_json(path: Path) -> None:
-    """Raises UserError if no file can be written to `path`; call it before hours of reading, not after."""
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--json: {path.parent} is no directory.")
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise UserError(f"--json: {path} cannot be written: {error.strerror}.") from None
 
 
 def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]]) -> None:
@@ -239,7 +229,7 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
 
     across = sum(map(is_across, repeated))
     print(f"\n{len(repeated):,} files are there more than once, {across:,} of them in more than one split")
-    for names in sorted(repeated, key=is_across, reverse=True)[:10]:  # the worse ones first
+    for names in sorted(repeated, key=is_across, reverse=True)[:10]:  # those in several splits first
         print(f"  {' = '.join(map(naming.shown, names[:5]))}{' ...' if len(names) > 5 else ''}")
     undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
     if undecodable:

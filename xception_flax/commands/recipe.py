@@ -1,6 +1,6 @@
 """Shows every key that a recipe takes, by group: its value, type, default and meaning.
 
-A * stands before what is not the default. KEY=VALUE is written as train.py takes it, behind `--config.`
+A * marks a value that is not the default. KEY=VALUE is written as train.py takes it, after `--config.`
 """
 
 import shlex
@@ -23,7 +23,7 @@ EXAMPLES = """\
   xception-flax recipe configs/imagenet.py | grep -A2 decay
   xception-flax recipe configs/imagenet.py --json"""
 
-WIDTH = 100  # columns of a terminal that lines fit in, but for long values
+WIDTH = 100  # of a line, in terminal cells; only long values exceed it
 TYPE_COLUMN = 46
 
 
@@ -31,10 +31,10 @@ class Row(NamedTuple):
     """A key of the recipe as it is shown.
 
     Attributes:
-      name: with its group, 'model.width'.
-      key: what its signature says of it.
+      name: with its group, such as 'model.width'.
+      key: its type, default and meaning.
       value: in this recipe.
-      choices: where it names an entry of a table, the table's names.
+      choices: the names of the table, if the value is one of them; else empty.
     """
 
     name: str
@@ -52,14 +52,14 @@ class Row(NamedTuple):
 
     @property
     def default(self) -> Any:
-        """As the recipe would have it."""
+        """The default, in the form that a resolved recipe has."""
         return values.check(self.name, self.key.default, self.key.annotation)
 
 
 def main(argv: list[str]) -> int:
     parser = cli.parser("xception-flax recipe", __doc__, EXAMPLES, hosts=False)
     parser.add_argument("config", metavar="FILE[:ARG]", help="the recipe, and its argument")
-    parser.add_argument("--json", action="store_true", help="print a line of JSON instead, an object by key")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON instead: an object with every key")
     parser.add_argument("--config.KEY=VALUE", dest="ignored", metavar="", help="override a key of the recipe")
     arguments, overrides = parser.parse_known_args(argv)
     config = reading.load(arguments.config, overrides)
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
 
 
 def _rows(name: str, config: ConfigDict) -> Iterator[Row]:
-    """The keys of a group in the order of its signatures; of group '', those outside of groups."""
+    """Yields the keys of a group in the order of its signatures. Group '' has the keys outside of groups."""
     group, chosen = (GROUPS[name], config[name]) if name else (LOOP, config)
     for key, described in group.keys(chosen[group.selector] if group.selector else "").items():
         choices = tuple(group.table) if key == group.selector else ()
@@ -90,7 +90,7 @@ def _record(row: Row) -> dict[str, Any]:
 
 
 def _lines(row: Row) -> Iterator[str]:
-    """The value, with type and default beside it where they fit; the meaning below."""
+    """Yields a line with value, type and default, or two if that is too long; then the meaning."""
     text = values.as_text(row.value, row.key.annotation)
     marker, default = "*", "required"
     if not row.key.is_required:
@@ -105,7 +105,7 @@ def _lines(row: Row) -> Iterator[str]:
 
 
 def _quoted(text: str) -> str:
-    """A value for a shell, in double quotes where there are single ones in it and nothing that a shell looks for."""
+    """Quotes a value for a shell: in double quotes if it has single ones and nothing that a shell expands."""
     if "'" in text and not set(text) & set('"$`\\!'):
         return f'"{text}"'
     return shlex.quote(text) if text else ""

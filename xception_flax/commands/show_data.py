@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from xception_flax import data
 from xception_flax.commands import cli
 from xception_flax.display import console, pictures
+from xception_flax.host import files
 from xception_flax.recipes import reading
 from xception_flax.text import naming
 from xception_flax.training import mixing
@@ -30,15 +31,16 @@ def main(argv: list[str]) -> int:
     parser = cli.parser("xception-flax show-data", __doc__, EXAMPLES, hosts=False)
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the recipe, and its argument")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the picture: .png, .jpg, .pdf, ...")
-    parser.add_argument("--batches", type=cli.positive, default=1, metavar="N", help="how many, from the first; 1")
-    parser.add_argument("--images", type=cli.positive, default=32, metavar="N", help="at most, of each batch; 32")
+    parser.add_argument("--batches", type=cli.positive, default=1, metavar="N", help="number of batches (1)")
+    parser.add_argument("--images", type=cli.positive, default=32, metavar="N", help="at most, of each batch (32)")
     parser.add_argument(
         "--split", choices=("train", "eval"), default="train", help="as in training (default), or as in evaluation"
     )
     parser.add_argument("--config.KEY=VALUE", dest="ignored", metavar="", help="override a key of the recipe")
     arguments, overrides = parser.parse_known_args(argv)
     config = reading.load(arguments.config, overrides)
-    pictures.check_path(arguments.output)
+    pictures.check_suffix(arguments.output)
+    files.check_writable(arguments.output)
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, perhaps with this recipe
     train = arguments.split == "train"
     split = data.load(**config.data, batch_size=config.batch_size, seed=config.seed, train=train)

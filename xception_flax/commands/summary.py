@@ -1,11 +1,11 @@
-"""Shows what a network is made of and what it costs: a table, totals, and one line of JSON.
+"""Shows the stages or layers of a network and their costs: a table, totals, and one line of JSON.
 
-Nothing is computed and no accelerator is opened: all is from shapes.
-  output    height x width x channels; of a stage, what the next one gets
-  stride    pixels of the image to a pixel of the output
-  MACs      multiply-adds an image, of convolutions and dense layers
-  act. MB   activations an image, in 10^6 bytes: outputs of the layers that have
-            parameters, at the network's dtype (float32; --config.model.dtype)
+It works from shapes: nothing is computed and no accelerator is opened.
+  output    height x width x channels; of a stage, the input of the next one
+  stride    pixels of the image per pixel of the output
+  MACs      multiply-adds per image, of convolutions and dense layers
+  act. MB   activations per image, in 10^6 bytes: outputs of the layers that have
+            parameters, in the network's dtype (float32; --config.model.dtype)
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ EXAMPLES = """\
   xception-flax summary --all --config.model.dtype=bfloat16"""
 
 IMAGE_SIZE = 299  # pixels a side, as in the paper
-IMAGE_SIZES = {"lenet": 32}  # of networks that are for other images
+IMAGE_SIZES = {"lenet": 32}  # of networks for smaller images
 
 
 # Showing -------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def _times(shape: Shape) -> str:
 
 
 def _decimals(value: float) -> int:
-    """How many make four digits, or three where there is none before the point."""
+    """Returns how many decimals give a value of 1 to 1000 four digits."""
     return 3 if value < 10 else 2 if value < 100 else 1
 
 
@@ -53,7 +53,7 @@ def _si(number: int) -> str:
 
 
 def _megabytes(numbers: Sequence[int]) -> list[str]:
-    """Of bytes, with the same decimals in all, that the largest be readable."""
+    """Formats numbers of bytes, all with the decimals that suit the largest."""
     decimals = _decimals(max(numbers) / 1e6)
     return [f"{number / 1e6:,.{decimals}f}" for number in numbers]
 
@@ -66,7 +66,7 @@ def _show_rows(title: str, rows: Sequence[Row], *, by: str) -> None:
         "parameters": [f"{row.parameters:,}" for row in rows],
         "MACs": [_si(row.macs) for row in rows],
     }
-    if by == "stages":  # names of layers are too long for one more column in 80
+    if by == "stages":  # names of layers are too long for this column too, in a terminal of 80
         total = sum(row.macs for row in rows)
         columns["share"] = [f"{100 * row.macs / total:.1f}%" for row in rows]
     columns["act. MB"] = _megabytes([row.activation_bytes for row in rows])
@@ -137,8 +137,8 @@ def main(argv: list[str]) -> int:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("name", nargs="?", metavar="NAME", help=f"a network: {', '.join(models.MODELS)}")
     which.add_argument("--config", metavar="FILE[:ARG]", help="the network, image size and channels of a recipe")
-    which.add_argument("--all", action="store_true", help="every network side by side; the JSON is a list")
-    parser.add_argument("--layers", action="store_true", help="a row a layer instead of a row a stage")
+    which.add_argument("--all", action="store_true", help="compare all networks; the JSON is a list")
+    parser.add_argument("--layers", action="store_true", help="one row per layer instead of one per stage")
     parser.add_argument(
         "--image-size",
         type=cli.positive,
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> int:
     )
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.all and arguments.layers:
-        parser.error("argument --layers: not allowed with argument --all, which has a row a network")
+        parser.error("argument --layers: not allowed with argument --all, which has one row per network")
     if arguments.num_classes is not None:
         if any(text.startswith("--config.model.num_classes=") for text in overrides):
             parser.error("argument --num-classes: not allowed with --config.model.num_classes")

@@ -20,7 +20,7 @@ from xception_flax.text.ranges import check_range
 
 __all__ = ["SOURCES", "InputError", "Split", "check_class_names", "load", "unread_of"]
 
-# A larger number is a mistake, which would fill the machine's memory before anybody sees it.
+# A larger number is a mistake, and would fill the machine's memory before anybody notices.
 MAX_THREADS, MAX_WORKERS = 1024, 256
 
 
@@ -71,7 +71,7 @@ def load(
       seed: of order and augmentation.
       process_index: of this host.
       process_count: number of hosts.
-      processes_per_host: that share this host's CPUs.
+      processes_per_host: number of processes that share this host's CPUs.
       **options: the source's own keywords, such as `data_dir`.
 
     Raises:
@@ -104,7 +104,7 @@ def load(
     examples = function(train_split if train else eval_split, **options)
     if not len(examples):
         raise UserError(f"source {source!r}: split {train_split if train else eval_split!r} has no images.")
-    if train and batch_size > len(examples):  # a batch would hold images twice, and a step be more than an epoch
+    if train and batch_size > len(examples):  # a batch would have images twice, and a step would be more than an epoch
         raise UserError(
             f"batch_size={batch_size} is more than the {len(examples)} images of split {train_split!r}; "
             f"take at most {len(examples)}."

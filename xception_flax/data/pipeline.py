@@ -165,9 +165,9 @@ class Split:
         if len(dark) > len(found) / 2:  # a few bright images do not make the others right
             raise UserError(
                 f"the images of 16 bits have values up to {max(dark):,} of {WHITE:,} (in {len(dark)} of {len(found)} "
-                f"that were looked at), so that no more than {max(dark) >> 8} of 255 would be left. Say which value is "
-                f"white by --config.data.max_value={white(max(dark))}; by {WHITE} if they are that dark. "
-                "`xception-flax prepare check` says the largest value of all."
+                f"that were looked at), which would become at most {max(dark) >> 8} of 255. Set the value of white by "
+                f"--config.data.max_value={white(max(dark))}, or by {WHITE} if the images are that dark. "
+                "`xception-flax prepare check` shows the largest value of all."
             )
         if not dark:
             return ""

@@ -59,7 +59,7 @@ def show_columns(title: str, columns: Mapping[str, Sequence[str]]) -> None:
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Shows on standard error that `what` is running and for how long, and leaves one line about it."""
+    """Shows on standard error that `what` is running, and at its end prints a line with the time it took."""
     console, begun, what = stderr_console(), time.monotonic(), naming.harmless(what)
     spinner = SpinnerColumn("line" if console.options.ascii_only else "dots")
     columns = spinner, TextColumn("{task.description}", markup=False), TimeElapsedColumn()
@@ -79,9 +79,9 @@ def counting(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Cal
 
     Args:
       what: the name of the work.
-      total: the amount of all of it.
+      total: the whole amount.
       unit: of the amount: 'bytes', or what is counted.
-      done: the amount that an earlier start has done.
+      done: the amount done by an earlier start.
 
     Yields:
       A function to call, from any thread, with the amount done since its last call.
@@ -140,6 +140,7 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """61 -> '1:01', 3661 -> '1:01:01'."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -19,7 +19,7 @@ from matplotlib.textpath import text_to_path
 
 from xception_flax.text import naming
 
-# Whatever a user's own settings are. Everything that draws comes by here.
+# Everything that draws imports this module, so these hold whatever a user's own settings are.
 matplotlib.use("Agg")  # into files only, without a display
 matplotlib.rcParams["text.usetex"] = False  # names are not LaTeX
 
@@ -156,7 +156,7 @@ def _choose_fonts(letters: frozenset[str]) -> tuple[list[str], frozenset[str]]:
     none = letters - missing
     found = _fonts_with(missing) if missing else {}
     while missing and found:
-        path = max(found, key=lambda path: len(found[path] & missing))  # the first of equals
+        path = max(found, key=lambda path: len(found[path] & missing))  # of equals the first
         if not found[path] & missing:
             break
         missing -= found.pop(path)

@@ -16,22 +16,11 @@ CAPTION_SIZE, TITLE_SIZE = 9, 10  # of letters, in points
 CAPTION_POINTS = 72 * COLUMN_INCHES - 8  # width of a caption
 
 
-def check_path(path: Path) -> None:
-    """Raises UserError unless a picture can be written to `path`. It leaves no file."""
+def check_suffix(path: Path) -> None:
+    """Raises UserError unless the suffix of `path` is that of a format of pictures."""
     kinds = sorted({*FigureCanvasAgg.get_supported_filetypes()} - {"pgf"})  # pgf needs LaTeX
     if path.suffix.lower().removeprefix(".") not in kinds:
         raise UserError(f"{path} is no name of a picture; expected one that ends in .png (or .{', .'.join(kinds)}).")
-    try:
-        new = not path.exists()
-        path.open("ab").close()
-        if new:
-            path.unlink()
-    except OSError as error:
-        raise _not_writable(path, error) from None
-
-
-def _not_writable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written: {error.strerror or error}; name another file.")
 
 
 def draw_mistakes(
@@ -115,6 +104,6 @@ def _draw_images(
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
-        raise _not_writable(path, error) from None
+        raise UserError(f"{path} cannot be written: {error.strerror or error}; name another file.") from None
     finally:
         plt.close(figure)

@@ -65,6 +65,17 @@ def check_kind(path: Path, *, folder: bool = False, access: int = os.R_OK | os.W
         raise UserError(f"{path} cannot be {needed} by this user; change its permissions or its owner.")
 
 
+def check_writable(path: Path) -> None:
+    """Raises UserError unless a file can be written to `path`. It changes nothing."""
+    try:
+        is_new = not path.exists()
+        path.open("ab").close()
+        if is_new:
+            path.resolve().unlink()  # the file itself, if `path` is a link to it
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}; name another file.") from None
+
+
 # On the disk ---------------------------------------------------------------------------------------
 
 

@@ -7,8 +7,8 @@ from typing import IO
 def try_lock(file: IO) -> bool:
     """Locks an open file until it is closed; False where another process holds the lock.
 
-    The lock is the kernel's: it goes with the process, however that ends. Where the file system has no locks, as many
-    shared ones, nobody is kept out.
+    The kernel releases the lock when the process ends, in whatever way. On a file system without locks, as many shared
+    ones are, nobody is kept out.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -44,7 +44,7 @@ MAX_NAMED = 5  # differences, or processes, in an error message
 MAX_LETTERS = 80  # of each value in an error message
 
 _EACH_HOST = (
-    "Start the same command on every host, with --coordinator each with its own --process-id; see what is said there."
+    "Start the same command on every host, with --coordinator each with its own --process-id; look at the output there."
 )
 _WORD, _SIGN, _HEARD = (f"xception_flax/{name}" for name in ("word", "sign", "heard"))
 

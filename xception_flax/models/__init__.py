@@ -30,7 +30,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
 }
 
-# Of JAX's other floating-point types, of 8 bits and less, no convolution can be made.
+# JAX has no convolutions of its other floating-point types, which have 8 bits or less.
 FLOAT_TYPES = tuple(map(jnp.dtype, ("bfloat16", "float16", "float32", "float64")))
 
 
@@ -38,7 +38,7 @@ class _NoFields(nn.Module):
     pass
 
 
-# 'parent' and 'name', which every linen module takes: they are not fields of the network.
+# 'parent' and 'name': every linen module takes them, and they are not fields of the network.
 NO_FIELDS = frozenset(inspect.signature(_NoFields).parameters)
 
 
@@ -52,7 +52,7 @@ def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Mod
         name ('bfloat16').
 
     Raises:
-      ValueError: unknown name or attribute, or a value out of its range.
+      UserError: an unknown name or attribute, or a value out of its range.
     """
     constructor = lookup(MODELS, name, "model")
     known = set(inspect.signature(constructor).parameters) - NO_FIELDS
@@ -68,8 +68,8 @@ def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Mod
 def _float_type(field: str, value: object) -> jnp.dtype:
     try:
         dtype = jnp.dtype(value)
-    except (TypeError, ValueError, SyntaxError):  # NumPy reads it as a list of fields, too
+    except (TypeError, ValueError, SyntaxError):  # NumPy parses some texts as a list of fields
         dtype = None
-    if dtype is None or dtype not in FLOAT_TYPES:  # None equals float64 to NumPy
+    if dtype is None or dtype not in FLOAT_TYPES:  # NumPy takes None for float64
         raise UserError(f"model.{field} must be one of {', '.join(map(str, FLOAT_TYPES))}, got {written(value)}.")
     return dtype

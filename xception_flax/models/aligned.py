@@ -1,10 +1,10 @@
-"""Aligned Xception (DeepLab v3+, Chen et al. 2018, arXiv 1802.02611, figure 4), as timm has it.
+"""Aligned Xception (DeepLab v3+, Chen et al. 2018, arXiv 1802.02611, figure 4), as in timm.
 
-What it changes in Xception: strided depthwise convolutions instead of max-pooling, batch
-normalization after each depthwise convolution too, three separable convolutions in every block, a
-deeper middle flow, symmetric padding. (DeepLab's paper has a ReLU after each depthwise convolution as
-well; timm, which loads DeepLab's weights, has it in the last block only, and so is it here.) The
-pre-activation variants are timm's own.
+It differs from Xception in these points: strided depthwise convolutions instead of max-pooling, batch
+normalization also after each depthwise convolution, three separable convolutions in every block, a
+deeper middle flow, symmetric padding. (DeepLab's paper also has a ReLU after each depthwise
+convolution. timm, which loads DeepLab's weights, has it only in the last block, and so has this
+network.) The pre-activation variants are timm's own.
 """
 
 from collections.abc import Sequence
@@ -41,18 +41,18 @@ class Block(nn.Module):
     """Three separable convolutions, the third one strided, and a shortcut around them.
 
     `[N, H, W, C]` -> `[N, H / 2, W / 2, features[-1]]` where `downsample` and `stride` < `output_stride`,
-    else `[N, H, W, features[-1]]`; and what enters the third convolution, after its ReLU.
+    else `[N, H, W, features[-1]]`. Also returns the input of the third convolution, after its ReLU.
 
     Attributes:
       features: output channels of each separable convolution.
-      stride: of the input, in the plain network.
-      output_stride: as of `AlignedXception`.
+      stride: of the input in the network without dilation, in pixels of the image.
+      output_stride: as in `AlignedXception`.
       depthwise: makes a depthwise convolution from its strides, dilation and name.
       pointwise: makes a 1x1 convolution from its features, strides and name.
       norm: makes a batch normalization from its name.
-      downsample: whether the third convolution has stride 2 in the plain network.
-      last: whether it is the network's last block: without a shortcut, and with a ReLU behind each
-        normalization instead of one in front of each separable convolution.
+      downsample: whether the third convolution has stride 2 in the network without dilation.
+      last: whether it is the network's last block, which has no shortcut, and a ReLU after each
+        normalization instead of one before each separable convolution.
     """
 
     features: Sequence[int]
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Of the third convolution and of the shortcut."""
+        """Strides of the third convolution and of the shortcut."""
         return (2, 2) if self.downsample and self.stride < self.output_stride else (1, 1)
 
     @nn.compact
@@ -95,10 +95,10 @@ class Block(nn.Module):
 
 
 class PreactivationBlock(Block):
-    """The same with normalization and ReLU in front of each separable convolution, and none within or behind.
+    """`Block` with normalization and ReLU before each separable convolution, and none inside or after it.
 
-    The first ones are in front of the shortcut too. What is returned beside the result is what enters
-    the third normalization. Fields are those of `Block`.
+    The first normalization and ReLU are before the shortcut too. The second result is the input of the
+    third normalization.
     """
 
     @nn.compact
@@ -123,32 +123,32 @@ def _identity(x: jax.Array) -> jax.Array:
 
 
 class AlignedXception(nn.Module):
-    """Aligned Xception from the strides of its entry flow and the length of its middle flow.
+    """Aligned Xception with a given entry flow and a given length of the middle flow.
 
     `xception41`, `xception65` and `xception71` in `MODELS`, and `xception41p`, `xception65p` with
     pre-activation. Images, collections and `train` as for `Xception`.
 
     Attributes:
       num_classes: width of the logits; 0 for no classifier: the pooled features `[N, 2048]` instead.
-      entry_flow: (channels, stride) of its blocks; three strides of 2 in all.
+      entry_flow: (channels, stride) of each block; three strides are 2, all others 1.
       middle_repeats: blocks in the middle flow.
-      preactivation: normalization and ReLU before each separable convolution, and none in it.
+      preactivation: normalization and ReLU before each separable convolution, and none inside it.
       dropout_rate: share of the pooled features that is dropped in training.
       width: multiplies every number of channels but the classifier's.
-      width_multiple: to a multiple of this they are then rounded.
-      output_stride: pixels of the image to a pixel of the last features: 32, or 16 or 8, where dilated
-        convolutions stand for the strides left out. Weights fit all three. (In timm, xception71 with
-        output_stride=8 lacks one shortcut convolution that it has with 16 and 32; here it stays.)
-      remat: compute the inside of each block again in the backward pass instead of keeping it.
+      width_multiple: numbers of channels are rounded to a multiple of this, after `width`.
+      output_stride: stride of the last features, in pixels of the image: 32, or 16 or 8 with dilated
+        convolutions in place of the last strides. Weights fit all three. (In timm, xception71 lacks
+        one shortcut convolution with output_stride=8; here it has that too.)
+      remat: recompute the inside of each block in the backward pass, which saves memory.
       bn_decay: share of the old moving statistic that a step keeps.
-      bn_frozen: training too normalizes by the moving statistics, and leaves them as they are.
+      bn_frozen: normalize by the moving statistics in training too, and leave them unchanged.
       bn_epsilon: added to the variance (1e-3 in DeepLab; 1e-5 in timm's xception41p).
       dtype: of the computation; batch statistics and logits are float32 in any case.
       param_dtype: of the parameters.
 
     Raises:
-      ValueError: a field out of its range, images that are not `[N, H, W, C]` or too small, weights
-        for another number of channels.
+      UserError: a field is out of its range, the images are not `[N, H, W, C]` or too small, or the
+        weights are for another number of channels.
     """
 
     num_classes: int = 1000
@@ -182,7 +182,7 @@ class AlignedXception(nn.Module):
 
     @property
     def strides(self) -> dict[str, int]:
-        """Pixels of the image to a pixel of each stage."""
+        """Stride of each stage, in pixels of the image."""
         return {f"stage{i}": min(2**i, self.output_stride) for i in range(1, 6)}
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -191,12 +191,12 @@ class AlignedXception(nn.Module):
 
     @nn.compact
     def endpoints(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns what a detector, a segmentation or a probe takes from the network, by name.
+        """Returns the features for detection, segmentation or probes, and the logits, by name.
 
         `model.apply(variables, images, train=False, method="endpoints")`. 'stage1' to 'stage5': the
         last features at strides 2, 4, 8, 16 and 32 (see `strides`). The first four are the inputs of
-        the strided convolutions (DeepLab's decoder and timm's `features_only` take these), after
-        their ReLU, or before normalization and ReLU with `preactivation`; at 299 px
+        the strided convolutions, as DeepLab's decoder and timm's `features_only` use them: after
+        their ReLU, or with `preactivation` before normalization and ReLU. At 299 px
         `[N, 150, 150, 128]`, `[N, 75, 75, 256]`, `[N, 38, 38, 728]`, `[N, 19, 19, 1024]` and
         `[N, 10, 10, 2048]`. 'pooled': `[N, 2048]`. 'logits'.
         """

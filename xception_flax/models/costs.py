@@ -81,11 +81,11 @@ def _size(tree: Any) -> int:
 
 
 def training_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Returns the floating-point operations an image that training this network needs.
+    """Returns the floating-point operations that training this network needs for one image.
 
     A multiply-add is two operations. Training takes three times the forward pass: for each product, the backward pass
     computes two of the same size, the gradients of its input and of its weights. Only convolutions and dense layers
-    count, and not what is computed again to save memory.
+    count, without what is recomputed to save memory.
     """
     return 2 * 3 * sum(layer.macs for layer in list_layers(model, image_shape))
 

@@ -1,4 +1,4 @@
-"""What every network here keeps to: checks of its fields and its images, widths, strides traded for dilation."""
+"""What the networks share: checks of fields and images, widths, dilation in place of strides, blocks."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +19,7 @@ MAX_CHANNELS = 2**24  # of one layer, classes too
 
 
 def check_fields(model: nn.Module) -> None:
-    """Raises ValueError where a field that several networks share is out of its range."""
+    """Raises UserError if a field that several networks share is out of its range."""
     fields = vars(model)
     check_range("model.num_classes (0: no classifier)", model.num_classes, 0, MAX_CHANNELS)
     check_range("model.dropout_rate", model.dropout_rate, 0, 1, below=True)
@@ -36,7 +36,7 @@ def check_fields(model: nn.Module) -> None:
 
 
 def check_widths(name: str, widths: Sequence[int]) -> None:
-    """Raises ValueError unless these are numbers of channels, at most `MAX_LAYERS`."""
+    """Raises UserError unless `widths` are numbers of channels, at most `MAX_LAYERS` of them."""
     if any(not isinstance(width, int) or width < 1 for width in widths):
         raise UserError(f"{name} must be positive integers, got {written(tuple(widths))}.")
     check_range(f"number of {name}", len(widths), 0, MAX_LAYERS)
@@ -45,7 +45,7 @@ def check_widths(name: str, widths: Sequence[int]) -> None:
 
 
 def check_images(images: jax.Array, min_size: int, network: str) -> None:
-    """Raises ValueError where `images` are not `[N, H, W, C]` or less than `min_size` pixels high or wide."""
+    """Raises UserError if `images` are not `[N, H, W, C]`, or less than `min_size` pixels high or wide."""
     if images.ndim != 4:
         raise UserError(f"images must be [N, H, W, C], got shape {images.shape}.")
     if images.shape[1] in (1, 3) and images.shape[3] > 4:
@@ -59,10 +59,10 @@ def check_images(images: jax.Array, min_size: int, network: str) -> None:
 
 
 def scaled(features: int, width: float, multiple: int = 8) -> int:
-    """The nearest multiple of `multiple` to `features * width`, and at least one multiple.
+    """Returns the multiple of `multiple` that is nearest to `features * width`, and at least `multiple`.
 
     Raises:
-      ValueError: it is more than `MAX_CHANNELS`.
+      UserError: it is more than `MAX_CHANNELS`.
     """
     channels = max(multiple, multiple * round(features * width / multiple))
     if channels > MAX_CHANNELS:
@@ -73,12 +73,12 @@ def scaled(features: int, width: float, multiple: int = 8) -> int:
 
 
 def rate_at(stride: int, output_stride: int) -> int:
-    """Dilation of an operation whose input has `stride` in the plain network: 1 where that stride is still had."""
+    """Returns the dilation of an operation whose input has this `stride` in the network without dilation."""
     return max(1, stride // output_stride)
 
 
 def batch_norm(model: nn.Module, *, train: bool, **fields: bool) -> ModuleDef:
-    """Returns what makes a batch normalization of `model` from its name; `fields` are more of `nn.BatchNorm`'s."""
+    """Returns `nn.BatchNorm` with the settings of `model`; `fields` are further ones."""
     return partial(
         nn.BatchNorm,
         use_running_average=not train or model.bn_frozen,
@@ -93,8 +93,8 @@ def batch_norm(model: nn.Module, *, train: bool, **fields: bool) -> ModuleDef:
 def add_block(model: nn.Module, block: ModuleDef, *args: object, **fields: object) -> nn.Module:
     """Returns a block of `model`, rematerialised if `model.remat`; to be called inside its compact method.
 
-    Its layers become layers of the model itself: the parameters have 'block2_sepconv1', as Keras'
-    weights do, not 'block2/sepconv1'.
+    Its layers become layers of the model itself, so that parameters are called 'block2_sepconv1', as
+    in Keras' weights, not 'block2/sepconv1'.
     """
     module = (nn.remat(block) if model.remat else block)(*args, **fields)
     nn.share_scope(model, module)

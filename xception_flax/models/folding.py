@@ -54,7 +54,7 @@ def _normalized_convolutions(
 ) -> list[tuple[tuple[str, ...], tuple[str, ...], float]]:
     """Returns (path of a convolution, path of the normalization that alone uses its result, its epsilon), in order."""
     if getattr(model, "remat", False):
-        model = model.clone(remat=False)  # with remat, a block would return other objects than were made in it
+        model = model.clone(remat=False)  # with remat, a block returns other objects than those made inside it
     made, pairs = {}, []  # `made` keeps the arrays alive, so that no other array gets the id of one
 
     def watch(call, args, kwargs, context):

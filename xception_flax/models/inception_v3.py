@@ -13,8 +13,8 @@ from xception_flax.models.fields import add_block, batch_norm, check_fields, che
 from xception_flax.models.layers import Conv, ModuleDef, classifier_head
 from xception_flax.text.errors import UserError
 
-MIN_IMAGE_SIZE = 75  # pixels a side, as Keras has it; the last stage is then 1 x 1
-MIN_AUXILIARY_MAP = 17  # pixels a side of stage 4: what 299 px give, and the auxiliary tower needs
+MIN_IMAGE_SIZE = 75  # pixels a side, as in Keras; the last stage is then 1 x 1
+MIN_AUXILIARY_MAP = 17  # pixels a side of stage 4 that the auxiliary tower needs; images of 299 px have them
 
 HALVE = dict(strides=2, padding="VALID")
 
@@ -44,19 +44,19 @@ def conv_unit(
 
 
 def tower(unit: Unit, x: jax.Array, steps: Steps, name: str, *, reduce: bool = False) -> jax.Array:
-    """Units one after the other, `NAME_1`, `NAME_2`, ...; with `reduce` the last has stride 2."""
+    """Applies units one after the other, `NAME_1`, `NAME_2`, ...; with `reduce` the last has stride 2."""
     for i, (features, kernel_size) in enumerate(steps, start=1):
         options = HALVE if reduce and i == len(steps) else {}
         x = unit(x, features, kernel_size, f"{name}_{i}", **options)
     return x
 
 
-# The blocks: towers from the same input, side by side. Their layers become those of the network, see
-# `fields.add_block`. Channels are those at width 1.
+# The blocks: parallel towers on the same input. Their layers become layers of the network, see
+# `fields.add_block`. Numbers of channels are those at width 1.
 
 
 class Mixed35(nn.Module):
-    """Figure 5 of the Inception V3 paper, with one 5x5 left whole: N x 35 x 35 x C -> 224 + `pool_features`."""
+    """Figure 5 of the Inception V3 paper, but with one 5x5: N x 35 x 35 x C -> N x 35 x 35 x (224 + pool_features)."""
 
     unit: Unit
     pool_features: int
@@ -87,7 +87,12 @@ class Reduce35(nn.Module):
 
 
 class Mixed17(nn.Module):
-    """Figure 6, a 7x7 as 1x7 and 7x1: N x 17 x 17 x C -> 768, with `features` inside the towers."""
+    """Figure 6, each 7x7 split into 1x7 and 7x1: N x 17 x 17 x C -> N x 17 x 17 x 768.
+
+    Attributes:
+      unit: `conv_unit` of the network.
+      features: channels inside the towers.
+    """
 
     unit: Unit
     features: int
@@ -121,7 +126,7 @@ class Reduce17(nn.Module):
 
 
 class Mixed8(nn.Module):
-    """Figure 7, a 3x3 spread over 1x3 and 3x1 side by side: N x 8 x 8 x C -> 2048."""
+    """Figure 7, a 3x3 split into parallel 1x3 and 3x1: N x 8 x 8 x C -> N x 8 x 8 x 2048."""
 
     unit: Unit
 
@@ -141,14 +146,14 @@ class Mixed8(nn.Module):
 
 
 class Auxiliary(nn.Module):
-    """The auxiliary tower, as TF-slim builds it: N x 17 x 17 x 768 -> logits `[N, num_classes]`.
+    """The auxiliary tower, as in TF-slim: N x 17 x 17 x 768 -> logits `[N, num_classes]`.
 
     Attributes:
-      unit: the network's.
+      unit: `conv_unit` of the network.
       dense: makes the classifier from its name.
 
     Raises:
-      ValueError: less than 17 x 17 features.
+      UserError: the features are smaller than 17 x 17.
     """
 
     unit: Unit
@@ -173,32 +178,33 @@ def _concatenate(*towers: jax.Array) -> jax.Array:
 
 
 class InceptionV3(nn.Module):
-    """Inception V3 as Keras Applications has it: 23,817,352 trainable parameters at 1000 classes.
+    """Inception V3 as in Keras Applications: 23,817,352 trainable parameters at 1000 classes.
 
-    The Xception paper's table 3 says 23,626,728 and not what it counts; Keras' network, whose weights
-    are published, is by the same author and has the modules of the Inception V3 paper (figures 5, 6
-    and 7), so its number is the one held to here. Normalization has no scale, as the ReLU behind it
-    and the next convolution make one superfluous. Images, collections and `train` as for `Xception`,
-    but H and W at least 75.
+    The Xception paper's table 3 says 23,626,728, without saying what it counts. This is Keras' network
+    instead: its weights are published, it is by the same author, and it has the modules of the
+    Inception V3 paper (figures 5, 6 and 7). Normalization has no scale: with a ReLU and a convolution
+    after it, a scale is superfluous. Images, collections and `train` as for `Xception`, but H and W are
+    at least 75.
 
     Attributes:
       num_classes: width of the logits; 0 for no classifier: the pooled features `[N, 2048]` instead.
       dropout_rate: share of the pooled features that is dropped in training (Xception paper, section
         4.3: 0.5 on ImageNet, none on JFT).
       fc_layers: widths of hidden layers before the classifier (Xception paper, table 2).
-      auxiliary: build the auxiliary tower on the 17 x 17 features too: `endpoints` then has
-        'auxiliary_logits'. It is in no loss here; the Xception paper trains without (section 4.3).
-      width: multiplies every number of channels but the classifiers' (then rounded to a multiple of 8).
-      remat: compute the inside of each module again in the backward pass instead of keeping it.
+      auxiliary: also build the auxiliary tower on the 17 x 17 features; `endpoints` then has
+        'auxiliary_logits'. No loss here uses them; the Xception paper trains without (section 4.3).
+      width: multiplies every number of channels but the classifiers'; the results are rounded to a
+        multiple of 8.
+      remat: recompute the inside of each module in the backward pass, which saves memory.
       bn_decay: share of the old moving statistic that a step keeps.
-      bn_frozen: training too normalizes by the moving statistics, and leaves them as they are.
+      bn_frozen: normalize by the moving statistics in training too, and leave them unchanged.
       bn_epsilon: added to the variance.
       dtype: of the computation; batch statistics and logits are float32 in any case.
       param_dtype: of the parameters.
 
     Raises:
-      ValueError: a field out of its range, images that are not `[N, H, W, C]` or too small, weights
-        for another number of channels.
+      UserError: a field is out of its range, the images are not `[N, H, W, C]` or too small, or the
+        weights are for another number of channels.
     """
 
     num_classes: int = 1000
@@ -221,7 +227,7 @@ class InceptionV3(nn.Module):
 
     @property
     def strides(self) -> dict[str, int]:
-        """Pixels of the image to a pixel of each stage; without padding, so that borders are lost besides."""
+        """Stride of each stage, in pixels of the image. Convolutions without padding lose borders as well."""
         return {f"stage{i}": 2**i for i in range(1, 6)}
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -230,7 +236,7 @@ class InceptionV3(nn.Module):
 
     @nn.compact
     def endpoints(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns what a detector, a segmentation or a probe takes from the network, by name.
+        """Returns the features for detection, segmentation or probes, and the logits, by name.
 
         `model.apply(variables, images, train=False, method="endpoints")`. 'stage1' to 'stage5': the
         last features at strides 2, 4, 8, 16 and 32, after a ReLU; at 299 px `[N, 147, 147, 64]`,

@@ -12,7 +12,7 @@ from xception_flax.models import ops
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup
 
-# Neither the paper nor its code states an initialiser; with batch normalization after every
+# Neither the paper nor its code states an initializer; with batch normalization after every
 # convolution only the direction of a kernel matters. Variance 1 / fan_in keeps the signal's size
 # where a kernel is followed by another kernel (depthwise, then pointwise).
 kernel_init = nn.initializers.lecun_normal()
@@ -24,10 +24,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "el
 
 
 def _kernel(module: nn.Module, shape: tuple[int, ...]) -> jax.Array:
-    """The module's parameter `kernel`, in the type that it computes in.
+    """Returns the module's parameter `kernel`, cast to the type of its computation.
 
     Raises:
-      ValueError: weights of another shape are loaded.
+      UserError: the loaded weights have another shape.
     """
     if module.has_variable("params", "kernel"):
         loaded = module.get_variable("params", "kernel").shape
@@ -35,7 +35,7 @@ def _kernel(module: nn.Module, shape: tuple[int, ...]) -> jax.Array:
             raise UserError(
                 f"{'/'.join(module.path) or type(module).__name__}: the input and the model's fields need a kernel of "
                 f"{_dimensions(shape)} (rows x columns x channels x features), the weights have {_dimensions(loaded)}; "
-                "give images and fields as the weights were made for, or other weights."
+                "give images and fields that fit the weights, or other weights."
             )
     return module.param("kernel", kernel_init, shape, module.param_dtype).astype(module.dtype)
 
@@ -47,7 +47,7 @@ def _dimensions(shape: tuple[int, ...]) -> str:
 class Conv(nn.Module):
     """2-D convolution without bias: `[N, H, W, C]` -> `[N, H', W', features]`.
 
-    Dense, unless `groups` cuts the channels into segments with filters of their own. Parameters:
+    With `groups`, each of as many equal segments of the channels has its own filters. Parameters:
     `kernel` `[kh, kw, C / groups, features]`.
     """
 
@@ -131,7 +131,10 @@ class SeparableConv(nn.Module):
     def normalized(
         self, x: jax.Array, scale: jax.Array, shift: jax.Array, *, relu: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """The same of `relu(x * scale + shift)`, and the moments of the result: see `ops`. Not for `mid_activation`."""
+        """The convolution of `relu(x * scale + shift)`, without `mid_activation`, and the moments of the result.
+
+        See `ops.normalized_separable_convolution`.
+        """
         kernels = (self.get_variable("params", name)["kernel"] for name in ("depthwise", "pointwise"))
         return ops.normalized_separable_convolution(
             x, scale, shift, *(kernel.astype(self.dtype) for kernel in kernels), relu=relu, dilation=self.dilation
@@ -139,9 +142,9 @@ class SeparableConv(nn.Module):
 
 
 class _TrainingBatchNorm(nn.Module):
-    """`nn.BatchNorm` while training, its variables too, but from moments to the multiply-add that it is.
+    """`nn.BatchNorm` in training, with the same variables, as the scale and shift that it applies.
 
-    `[2, C]` (means of an array and of its square) -> scale `[C]`, shift `[C]`.
+    Moments `[2, C]` (means of an array and of its square) -> scale `[C]`, shift `[C]`.
     """
 
     momentum: float
@@ -170,7 +173,7 @@ def separable_units(
     rate: int = 1,
     relu_first: bool = True,
 ) -> jax.Array:
-    """Units of Xception, one after the other: ReLU, separable convolution, batch normalization.
+    """Applies units of Xception one after the other: ReLU, separable convolution, batch normalization.
 
     To be called inside a module's compact `__call__`: its layers become that module's `NAME1`,
     `NAME1_bn`, `NAME2`, ...
@@ -181,10 +184,10 @@ def separable_units(
       sepconv: makes a convolution from its features, dilation and name.
       norm: makes a batch normalization from its name.
       rate: dilation of the convolutions.
-      relu_first: whether the first unit has its ReLU.
+      relu_first: whether the first unit has a ReLU too.
 
     Returns:
-      `[N, H, W, features[-1]]`, normalised, without a ReLU behind.
+      `[N, H, W, features[-1]]`, normalized, without a final ReLU.
     """
     convs = [sepconv(f, dilation=(rate, rate), name=f"{name}{i}") for i, f in enumerate(features, start=1)]
     if ops.fuses_chains() and _is_fusible(convs[0], norm):
@@ -195,7 +198,7 @@ def separable_units(
 
 
 def _is_fusible(conv: nn.Module, norm: ModuleDef) -> bool:
-    """Whether it is a step of training of the separable convolution that `ops` can combine with its neighbours."""
+    """Whether `ops` can combine the convolution with its neighbours: a plain separable one, in a training step."""
     separable = isinstance(conv, SeparableConv) and conv.mid_activation is None
     return separable and not conv.is_initializing() and not norm(parent=None).use_running_average
 
@@ -203,9 +206,9 @@ def _is_fusible(conv: nn.Module, norm: ModuleDef) -> bool:
 def _fused_separable_units(
     x: jax.Array, convs: Sequence[SeparableConv], norm: ModuleDef, *, relu_first: bool
 ) -> jax.Array:
-    """The same by other means: each convolution is given the multiply-add of the normalization before it.
+    """`separable_units` with each normalization's scale and shift applied by the convolution after it.
 
-    So `ops` can do both, and the sums of the next normalization, in one pass over memory.
+    So `ops` can compute both, and the sums of the next normalization, in one pass over memory.
     """
     fields = norm(parent=None)  # of nn.BatchNorm
     dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
@@ -219,13 +222,13 @@ def _fused_separable_units(
 
 
 def segments(channels: int, towers: int | None) -> tuple[int, ...]:
-    """Sizes of the non-overlapping segments that `towers` spatial convolutions divide `channels` into.
+    """Returns the sizes of the segments into which `towers` spatial convolutions divide the channels.
 
-    As equal as can be, the larger ones first: `segments(10, 4)` is `(3, 3, 2, 2)`. None stands for
-    one channel a segment.
+    They are as equal as possible, the larger ones first: `segments(10, 4)` is `(3, 3, 2, 2)`. With
+    `towers=None` each segment is one channel.
 
     Raises:
-      ValueError: `towers` is not from 1 to `channels`.
+      UserError: `towers` is not from 1 to `channels`.
     """
     towers = channels if towers is None else towers
     if not isinstance(towers, int) or not 1 <= towers <= channels:
@@ -240,28 +243,28 @@ def segments(channels: int, towers: int | None) -> tuple[int, ...]:
 class TowerConv(nn.Module):
     """A point on the axis between the regular and the depthwise separable convolution (sections 1.2 and 5).
 
-    `[N, H, W, C]` -> `[N, H, W, features]`. A 1x1 convolution maps all channels at once; `towers`
-    spatial convolutions map space, each in a segment of the channels of its own. With 1 tower this is
-    a regular convolution next to a 1x1, with 3 or 4 the Inception module of figures 2 and 3, with one
-    tower a channel (None) the 'extreme' module of figure 4 or, in the other order, `SeparableConv`.
+    `[N, H, W, C]` -> `[N, H, W, features]`. A 1x1 convolution mixes all channels, and `towers` spatial
+    convolutions each work on a segment of the channels. With 1 tower this is a regular convolution next
+    to a 1x1, with 3 or 4 the Inception module of figures 2 and 3, with one tower a channel (None) the
+    'extreme' module of figure 4 or, in the other order, `SeparableConv`.
 
-    Parameters: `pointwise/kernel` `[1, 1, C, features]`, `spatial/kernel` `[kh, kw, c / towers, c]`, where
-    the spatial convolutions see `c` channels; if the towers do not divide them, the larger segments are
-    in `spatial` and the smaller ones in `spatial_smaller`. In all `C * features + kh * kw *` the sum of
-    the squares of `segments(c, towers)`, and as many multiply-adds a pixel.
+    Parameters: `pointwise/kernel` `[1, 1, C, features]` and `spatial/kernel` `[kh, kw, c / towers, c]`, where
+    `c` is the number of channels of the spatial convolutions. If `towers` does not divide `c`, the larger
+    segments are in `spatial` and the smaller ones in `spatial_smaller`. In all these are `C * features +
+    kh * kw * sum(s**2 for s in segments(c, towers))` weights, and as many multiply-adds a pixel.
 
     Attributes:
       features: channels of the result.
-      towers: number of segments, from 1 to the channels that the spatial convolutions see: `features`
-        where the 1x1 comes first, else C. They need not divide them: see `segments`.
+      towers: number of segments, from 1 to `c`, which is `features` if the 1x1 comes first, else C. It
+        need not divide `c`: see `segments`.
       order: 'depthwise_first' (separable convolution) or 'pointwise_first' (Inception).
       kernel_size: of the spatial convolutions.
       dilation: of the spatial convolutions.
-      mid_activation: None, 'relu' or 'elu' between the two (Inception has one, section 4.7 is better
-        without).
+      mid_activation: None, 'relu' or 'elu' between the two (Inception has one; in section 4.7 Xception is
+        better without).
 
     Raises:
-      ValueError: a value out of its range.
+      UserError: a value is out of its range.
     """
 
     features: int
@@ -318,12 +321,12 @@ def classifier_head(
 
     To be called inside a module's compact `__call__`: its layers become that module's `fc1`, `fc2`,
     ... and `predictions`. `fc_layers` are the widths of the 'optional fully-connected layers' of the
-    paper's figure 5, each followed by a ReLU. Dropout (section 4.3) takes the random stream
-    'dropout' while `train` is true.
+    paper's figure 5, each followed by a ReLU. With `train`, dropout (section 4.3) draws from the random
+    stream 'dropout'.
 
     Args:
       x: `[N, C]`, as `ops.global_average_pool` gives it.
-      num_classes: width of the logits; 0 for none, and `x` itself.
+      num_classes: width of the logits; with 0, `x` is returned.
 
     Returns:
       Logits `[N, num_classes]`, float32 (float64 where `dtype` is).

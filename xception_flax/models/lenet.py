@@ -1,4 +1,4 @@
-"""A LeNet-style network (LeCun et al. 1998): the convolutions and max-pooling that the paper's story starts from."""
+"""A LeNet-style network (LeCun et al. 1998): the convolutions and max-pooling from which the paper's history starts."""
 
 from collections.abc import Sequence
 
@@ -19,22 +19,22 @@ MAX_CONVOLUTIONS = 13  # each halves the image, and no image has more than 10,00
 class LeNet(nn.Module):
     """Convolutions 5x5 with a ReLU, each followed by max-pooling 2x2, then fully connected layers.
 
-    LeNet-5's plan with today's parts: ReLU, max-pooling and, so that any image size will do, global
-    average pooling where LeNet-5 flattens. No batch normalization: the only collection is `params`.
-    The baseline of the small recipes. Images and `train` as for `Xception`.
+    LeNet-5 with today's parts: ReLU, max-pooling, and global average pooling instead of flattening, so
+    that any image size works. No batch normalization: the only collection is `params`. The baseline of
+    the small recipes. Images and `train` as for `Xception`.
 
     Attributes:
       num_classes: width of the logits; 0 for no classifier: the pooled features instead.
       features: output channels of the convolutions, before `width`.
       fc_layers: widths of hidden layers before the classifier.
       dropout_rate: share of the last hidden features that is dropped in training.
-      width: multiplies the channels of the convolutions (then rounded to a multiple of 8).
+      width: multiplies the channels of the convolutions, which are then rounded to a multiple of 8.
       dtype: of the computation; logits are float32 in any case.
       param_dtype: of the parameters.
 
     Raises:
-      ValueError: a field out of its range, images that are not `[N, H, W, C]` or too small, weights
-        for another number of channels.
+      UserError: a field is out of its range, the images are not `[N, H, W, C]` or too small, or the
+        weights are for another number of channels.
     """
 
     num_classes: int = 1000
@@ -54,7 +54,7 @@ class LeNet(nn.Module):
 
     @property
     def strides(self) -> dict[str, int]:
-        """Pixels of the image to a pixel of each stage."""
+        """Stride of each stage, in pixels of the image."""
         return {f"stage{i}": 2**i for i in range(1, len(self.features) + 1)}
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:

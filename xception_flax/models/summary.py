@@ -16,14 +16,14 @@ class Row(NamedTuple):
     """Layers that are counted together, such as those of a stage.
 
     Attributes:
-      name: theirs, or 'first ... last' of a fold.
-      count: rows of the same numbers that are folded into this one.
-      shape: of the output, `(H, W, C)` or `(C,)`; of a stage it is what the next one gets.
-      stride: pixels of the image to a pixel of the output; None where it has none.
-      parameters: trainable; this and the following are totals of the fold.
-      statistics: moving means and variances.
+      name: of the layers, or 'first ... last' of folded rows.
+      count: number of rows with equal figures that are folded into this one.
+      shape: of the output, `(H, W, C)` or `(C,)`; of a stage, the shape that the next one gets.
+      stride: of the output, in pixels of the image; None if the output has no pixels.
+      parameters: number of trainable values; this and the following are totals of the folded rows.
+      statistics: number of moving means and variances.
       macs: multiply-adds an image.
-      activation_bytes: an image.
+      activation_bytes: bytes of the outputs, an image.
     """
 
     name: str
@@ -38,11 +38,12 @@ class Row(NamedTuple):
 
 class _Trace(NamedTuple):
     layers: list[costs.Layer]
-    inputs: dict[str, Shape]  # of the modules at the top, by name
-    features: Shape  # the last stage of the network's `endpoints`
+    inputs: dict[str, Shape]  # of the top-level modules, by name
+    features: Shape  # of the last stage of the network's `endpoints`
 
 
 def trace_network(model: nn.Module, image_shape: tuple[int, int, int]) -> _Trace:
+    """Returns the layers, the inputs of the top-level modules and the last features, for one image `(H, W, C)`."""
     inputs: dict[str, Shape] = {}
     features: Shape = ()
 
@@ -62,7 +63,7 @@ def trace_network(model: nn.Module, image_shape: tuple[int, int, int]) -> _Trace
 
 
 def _stages(trace: _Trace) -> Iterator[tuple[str, Shape, list[costs.Layer]]]:
-    """Name, shape of the output and layers of each stage."""
+    """Yields name, shape of the output and layers of each stage."""
     groups = [
         (stage, list(layers))
         for stage, layers in itertools.groupby(trace.layers, lambda layer: layer.path[0].partition("_")[0])
@@ -70,9 +71,9 @@ def _stages(trace: _Trace) -> Iterator[tuple[str, Shape, list[costs.Layer]]]:
     for i, (stage, layers) in enumerate(groups):
         shape = layers[-1].shape
         if len(shape) == 3:
-            # What stands behind the last layer, such as pooling and the concatenation of towers, has no
-            # parameters and so no row; the next stage's input shows it. Behind the last features that is
-            # the global pooling, which belongs to no stage.
+            # Operations after the last layer, such as pooling and concatenating towers, have no parameters
+            # and so no row: the shape after them is that of the next stage's input. The global pooling
+            # after the last features belongs to no stage.
             following = trace.inputs[groups[i + 1][1][0].path[0]] if i + 1 < len(groups) else ()
             shape = following if len(following) == 3 else trace.features
         yield stage, shape, layers
@@ -84,9 +85,9 @@ def _layers(trace: _Trace) -> Iterator[tuple[str, Shape, list[costs.Layer]]]:
 
 
 def summarize(model: nn.Module, image_shape: tuple[int, int, int], *, by: str = "stages") -> list[Row]:
-    """Returns a row a stage of `model`, or a row a layer, in the order of computation, for one image `(H, W, C)`.
+    """Returns a row for each stage of `model`, or for each layer, in the order of computation.
 
-    A stage is the neighbouring layers whose names at the top begin with the same word: 'block2' of
+    A stage is a sequence of layers whose top-level names begin with the same word: 'block2' in
     'block2_sepconv1'. Every layer with parameters is in exactly one row.
 
     Args:
@@ -95,13 +96,13 @@ def summarize(model: nn.Module, image_shape: tuple[int, int, int], *, by: str = 
       by: 'stages' or 'layers'.
 
     Raises:
-      ValueError: the model does not take images of this shape, or `by` is neither.
+      UserError: the model does not accept images of this shape, or `by` is neither.
     """
     parts = lookup({"stages": _stages, "layers": _layers}, by, "grouping")
     height, width, channels = image_shape
     trace = trace_network(model, image_shape)
-    # A stride is exact when read from two image sizes: an image larger by a multiple of it has just as
-    # many more pixels in the output, whatever borders are lost on the way. 3 is the auxiliary tower's.
+    # Two image sizes show the exact stride, whatever borders are lost: from an image that is larger by
+    # n strides, the output is larger by n pixels. The auxiliary tower has a stride of 3 besides.
     growth = 6 * max(model.strides.values())
     larger = trace_network(model, (height + growth, width + growth, channels))
     rows = []
@@ -112,7 +113,7 @@ def summarize(model: nn.Module, image_shape: tuple[int, int, int], *, by: str = 
 
 
 def fold(rows: Iterable[Row]) -> list[Row]:
-    """Returns the rows, neighbours that differ only in their names folded into one with their totals."""
+    """Folds neighbouring rows that differ only in their names into one row with their totals."""
     folded = []
     for _, same in itertools.groupby(rows, lambda row: row[1:]):
         same = list(same)
@@ -122,5 +123,6 @@ def fold(rows: Iterable[Row]) -> list[Row]:
 
 
 def totals(parts: Iterable[costs.Layer | Row]) -> tuple[int, int, int, int]:
+    """Returns the sums of parameters, statistics, macs and activation_bytes."""
     columns = zip(*((p.parameters, p.statistics, p.macs, p.activation_bytes) for p in parts), strict=True)
     return tuple(map(sum, columns))

@@ -1,8 +1,8 @@
 """The Inception hypothesis as code: the modules of the paper's figures 1 to 4, and Xception at any point between.
 
 The hypothesis (section 1.1): correlations across channels and across space are decoupled enough that
-it is better not to map them jointly. Its strength is an axis, the number of segments of the channels
-that are mapped in space by themselves (sections 1.2 and 5: 'appears not to have been explored').
+it is better not to map them jointly. How far a network follows it is the number of segments of the
+channels with a spatial convolution of their own (sections 1.2 and 5: 'appears not to have been explored').
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ from xception_flax.models.xception import Xception
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup
 
-# As in the figures there is no normalization here. Figure 1 has a ReLU behind each convolution, as
-# Inception V3; 2 to 4 only the one between 1x1 and 3x3 that their equivalence is about.
+# As in the figures, there is no normalization. Figure 1 has a ReLU after each convolution, as in
+# Inception V3. Figures 2 to 4, which are about equivalence, have one only between 1x1 and 3x3.
 
 
 class InceptionModule(nn.Module):
@@ -62,7 +62,7 @@ class SimplifiedInceptionModule(nn.Module):
       mid_activation: between the 1x1 and the 3x3 convolutions: None, 'relu' or 'elu'.
 
     Raises:
-      ValueError: `towers` out of its range.
+      UserError: `towers` is out of its range.
     """
 
     features: int
@@ -85,8 +85,8 @@ class SimplifiedInceptionModule(nn.Module):
 class SegmentedInceptionModule(TowerConv):
     """Figure 3, strictly equivalent to figure 2: one large 1x1, then a 3x3 in each of its segments.
 
-    `[N, H, W, C]` -> 1x1 `[N, H, W, features]` -> 3x3 side by side `[N, H, W, features]`. Its weights
-    from those of figure 2: `merge_towers`.
+    `[N, H, W, C]` -> 1x1 `[N, H, W, features]` -> parallel 3x3 `[N, H, W, features]`. `merge_towers`
+    makes its weights from those of figure 2.
     """
 
     towers: int | None = 3
@@ -97,20 +97,20 @@ class SegmentedInceptionModule(TowerConv):
 class ExtremeInceptionModule(SegmentedInceptionModule):
     """Figure 4: one 3x3 for each output channel of the 1x1. `[N, H, W, C]` -> `[N, H, W, features]`.
 
-    Differs from the depthwise separable convolution in the order, and in the non-linearity (section 1.2).
+    It differs from the depthwise separable convolution in the order and the non-linearity (section 1.2).
     """
 
     towers: int | None = None
 
 
 def merge_towers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the weights of figure 2 rearranged for figure 3, which computes the same with them.
+    """Returns the weights of figure 2 rearranged for figure 3, so that it computes the same.
 
     Args:
       params: collection 'params' of a `SimplifiedInceptionModule`.
 
     Returns:
-      The same of a `SegmentedInceptionModule` of as many towers.
+      Collection 'params' of a `SegmentedInceptionModule` with as many towers.
     """
     count = len(params) // 2
     pointwise = [params[f"tower{i}_1x1"]["kernel"] for i in range(1, count + 1)]
@@ -124,15 +124,15 @@ def merge_towers(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class XceptionTowers(Xception):
-    """Xception with a `TowerConv` for every separable convolution: the axis of the hypothesis, whole networks long.
+    """Xception with a `TowerConv` in place of every separable convolution, to compare numbers of towers.
 
-    `towers=None`, one a channel, is Xception itself; `towers=1` the same network of regular
-    convolutions (each next to a 1x1); 3 or 4 are as many as an Inception module has. Other fields as
-    for `Xception`, but that channels need be no multiple of anything, so that `equal_width` is exact.
+    `towers=None`, one a channel, is Xception itself; `towers=1` is the same network with regular
+    convolutions (each next to a 1x1); an Inception module has 3 or 4. The other fields are those of
+    `Xception`, but numbers of channels may be any integers, so that `equal_width` is exact.
 
     Attributes:
-      towers: from 1 to the fewest channels that a spatial convolution sees (at width 1: 64, or 128 with
-        the pointwise convolution first), or None.
+      towers: from 1 to the fewest channels of a spatial convolution (at width 1: 64, or 128 with the
+        pointwise convolution first), or None.
       order: 'depthwise_first' (separable convolution) or 'pointwise_first' (Inception).
     """
 
@@ -154,10 +154,9 @@ class XceptionTowers(Xception):
 
 
 def equal_width(towers: int | None, *, order: str = "depthwise_first", keep: str = "parameters") -> float:
-    """Returns the `width` at which `XceptionTowers` costs what Xception does, within 1 %.
+    """Returns the `width` at which `XceptionTowers` costs as much as Xception, within 1 %.
 
-    Fewer towers are dearer: each spatial convolution has `9 * (sum of squares of its segments)`
-    weights. For a comparison along the axis at equal cost.
+    Fewer towers cost more: each spatial convolution has `9 * (sum of squares of its segments)` weights.
 
     Args:
       towers: as in `XceptionTowers`.
@@ -165,7 +164,7 @@ def equal_width(towers: int | None, *, order: str = "depthwise_first", keep: str
       keep: 'parameters' (trainable, at 1000 classes) or 'macs' (multiply-adds at 299 px).
 
     Raises:
-      ValueError: a value out of its range, or so many towers that the network they fit in costs more.
+      UserError: a value is out of its range, or any network with room for the towers costs more.
     """
     quantity = lookup({"parameters": attrgetter("parameters"), "macs": attrgetter("macs")}, keep, "keep")
 
@@ -176,7 +175,7 @@ def equal_width(towers: int | None, *, order: str = "depthwise_first", keep: str
     image_shape = (299, 299, 3)
     target = sum(map(quantity, list_layers(Xception(), image_shape)))
     # The narrowest layer must have a channel for each tower, which sets the least width.
-    narrowest = {"depthwise_first": 64, "pointwise_first": 128}  # what block2_sepconv1 takes and what it gives
+    narrowest = {"depthwise_first": 64, "pointwise_first": 128}  # input and output of block2_sepconv1
     channels = lookup(narrowest, order, "order")
     least = len(segments(channels, towers)) / channels
     low, width, high = least, 1.0, 1.0

@@ -18,19 +18,19 @@ MIN_IMAGE_SIZE = 32  # pixels a side; five halvings leave one
 
 
 class DownsamplingBlock(nn.Module):
-    """Separable convolutions and max-pooling, and around both a 1x1 convolution: entry and exit flow of figure 5.
+    """Separable convolutions, max-pooling, and a 1x1 convolution as shortcut: entry and exit flow of figure 5.
 
-    `[N, H, W, C]` -> `[N, H / 2, W / 2, features[-1]]`; all of H and W where `output_stride` is reached.
+    `[N, H, W, C]` -> `[N, H / 2, W / 2, features[-1]]`; H and W stay where `output_stride` is reached.
 
     Attributes:
       features: output channels of each separable convolution.
-      stride: of the input, in the plain network.
-      output_stride: as of `Xception`.
+      stride: of the input in the network without dilation, in pixels of the image.
+      output_stride: as in `Xception`.
       sepconv: makes a separable convolution from its features, dilation and name.
       pointwise: makes a 1x1 convolution from its features, strides and name.
       norm: makes a batch normalization from its name.
-      relu_first: whether a ReLU is in front of the first convolution too.
-      residual: whether the 1x1 convolution is there.
+      relu_first: whether the first convolution has a ReLU before it, as the others do.
+      residual: whether there is a shortcut.
       padding: of the max-pooling.
     """
 
@@ -60,9 +60,9 @@ class DownsamplingBlock(nn.Module):
 
 
 class MiddleBlock(nn.Module):
-    """Separable convolutions and the identity around them: middle flow of figure 5. `[N, H, W, C]` -> `[N, H, W, C]`.
+    """Separable convolutions with an identity shortcut: middle flow of figure 5. `[N, H, W, C]` -> `[N, H, W, C]`.
 
-    Attributes as of `DownsamplingBlock`; the last of `features` is C.
+    The attributes are those of `DownsamplingBlock`; `features[-1]` is C.
     """
 
     features: Sequence[int]
@@ -83,10 +83,10 @@ class Xception(nn.Module):
     """Xception as in the paper's figure 5; names of modules as in the published Keras weights.
 
     `model.apply(variables, images, train=False)`: images `[N, H, W, C]`, H and W at least 32, any
-    C, normalised as the recipe says ([-1, 1] for the published weights) -> logits
-    `[N, num_classes]`, float32. Collections: `params`, `batch_stats`. While `train` is true, batch
-    normalization uses the statistics of the batch (of the *global* batch, under `jit` over sharded
-    arrays), updates `batch_stats`, and dropout takes the random stream 'dropout'.
+    C, normalized as the recipe says ([-1, 1] for the published weights) -> logits
+    `[N, num_classes]`, float32. Collections: `params`, `batch_stats`. With `train`, batch normalization
+    uses the statistics of the batch (the *global* batch, under `jit` over sharded arrays) and updates
+    `batch_stats`, and dropout draws from the random stream 'dropout'.
 
     Attributes:
       num_classes: width of the logits; 0 for no classifier: the pooled features `[N, 2048]` instead.
@@ -97,22 +97,22 @@ class Xception(nn.Module):
       fc_layers: widths of hidden layers before the classifier; (4096, 4096) for the JFT variant of
         table 2.
       width: multiplies every number of channels but the classifier's.
-      width_multiple: to a multiple of this they are then rounded.
+      width_multiple: numbers of channels are rounded to a multiple of this, after `width`.
       middle_repeats: blocks in the middle flow; 8 in the paper.
-      output_stride: pixels of the image to a pixel of the last features: 32, or 16 or 8, where dilated
-        convolutions stand for the strides left out. Weights fit all three.
-      padding: of the max-pooling. 'SAME' is TensorFlow's and Keras', 'SYMMETRIC' PyTorch's: timm's
-        `legacy_xception` is padding='SYMMETRIC', bn_epsilon=1e-5. They differ for even sizes.
-      remat: compute the inside of each block again in the backward pass instead of keeping it.
+      output_stride: stride of the last features, in pixels of the image: 32, or 16 or 8 with dilated
+        convolutions in place of the last strides. Weights fit all three.
+      padding: of the max-pooling: 'SAME' (TensorFlow and Keras) or 'SYMMETRIC' (PyTorch), which differ for
+        even sizes. In timm, `legacy_xception` is padding='SYMMETRIC', bn_epsilon=1e-5.
+      remat: recompute the inside of each block in the backward pass, which saves memory.
       bn_decay: share of the old moving statistic that a step keeps (0.99: Keras; not in the paper).
-      bn_frozen: training too normalizes by the moving statistics, and leaves them as they are.
+      bn_frozen: normalize by the moving statistics in training too, and leave them unchanged.
       bn_epsilon: added to the variance (1e-3: the published weights need it; not in the paper).
       dtype: of the computation; batch statistics and logits are float32 in any case.
       param_dtype: of the parameters.
 
     Raises:
-      ValueError: a field out of its range, images that are not `[N, H, W, C]` or too small, weights
-        for another number of channels.
+      UserError: a field is out of its range, the images are not `[N, H, W, C]` or too small, or the
+        weights are for another number of channels.
     """
 
     num_classes: int = 1000
@@ -140,12 +140,12 @@ class Xception(nn.Module):
 
     @property
     def strides(self) -> dict[str, int]:
-        """Pixels of the image to a pixel of each stage."""
+        """Stride of each stage, in pixels of the image."""
         return {f"stage{i}": min(2**i, self.output_stride) for i in range(1, 6)}
 
     @property
     def spatial_conv(self) -> ModuleDef:
-        """Makes a convolution from its features, dilation and name. That of `XceptionTowers` has the same shapes."""
+        """Makes a convolution from features, dilation and name; `XceptionTowers` has another with the same shapes."""
         return partial(
             SeparableConv, mid_activation=self.mid_activation, dtype=self.dtype, param_dtype=self.param_dtype
         )
@@ -156,7 +156,7 @@ class Xception(nn.Module):
 
     @nn.compact
     def endpoints(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Returns what a detector, a segmentation or a probe takes from the network, by name.
+        """Returns the features for detection, segmentation or probes, and the logits, by name.
 
         `model.apply(variables, images, train=False, method="endpoints")`. 'stage1' to 'stage5': the
         last features at strides 2, 4, 8, 16 and 32 (see `strides`), all after a ReLU, as timm's

@@ -1,1 +1,1 @@
-"""Programs for machines that are not there: compiled, counted, estimated."""
+"""Programs for machines that need not be here: compiled, counted, estimated."""

@@ -204,9 +204,9 @@ def _moved(instruction: Instruction, computation: dict[str, Instruction]) -> lis
 
 
 def _with_users(computation: dict[str, Instruction], op_names: dict[str, str]) -> dict[str, str]:
-    """Returns `op_names`, in which an instruction without a name gets that of its first user."""
+    """Returns `op_names`, where an instruction without a name gets that of its first user."""
     named = dict(op_names)
-    for instruction in reversed(computation.values()):  # users come after what they use
+    for instruction in reversed(computation.values()):  # users come after their operands
         for operand in instruction.operands:
             if not op_names.get(operand, "") and named[instruction.name]:
                 named[operand] = named[instruction.name]

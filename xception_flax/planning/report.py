@@ -1,4 +1,4 @@
-"""What a training step costs on machines that are not there: memory, bytes, kernels, a bound on its time."""
+"""What a training step costs on other machines, without having them: memory, bytes, kernels, a bound on its time."""
 
 import collections
 import re
@@ -17,9 +17,8 @@ from xception_flax.planning.hlo import Collective, Hlo
 from xception_flax.training import sharding
 from xception_flax.training.program import create_program
 
-# Training images of data sets that are not at hand: ILSVRC 2012.
+# Training images of data sets that this machine need not have: ILSVRC 2012.
 NUM_IMAGES = {"imagenet2012": 1_281_167}
-
 
 KINDS = {
     "Conv": "regular conv.",
@@ -29,31 +28,23 @@ KINDS = {
     "Dense": "classifier",
 }
 
-
 KERNELS = "separable, fused"  # with step.lowering=fused: normalization and both convolutions in one
-
-
 BETWEEN, LOSS, UPDATE = "between layers", "input, loss", "optimizer"
-
-
 ORDER = (*KINDS.values(), KERNELS, BETWEEN, LOSS, UPDATE)
 
-
 BATCH_GRAIN = 8  # images a chip; batches between two multiples are padded to the next on a TPU
-
-
 MAX_COMPILATIONS = 8  # in search of the largest batch
 
 
 class DoesNotFit(Exception):
-    """The step needs `memory` bytes of a chip, which are not there."""
+    """The step needs `memory` bytes of a chip, more than it has."""
 
     def __init__(self, memory: int) -> None:
         self.memory = memory
 
 
 class Cost(NamedTuple):
-    """Of one kind of layer: `flops` of the network's own arithmetic, `size` bytes of HBM read and written."""
+    """The cost of one kind of layer: `flops` of the network's own arithmetic, `size` bytes of HBM read and written."""
 
     flops: float
     size: int
@@ -63,8 +54,8 @@ class Report(NamedTuple):
     """What a compiled step costs a chip.
 
     Attributes:
-      memory: bytes at most.
-      state: bytes of it that parameters, statistics, optimizer and averages take.
+      memory: bytes at the peak.
+      state: bytes of parameters, statistics, optimizer and averages, a part of `memory`.
       flops: all arithmetic, as the compiler counts it.
       xla_size: bytes accessed, as the compiler counts them: also those within the chip.
       kinds: costs of each kind of layer.
@@ -80,7 +71,7 @@ class Report(NamedTuple):
 
 
 def batch_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and type of each array of a training batch, as `data.Split.batch_shapes` has them, without the data."""
+    """Returns shape and type of each array of a training batch, as `data.Split.batch_shapes` does, without the data."""
     size = config.batch_size
     several = config.metrics.name == "multi_label"
     mask = {"mask": ((size,), np.dtype(np.float32))} if config.data.on_bad_image == "replace" else {}
@@ -98,8 +89,8 @@ def compile_step(config: ConfigDict, devices: Iterable[Any], num_images: int) ->
     """Returns the training step of a resolved recipe, compiled for `devices`.
 
     Raises:
-      ValueError: values of the recipe that do not go together.
-      DoesNotFit: into a device's memory.
+      UserError: values of the recipe do not go together.
+      DoesNotFit: a device has too little memory.
     """
     mesh = sharding.create_mesh(**config.mesh, devices=devices)
     sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
@@ -153,7 +144,7 @@ def kind_of(op_name: str, paths: dict[str, str], network: str) -> str:
     Args:
       op_name: such as 'jit(train_step)/transpose(jvp(Xception))/Xception.endpoints/block2/block2_sepconv1_bn/mul'.
       paths: kinds of the layers by their paths: `{"block1_conv1": "regular conv.", ...}`.
-      network: its class.
+      network: name of its class.
     """
     if fused_layer(op_name):
         return KERNELS
@@ -166,7 +157,7 @@ def kind_of(op_name: str, paths: dict[str, str], network: str) -> str:
 
 
 def estimate(report: Report, where: slices.Slice, images_a_chip: float) -> dict[str, Any]:
-    """Returns what the report implies for a slice, as it goes into the JSON: an estimate, no measurement."""
+    """Returns what the report implies for a slice, for the JSON: an estimate, not a measurement."""
     chip, kinds = where.chip, {}
     for kind, cost in report.kinds.items():
         computing, moving = cost.flops / chip.flops_per_second, cost.size / chip.hbm_bytes_per_second
@@ -198,17 +189,17 @@ def estimate(report: Report, where: slices.Slice, images_a_chip: float) -> dict[
 def largest_batch(
     memory_at: Callable[[int], int], usable: int, first: int, state: int, grain: int = BATCH_GRAIN
 ) -> tuple[int, int | None]:
-    """Returns the most images a chip that fit, and the fewest that do not, or None if all did: multiples of `grain`.
+    """Returns the most images a chip that fit, and the fewest that do not (None if all did), as multiples of `grain`.
 
     Memory is nearly affine in the batch, so each guess is where the line through the last two points
-    meets the limit. After `MAX_COMPILATIONS` the two may be further apart than they could be.
+    meets the limit. After `MAX_COMPILATIONS` the two may still be more than a `grain` apart.
 
     Args:
-      memory_at: compiles for so many images a chip, and returns the bytes that it needs.
+      memory_at: compiles for a number of images a chip, and returns the bytes that it needs.
       usable: bytes of a chip.
-      first: images a chip to begin with.
+      first: the first number of images a chip to try.
       state: bytes without any image.
-      grain: images between two batches that are tried.
+      grain: least difference between two numbers of images.
     """
     fits, fails = 0, sys.maxsize
     guess, last = max(grain, first // grain * grain), (0, state)
@@ -218,7 +209,7 @@ def largest_batch(
         if fails - fits <= grain:
             break
         an_image = (point[1] - last[1]) / (point[0] - last[0])
-        # Four times at most: where a chip is nearly empty, its memory says little of an image's.
+        # At most four times as many: the memory of a nearly empty chip says little about that of an image.
         crossing = guess + (usable - point[1]) / an_image if an_image > 0 else 4 * guess
         last, guess = point, int(max(min(crossing // grain * grain, 4 * guess, fails - grain), fits + grain))
     return fits, None if fails == sys.maxsize else fails

@@ -1,4 +1,4 @@
-"""TPU slices that this machine need not have: what their chips can do, and devices to compile for.
+"""TPU slices, which this machine need not have: the figures of their chips, and devices to compile for.
 
 The figures of chips are Google's (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e); those of links are from 'How to Scale
 Your Model' (jax-ml.github.io/scaling-book/tpus). `usable_bytes` is the limit of a program by libtpu 0.0.42; the system

@@ -1,1 +1,1 @@
-"""Data sets are written and checked once here; `data` reads them."""
+"""Writes and checks data sets, once; `data` reads them."""

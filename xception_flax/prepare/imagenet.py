@@ -75,7 +75,7 @@ def find(directory: Path, *, subset: bool) -> dict[str, Path]:
 
 
 def check_hash(path: Path, expected: str, advance: Advance) -> None:
-    """Reads a file and raises ValueError unless its MD5 is `expected`."""
+    """Reads a file and raises UserError unless its MD5 is `expected`."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(1 << 22):

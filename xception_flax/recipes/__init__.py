@@ -1,6 +1,6 @@
-"""Recipes: their groups and keys, reading their files and overrides, filling in and checking.
+"""Recipes: their groups and keys; reading, checking and comparing them.
 
-A recipe is a Python file with `get_config() -> ml_collections.ConfigDict`. Each group in it feeds exactly one function,
-named in `groups.GROUPS`: that signature is where a key's default, type and meaning stand, between `/` and `*`. Keys
-outside of groups are the fields of `groups.Loop`.
+A recipe is a Python file with `get_config() -> ml_collections.ConfigDict`. Each group in it is the keyword arguments of
+one function, listed in `groups.GROUPS`. The signature and the docstring of the function define type, default and
+meaning of each key. Keys outside of groups are the fields of `groups.Loop`.
 """

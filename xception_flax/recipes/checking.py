@@ -1,4 +1,4 @@
-"""One walk over a recipe: every default filled in, every override in its place, every key and value checked."""
+"""Resolves recipes: fills in the defaults, applies overrides, checks every key and value."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from xception_flax.text.lookup import suggest, written
 def resolve(
     recipe: Mapping[str, Any], arguments: Sequence[str] = (), groups: Sequence[str] | None = None
 ) -> ConfigDict:
-    """Returns the recipe with overrides applied, every default filled in, every key and type checked.
+    """Returns the recipe with overrides applied, every default filled in, every key and value checked.
 
     Args:
       recipe: the keys of the loop, and the groups.
@@ -25,7 +25,7 @@ def resolve(
       groups: those that the overrides may touch; None for all.
 
     Raises:
-      ValueError: an unknown, missing or mistyped key, or a value out of its range.
+      UserError: a key is unknown or missing, or a value has the wrong type or is out of range.
     """
     texts = overrides.split(arguments, groups)
     resolved = _complete("", LOOP, {key: value for key, value in recipe.items() if key not in GROUPS}, texts[""])
@@ -39,7 +39,7 @@ def resolve(
 
 
 def resolve_group(name: str, given: Mapping[str, Any], arguments: Sequence[str] = ()) -> ConfigDict:
-    """Returns one group without a recipe around it, resolved as in one.
+    """Returns one group, resolved as it would be in a recipe.
 
     Args:
       name: a key of `GROUPS`.
@@ -47,14 +47,14 @@ def resolve_group(name: str, given: Mapping[str, Any], arguments: Sequence[str] 
       arguments: overrides; they may only touch this group.
 
     Raises:
-      ValueError: a key of another group, an unknown or missing key or a wrong value.
+      UserError: a key is of another group, unknown or missing, or a value is wrong.
     """
     texts = overrides.split(arguments, (name,))
     return ConfigDict(_complete(f"{name}.", GROUPS[name], given, texts[name]), convert_dict=True)
 
 
 def _complete(prefix: str, group: Group, given: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
-    """Returns every key of a group with its value: that of the command line, or the recipe's, or the default."""
+    """Returns the value of every key of a group: from the command line, else the recipe, else the default."""
     choice = ""
     if group.selector:
         given, texts = _choose(prefix, group, given, texts)
@@ -82,9 +82,9 @@ def _complete(prefix: str, group: Group, given: Mapping[str, Any], texts: Mappin
 def _choose(
     prefix: str, group: Group, given: Mapping[str, Any], texts: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns both arguments with the selector, an entry of the group's table, among what is given.
+    """Returns `given` with the chosen entry of the group's table, and `texts` without it.
 
-    Where the command line chooses another entry than the recipe, the keys that only the recipe's takes go.
+    If the command line chooses another entry than the recipe, keys that only the recipe's entry takes are dropped.
     """
     selector, table, texts = group.selector, group.table, dict(texts)
     name, own = prefix + selector, given.get(selector, keys_of(group.function)[selector].default)

@@ -1,4 +1,4 @@
-"""Two recipes beside each other: what differs, and what may."""
+"""Compares recipes: what differs, and what may differ."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,12 @@ from xception_flax.text.lookup import differing
 
 
 def to_json(config: ConfigDict) -> str:
-    """The recipe as JSON text, keys sorted."""
+    """Returns the recipe as JSON text, keys sorted."""
     return naming.to_json(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """Lines 'key: old -> new' for every key that differs and changes the result."""
+    """Returns a line 'key: old -> new' for each key that differs and changes the result."""
     old, new = _flat(old), _flat(new)
     return [
         f"{key}: {old.get(key, '(none)')!r} -> {new.get(key, '(none)')!r}"
@@ -26,12 +26,12 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
 
 
 def alike(config: ConfigDict) -> dict[str, Any]:
-    """The keys of a resolved recipe that all hosts of a run must have alike, by the name that a message gives them."""
+    """Returns the values that must be equal on all hosts of a run, by 'recipe key KEY', their name in messages."""
     return {f"recipe key {key}": value for key, value in _flat(config).items() if key not in PER_HOST}
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:
-    """The values by their whole keys, 'model.width', as JSON has them."""
+    """Returns the values as JSON has them, by full keys such as 'model.width'."""
 
     def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         flat = {}

@@ -1,4 +1,4 @@
-"""What a recipe is made of: groups, each the keywords of one function, and the keys of the loop."""
+"""The parts of a recipe: groups, each the keyword arguments of one function, and the keys of the training loop."""
 
 import dataclasses
 import re
@@ -17,10 +17,10 @@ from xception_flax.training import checkpoint, losses, metrics, mixing, optimize
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """The keys of a recipe outside of its groups: how long, how often, how many at a time.
+    """The keys of a recipe outside of its groups.
 
     Attributes:
-      batch_size: images a step, over all devices of all hosts.
+      batch_size: images per step, over all devices of all hosts.
       epochs: length of the run, in passes over the training split; may be a fraction.
       seed: of initial weights, data order, augmentation, mixing and dropout.
       log_every_steps: steps between two lines of training metrics.
@@ -48,13 +48,13 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """What a run begins with; read by `weights.initial.load`.
+    """The initial weights of a run; read by `weights.initial.load`.
 
     Attributes:
       weights: 'random'; 'keras', the published weights from Keras' own cache (`~/.keras/models`, or
-        `KERAS_HOME`); a file of Keras (.h5) or timm (.safetensors, .npz); or the workdir of a run, of which
-        the averaged weights are taken where it has them.
-      checkpoint: of a workdir: latest, best or a step.
+        `KERAS_HOME`); a file of Keras (.h5) or timm (.safetensors, .npz); or the workdir of a run, whose
+        averaged weights are taken if it has them.
+      checkpoint: if `weights` is a workdir: latest, best or a step.
     """
 
     weights: str = "random"
@@ -65,11 +65,11 @@ def profiled_steps(profile: str) -> range:
     """Returns the steps that the key `profile` names.
 
     Raises:
-      ValueError: it is neither empty nor `FIRST:LAST`.
+      UserError: it is neither empty nor `FIRST:LAST`.
     """
     if not profile:
         return range(0)
-    match = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", profile)  # as many digits as the last step can have
+    match = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", profile)  # a step number has at most 10 digits
     first, last = map(int, match.groups()) if match else (0, 0)
     if not 1 <= first <= last:
         raise UserError(
@@ -79,9 +79,9 @@ def profiled_steps(profile: str) -> range:
 
 
 class Group(NamedTuple):
-    """The function that a group of a recipe feeds; its keys stand between `/` and `*` in the signature.
+    """The function that takes a group of a recipe. The keys are its parameters between `/` and `*`.
 
-    Where `selector` is set, that key names an entry of `table`, and the keys of the entry are the group's too.
+    If `selector` is set, the value of that key names an entry of `table`, whose keys belong to the group too.
     """
 
     function: Callable[..., Any]
@@ -89,7 +89,7 @@ class Group(NamedTuple):
     table: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 
     def keys(self, choice: str = "") -> dict[str, Key]:
-        """Returns the keys of the function and of the entry `choice`; of a key that both have, the function's."""
+        """Returns the keys of the function and of the entry `choice`. If both have a key, the function's counts."""
         own = keys_of(self.function)
         entry = keys_of(self.table[choice]) if self.selector else {}
         return {**own, **{name: key for name, key in entry.items() if name not in own}}
@@ -112,8 +112,8 @@ GROUPS = {
     "checkpoint": Group(checkpoint.open_manager),
 }
 
-# Keys that change how a result is computed or shown and not the result: free to differ on resuming.
-# On bad images: what a run that did not stop has read is the same.
+# Keys that change how a result is computed or shown, but not the result. They may change when a run is resumed.
+# on_bad_image is one, because a run that has not stopped has met no bad image.
 OPERATIONAL = (
     "data.data_dir",
     "data.num_threads",
@@ -125,5 +125,5 @@ OPERATIONAL = (
 
 OPERATIONAL_GROUPS = ("mesh", "checkpoint")
 
-# Keys that each host of a run may have of its own.
+# Keys that may differ between the hosts of a run.
 PER_HOST = ("data.data_dir", "data.num_threads", "data.num_workers")

@@ -10,14 +10,14 @@ Texts = dict[str, dict[str, str]]
 
 
 def split(overrides: Sequence[str], groups: Sequence[str] | None = None) -> Texts:
-    """Returns the text of each value by group and key; the keys outside of groups are those of ''.
+    """Returns the text of each value by group and key. Keys outside of groups are in group ''.
 
     Args:
-      overrides: `('--config.model.width=0.5', ...)`; of one key given twice the last counts.
-      groups: those that may be changed; None for all, and the keys outside of groups.
+      overrides: `('--config.model.width=0.5', ...)`; if a key is given twice, the last counts.
+      groups: those that may be changed; None for all groups and the keys outside of them.
 
     Raises:
-      ValueError: an argument is none of these forms, or names no group, or one that may not be changed.
+      UserError: an argument has another form, or names an unknown group or one that may not be changed.
     """
     texts: Texts = {name: {} for name in ("", *GROUPS)}
     for override in overrides:

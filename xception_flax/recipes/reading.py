@@ -1,4 +1,4 @@
-"""Reading a recipe: its file, with overrides applied."""
+"""Reads a recipe from its file, with overrides applied."""
 
 import importlib.util
 import inspect
@@ -19,21 +19,21 @@ def load(path_and_argument: str, overrides: Sequence[str] = (), groups: Sequence
     """Returns the resolved recipe of `FILE` or `FILE:ARGUMENT`, with overrides applied.
 
     Args:
-      path_and_argument: what follows the colon is handed to the recipe's `get_config`.
-      overrides: `('--config.model.width=0.5', ...)`; of one key given twice the last counts.
+      path_and_argument: the part after the colon is passed to the recipe's `get_config`.
+      overrides: `('--config.model.width=0.5', ...)`; if a key is given twice, the last counts.
       groups: those that the overrides may touch; None for all.
 
     Raises:
-      ValueError: the file cannot be read or run, or a key or value is wrong.
+      UserError: the file cannot be read or run, or a key or value is wrong.
     """
     return resolve(_run_recipe(path_and_argument), overrides, groups)
 
 
 def override(config: ConfigDict, overrides: Sequence[str], groups: Sequence[str]) -> ConfigDict:
-    """Returns a resolved recipe with overrides applied, which may only touch some groups.
+    """Returns a resolved recipe with overrides applied; they may only touch `groups`.
 
     Raises:
-      ValueError: a key of another group, an unknown key or a wrong value.
+      UserError: a key is unknown or of another group, or a value is wrong.
     """
     return resolve(config.to_dict(), overrides, groups)
 
@@ -44,7 +44,7 @@ def _run_recipe(path_and_argument: str) -> dict[str, Any]:
     get_config = _get_config(path)
     try:
         parameters = inspect.signature(get_config).parameters.values()
-    except (TypeError, ValueError):  # no function, or one that says nothing of its arguments
+    except (TypeError, ValueError):  # not a function, or one without a signature
         raise UserError(
             f"recipe {path}: get_config must be a function that returns a ConfigDict, got {written(get_config)}."
         ) from None
@@ -56,15 +56,15 @@ def _run_recipe(path_and_argument: str) -> dict[str, Any]:
     try:
         config = get_config(argument) if argument else get_config()
         if isinstance(config, ConfigDict):
-            return config.to_dict()  # where a placeholder without a value shows
+            return config.to_dict()  # raises an error for a placeholder without a value
     except (Exception, SystemExit) as error:
         raise _failed(path, error) from None
     raise UserError(f"recipe {path}: get_config() must return a ConfigDict, got {type(config).__name__}.")
 
 
 def _get_config(path: str) -> Any:
-    """Runs a recipe's file and returns what it calls `get_config`."""
-    if not os.path.isfile(path):  # which, unlike Path's, is False where a path is too long to be one
+    """Runs a recipe's file and returns its `get_config`."""
+    if not os.path.isfile(path):  # False if the path is too long; Path.is_file may raise
         raise _no_recipe(path)
     spec = importlib.util.spec_from_file_location("recipe_" + Path(path).stem, path)
     if spec is None or spec.loader is None:
@@ -91,10 +91,10 @@ def _no_recipe(path: str) -> UserError:
     try:
         files = [file for place in (".", "configs") for file in (folder / place).glob("*.py") if file.is_file()]
         recipes = {file.stem: str(file) for file in files if b"def get_config(" in file.read_bytes()}
-    except (OSError, ValueError):  # a folder that cannot be read, or whose name is none
+    except (OSError, ValueError):  # the folder cannot be read, or its name is not valid
         recipes = {}
     wrong = f"{written(path)} is a folder, not a recipe file" if is_folder else f"no recipe file {written(path)}"
-    if recipes:  # compared without what they have in common, the folder and the suffix
+    if recipes:  # compared by stem: all have the folder and the suffix in common
         return UserError(f"{wrong}; {suggest(Path(path).stem, recipes, spell=recipes.__getitem__)}")
     if Path(path).is_absolute():
         return UserError(f"{wrong}, and no recipe beside it; check the path.")
@@ -104,7 +104,7 @@ def _no_recipe(path: str) -> UserError:
 
 
 def _failed(path: str, error: Exception | SystemExit) -> UserError:
-    if isinstance(error, UserError):  # about the argument; all else is a mistake in the recipe, and where it is helps
+    if isinstance(error, UserError):  # about the argument; other errors are in the recipe, so its line helps
         return UserError(f"recipe {path}: {error}")
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame for frame in frames if Path(frame.filename).name == Path(path).name]

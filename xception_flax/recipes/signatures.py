@@ -1,7 +1,7 @@
-"""What a signature and its docstring say of a recipe's keys: which there are, their types, defaults and meanings.
+"""The keys of a recipe with type, default and meaning, from the signatures and docstrings of the functions it feeds.
 
-In the signature of a function that a recipe feeds, the recipe's keys stand between `/` and `*`. The program gives what
-stands before `/`, by position, and what stands after `*`, by name.
+In such a signature the keys are the parameters between `/` and `*`. The program passes those before `/` by position and
+those after `*` by name.
 """
 
 import functools
@@ -21,7 +21,7 @@ class Key(NamedTuple):
 
     Attributes:
       annotation: its type.
-      default: its value where the recipe gives none; `inspect.Parameter.empty` where it must give one.
+      default: its value if the recipe gives none; `inspect.Parameter.empty` if the recipe must give one.
       meaning: the first sentence of the docstring about it, without the full stop.
     """
 
@@ -36,8 +36,9 @@ class Key(NamedTuple):
 
 @functools.cache
 def keys_of(function: Callable[..., Any]) -> Mapping[str, Key]:
-    """Returns the keys of a recipe that feed `function`, a class or a `partial` of one, in their order."""
-    whole = getattr(function, "func", function)  # in a partial's own signature, what follows a keyword it sets is moved
+    """Returns the keys that a function, a class or a `partial` takes from a recipe, in order."""
+    # A partial that sets a keyword makes all parameters after it keyword-only, so kinds are those of the function.
+    whole = getattr(function, "func", function)
     kinds, meanings = inspect.signature(whole).parameters, meanings_of(whole)
     is_network = isinstance(whole, type) and issubclass(whole, nn.Module)
     no_keys = models.NO_FIELDS if is_network else ()
@@ -51,7 +52,7 @@ def keys_of(function: Callable[..., Any]) -> Mapping[str, Key]:
 
 
 def meanings_of(function: Callable[..., Any]) -> dict[str, str]:
-    """Returns what a docstring says of each argument or attribute, its first sentence; of a class, with its bases'."""
+    """Returns the first sentence of a docstring on each argument or attribute; for a class, also those of its bases."""
     meanings = {}
     for place in reversed(inspect.getmro(function)) if isinstance(function, type) else (function,):
         docstring = inspect.cleandoc(place.__doc__ or "")
@@ -64,5 +65,5 @@ def meanings_of(function: Callable[..., Any]) -> dict[str, str]:
 
 def _first_sentence(text: str) -> str:
     text = " ".join(text.split())
-    # A full stop within a sentence, as in 'et al. 2017' or 'data/x.py', has no capital or quote behind it.
+    # A full stop inside a sentence, as in 'et al. 2017' or 'data/x.py', is not followed by a capital or a quote.
     return re.split(r"\.(?: (?=[A-Z'\"(])|$)", text, maxsplit=1)[0]

@@ -1,1 +1,1 @@
-"""A run on a disk: its folder, its history, its curves."""
+"""A run on the disk: its folder, its history, its curves."""

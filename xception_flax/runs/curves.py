@@ -20,7 +20,7 @@ def draw_run(workdir: Path) -> None:
     """Draws curves.png of a run from its metrics.jsonl.
 
     Raises:
-      ValueError: one cannot be read, or the other not be written.
+      UserError: metrics.jsonl cannot be read, or curves.png cannot be written.
     """
     records = history.read_metrics(workdir / HISTORY)
     with file_errors(workdir / CURVES, "written"):
@@ -28,7 +28,7 @@ def draw_run(workdir: Path) -> None:
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Draws loss, quality and learning rate over the steps from the records of metrics.jsonl."""
+    """Draws loss, accuracy and learning rate over the steps, from the records of metrics.jsonl."""
     quality = next((m for m in ("top1", "map") if any(f"eval/{m}" in r for r in records)), "top1")
     figure, (loss, score, rate) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     _plot(loss, records, "train/loss", TRAIN_COLOR, "training")
@@ -60,7 +60,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) ->
 def _plot(
     axes: Axes, records: Sequence[Mapping[str, Any]], key: str, color: str, label: str | None, scale: float = 1.0
 ) -> tuple[float, float] | None:
-    """Plots one key and returns its last point."""
+    """Plots one key and returns its last point; None if no record has the key."""
     points = [(r["step"], scale * r[key]) for r in records if r.get(key) is not None]
     if not points:
         return None

@@ -1,4 +1,4 @@
-"""The history of a run on a disk: metrics.jsonl, and the same as events for TensorBoard."""
+"""The history of a run on the disk: metrics.jsonl, and the same values as TensorBoard events."""
 
 import contextlib
 import json
@@ -21,20 +21,20 @@ from xception_flax.text.errors import UserError
 
 
 class Events:
-    """A file of events, as TensorBoard reads them, written by who adds them.
+    """A file of TensorBoard events, written by the thread that adds them.
 
-    tensorboardX's own `SummaryWriter` writes by a thread, which dies of a full disk: the queue before it then
+    tensorboardX's own `SummaryWriter` writes in a thread of its own, which dies when the disk is full. Its queue then
     fills, and the run waits for ever.
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        """Begins a file in `folder`; what older ones have of steps after `start_step` counts no more.
+        """Begins a file in `folder`. It makes TensorBoard ignore older events of steps after `start_step`.
 
         Raises:
-          ValueError: it cannot be written. So does `add`.
+          UserError: it cannot be written; `add` raises it too.
         """
         now = time.time()
-        # Absolute: of a relative name tensorboardX may take the beginning for a protocol.
+        # Absolute, since tensorboardX may take the beginning of a relative name for a protocol.
         self._path = folder.absolute() / f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}"
         with file_errors(self._path, "written"):
             folder.mkdir(exist_ok=True)
@@ -45,12 +45,12 @@ class Events:
                 Event(wall_time=now, step=start_step + 1, session_log=SessionLog(status=SessionLog.START)),
             )
         except UserError:
-            with contextlib.suppress(OSError):  # of what is still to be written
+            with contextlib.suppress(OSError):  # closing writes what is left, which fails again
                 self.close()
             raise
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the values of a step by their names."""
+        """Writes the values of a step, by name."""
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
 
@@ -65,50 +65,57 @@ class Events:
 
 
 def to_json(values: Mapping[str, Any]) -> str:
-    """One line of JSON; NaN and infinity, which JSON does not have, become null."""
+    """Returns one line of JSON. NaN and infinity, which JSON lacks, become null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return naming.to_json(finite, allow_nan=False)
 
 
-TEXTS = ("eval/weights",)  # values of a record that are no numbers
+TEXTS = ("eval/weights",)  # the keys of a record whose values are text, not numbers
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a metrics.jsonl: values by their names, numbers or None but for `TEXTS`.
+    """Returns the records of a metrics.jsonl: for each, values by name. They are numbers or None, except for `TEXTS`.
 
-    Lines that are no records are left out: the last one may have been cut off, and the file is the user's too.
+    Lines that are not records are left out: the last one may be cut off, and the user may have added some.
 
     Raises:
-      ValueError: it cannot be read.
+      UserError: it cannot be read.
     """
     return [record for line in _lines(path) if (record := _parse_record(line)) is not None]
 
 
 def count_bad_images(path: Path) -> int:
-    """Returns how many times training left out a bad image, by the records of a metrics.jsonl."""
+    """Returns how many times training left out a bad image, by the records of a metrics.jsonl.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     return sum(record.get("train/bad_images", 0) for record in read_metrics(path))
 
 
 def open_metrics(path: Path, start_step: int) -> tuple[Any, list[int]]:
-    """Opens metrics.jsonl to go on after `start_step`, where later records, of a run cut off, are removed.
+    """Opens metrics.jsonl to append records of steps after `start_step`.
 
-    A last line that was cut off goes too. All else stays as it is, byte for byte.
+    Records of later steps, from a run that was cut off, are removed, and so is a last line that was cut off. All else
+    stays as it is, byte for byte.
 
     Returns:
-      The file, and the numbers of the lines that stay and are no records.
+      The file, and the numbers of the lines that stay though they are not records.
 
     Raises:
-      ValueError: it cannot be read or written.
+      UserError: it cannot be read or written.
     """
     strange: list[int] = []
 
     def kept() -> Iterator[bytes]:
         for number, line in enumerate(_lines(path), 1):
             record, is_whole = _parse_record(line), line.endswith(b"\n")
-            if record is None and is_whole:
+            if record is not None:
+                if record["step"] <= start_step:
+                    yield line if is_whole else line + b"\n"
+            elif is_whole:
                 strange.append(number)
-            if is_whole if record is None else record["step"] <= start_step:
-                yield line if is_whole else line + b"\n"
+                yield line
 
     if path.exists():
         write_whole(path, kept())
@@ -122,7 +129,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
-    """The record in a line; None where there is none."""
+    """Returns the record in a line; None if the line is not a record."""
     try:
         record = json.loads(line.decode())
     except (ValueError, RecursionError):

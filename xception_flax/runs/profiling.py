@@ -1,4 +1,4 @@
-"""A trace of chosen steps: what host and devices did in them, moment by moment."""
+"""A trace of chosen steps: what the host and the devices did in them, moment by moment."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -11,21 +11,21 @@ from xception_flax.runs.progress import RunProgress
 
 
 class Profile:
-    """Traces some steps of a run; a context manager, which also ends a trace that is under way.
+    """Traces some steps of a run: a context manager, which at its end also ends a trace that is under way.
 
-    The folder gets a sub-folder a trace, as XProf and TensorBoard's profile plug-in read it; the
-    `.trace.json.gz` in it is for ui.perfetto.dev.
+    Each trace is a sub-folder in the format of XProf and TensorBoard's profile plug-in. The `.trace.json.gz` in it is
+    for ui.perfetto.dev.
     """
 
     def __init__(self, steps: range, folder: Path, report: RunProgress, *, enabled: bool) -> None:
         """Prepares the trace.
 
         Args:
-          steps: to trace, without a gap; empty for none.
-          folder: made when the first of them comes.
-          report: of the run; what the trace itself costs is kept out of its rates.
-          enabled: on one host only. All run the same program, and none gets further than the next
-            collective without the others: what one waits for shows in its trace.
+          steps: to trace, without gaps; empty for none.
+          folder: of the traces; created at the first of these steps.
+          report: of the run; the cost of the trace itself is left out of its rates.
+          enabled: true on one host only. All hosts run the same program, and none passes a collective without the
+            others, so the trace of one host shows when it waits for another.
         """
         self._steps = steps if enabled else range(0)
         self._folder, self._report = folder, report
@@ -35,17 +35,17 @@ class Profile:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._tracing:  # stopped, or failed, between the first and the last of the steps
+        if self._tracing:  # the run was stopped or failed between the first and the last of the steps
             jax.profiler.stop_trace()
 
     @contextlib.contextmanager
     def step(self, step: int, pending: Iterable[Any]) -> Iterator[None]:
-        """Goes around a step; begins and ends the trace, and names the step in it.
+        """Wraps a step: begins and ends the trace, and names the step in it.
 
         Args:
           step: its number.
-          pending: results that the devices may not have ready yet (any iterable of arrays), at the end with
-            those of this step: a trace has all of its steps, and nothing of the others.
+          pending: results that devices may still be computing (any iterable of arrays). It is read before the first
+            step, and after the last, whose results it then includes. So a trace has all of its steps, and no others.
         """
         if self._steps and step == self._steps[0]:
             jax.block_until_ready(list(pending))

@@ -23,23 +23,21 @@ from xception_flax.runs.workdir import HISTORY, TENSORBOARD
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
-NO_SHARES = ("loss", "count", "bad_images")  # of what an evaluation returns; all else is a share of 1
+NO_SHARES = ("loss", "count", "bad_images")  # results of an evaluation that are not shares from 0 to 1
 
 
 class RunProgress:
     """Shows and records one run; on hosts other than the first it does nothing.
 
-    On a terminal there is a bar with step, images/s, loss and the time that is left; elsewhere a
-    line at each record. `metrics.jsonl` and the events in `tensorboard/` go on where the checkpoint
-    does: records of steps after it, from a run that was cut off, are removed. What else is in
-    `metrics.jsonl` stays as it is.
+    A terminal shows a bar with step, images/s, loss and the time that is left; other outputs get a line per record.
+    `metrics.jsonl` and the events in `tensorboard/` go on from the checkpoint: records of later steps, from a run that
+    was cut off, are removed. Other lines of `metrics.jsonl` stay as they are.
 
-    Of the time of a run all is recorded once: `train/first_step_seconds`, which is compilation for the
-    most part; then, for each step, `train/step_seconds`, of which the host waited
-    `train/input_wait_seconds` for a batch; and what training stood still for, `eval/seconds` and
-    `checkpoint/blocking_seconds` (a checkpoint's files are written in the background). The host runs
-    a few steps ahead of the devices: times are means over the steps between two records, at whose
-    ends the devices have nothing left to do.
+    All time of a run is recorded exactly once. `train/first_step_seconds` is mostly compilation.
+    `train/step_seconds` is the time of each later step, and `train/input_wait_seconds` the part of it in which the host
+    waited for a batch. Training stands still for `eval/seconds` and `checkpoint/blocking_seconds` (a checkpoint's files
+    are written in the background). The host runs a few steps ahead of the devices, so times are means over the steps
+    between two records. At a record the devices have finished all steps.
     """
 
     def __init__(
@@ -57,17 +55,16 @@ class RunProgress:
 
         Args:
           workdir: of the run.
-          start_step: done already.
+          start_step: number of steps that are done already.
           total_steps: of the whole run.
-          batch_size: images a step.
-          num_images: of an epoch.
-          enabled: on the first host.
-          peak_images_per_second: that all devices could train on, if they did nothing but the network's
-            multiply-adds at their peak; the rate's share of it is recorded as `train/mfu`. None where it
-            is not known.
+          batch_size: images per step.
+          num_images: images per epoch.
+          enabled: true on the first host only.
+          peak_images_per_second: the rate at which all devices would train if they did only the network's
+            multiply-adds, at their peak. `train/mfu` is the share of it that is reached. None if it is not known.
 
         Raises:
-          ValueError: a file cannot be read or written. So does whatever records.
+          UserError: a file cannot be read or written; the methods that record raise it too.
         """
         self._enabled = enabled
         self._total_steps, self._batch_size, self._num_images = total_steps, batch_size, num_images
@@ -100,7 +97,9 @@ class RunProgress:
         self._task = self._bar.add_task("training", total=total_steps, completed=start_step, state="compiling")
         self._bar.start()
         if strange:
-            lines = "a line that is no record" if len(strange) == 1 else f"{len(strange):,} lines that are no records"
+            lines = (
+                "a line that is not a record" if len(strange) == 1 else f"{len(strange):,} lines that are not records"
+            )
             self.say(f"{self._path} has {lines}, the first is line {strange[0]:,}; left as they are.")
 
     def __enter__(self) -> "RunProgress":
@@ -112,12 +111,12 @@ class RunProgress:
         self._bar.stop()
         try:
             self.sync()
-        except ValueError:  # which is not to take the place of an error that is under way
-            if kind is None:
+        except UserError:
+            if kind is None:  # otherwise it would hide the exception that is being handled
                 raise
         finally:
             for file in (self._events, self._file):
-                with contextlib.suppress(OSError):  # of what `sync` has failed to write
+                with contextlib.suppress(OSError):  # closing writes what `sync` could not
                     file.close()
 
     def say(self, text: str) -> None:
@@ -126,12 +125,12 @@ class RunProgress:
             self._console.print(naming.harmless(text), soft_wrap=True)
 
     def advance(self, step: int) -> None:
-        """Moves the bar; costs nothing worth a measurement."""
+        """Moves the bar. This takes no time to speak of."""
         if self._enabled:
             self._bar.update(self._task, completed=step)
 
     def compiled(self, step: int) -> None:
-        """Starts the clock of the rate: the time before, up to the end of `step`, was compilation."""
+        """Starts the clock of the rate. The time until now, at the end of `step`, was compilation."""
         now, (then, _) = time.monotonic(), self._last
         self._first_step_seconds = now - then - self._paused_seconds
         self._began = self._last = (now, step)
@@ -139,17 +138,17 @@ class RunProgress:
 
     @contextlib.contextmanager
     def input_wait(self) -> Iterator[None]:
-        """Goes around the wait for the next batch."""
+        """Wraps the wait for the next batch."""
         begin = time.monotonic()
         yield
         self._input_wait_seconds += time.monotonic() - begin
 
     @contextlib.contextmanager
     def pause(self, reason: str) -> Iterator[None]:
-        """Leaves the time spent in it out of the rate: no training is done. The devices have nothing left to do.
+        """Leaves the time of this block out of the rate, since it does not train. The devices must have finished.
 
         Args:
-          reason: 'evaluation' or 'checkpoint', whose record then has this time, or another.
+          reason: 'evaluation' or 'checkpoint', whose next record gets this time; or another, which is not recorded.
         """
         begin = time.monotonic()
         yield
@@ -158,7 +157,7 @@ class RunProgress:
         self._paused_seconds += seconds
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records the training metrics of the steps since the last record, with the rate and where the time went."""
+        """Records the training metrics of the steps since the last record, with the rate and the times."""
         now, (then, last_step) = time.monotonic(), self._last
         seconds, steps = max(now - then - self._paused_seconds, 1e-9), step - last_step
         rate, input_wait_seconds = steps * self._batch_size / seconds, self._input_wait_seconds
@@ -180,12 +179,12 @@ class RunProgress:
         self._record(step, record)
         self._bar.update(self._task, completed=step, state=f"{shown}  left")
         if not self._console.is_terminal:
-            began, first_step = self._began  # evaluations and checkpoints since then come again
+            began, first_step = self._began  # includes evaluations and checkpoints, since more will come
             left = (self._total_steps - step) * (now - began) / max(step - first_step, 1)
             self.say(f"step {step}/{self._total_steps}  {shown}" + (f"  {duration(left)} left" if left else ""))
 
     def evaluation(self, step: int, metrics: Mapping[str, float], weights: str) -> None:
-        """Records an evaluation; `weights` says of which weights, 'raw' or 'ema'."""
+        """Records an evaluation of the `weights` 'raw' or 'ema'."""
         if not self._enabled:
             return
         seconds = {"eval/seconds": self._pauses.pop("evaluation")} if "evaluation" in self._pauses else {}
@@ -200,7 +199,7 @@ class RunProgress:
             self._record(step, {"checkpoint/blocking_seconds": self._pauses.pop("checkpoint")})
 
     def sync(self) -> None:
-        """Has the records on the disk, and not in the system's memory alone: to go before what they are of is kept."""
+        """Waits until the records are on the disk. Call it before the checkpoint of the same step is saved."""
         if self._enabled:
             with file_errors(self._path, "written"):
                 self._file.flush()

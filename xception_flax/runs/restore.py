@@ -1,4 +1,4 @@
-"""A run read back from its workdir: the one way, for all who do something with a trained network."""
+"""Reads a run back from its workdir. All commands on a trained network use it."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +15,16 @@ from xception_flax.training import metrics, state
 
 
 class Run(NamedTuple):
-    """A run as one of its checkpoints has it.
+    """A run at one of its checkpoints.
 
     Attributes:
-      recipe: resolved, of the version that reads it.
+      recipe: resolved by this version.
       model: the network.
       variables: what `model.apply` takes, on the devices.
-      class_names: what the logits stand for.
+      class_names: the class of each logit.
       step: of the checkpoint.
-      weights: which of its weights `variables` are: 'raw' or 'ema'.
-      meta: all the JSON values of the checkpoint; see `training.checkpoint`.
+      weights: which weights of the checkpoint `variables` are: 'raw' or 'ema'.
+      meta: all JSON values of the checkpoint; see `training.checkpoint`.
     """
 
     recipe: ConfigDict
@@ -42,12 +42,12 @@ class Run(NamedTuple):
 
 
 def image_shape(recipe: ConfigDict) -> tuple[int, int, int]:
-    """Returns `(H, W, C)` of one image, as a recipe has it."""
+    """Returns `(H, W, C)` of one image, by a recipe."""
     return (recipe.data.image_size, recipe.data.image_size, recipe.data.channels)
 
 
 def restore(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None = None) -> Run:
-    """Reads a run, which may be going on, from one of its checkpoints.
+    """Reads a run from one of its checkpoints. The run may be going on meanwhile.
 
     Every process of `mesh` must call it with the same arguments.
 
@@ -55,10 +55,10 @@ def restore(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None = No
       workdir: of the run.
       mesh: where the variables go.
       checkpoint: 'latest', 'best' or the number of a step.
-      weights: 'raw', 'ema', or None for 'ema' where the run keeps them.
+      weights: 'raw', 'ema', or None for 'ema' if the run keeps them and 'raw' if not.
 
     Raises:
-      ValueError: `workdir` has no recipe of this version, no such checkpoint or weights, or a damaged one.
+      UserError: `workdir` has no recipe of this version, no such checkpoint or weights, or a damaged one.
     """
     recipe = read_recipe(workdir)
     try:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the data of a run, and what is saved where that data ends too early."""
+"""Checks that the data of a run fits its checkpoint, and saves when the data ends too early."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,11 +15,12 @@ from xception_flax.training.state import TrainState
 
 
 def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
-    """Raises ValueError where the checkpoint was trained on other classes or another number of images.
+    """Raises UserError if the checkpoint was trained on other classes or another number of images.
 
     Args:
-      saved: what `checkpoint.read_meta` returns of it.
+      saved: from `checkpoint.read_meta`.
       now: the same keys of this run.
+      workdir: of the run, for the message.
     """
     for key in ("class_names", "num_images"):
         if saved.get(key) != now[key]:
@@ -36,17 +37,18 @@ def save_where_input_ends(
     pending: Iterable[Mapping[str, Sum]],
     meta: dict[str, Any],
 ) -> Iterator[None]:
-    """Saves what was trained where a bad image, a file or a worker process ends the input, and says so.
+    """Saves the state if the input ends in this block by a bad image, a file or a worker process.
 
-    With several processes none can save alone: there the last checkpoint is what is left.
+    With several processes one cannot save alone, so only the last checkpoint is left.
 
     Args:
+      manager: of the run's checkpoints.
       state: returns the newest state.
-      pending: the sums of steps that have not been looked at yet.
+      pending: sums of the steps that are not checked yet.
       meta: as for `checkpoint.save`.
 
     Raises:
-      ValueError: the input ended; the message says what is saved.
+      UserError: the input has ended. The message says what is saved.
     """
     try:
         yield

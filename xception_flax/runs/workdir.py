@@ -1,4 +1,4 @@
-"""The folder of a run: the names of all that lies in it, whose it is, and the recipe that it keeps."""
+"""The folder of a run: the names of its files, the process that holds it, and its recipe."""
 
 import contextlib
 import functools
@@ -22,8 +22,8 @@ from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint
 
-LOCK = ".lock"  # held by the process that trains, whose name is in it
-CONFIG = "config.json"  # the recipe, every default filled in
+LOCK = ".lock"  # locked by the process that trains; its content names that process
+CONFIG = "config.json"  # the recipe, with all defaults filled in
 HISTORY = "metrics.jsonl"  # see `history`
 CURVES = "curves.png"
 CHECKPOINTS = "checkpoints"  # see `training.checkpoint`
@@ -32,19 +32,21 @@ PROFILE = "profile"  # see `profiling`
 
 FILES = (LOCK, CONFIG, HISTORY, CURVES)
 FOLDERS = (CHECKPOINTS, TENSORBOARD, PROFILE)
-REPLACED = (CONFIG, HISTORY)  # by new files at each start, whoever the old ones belong to
+REPLACED = (CONFIG, HISTORY)  # new files take their place at each start, whoever owns the old ones
+
+CLAIM_AGAIN_SECONDS = 5.0  # before a second try to read the lock
 
 
 def mistakes_picture(split: str) -> str:
-    """The name of the picture of what the network gets wrong in a split of the data."""
+    """Returns the name of the picture of wrong predictions on a split of the data."""
     return "mistakes_" + re.sub(r"[^\w.+-]", "_", split) + ".png"
 
 
 def has_checkpoints(workdir: Path) -> bool:
-    """Whether a run has saved something, found without opening or making anything.
+    """Whether a run has saved a checkpoint. It opens and creates nothing.
 
     Raises:
-      ValueError: the folder cannot be read.
+      UserError: the folder cannot be read.
     """
     return checkpoint.has_steps(workdir / CHECKPOINTS)
 
@@ -53,7 +55,7 @@ def read_recipe(workdir: Path) -> ConfigDict:
     """Returns the recipe that `workdir` was trained with, resolved.
 
     Raises:
-      ValueError: there is none, it is damaged, or it is not one of this version.
+      UserError: there is none, it is damaged, or it is not one of this version.
     """
     path = workdir / CONFIG
     with file_errors(path, "read"):
@@ -77,7 +79,7 @@ def read_recipe(workdir: Path) -> ConfigDict:
 
 
 def run_around(folder: Path) -> str:
-    """What to give in place of a folder within the workdir of a run, for an error; '' for other folders."""
+    """Returns the end of an error message for a folder inside a workdir: what to give instead; '' for other folders."""
     folder = folder.absolute()
     for parent in folder.parents:
         if (parent / CONFIG).is_file() and has_checkpoints(parent):
@@ -87,9 +89,9 @@ def run_around(folder: Path) -> str:
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Raises ValueError where `workdir` cannot be written, or holds a run of another recipe or foreign files.
+    """Raises UserError if `workdir` cannot be written, or has a run of another recipe or foreign files.
 
-    Writes nothing.
+    It writes nothing.
     """
     _check_place(workdir, config)
     try:
@@ -120,8 +122,8 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
 
 
 def _check_place(workdir: Path, config: ConfigDict) -> None:
-    """Raises ValueError for a folder that an unset variable in a script, or a slip, names; a run in it goes on."""
-    if (workdir / CONFIG).is_file():
+    """Raises UserError for a folder that only an unset variable in a script, or a slip, would name."""
+    if (workdir / CONFIG).is_file():  # a run that was begun there goes on
         return
     here, program = os.path.realpath(workdir), Path(__file__).parents[2]
     if config.data.source == "folder":
@@ -135,7 +137,7 @@ def _check_place(workdir: Path, config: ConfigDict) -> None:
 
 
 def how_to_train_on(workdir: Path) -> str:
-    """A sentence for whoever wants more epochs of a run: its recipe stays as it is, and its weights begin another."""
+    """Returns a sentence on how to train a run's weights for more epochs, since its own recipe cannot change."""
     return (
         "To train its weights for more epochs, take a new workdir and "
         f"--config.init.weights={shlex.quote(str(workdir))}: that run begins with them (the averaged ones, where there "
@@ -144,19 +146,19 @@ def how_to_train_on(workdir: Path) -> str:
 
 
 def _could_train_on(workdir: Path, changed: Sequence[str]) -> bool:
-    """Whether what another recipe changes leaves the weights of the run in `workdir` as good."""
+    """Whether the run in `workdir` has weights, and these changes of its recipe leave them as good."""
     groups = {line.partition(":")[0].partition(".")[0] for line in changed}
     return has_checkpoints(workdir) and not groups & {"model", "normalize"}
 
 
 @contextlib.contextmanager
 def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
-    """Makes `workdir`, with its `config.json`, and keeps every other run out of it meanwhile.
+    """Creates `workdir` with its `config.json`, and keeps every other run out of it during the block.
 
-    The lock is that of `host.locks`, on `LOCK`, which says who holds it.
+    The lock is that of `host.locks`, on the file `LOCK`.
 
     Raises:
-      ValueError: another process holds it, or the reasons of `check_workdir`.
+      UserError: another process holds the lock, or the reasons of `check_workdir`.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -180,13 +182,10 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
         yield
 
 
-CLAIM_AGAIN_SECONDS = 5.0
-
-
 def check_claim(workdir: Path) -> None:
-    """Raises ValueError where `workdir` is no longer what this process claimed: removed, renamed, or another run's.
+    """Raises UserError if this process no longer has `workdir`: it was removed or renamed, or is another run's.
 
-    To be asked before something is written there: Orbax makes the folder again where it is gone.
+    Call it before writing there: Orbax would create a removed folder again.
     """
     lock = workdir / LOCK
     try:
@@ -194,7 +193,7 @@ def check_claim(workdir: Path) -> None:
             holder = lock.read_text(errors="replace")
         except FileNotFoundError:
             raise
-        except OSError:  # a network file system has such moments; a run of days must not end by one
+        except OSError:  # a network file system may fail for a moment, which must not end a run of days
             time.sleep(CLAIM_AGAIN_SECONDS)
             holder = lock.read_text(errors="replace")
     except OSError as error:
@@ -206,7 +205,7 @@ def check_claim(workdir: Path) -> None:
         raise UserError(f"workdir {workdir} now belongs to {holder or 'another run'}, by its {LOCK}; this run ends.")
 
 
-@functools.cache  # the name of a host may change, and its claims stay
+@functools.cache  # the name of the host may change during a run
 def _holder() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
@@ -216,5 +215,5 @@ def _not_writable(workdir: Path, error: OSError) -> UserError:
 
 
 def remember(workdir: Path, config: ConfigDict) -> None:
-    """Writes `config.json`, whole or not at all, and a power cut does not undo it."""
+    """Writes `config.json`, whole or not at all, even in a power cut."""
     write_whole(workdir / CONFIG, [to_json(config).encode()])

@@ -29,7 +29,7 @@ def suggest(name: str, names: Iterable[str], spell: Callable[[str], str] = str) 
     Args:
       name: that was not found.
       names: that exist.
-      spell: returns how the message writes a name, if not as it is compared.
+      spell: returns a name as the message writes it.
     """
     names = sorted(names)
     close = difflib.get_close_matches(str(name)[:MAX_SHOWN], names, n=3)
@@ -40,7 +40,7 @@ def suggest(name: str, names: Iterable[str], spell: Callable[[str], str] = str) 
 
 
 def differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names that are missing in one of the rows, or whose values are not equal in all of them."""
+    """Returns the names that are missing in one of the rows, or whose values are not equal in all of them."""
     names = dict.fromkeys(name for row in rows for name in row)
     return [name for name in names if any(name not in row or row[name] != rows[0].get(name) for row in rows)]
 

@@ -45,7 +45,7 @@ def parse(name: str, text: str, annotation: Any) -> Any:
       annotation: the type of the value.
 
     Raises:
-      ValueError: it is of another type, or no such value can be meant; see `check`.
+      UserError: it is of another type, or `check` refuses it.
     """
     try:
         literal = _WORDS[text.lower()] if text.lower() in _WORDS else ast.literal_eval(text)
@@ -64,8 +64,8 @@ def check(name: str, value: Any, annotation: Any) -> Any:
       annotation: the type that it must have.
 
     Raises:
-      ValueError: it is of another type, an integer of more than 64 bits, a number that float32 does not hold, or a
-        text that is too long or has NUL in it.
+      UserError: it is of another type, an integer of more than 64 bits, a number that float32 cannot hold, or a text
+        that is too long or has NUL in it.
     """
     if not fits(value, annotation):
         raise UserError(f"{name} must be {describe(annotation)}, got {written(value)}.")
@@ -85,7 +85,7 @@ def fits(value: Any, annotation: Any) -> bool:
         return any(fits(value, kind) for kind in arguments)
     if origin is Sequence:
         return isinstance(value, list | tuple) and all(fits(element, arguments[0]) for element in value)
-    if isinstance(value, bool):  # an int to Python, and never to the author of a recipe
+    if isinstance(value, bool):  # an int in Python, but not in a recipe
         return annotation is bool
     return isinstance(value, int | float if annotation is float else annotation)
 
@@ -113,7 +113,7 @@ def describe(annotation: Any, *, several: bool = False) -> str:
 
 
 def as_text(value: Any, annotation: Any) -> str:
-    """Returns the text that `parse` makes a checked value of."""
+    """Returns the text from which `parse` makes the checked value."""
     if annotation is Endless and value == LARGEST:
         return "inf"
     if isinstance(value, str) and parse("", value, annotation) == value:
@@ -136,10 +136,10 @@ def _checked(name: str, value: Any) -> Any:
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise UserError(f"{name} must be an integer of 64 bits, got {written(value)}.")
         check_number(name, value)
-        return value + 0  # -0.0 would be no end of an interval to NumPy
+        return value + 0  # NumPy does not take -0.0 as the end of an interval
     return np.dtype(value).name
 
 
 def _is_data_type(annotation: Any) -> bool:
-    """Whether this is JAX's `DTypeLike`, a union with NumPy's type of data types; told without importing JAX."""
+    """Whether this is JAX's `DTypeLike`, a union with NumPy's `dtype`; decided without importing JAX."""
     return any((typing.get_origin(kind) or kind) is np.dtype for kind in typing.get_args(annotation))

@@ -1,1 +1,1 @@
-"""One step of training or evaluation, all that it is made of, and its state on a disk."""
+"""One step of training or evaluation, the parts of it, and the state on the disk."""

@@ -1,10 +1,9 @@
-"""Checkpoints by Orbax: one folder a step, with everything in it, verified when written and when read.
+"""Checkpoints by Orbax: a folder for each step, verified when it is written and when it is read.
 
-A folder `STEP/` has the items `raw` (parameters and batch statistics), `ema` (their
-averages, where the recipe keeps them), `optimizer` and `meta` (JSON: the class names, the number of
-images, the initial weights, the step, a checksum of every array; older ones have the recipe too, which
-nobody reads: it is in the workdir). What only evaluates reads one of the first two. The position in
-the data is the step.
+A folder `STEP/` has the items `raw` (parameters and batch statistics), `ema` (their averages, if the recipe keeps
+them), `optimizer` and `meta` (JSON: class names, number of images, initial weights, step, a checksum of each array).
+Evaluation reads only `raw` or `ema`. The step is also the position in the data. Older checkpoints have the recipe in
+`meta` too, which is not read: the workdir has it.
 """
 
 import asyncio
@@ -35,20 +34,20 @@ from xception_flax.training.state import TrainState
 
 PyTree = Any
 
-# A path that all libraries below read as it is written. To Orbax `[`, `*` and a backslash are patterns; to etils
-# /gs/ and /s3/ are buckets, to TensorStore `gs:` is one, and what is not UTF-8 cannot be given to it.
+# A path that all libraries below read literally. Orbax takes `[`, `*` and a backslash for patterns; etils takes /gs/
+# and /s3/ for buckets; TensorStore takes `gs:` for a bucket, and accepts only UTF-8.
 PLAIN_PATH = re.compile(r"(?!/\w\w/)[\w/.,=+@ -]{1,1000}")
 
-# Where a reader finds the step that it chose damaged, the run may be removing it: it looks again.
+# A step may look damaged because the run is just removing it. A reader then tries again, up to so many times.
 READ_TIMES, READ_AGAIN_SECONDS = 20, 0.5
 
 
 class Checkpoints(ocp.CheckpointManager):
-    """Orbax' manager of a folder of checkpoints.
+    """Orbax's manager of a folder of checkpoints.
 
     Attributes:
-      folder: by its own name; `directory` is the same by a plain path.
-      verified: whether a step has been saved, and all of it read from the disk.
+      folder: the path that the user gave; `directory` is a plain path to the same folder.
+      verified: whether one saved step has been read back from the disk completely.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Checkpoints(ocp.CheckpointManager):
             best_fn=score,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
-            # In the background it leaves threads behind where it fails, which wait for it for five minutes.
+            # If it fails in the background, threads remain that wait five minutes for it.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             temporary_path_class=_make_step_folder(self._check),
         )
@@ -80,33 +79,39 @@ class Checkpoints(ocp.CheckpointManager):
             raise
 
     def close(self) -> None:
-        """Raises ValueError where a save that was under way has failed, unless another error is on its way."""
+        """Waits for a save that is under way, and closes the manager.
+
+        Raises:
+          UserError: the save has failed, and no other exception is being handled.
+        """
         under_way = sys.exception()
         try:
             super().close()
         except Exception as error:
-            if under_way is None:  # which is the reason, and this mostly its consequence
+            if under_way is None:  # otherwise that exception is the reason, and this one most likely follows from it
                 raise _failed_save(self, error) from error
         finally:
             self._close_folder()
 
     def message(self, error: Exception) -> str:
-        """The first line of an error, with the folder's own name."""
+        """Returns the first line of an error, with `folder` in place of the plain path."""
         lines = str(error).replace(str(self.directory), str(self.folder)).strip().splitlines()
         return lines[0][:300] if lines else type(error).__name__
 
     def expect(self, items: dict[str, PyTree]) -> None:
-        """Tells what the next steps have in them."""
+        """Sets the arrays that the steps saved from now on must have."""
         self._saving = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), items)
 
     def _plain(self, folder: Path) -> Path:
-        """Returns another path to `folder`: that of its descriptor in this process."""
+        """Returns a plain path to `folder`: that of an open file descriptor of this process."""
         folder.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(folder, os.O_RDONLY)
         plain = Path(f"/proc/self/fd/{self._descriptor}")
-        if not plain.is_dir():  # no Linux
+        if not plain.is_dir():  # not Linux
             self._close_folder()
-            raise UserError("its path is no plain one; take another, of letters, digits and . , = + @ _ -")
+            raise UserError(
+                "its path is too long or has special characters; take one of letters, digits and . , = + @ _ -"
+            )
         return plain
 
     def _close_folder(self) -> None:
@@ -115,10 +120,10 @@ class Checkpoints(ocp.CheckpointManager):
             self._descriptor = None
 
     def _check(self, folder: Path) -> None:
-        """Raises ValueError where the step in `folder` is not what was saved.
+        """Raises UserError if the step in `folder` is not what was saved.
 
-        All of the first one is read and compared, of the later ones the files that describe it. In a thread,
-        by the first process alone: nothing here waits for another or touches a device.
+        The first step is read completely and compared. Of later steps only the files that describe them are read. This
+        runs in a thread of the first process alone, so it must not wait for other processes or use a device.
         """
         if damage := _damage(folder):
             raise UserError(f"it was written, but {damage}")
@@ -137,23 +142,23 @@ class Checkpoints(ocp.CheckpointManager):
                 raise UserError(f"{name} was written and cannot be read: {self.message(error)}") from error
             leaves = jax.tree_util.tree_leaves_with_path(read)
             if {jax.tree_util.keystr(at): _checksum_on_host(leaf) for at, leaf in leaves} != expected[name]:
-                raise UserError(f"{name} was written and is read with other values")
+                raise UserError(f"{name} was written, but other values are read back")
         self.verified = True
 
 
 def _make_step_folder(check: Callable[[Path], None]) -> type[ocp.path.atomicity.AtomicRenameTemporaryPath]:
-    """Returns the kind of folder that Orbax writes a step into.
+    """Returns the type of folder that Orbax writes a step into.
 
-    It gets the number of the step when the disk has all that is in it, and `check` has been there;
-    only then are older steps removed. Orbax writes a last file where it renames the folder: so that
-    renames to a second temporary name, after which nothing is written any more.
+    The folder gets the number of the step only when all its content is on the disk and has passed `check`. Only then
+    does Orbax remove older steps. Orbax itself writes a last file while it renames the folder, so its rename goes to a
+    second temporary name. After that nothing more is written.
     """
     suffix = ocp.path.atomicity.TMP_DIR_SUFFIX
 
     class StepFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
         @classmethod
         def from_final(cls, final_path, **options):
-            if final_path.name.isdecimal():  # else it is an item in a step
+            if final_path.name.isdecimal():  # otherwise it is an item in a step
                 final_path = final_path.parent / (final_path.name + suffix)
             return super().from_final(final_path, **options)
 
@@ -179,17 +184,17 @@ def _make_step_folder(check: Callable[[Path], None]) -> type[ocp.path.atomicity.
 def open_manager(
     folder: Path, /, keep_latest: int = 2, keep_best: int = 1, *, best_metric: str, read_only: bool = False
 ) -> Checkpoints:
-    """Returns the manager of a run's checkpoints; a context manager, which waits for saves at its end.
+    """Returns the manager of a run's checkpoints: a context manager that waits for saves at its end.
 
     Args:
-      folder: of the checkpoints; made if it is not there.
-      best_metric: evaluation metric that 'best' means the highest of.
-      keep_latest: checkpoints to keep, the newest.
-      keep_best: checkpoints to keep beside them, those with the best evaluation.
-      read_only: save and remove nothing, for a look into a run that may still be going on.
+      folder: of the checkpoints; created if it does not exist.
+      keep_latest: how many of the newest checkpoints to keep.
+      keep_best: how many of the checkpoints with the best evaluation to keep beside them.
+      best_metric: the metric of an evaluation whose highest value is 'best'.
+      read_only: save and remove nothing, since the run may still be going on.
 
     Raises:
-      ValueError: the folder cannot be read or made, or a checkpoint's metrics are damaged.
+      UserError: the folder cannot be read or created, or a checkpoint's metrics are damaged.
     """
     check_range("checkpoint.keep_latest", keep_latest, 1)
     check_range("checkpoint.keep_best", keep_best, 0)
@@ -204,11 +209,11 @@ def open_manager(
     folder = folder.absolute()
     steps = _steps(folder)
     try:
-        if folder.is_dir() and not read_only:  # or the first save would find out
+        if folder.is_dir() and not read_only:  # to fail now, not at the first save
             with tempfile.TemporaryFile(dir=folder):
                 pass
         manager = Checkpoints(folder, score, policies.AnyPreservationPolicy(kept), read_only)
-    except Exception as error:  # it reads the metrics of all steps
+    except Exception as error:  # Orbax also reads the metrics of all steps, which may be damaged
         for step in steps:
             if damage := _damage(folder / str(step)):
                 raise _unreadable(folder, step, damage) from error
@@ -223,10 +228,10 @@ def open_manager(
 
 
 def has_steps(folder: Path) -> bool:
-    """Whether there is any checkpoint in `folder`, found without opening or making anything.
+    """Whether there is any checkpoint in `folder`. It opens and creates nothing.
 
     Raises:
-      ValueError: the folder cannot be read.
+      UserError: the folder cannot be read.
     """
     return bool(_steps(folder))
 
@@ -246,14 +251,16 @@ def save(
     meta: dict[str, Any],
     metrics: dict[str, float] | None,
 ) -> None:
-    """Saves `state` under its step, in the background; a step that is there already stays as it is.
+    """Saves `state` under its step, in the background. A step that is saved already is not saved again.
 
     Args:
-      meta: JSON values that the next reader needs.
-      metrics: of an evaluation of this state, if there was one.
+      manager: of the run's checkpoints.
+      state: the training state.
+      meta: JSON values for readers.
+      metrics: of an evaluation of this state; None if there was none.
 
     Raises:
-      ValueError: this save or the one before it failed (a full disk, say), or the weights are not finite.
+      UserError: this save or the one before it failed (a full disk, say), or the weights are not finite.
     """
     step = int(state.step)
     if step in manager.all_steps():
@@ -276,10 +283,11 @@ def save(
 
 
 def check_saves(manager: Checkpoints, *, wait: bool = False) -> None:
-    """Raises ValueError where a save in the background has failed (a full disk, say).
+    """Raises UserError if a save in the background has failed (a full disk, say).
 
     Args:
-      wait: for the saves that are under way.
+      manager: of the run's checkpoints.
+      wait: whether to wait for saves that are under way.
     """
     try:
         manager.wait_until_finished() if wait else manager.check_for_errors()
@@ -295,15 +303,15 @@ def _failed_save(manager: Checkpoints, error: Exception) -> UserError:
     else:
         reason = manager.message(error)
     kept = ", ".join(map(str, _steps(manager.folder)))
-    kept = f"kept of steps: {kept}" if kept else "there is none from before it"
+    kept = f"checkpoints kept: {kept}" if kept else "there is no earlier one"
     return UserError(f"a checkpoint could not be written to {manager.folder}: {reason}; {kept}.")
 
 
 def find_step(manager: Checkpoints, which: str) -> int:
-    """Returns the step that 'latest', 'best' or a number means.
+    """Returns the step that 'latest', 'best' or a number stands for.
 
     Raises:
-      ValueError: there is no such checkpoint.
+      UserError: there is no such checkpoint.
     """
     steps = sorted(manager.all_steps())
     if not steps:
@@ -315,7 +323,7 @@ def find_step(manager: Checkpoints, which: str) -> int:
         if best is None or manager.metrics(best) is None:
             raise UserError(f"no checkpoint in {manager.folder} has been evaluated; take latest or a step.")
         return best
-    if which not in map(str, steps):  # as text: Python reads no number of more than 4,300 digits
+    if which not in map(str, steps):  # compared as text, since int() refuses more than 4,300 digits
         raise UserError(
             f"no checkpoint {written(which)} in {manager.folder}; take latest, best or a step of: "
             f"{', '.join(map(str, steps))}."
@@ -324,10 +332,10 @@ def find_step(manager: Checkpoints, which: str) -> int:
 
 
 def restore_state(manager: Checkpoints, abstract_state: TrainState, step: int) -> TrainState:
-    """Reads the whole state of `step`, each array onto the devices that `abstract_state` says.
+    """Reads the whole state of `step`; each array gets the sharding of its leaf in `abstract_state`.
 
     Raises:
-      ValueError: the checkpoint is damaged, incomplete, of another network or of another step, or its weights are not
+      UserError: the checkpoint is damaged, incomplete, of another network or of another step, or its weights are not
         finite.
     """
     items = _restore(manager, _items(abstract_state), step)
@@ -344,11 +352,11 @@ def restore_state(manager: Checkpoints, abstract_state: TrainState, step: int) -
 
 
 def restore_variables(manager: Checkpoints, abstract_variables: PyTree, weights: str, step: int) -> PyTree:
-    """Reads only the variables of `step`: `weights` is 'raw' or 'ema'.
+    """Reads only the variables of `step`: the `weights` 'raw' or 'ema'.
 
     Raises:
-      ValueError: the checkpoint is damaged, has no such weights, is of another network or of another step, or they are
-        not finite.
+      UserError: the checkpoint is damaged, has no such weights, is of another network or of another step, or the
+        weights are not finite.
     """
     return _restore(manager, {weights: abstract_variables}, step)[weights]
 
@@ -356,7 +364,7 @@ def restore_variables(manager: Checkpoints, abstract_variables: PyTree, weights:
 def read_variables(
     folder: Path, which: str, weights: str, abstract_variables: PyTree, *, best_metric: str
 ) -> tuple[int, dict[str, Any], PyTree]:
-    """Reads (step, meta, variables) of a run that may be going on, and removing older checkpoints.
+    """Reads (step, meta, variables) of a run, which may be going on and removing older checkpoints meanwhile.
 
     Args:
       folder: of the run's checkpoints.
@@ -366,7 +374,7 @@ def read_variables(
       best_metric: as for `open_manager`.
 
     Raises:
-      ValueError: there is no such checkpoint, or the reasons of `restore_variables`.
+      UserError: there is no such checkpoint, or the reasons of `restore_variables`.
     """
     said = set()
     while True:
@@ -375,7 +383,7 @@ def read_variables(
                 step = find_step(manager, which)
                 return step, read_meta(manager, step), restore_variables(manager, abstract_variables, weights, step)
         except ValueError as error:
-            # Once more the same: nothing is being removed. Of several processes none can begin again alone.
+            # The same error twice is not a removal in progress. With several processes, one cannot retry alone.
             if str(error) in said or len(said) == READ_TIMES or jax.process_count() > 1:
                 raise
             said.add(str(error))
@@ -386,7 +394,7 @@ def read_meta(manager: Checkpoints, step: int) -> dict[str, Any]:
     """Reads the JSON values of `step`.
 
     Raises:
-      ValueError: they are damaged, or of another step.
+      UserError: they are damaged, or of another step.
     """
     try:
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
@@ -394,16 +402,16 @@ def read_meta(manager: Checkpoints, step: int) -> dict[str, Any]:
         raise _damaged(manager, step, error) from None
     if not _is_meta(meta):
         raise _damaged(manager, step, ValueError("meta/metadata is not of this program"))
-    if "step" in meta:  # older ones do not say it, and have strings as they are
+    if "step" in meta:  # older checkpoints lack it, and their strings are not encoded by `naming.stored`
         meta = naming.restored(meta)
         if meta["step"] != step:
             raise _unreadable(manager.folder, step, _of_another_step(meta["step"]))
-    # Older runs have the names of their classes as they were on their disk, decomposed or not.
+    # Older checkpoints have the names of classes as on the disk, in composed or decomposed Unicode.
     return meta | {"class_names": list(map(naming.composed, meta["class_names"]))}
 
 
 def _is_meta(meta: Any) -> bool:
-    """Whether it has what is read of it, of the right types."""
+    """Whether the values that are read have the right types."""
     if not isinstance(meta, dict):
         return False
     names, sums = meta.get("class_names"), meta.get("checksums")
@@ -444,7 +452,7 @@ JSON_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "metadata", "met
 
 
 def _damage(folder: Path) -> str | None:
-    """Says which file of a step is empty or not what it should be; None where that is seen of none."""
+    """Returns which file of a step is empty or not valid JSON; None if no damage is found."""
     try:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder)
@@ -457,7 +465,7 @@ def _damage(folder: Path) -> str | None:
                     described = False
                 if not described:
                     return f"{name} is no JSON object"
-    except OSError as error:  # or it is being removed
+    except OSError as error:  # the run may also be removing the step
         return f"{error.filename} cannot be read: {error.strerror}"
     return None
 
@@ -478,18 +486,17 @@ def _unreadable(folder: Path, step: int, reason: str) -> UserError:
 
 # Checksums -----------------------------------------------------------------------------------------
 
-
-# Items that are weights: what is not finite in them is in all that is computed with them.
+# The items that must be finite, since every output depends on all weights.
 WEIGHTS = ("raw", "ema")
 
 
 def _checksums(tree: PyTree) -> dict[str, int]:
-    """A uint32 a leaf, by its path. Orbax stores no checksum of data: a flipped bit would go unseen."""
+    """Returns a uint32 for each leaf, by path. Orbax stores no checksum of the data, so it would miss a flipped bit."""
     return _inspect(tree)[0]
 
 
 def _inspect(tree: PyTree) -> tuple[dict[str, int], list[str]]:
-    """The checksums, and the paths of the leaves with values that are not finite: one program, one pass."""
+    """Returns the checksums, and the paths of leaves with values that are not finite, in one pass over the data."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     paths = [jax.tree_util.keystr(path) for path, _ in leaves]
     sums, finite = jax.device_get(_inspect_all([leaf for _, leaf in leaves]))
@@ -517,9 +524,9 @@ def _is_finite(x: jax.Array) -> jax.Array:
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-    """Sum of bits x odd weight of the position, modulo 2^32: any one changed element changes it.
+    """Returns the sum of (bits x odd weight of the position) modulo 2^32. A change of one element always changes it.
 
-    Integers add up the same in every order, so it does not depend on how the array is sharded.
+    A sum of integers does not depend on their order, so the checksum does not depend on the sharding.
     """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
@@ -535,7 +542,7 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def _checksum_on_host(x: np.ndarray) -> int:
-    """The same of an array in the host's memory, by NumPy: it needs no device."""
+    """Returns the same checksum by NumPy, for an array in host memory and without a device."""
     x = np.ascontiguousarray(x).reshape(-1)
     if x.dtype == np.bool_:
         x = x.view(np.uint8)

@@ -1,4 +1,4 @@
-"""Evaluation over a split: every image once, whatever the batches and the devices."""
+"""Evaluation over a split: every image counts once, whatever the batch size and the number of devices."""
 
 import contextlib
 import math
@@ -24,20 +24,20 @@ def evaluate(
     mesh: Mesh,
     on_batch: BatchCallback | None = None,
 ) -> dict[str, float]:
-    """Returns the means over every image of the split, each counted once, and their `count`.
+    """Returns the mean of each metric over all images of the split, and their `count`.
 
-    Where the split replaces bad images there is also `bad_images`: how many were left out.
+    If the split replaces bad images, `bad_images` is the number that were left out.
 
     Args:
       eval_step: from `steps.make_eval_step`.
-      variables: what it takes.
+      variables: of the network, as `eval_step` takes them.
       split: loaded with `train=False`.
       mesh: the mesh of the variables.
       on_batch: called with each local batch and the global logits.
 
     Raises:
       data.InputError: none of the images can be decoded.
-      ValueError: the loss is not finite.
+      UserError: the loss is not finite.
     """
     totals = metrics.Accumulator()
     with contextlib.closing(split.batches()) as batches:

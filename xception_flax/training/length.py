@@ -1,4 +1,4 @@
-"""How long a run is: what turns its epochs into steps."""
+"""The length of a run, in epochs and in steps."""
 
 import math
 from typing import NamedTuple
@@ -12,8 +12,8 @@ class RunLength(NamedTuple):
     """The length of a run.
 
     Attributes:
-      batch_size: images a step.
-      num_images: images an epoch.
+      batch_size: images per step.
+      num_images: images per epoch.
       total_steps: of the whole run.
     """
 
@@ -22,17 +22,17 @@ class RunLength(NamedTuple):
     total_steps: int
 
     def ends_interval(self, step: int, every_epochs: float) -> bool:
-        """Whether a multiple of `every_epochs` ends within step `step`, counted from 1."""
+        """Whether step `step`, counted from 1, completes a multiple of `every_epochs`."""
         interval = every_epochs * (self.num_images / self.batch_size)  # in steps
-        # The small term is for the rounding of the division: what is due every 0.2 epochs is due with all of 0.1.
+        # The small term absorbs rounding of the division, so that every multiple of 0.2 epochs is also one of 0.1.
         return math.floor(step / interval + 1e-9) > math.floor((step - 1) / interval + 1e-9)
 
 
 def create_length(epochs: float, batch_size: int, num_images: int) -> RunLength:
-    """Returns the length of a run of `epochs` passes over `num_images`: whole steps, at least one.
+    """Returns the length of a run of `epochs` passes over `num_images`, rounded to whole steps, at least one.
 
     Raises:
-      ValueError: more steps than can be counted.
+      UserError: there are more than `MAX_STEPS` steps.
     """
     total_steps = max(1, round(epochs * num_images / batch_size))
     if total_steps > MAX_STEPS:

@@ -1,4 +1,4 @@
-"""Losses by name, and what a run minimises: the mean over a batch plus a penalty of the parameters."""
+"""Losses by name. A run minimises the mean of its loss over a batch plus a penalty of the parameters."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,8 +17,8 @@ PyTree = Any
 
 
 def softmax(logits: jax.Array, labels: jax.Array, label_smoothing: float) -> jax.Array:
-    """Cross-entropy of one label an image: `[N, C]`, `[N]` integers or `[N, C]` floating shares -> `[N]` (nats)."""
-    soft = labels.ndim == 2 and jnp.issubdtype(labels.dtype, jnp.floating)  # rows of 0 and 1 are integers
+    """Cross-entropy for one label an image: `[N, C]`, `[N]` integers or `[N, C]` floating shares -> `[N]` (nats)."""
+    soft = labels.ndim == 2 and jnp.issubdtype(labels.dtype, jnp.floating)  # labels of several classes are integers
     if labels.ndim != 1 and not soft:
         raise UserError(
             f"loss 'softmax' takes one label an image, got labels of shape {labels.shape}; for several labels "
@@ -29,9 +29,9 @@ def softmax(logits: jax.Array, labels: jax.Array, label_smoothing: float) -> jax
 
 
 def sigmoid(logits: jax.Array, labels: jax.Array, label_smoothing: float) -> jax.Array:
-    """Binary cross-entropy summed over the classes, any number of labels an image (JFT).
+    """Binary cross-entropy summed over the classes, for any number of labels an image (JFT).
 
-    `[N, C]`, `[N, C]` of 0 and 1, or of shares between them -> `[N]` (nats). Smoothing draws each target towards 1/2.
+    `[N, C]`, `[N, C]` of 0 and 1 or shares between them -> `[N]` (nats). Smoothing moves each target towards 1/2.
     """
     if labels.shape != logits.shape:
         raise UserError(
@@ -46,9 +46,9 @@ LOSSES = {"softmax": softmax, "sigmoid": sigmoid}
 
 
 class Loss(NamedTuple):
-    """What a run minimises: mean of `example` over the batch plus `penalty` of the parameters."""
+    """A run minimises the mean of `example` over the batch plus `penalty` of the parameters."""
 
-    example: Callable[[jax.Array, jax.Array], jax.Array]  # logits, labels -> [N]; smoothed; labels may be soft
+    example: Callable[[jax.Array, jax.Array], jax.Array]  # logits, labels -> [N], with smoothing; labels may be soft
     plain: Callable[[jax.Array, jax.Array], jax.Array]  # the same without smoothing, for evaluation
     penalty: Callable[[PyTree], jax.Array]  # params -> scalar
 
@@ -59,13 +59,12 @@ def create_loss(name: str, label_smoothing: float = 0.0, weight_decay: float = 0
     Args:
       name: 'softmax' for one label an image, 'sigmoid' for any number of labels.
       label_smoothing: share of the target that is spread over all classes (Inception V3: 0.1).
-      weight_decay: L2 in the loss, as the paper has it (section 4.3): `weight_decay / 2 * sum of
-        squares` of all kernels, so that its gradient is `weight_decay * kernel`. It passes through
-        momentum and clipping with the rest of the gradient; `optimizer.decoupled_weight_decay` is
-        the other kind.
+      weight_decay: factor of an L2 penalty in the loss (paper, section 4.3): `weight_decay / 2 * sum of squares` of all
+        kernels, whose gradient is `weight_decay * kernel`. Unlike `optimizer.decoupled_weight_decay`, it passes through
+        momentum and clipping with the rest of the gradient.
 
     Raises:
-      ValueError: unknown name, or a value out of its range.
+      UserError: unknown name, or a value out of its range.
     """
     function = lookup(LOSSES, name, "loss.name")
     check_range("loss.label_smoothing", label_smoothing, 0, 1, below=True)

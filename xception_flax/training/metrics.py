@@ -1,4 +1,4 @@
-"""Metrics, each a sum and a count: added over batches and hosts, divided once.
+"""Metrics as a sum and a count, which are added over batches and hosts and divided once.
 
 `mask` is 1 for an example that counts and 0 for padding.
 """
@@ -19,7 +19,7 @@ from xception_flax.text.ranges import check_range
 
 
 class Sum(NamedTuple):
-    """A metric before its division: both float32 scalars (float64 once on the host)."""
+    """A metric before the division: two scalars, float32 on devices and float64 on the host."""
 
     total: Any
     count: Any
@@ -29,17 +29,16 @@ MetricFunction = Callable[[jax.Array, jax.Array, jax.Array], dict[str, Sum]]
 
 
 def masked_sum(values: jax.Array, mask: jax.Array) -> Sum:
-    """Sum of `values` `[N]` where `mask` `[N]` is 1; padding may hold anything, NaN too."""
+    """Returns the sum of `values` `[N]` where `mask` `[N]` is 1. Padding may hold any value, even NaN."""
     values = jnp.where(mask > 0, values.astype(jnp.float32), 0.0)
     return Sum(jnp.sum(values), jnp.sum(mask.astype(jnp.float32)))
 
 
 def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
-    """1 where fewer than k classes have a logit above the true class's.
+    """Whether the true class is among the k classes with the highest logits.
 
-    Of classes with the same logit the lower index comes first, as in `jax.lax.top_k`, so that a
-    constant network scores chance and not 100 %. A row with a NaN or infinite logit, or with a label that is
-    no class, is never correct.
+    Of equal logits the lower index ranks first, as in `jax.lax.top_k`, so that a constant network scores chance and
+    not 100 %. An example with a NaN or infinite logit, or with a label that is no class, is never correct.
 
     Args:
       logits: `[N, num_classes]`.
@@ -62,11 +61,10 @@ def average_precision(
 ) -> jax.Array:
     """Average precision over the k best predictions of each example.
 
-    For an example with label set L and class weights w:
-    `sum over ranks r <= k of [c_r in L] w(c_r) precision(r)`, divided by the most that any ranking
-    could reach: the sum of the k largest weights in L. With w = 1 this is the usual AP@k. The paper
-    (section 4.1) weights each class of FastEval14k "with a score estimating how common the class
-    is" and publishes neither the scores nor the formula; this reading is ours.
+    For an example with label set L and class weights w, this is `sum over ranks r <= k of [c_r in L] w(c_r)
+    precision(r)`, divided by the sum of the k largest weights in L, which is the most that a ranking can reach. With
+    w = 1 this is the usual AP@k. The paper (section 4.1) weights each class of FastEval14k "with a score estimating how
+    common the class is" and publishes neither the scores nor the formula; this reading is ours.
 
     Args:
       logits: `[N, num_classes]`.
@@ -108,12 +106,14 @@ def single_label() -> MetricFunction:
 def multi_label(k: int = 100, class_weights: str | None = None) -> MetricFunction:
     """Mean average precision over the k best predictions (paper, table 2: MAP@100), as `map`.
 
-    Labels are `[N, num_classes]`, 0 or 1. The mean is over the examples with at least one label of
-    positive weight.
+    Labels are `[N, num_classes]`, 0 or 1. The mean is over the examples with at least one label of positive weight.
 
     Args:
-      k: predictions that count.
+      k: number of predictions that count.
       class_weights: path of a `.npy` file with `[num_classes]` weights; None weights all alike.
+
+    Raises:
+      UserError: k is out of its range, or the file is not readable or has a negative or infinite weight.
     """
     check_range("metrics.k", k, 1)
     weights = None if class_weights is None else _load_class_weights(class_weights)
@@ -137,7 +137,7 @@ def multi_label(k: int = 100, class_weights: str | None = None) -> MetricFunctio
 
 
 def _load_class_weights(path: str) -> np.ndarray:
-    if not os.path.isfile(path):  # nor a pipe, which would be waited for
+    if not os.path.isfile(path):  # a pipe would block
         raise UserError(f"metrics.class_weights: {path} is no readable .npy file (no such file).")
     try:
         weights = np.load(path, allow_pickle=False).astype(np.float32)
@@ -150,7 +150,7 @@ def _load_class_weights(path: str) -> np.ndarray:
 
 METRICS = {"single_label": single_label, "multi_label": multi_label}
 
-# The metric of each that 'best' means the highest of.
+# The metric whose highest value marks the 'best' checkpoint.
 BEST = {"single_label": "top1", "multi_label": "map"}
 
 
@@ -162,7 +162,7 @@ def create_metrics(name: str, **options: Any) -> MetricFunction:
       **options: the metrics' own keywords.
 
     Raises:
-      ValueError: `name` is no key of `METRICS`, or an option is out of its range.
+      UserError: unknown name, or a value out of its range.
     """
     return lookup(METRICS, name, "metric")(**options)
 
@@ -171,14 +171,14 @@ class Accumulator:
     """Adds the metrics of batches on the host, in float64.
 
     Attributes:
-      pending: sums that devices may still be computing, not added yet.
+      pending: sums not added yet, which devices may still be computing.
     """
 
     def __init__(self, max_pending: int = 0) -> None:
-        """Begins with nothing.
+        """Begins without batches.
 
         Args:
-          max_pending: batches that the host may run ahead of the devices; to add one more waits for the first of them.
+          max_pending: batches that the host may run ahead of the devices. Adding another one waits for the oldest.
         """
         self._max_pending = max_pending
         self.pending: collections.deque[Mapping[str, Sum]] = collections.deque()
@@ -190,17 +190,17 @@ class Accumulator:
         self._wait(self._max_pending)
 
     def count(self, name: str) -> float:
-        """What the sum of metric `name` is divided by."""
+        """Returns the count that the total of metric `name` is divided by."""
         self._wait()
         return self._sums[name].count
 
     def means(self) -> dict[str, float]:
-        """Each metric's mean; NaN where nothing counted."""
+        """Returns the mean of each metric; NaN if its count is 0."""
         self._wait()
         return {name: s.total / s.count if s.count else float("nan") for name, s in self._sums.items()}
 
     def clear(self) -> None:
-        """Begins anew."""
+        """Removes all sums."""
         self.pending.clear()
         self._sums = {}
 
@@ -212,7 +212,7 @@ class Accumulator:
 
 
 def check_finite(sums: Mapping[str, Sum], step: int) -> None:
-    """Raises ValueError where loss or gradient of step `step` are no longer numbers: before its state is saved."""
+    """Raises UserError if the loss or the gradient of step `step` is not finite. Call it before saving its state."""
     if not float(sums["loss"].count):
         raise UserError(f"none of the images of step {step} can be decoded; look at the data.")
     for name in ("loss", "gradient_norm"):

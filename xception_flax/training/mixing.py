@@ -1,11 +1,10 @@
-"""Mixup and CutMix: a batch whose images are each of two, inside the compiled step.
+"""Mixup and CutMix inside the compiled step: each image of a batch is mixed with another one.
 
-As timm's `Mixup` has it with its default mode 'batch': one share and one choice between the two for
-the whole batch, the share of CutMix corrected to the pixels that it really covers. Image 2 i is
-mixed with image 2 i + 1 and that with 2 i, which in a shuffled batch is as random as any pairing,
-does not depend on the number of devices or hosts, and sends nothing between devices as long as
-each has an even number of images. (timm pairs with the reversed batch, for which every device
-would send all its images to another.)
+As in timm's `Mixup` with its default mode 'batch', one share and one choice between mixup and CutMix hold for the whole
+batch, and the share of CutMix is corrected to the pixels that its box really covers. Images 2 i and 2 i + 1 are mixed
+with each other. In a shuffled batch this is as random as any pairing. It does not depend on the number of devices or
+hosts, and sends nothing between devices if each has an even number of images. (timm pairs with the reversed batch, so
+that every device would send all its images to another.)
 """
 
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from xception_flax.text.ranges import check_range
 
 Mix = Callable[[jax.Array, Batch[jax.Array]], Batch[jax.Array]]
 
-_PURPOSE = 0x6D6978  # keeps the key apart from those of dropout
+_PURPOSE = 0x6D6978  # makes the key differ from those of dropout
 
 
 def make_mixing(
@@ -28,23 +27,23 @@ def make_mixing(
     probability: float = 1.0,
     switch_probability: float = 0.5,
 ) -> Mix | None:
-    """Returns `mix(key, batch) -> batch`, or None where nothing is to be mixed: both alphas 0.
+    """Returns `mix(key, batch) -> batch`, or None if both alphas are 0.
 
-    `mix` takes an even number of images. Those that it returns are uint8 again, rounded, as timm's
-    `FastCollateMixup` does: within half of a level, for a quarter of the memory. Where `mask` is 0 for one
-    of a pair, it is for both. It adds `minor_labels` and `share`; see `data.batch.Batch`.
+    `mix` takes an even number of images. It returns them rounded to uint8, as timm's `FastCollateMixup` does: this is
+    within half a level of the exact value, and takes a quarter of the memory. If `mask` is 0 for one image of a mixed
+    pair, it becomes 0 for both. `mix` adds `minor_labels` and `share`; see `data.batch.Batch`.
 
     Args:
-      mixup_alpha: the share of an image is drawn from Beta(alpha, alpha) (Zhang et al. 2017, arXiv
-        1710.09412, section 2: 0.1 to 0.4 on ImageNet); 0 for no mixup.
-      cutmix_alpha: as much of the image stays around a rectangle of the other (Yun et al. 2019, arXiv
-        1905.04899, section 3.1: 1); 0 for no CutMix. The rectangle has the image's aspect ratio and
-        its centre anywhere, so that the border cuts off some of it.
+      mixup_alpha: the share of an image is drawn from Beta(alpha, alpha) (Zhang et al. 2017, arXiv 1710.09412,
+        section 2: 0.1 to 0.4 on ImageNet); 0 for no mixup.
+      cutmix_alpha: the same for the share that an image keeps around a rectangle of the other (Yun et al. 2019, arXiv
+        1905.04899, section 3.1: 1); 0 for no CutMix. The rectangle has the image's aspect ratio. Its centre is
+        anywhere in the image, so the border may cut some of it off.
       probability: of mixing a batch at all; timm's `prob`.
-      switch_probability: of CutMix instead of mixup, where there are both; timm's `switch_prob`.
+      switch_probability: of CutMix instead of mixup, if both are on; timm's `switch_prob`.
 
     Raises:
-      ValueError: a value out of its range.
+      UserError: a value out of its range.
     """
     check_range("mix.mixup_alpha", mixup_alpha, 0)
     check_range("mix.cutmix_alpha", cutmix_alpha, 0)
@@ -65,7 +64,7 @@ def make_mixing(
         share = jax.random.beta(share_key, alpha, alpha, dtype=jnp.float32)
         share = jnp.where(jax.random.bernoulli(any_key, probability), share, 1.0)
         box = _box(box_key, share, *images.shape[1:3])
-        # What an image keeps of each of its pixels: the same everywhere, or 0 in the box and 1 around it.
+        # The share that an image keeps of each pixel: the same everywhere, or 0 in the box and 1 around it.
         kept = jnp.where(cut, 1.0 - box, share)[None, :, :, None]
         share = jnp.where(cut, 1.0 - jnp.mean(box), share)
 
@@ -73,14 +72,14 @@ def make_mixing(
         mixed = jnp.round(kept * own + (1 - kept) * other).astype(images.dtype)
 
         def by_share(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Of each image that of the larger share and that of the smaller one."""
+            """Returns the values of the image with the larger share, and those of the image with the smaller one."""
             others = _swap(values)
             return jnp.where(share < 0.5, others, values), jnp.where(share < 0.5, values, others)
 
         major, minor = by_share(labels)
         shares = jnp.full(images.shape[0], jnp.maximum(share, 1 - share), jnp.float32)
         mixed_batch = batch | {"images": mixed, "labels": major, "minor_labels": minor, "share": shares}
-        if "mask" in batch:  # who is mixed with an image that does not count does not count either
+        if "mask" in batch:  # an image mixed with one that does not count does not count either
             first, second = by_share(batch["mask"])
             mixed_batch["mask"] = first * jnp.where(shares < 1, second, 1)
         return mixed_batch
@@ -89,12 +88,12 @@ def make_mixing(
 
 
 def mixing_key(seed: int, step: jax.Array | int) -> jax.Array:
-    """The key of step `step`, counted from 0: nothing but the two decides how a batch is mixed."""
+    """Returns the key of step `step`, counted from 0. Seed and step alone decide how a batch is mixed."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), _PURPOSE)
 
 
 def soft_labels(batch: Batch[jax.Array], num_classes: int) -> jax.Array:
-    """Returns the targets `[N, num_classes]` float32 of a mixed batch, each the shares of its classes."""
+    """Returns the targets `[N, num_classes]` float32 of a mixed batch: the share of each class."""
 
     def one_hot(labels: jax.Array) -> jax.Array:
         return jax.nn.one_hot(labels, num_classes) if labels.ndim == 1 else labels.astype(jnp.float32)
@@ -104,12 +103,12 @@ def soft_labels(batch: Batch[jax.Array], num_classes: int) -> jax.Array:
 
 
 def _swap(x: jax.Array) -> jax.Array:
-    """Element 2 i for 2 i + 1 and that for 2 i."""
+    """Swaps elements 2 i and 2 i + 1 of the first axis."""
     return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
 
 
 def _box(key: jax.Array, share: jax.Array, height: int, width: int) -> jax.Array:
-    """`[height, width]`, 1 in a rectangle of area 1 - share as far as the image goes, around a random pixel."""
+    """Returns `[height, width]`: 1 in a rectangle of area 1 - share around a random pixel, cut off at the border."""
     y_key, x_key = jax.random.split(key)
 
     def inside(key: jax.Array, size: int) -> jax.Array:

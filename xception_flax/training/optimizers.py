@@ -1,8 +1,7 @@
-"""Learning-rate schedules, optimizers and the mask of what weight decay touches.
+"""Learning-rate schedules, optimizers, and the mask of parameters that weight decay touches.
 
-A schedule is a *factor* of the learning rate, so `learning_rate` stays one number of the recipe.
-Durations are in epochs or in images, never in steps: a recipe keeps its meaning at another batch
-size.
+A schedule is a *factor* of the learning rate, so that `learning_rate` stays one number of the recipe. Durations are in
+epochs or in images, never in steps, so that a recipe keeps its meaning at another batch size.
 """
 
 from collections.abc import Callable
@@ -41,11 +40,14 @@ def exponential(
     """Factor `decay_rate ** (images seen / every)`.
 
     Args:
-      run: sizes that turn epochs and images into steps.
+      run: its length, which converts epochs and images to steps.
       decay_rate: factor of one decay, above 0 and at most 1; the paper: 0.94 on ImageNet, 0.9 on JFT (section 4.2).
-      every_epochs: epochs between two decays (ImageNet: 2). Exactly one of this and `every_images`.
+      every_epochs: epochs between two decays (ImageNet: 2). Exactly one of this and `every_images` must be given.
       every_images: images between two decays (JFT: 3,000,000).
       staircase: decay at once after each interval, not a little at each step.
+
+    Raises:
+      UserError: both or none of `every_epochs` and `every_images` are given, or a value is out of its range.
     """
     if (every_epochs is None) == (every_images is None):
         raise UserError(
@@ -62,7 +64,7 @@ def exponential(
     interval_steps = every / run.batch_size
 
     def factor(step: jax.Array | int) -> jax.Array:
-        # Half a step makes `floor` safe from the rounding of the division at whole intervals.
+        # At whole intervals the division may be rounded down; half a step keeps that from changing `floor`.
         intervals = jnp.floor((step + 0.5) / interval_steps) if staircase else step / interval_steps
         return jnp.asarray(decay_rate, jnp.float32) ** intervals
 
@@ -73,9 +75,12 @@ def cosine(run: RunLength, /, warmup_epochs: float = 0.0, final_factor: float = 
     """Linear warm-up from 0 to 1, then half a cosine down to `final_factor` (Loshchilov & Hutter 2017).
 
     Args:
-      run: sizes that turn epochs into steps.
+      run: its length, which converts epochs to steps.
       warmup_epochs: length of the warm-up in epochs; 0 for none.
       final_factor: factor of the learning rate at the last step.
+
+    Raises:
+      UserError: a value is out of its range, or the warm-up takes the whole run.
     """
     check_range("schedule.warmup_epochs", warmup_epochs, 0)
     check_range("schedule.final_factor", final_factor, 0)
@@ -102,11 +107,11 @@ def create_schedule(name: str = "constant", *, run: RunLength, **options: Any) -
 
     Args:
       name: a key of `SCHEDULES`.
-      run: its length, which turns epochs and images into steps.
+      run: its length, which converts epochs and images to steps.
       **options: the schedule's own keywords.
 
     Raises:
-      ValueError: unknown name, or a value out of its range.
+      UserError: unknown name, or a value out of its range.
     """
     return lookup(SCHEDULES, name, "schedule")(run, **options)
 
@@ -115,12 +120,12 @@ def create_schedule(name: str = "constant", *, run: RunLength, **options: Any) -
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True for what weight decay touches: kernels, not biases and not batch normalization's scale."""
+    """Returns True for kernels, which weight decay touches, and False for biases and batch normalization's scales."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def backbone_mask(params: PyTree) -> PyTree:
-    """True for the backbone, False for the classifier: what fine-tuning treats differently."""
+    """Returns True for the backbone and False for the classifier; fine-tuning may treat them differently."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not is_classifier(path[0].key), params)
 
 
@@ -136,9 +141,9 @@ def sgd(
     Args:
       learning_rate: as a function of the step.
       momentum: share of the old `m` that a step keeps.
-      nesterov: whether the step is by `momentum * m + g` of the new `m` (Nesterov's momentum).
-      decoupled_weight_decay: `learning_rate * decoupled_weight_decay * p` is subtracted beside the momentum (SGDW); the
-        paper's weight decay is in the loss instead.
+      nesterov: whether a step takes `momentum * m + g`, with the new `m`, in place of `m` (Nesterov's momentum).
+      decoupled_weight_decay: a step also subtracts `learning_rate * decoupled_weight_decay * p`, beside the momentum
+        (SGDW). The paper's weight decay is in the loss instead.
     """
     check_range("optimizer.momentum", momentum, 0, 1, below=True)
     check_range("optimizer.decoupled_weight_decay", decoupled_weight_decay, 0)
@@ -152,14 +157,14 @@ def sgd(
 def rmsprop(
     learning_rate: Schedule, /, decay: float = 0.9, momentum: float = 0.9, epsilon: float = 1.0
 ) -> optax.GradientTransformation:
-    """RMSprop as `tf.train.RMSPropOptimizer` (TF1) computes it, which the paper trained JFT with.
+    """RMSprop as in `tf.train.RMSPropOptimizer` (TF1), with which the paper trained on JFT.
 
         s = decay * s + (1 - decay) * g^2        s starts at 1
         m = momentum * m + learning_rate * g / sqrt(s + epsilon)
         p -= m
 
-    Most other libraries start `s` at 0 and add epsilon outside the root. Decay and epsilon are not
-    in the paper; the defaults are Inception V3's.
+    Most other libraries start `s` at 0 and add epsilon outside the root. The paper does not give decay and epsilon; the
+    defaults are Inception V3's.
 
     Args:
       learning_rate: as a function of the step.
@@ -190,7 +195,7 @@ def adamw(
       beta1: share of the old mean of gradients that a step keeps.
       beta2: share of the old mean of squared gradients that a step keeps.
       epsilon: added to the root of that mean.
-      decoupled_weight_decay: a step subtracts `learning_rate * decoupled_weight_decay * p` too.
+      decoupled_weight_decay: a step also subtracts `learning_rate * decoupled_weight_decay * p`.
     """
     check_range("optimizer.beta1", beta1, 0, 1, below=True)
     check_range("optimizer.beta2", beta2, 0, 1, below=True)
@@ -216,15 +221,14 @@ def create_optimizer(
     Args:
       name: a key of `OPTIMIZERS`.
       learning_rate: the learning rate where the schedule's factor is 1.
-      backbone_factor: factor of the learning rate for all layers but the classifier (`layers.is_classifier`),
-        for fine-tuning; 0 freezes them, and their gradients are not computed.
-      clip_norm: gradients longer than this (global L2 norm, all parameters together) are shortened
-        to it; None leaves them.
+      backbone_factor: factor of the learning rate for all layers but the classifier (`layers.is_classifier`), for
+        fine-tuning; 0 freezes them, and their gradients are not computed.
+      clip_norm: gradients longer than this (L2 norm over all parameters) are scaled down to it; None leaves them.
       schedule: factor of the learning rate; see `create_schedule`.
       **options: the optimizer's own keywords.
 
     Raises:
-      ValueError: unknown name, or a value out of its range.
+      UserError: unknown name, or a value out of its range.
     """
     check_range("optimizer.learning_rate", learning_rate, 0)
     check_range("optimizer.backbone_factor", backbone_factor, 0)
@@ -235,7 +239,7 @@ def create_optimizer(
         return learning_rate * schedule(step)
 
     tx = lookup(OPTIMIZERS, name, "optimizer")(rate, **options)
-    if backbone_factor != 1:  # of the whole update, decoupled weight decay too: that is the learning rate's factor
+    if backbone_factor != 1:  # scales the whole update, like the learning rate, and so decoupled weight decay too
         tx = optax.chain(tx, optax.masked(optax.scale(backbone_factor), backbone_mask))
     if clip_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)

@@ -1,7 +1,7 @@
 """What a recipe computes: network, loss, optimizer and steps, put together for a mesh.
 
-Here and nowhere else: what `train.py` runs, what `xception-flax evaluate` scores and what `planning` compiles for a
-machine that is not there are the same.
+Only this module puts them together, so `train.py` runs, `xception-flax evaluate` scores, and `planning` compiles for
+other machines, the same functions.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,17 @@ from xception_flax.training.length import RunLength, create_length
 
 
 class Program(NamedTuple):
-    """The functions of a run, none of them compiled yet.
+    """The functions of a run, not compiled yet.
 
     Attributes:
       model: the network.
-      init: `init(key)` makes the state; see `state.make_init`.
+      init: `init(key)` returns the initial state; see `state.make_init`.
       abstract_state: shape, type and sharding of each array of the state.
       train_step: see `steps.make_train_step`.
       eval_step: see `steps.make_eval_step`.
-      learning_rate: a step's number -> the learning rate of that step.
+      learning_rate: returns the learning rate of a step, given its number.
       length: of the whole run.
-      weights: which weights are evaluated, 'ema' where the recipe keeps them, else 'raw'.
+      weights: which weights are evaluated: 'ema' if the recipe keeps them, otherwise 'raw'.
     """
 
     model: nn.Module
@@ -42,14 +42,16 @@ class Program(NamedTuple):
 
 
 def create_program(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, int, int], num_images: int) -> Program:
-    """Returns what a resolved recipe computes on `mesh`; nothing is compiled and no array is made.
+    """Returns what a resolved recipe computes on `mesh`. It compiles nothing and creates no arrays.
 
     Args:
+      config: the resolved recipe.
+      mesh: of all devices; they may be only described.
       image_shape: `(H, W, C)` of one image.
-      num_images: of the training split: an epoch.
+      num_images: of the training split, which is one epoch.
 
     Raises:
-      ValueError: values of the recipe that do not go together.
+      UserError: a value of the recipe is out of its range, or values do not fit together.
     """
     model = models.create_model(**config.model)
     length = create_length(config.epochs, config.batch_size, num_images)
@@ -75,13 +77,15 @@ def create_program(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, int, 
 
 
 def make_evaluation(config: ConfigDict, model: nn.Module, mesh: Mesh) -> Callable[..., Any]:
-    """Returns the evaluation step of a resolved recipe, see `steps.make_eval_step`; it is not compiled yet.
+    """Returns the evaluation step of a resolved recipe, not compiled yet; see `steps.make_eval_step`.
 
     Args:
-      model: the recipe's network.
+      config: the resolved recipe.
+      model: its network.
+      mesh: of all devices.
 
     Raises:
-      ValueError: a value of the recipe that is out of its range.
+      UserError: a value of the recipe is out of its range.
     """
     return steps.make_eval_step(
         model,

@@ -1,9 +1,8 @@
-"""Where arrays live: the mesh, the batch over all of its devices, the state over 'fsdp'.
+"""The mesh of devices, and the sharding of batches and of the state on it.
 
-The mesh has two axes. Both split the batch; 'fsdp' also splits the large arrays of the state
-(parameters, optimizer, averages), so that a chip holds a share of them. No model knows of either:
-under `jit` over global arrays the compiler places the collectives, and batch normalization sees
-the global batch.
+The mesh has two axes. Both split the batch; 'fsdp' also splits the large arrays of the state (parameters, optimizer,
+averages), so that each device holds a share of them. Models do not know of the mesh: under `jit` over global arrays the
+compiler inserts the collectives, and batch normalization sees the global batch.
 """
 
 import math
@@ -26,7 +25,7 @@ PyTree = Any
 
 BATCH_AXES = ("data", "fsdp")
 
-# A smaller array costs more to gather than it saves: 64 Ki elements are 256 KiB.
+# Gathering a smaller array costs more than its memory is worth: 64 Ki elements are 256 KiB.
 MIN_SHARDED_ELEMENTS = 2**16
 
 
@@ -36,10 +35,10 @@ def create_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] 
     Args:
       data: devices that only split the batch; -1 for all that `fsdp` leaves.
       fsdp: devices that also split the state; -1 for all that `data` leaves.
-      devices: those to take in place of all, such as those of a machine that is only described.
+      devices: to use in place of all devices, such as those of a machine that is only described.
 
     Raises:
-      ValueError: `data * fsdp` is not the number of devices.
+      UserError: `data * fsdp` is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -54,13 +53,13 @@ def create_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] 
             divisors = [str(d) for d in range(1, count + 1) if count % d == 0]
             advice = f"mesh.{other} must divide their number: take {' or '.join(divisors)}"
         else:
-            advice = "leave one of them, and only one, at -1 to fill up"
+            advice = "set one of them, and only one, to -1: it takes the rest"
         raise UserError(f"mesh: data={data} x fsdp={fsdp} must cover the {_devices(count)} exactly; {advice}.")
     return jax.make_mesh(tuple(sizes.values()), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
-    """Raises ValueError unless every device gets the same number of images in each part of a step."""
+    """Raises UserError unless every device gets the same number of images in each part of a step."""
     check_range("step.accumulation_steps", accumulation_steps, 1)
     parts = mesh.size * accumulation_steps
     if batch_size < 1 or batch_size % parts:
@@ -80,12 +79,12 @@ def _devices(number: int) -> str:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds whole."""
+    """Returns the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def processes_per_host() -> int:
-    """Processes of this run on this host, this one included; all processes must call it."""
+    """Returns the number of processes of this run on this host, including this one. All processes must call it."""
     if jax.process_count() == 1:
         return 1
     host = np.uint32(zlib.crc32(socket.gethostname().encode()))
@@ -93,15 +92,15 @@ def processes_per_host() -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: the first dimension over all devices."""
+    """Returns the sharding of a batch: its first dimension over all devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def state_shardings(mesh: Mesh, abstract_state: PyTree) -> PyTree:
-    """The sharding of each array of a state, from its shape alone.
+    """Returns the sharding of each array of a state, which follows from its shape.
 
-    One rule: an array of at least `MIN_SHARDED_ELEMENTS` is split over 'fsdp' along its largest
-    dimension that divides (the last of equals); everything else is on every device.
+    An array of at least `MIN_SHARDED_ELEMENTS` is split over 'fsdp' along its largest dimension that 'fsdp' divides,
+    the last of equal ones. All other arrays are replicated.
     """
     fsdp = mesh.shape["fsdp"]
 
@@ -119,11 +118,12 @@ def state_shardings(mesh: Mesh, abstract_state: PyTree) -> PyTree:
 
 
 def check_state_fits(mesh: Mesh, abstract_state: PyTree) -> None:
-    """Raises ValueError where a device's share of the state alone is more than its memory; of CPUs, what the
-    host has free.
+    """Raises UserError if a device's share of the state alone exceeds its memory.
+
+    For CPU devices this is their share of the host's free memory.
 
     Args:
-      mesh: of devices that are there.
+      mesh: of devices of this machine.
       abstract_state: shape, type and sharding of each array.
     """
     leaves = jax.tree.leaves(abstract_state)
@@ -138,7 +138,7 @@ def check_state_fits(mesh: Mesh, abstract_state: PyTree) -> None:
 
 
 def abstract_batch(mesh: Mesh, shapes: dict[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns what `global_batch` will make, without data: from (global shape, type) a key."""
+    """Returns shapes, types and shardings of what `global_batch` returns, from the global shape and type by name."""
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, (shape, dtype) in shapes.items()
@@ -146,7 +146,7 @@ def abstract_batch(mesh: Mesh, shapes: dict[str, tuple[tuple[int, ...], np.dtype
 
 
 def global_batch(mesh: Mesh, local_batch: Batch[np.ndarray]) -> Batch[jax.Array]:
-    """Makes one global array a key from what each host has: `[N / hosts, ...]` -> `[N, ...]`."""
+    """Returns global arrays by name, made of each host's part of them: `[N / hosts, ...]` -> `[N, ...]`."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, np.asarray(values))

@@ -1,4 +1,4 @@
-"""The training state: all that a run needs in order to go on."""
+"""The training state: everything that a run needs to go on."""
 
 from functools import partial
 from typing import Any
@@ -24,8 +24,8 @@ class TrainState(flax.struct.PyTreeNode):
       step: int32 scalar; updates done so far.
       params: trainable parameters, collection 'params'.
       batch_stats: moving mean and variance of batch normalization, collection 'batch_stats'.
-      opt_state: of the optimizer.
-      ema_params: exponential moving average of `params`; None where the recipe keeps none.
+      opt_state: state of the optimizer.
+      ema_params: exponential moving average of `params`; None if the recipe keeps none.
       ema_batch_stats: the same of `batch_stats`.
     """
 
@@ -37,10 +37,10 @@ class TrainState(flax.struct.PyTreeNode):
     ema_batch_stats: PyTree | None = None
 
     def variables(self, weights: str) -> dict[str, PyTree]:
-        """What `model.apply` takes: `weights` is 'raw' (the last ones) or 'ema' (the averaged ones).
+        """Returns what `model.apply` takes: the `weights` 'raw' (the latest) or 'ema' (the averaged).
 
         Raises:
-          ValueError: 'ema' of a state that keeps no average, or another word.
+          UserError: `weights` is neither, or is 'ema' and the state keeps no average.
         """
         if weights == "raw":
             return {"params": self.params, "batch_stats": self.batch_stats}
@@ -61,13 +61,16 @@ def make_init(
 ) -> tuple[Any, TrainState]:
     """Returns (init, abstract_state).
 
-    `init(key, pretrained={})` makes the state, each array already where it belongs: no device ever
-    holds more than its share. `weights.initial` has variables by their path, `('params', 'predictions',
-    'kernel')` say, that take the place of random ones. `abstract_state` has the shape, type and sharding
-    of each, without memory: what restoring a checkpoint and compiling ahead of time need.
+    `init(key, pretrained={})` returns the initial state. Each array is created with its sharding, so no device ever
+    holds more than its share. `pretrained` has variables by path, such as `('params', 'predictions', 'kernel')`, which
+    replace random ones; see `weights.initial`. `abstract_state` has the shape, type and sharding of each array, without
+    memory; restoring a checkpoint and compiling ahead of time need it.
 
     Args:
+      model: the network.
+      tx: the optimizer.
       image_shape: `(H, W, C)` of one image.
+      mesh: of all devices.
       ema: whether to keep averages of parameters and batch statistics.
     """
 
@@ -82,40 +85,39 @@ def make_init(
             params=params,
             batch_stats=batch_stats,
             opt_state=tx.init(params),
-            # Copies: the state is donated, and one buffer cannot be given away twice.
+            # Copies: the state is donated, and one buffer cannot be donated twice.
             ema_params=jax.tree.map(jnp.copy, params) if ema else None,
             ema_batch_stats=jax.tree.map(jnp.copy, batch_stats) if ema else None,
         )
 
-    # With the arguments of the run's own call, which then is not traced again.
+    # Traced with the same arguments as the run's own call, so that JAX does not trace that one again.
     abstract_state = _placed(mesh, jax.eval_shape(init, jax.random.key(0), {}))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-    # It runs once. On CPUs XLA's highest level, 3, spends longer on making a hundred random generators fast than they
-    # run; 0 takes as long to compile as 1, and ten times as long to run.
+    # It runs once. On CPUs, XLA's highest level 3 takes longer to optimize a hundred random generators than they take
+    # to run. Level 0 compiles as slowly as 1, and runs ten times slower.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
     return jax.jit(init, out_shardings=shardings, compiler_options=options), abstract_state
 
 
 def abstract_variables(model: nn.Module, image_shape: tuple[int, int, int], mesh: Mesh) -> dict[str, PyTree]:
-    """Returns shape, type and sharding of what `model.apply` takes, without memory.
+    """Returns shape, type and sharding of the variables that `model.apply` takes, without memory.
 
     Raises:
-      ValueError: the model does not take such images, or is of float64 while JAX has it switched off.
+      UserError: the model does not take such images, or has float64 while JAX has it turned off.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return _placed(mesh, jax.eval_shape(partial(_init_variables, model), jax.random.key(0), images))
 
 
 def _init_variables(model: nn.Module, key: jax.Array, images: jax.Array) -> dict[str, PyTree]:
-    """`model.init`, always with both collections, and with moving statistics of the type that a step gives them."""
+    """Returns `model.init`, always with both collections, and moving statistics of the type that a step returns."""
     for field in ("dtype", "param_dtype"):
-        if (
-            jax.dtypes.canonicalize_dtype(wanted := getattr(model, field, jnp.float32)) != wanted
-        ):  # JAX would take another
+        wanted = getattr(model, field, jnp.float32)
+        if jax.dtypes.canonicalize_dtype(wanted) != wanted:  # JAX would use another type
             raise UserError(f"model.{field}={jnp.dtype(wanted)} needs JAX_ENABLE_X64=1 in the environment.")
     variables = {"batch_stats": {}} | dict(model.init(key, images, train=False))
-    # linen begins in float32 where the model computes in float64: the first update would change the state's types.
+    # linen creates float32 statistics even for a model of float64; the first update would change their type.
     dtype = jnp.promote_types(model.dtype, jnp.float32)
     return variables | {"batch_stats": jax.tree.map(lambda leaf: leaf.astype(dtype), variables["batch_stats"])}
 

@@ -33,15 +33,15 @@ Gradient = Callable[[PyTree, PyTree, Batch[jax.Array], jax.Array], tuple[PyTree,
 def create_normalizer(mean: Sequence[float], std: Sequence[float]) -> Callable[[jax.Array], jax.Array]:
     """Returns a function from uint8 images to `(images - mean) / std`, float32.
 
-    It runs inside the compiled step: a quarter of the bytes travels to the device, and a host
-    core is spared. The published weights expect [-1, 1]: mean and std 127.5.
+    It runs inside the compiled step: a quarter of the bytes travels to the device, and the host's cores are spared. The
+    published weights expect [-1, 1]: mean and std 127.5.
 
     Args:
-      mean: a value a channel, or one for all; on the scale 0 to 255.
+      mean: a value for each channel, or one for all; on the scale 0 to 255.
       std: the same, positive.
 
     Raises:
-      ValueError: no value, not as many of both, or one out of its range.
+      UserError: no values, different numbers of values in both, or a value out of its range.
     """
     if not mean or len(mean) != len(std):
         raise UserError(
@@ -51,7 +51,7 @@ def create_normalizer(mean: Sequence[float], std: Sequence[float]) -> Callable[[
     for average, deviation in zip(mean, std, strict=True):
         check_number("normalize.mean", average)
         check_range("normalize.std", deviation, 0, above=True)
-        # Of the darkest and the brightest pixel: neither may be beyond float32.
+        # A bound on the normalized values of all pixels, which must fit into float32.
         check_number(
             f"(255 - normalize.mean) / normalize.std, of {average} and {deviation},", (255 + abs(average)) / deviation
         )
@@ -87,25 +87,34 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch[jax.Array]], tuple[TrainState, Sums]]:
     """Returns the compiled `train_step(state, batch) -> (state, metrics)`; the old state is donated.
 
-    A batch is what `data.batch.Batch` says; images whose `mask` is 0 are black, and batch statistics do see them. The
-    step is a pure function of state, batch and seed: the randomness of dropout and mixing comes from the seed and the
-    number of the step, whatever the number of devices.
+    Batches are `data.batch.Batch`. Images whose `mask` is 0 are black, and batch statistics include them. The step is a
+    pure function of state, batch and seed: the randomness of dropout and mixing comes from the seed and the number of
+    the step, whatever the number of devices.
 
     Args:
+      model: the network.
+      tx: the optimizer.
+      loss: from `losses.create_loss`.
+      metrics: from `metrics.create_metrics`.
+      normalize: from `create_normalizer`.
       abstract_state: shapes and shardings, from `state.make_init`.
-      ema_decay: share of the old average that a step keeps (Polyak averaging, section 4.2). In
-        the first steps less: min(ema_decay, (1 + step) / (10 + step)), as
-        `tf.train.ExponentialMovingAverage(num_updates=step)`. 0 keeps no average.
-      accumulation_steps: parts a batch is split into and computed one after the other, for batches
-        that do not fit. The gradient is the mean over the parts; batch normalization sees, and
-        its moving statistics follow, one part after the other.
-      lowering: how operations are computed, see `ops.lowering`; 'fused' is for the Xception networks
-        with a batch of which each TPU has a multiple of 16 images.
+      mesh: of all devices.
+      ema_decay: share of the old average that a step keeps (Polyak averaging, section 4.2). The first steps keep less:
+        min(ema_decay, (1 + step) / (10 + step)), as `tf.train.ExponentialMovingAverage(num_updates=step)`. 0 keeps no
+        average.
+      accumulation_steps: number of parts that a batch is split into, which are computed one after the other, for
+        batches that do not fit into memory. The gradient is the mean over the parts. Batch normalization sees one part
+        at a time, and each updates its moving statistics.
+      lowering: how operations are computed, see `ops.lowering`; 'fused' is for Xception networks, and each TPU needs a
+        multiple of 16 images of the batch.
       seed: of dropout and mixing.
-      mix: from `mixing.make_mixing`; it mixes the whole batch, before it is split into parts. The
-        loss takes the soft labels, and the metrics the label with the larger share.
-      backbone_frozen: whether `tx` leaves the backbone as it is: no gradient of it is computed, and
+      mix: from `mixing.make_mixing`; mixes the whole batch before it is split into parts. The loss takes the soft
+        labels, and the metrics take the label with the larger share.
+      backbone_frozen: whether `tx` does not change the backbone. Then no gradient of it is computed, and
         `gradient_norm` is the classifier's.
+
+    Raises:
+      UserError: a value is out of its range, or the devices have no such lowering.
     """
     check_range("step.ema_decay, the share kept,", ema_decay, 0, 1, below=True)
     check_range("step.accumulation_steps", accumulation_steps, 1)
@@ -119,8 +128,8 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if mix is not None:
             batch = mix(mixing_key(seed, state.step), batch)
-        # What 'fsdp' splits is stored in shares and computed with whole; only the batch is split in
-        # the network. Left to itself the compiler would split channels too, and copy back and forth.
+        # Arrays that 'fsdp' splits are stored in shares and gathered for the computation, so that the network splits
+        # only the batch. Otherwise the compiler would split channels too, and copy back and forth.
         params = jax.lax.with_sharding_constraint(state.params, sharding.replicated(mesh))
         grads, (batch_stats, sums) = gradient(params, state.batch_stats, _with_weight(batch), key)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
@@ -175,7 +184,7 @@ def _make_objective(
             "penalty": Sum(penalty, jnp.ones(())),
             **metrics(logits, batch["labels"], mask),
         }
-        # With `weight` the mean over parts of this mean is that over all images that count.
+        # `weight` makes the mean of this over the parts of a batch the mean over all images that count.
         mean = jnp.mean(jnp.where(mask > 0, losses, 0) * batch["weight"]) if "mask" in batch else jnp.mean(losses)
         return mean + penalty, (updates.get("batch_stats", {}), sums)
 
@@ -183,7 +192,7 @@ def _make_objective(
 
 
 def _with_weight(batch: Batch[jax.Array]) -> Batch[jax.Array]:
-    """Returns the batch, with `weight` where it has a `mask`."""
+    """Returns the batch, with `weight` added if it has a `mask`."""
     if "mask" not in batch:
         return batch
     mask = batch["mask"]
@@ -192,10 +201,10 @@ def _with_weight(batch: Batch[jax.Array]) -> Batch[jax.Array]:
 
 
 def _make_gradient(objective: Callable[..., Any], mesh: Mesh, accumulation_steps: int, lowering: str) -> Gradient:
-    """Returns the gradient of `objective`: of a batch at once, or the mean over its parts, one after the other."""
+    """Returns the gradient of `objective`: of a whole batch, or the mean over its parts, one after the other."""
 
     def at_once(*arguments):
-        # A kernel that each chip runs on its share asks for the mesh in context; see `ops`.
+        # A kernel that each device runs on its share needs the mesh in context; see `ops`.
         with ops.lowering(lowering), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return jax.grad(objective, has_aux=True)(*arguments)
 
@@ -215,7 +224,7 @@ def _make_gradient(objective: Callable[..., Any], mesh: Mesh, accumulation_steps
         first = jax.tree.map(lambda x: x[0], parts)
         grads, (_, sums) = jax.eval_shape(at_once, params, batch_stats, *first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
-        # Gradients are added up in the carry, not stacked: memory for one more, not for all.
+        # Gradients are added up in the carry: this takes the memory of one more gradient, not of one for each part.
         (batch_stats, (grads, sums)), _ = jax.lax.scan(add, (batch_stats, zeros), parts)
         return jax.tree.map(lambda g: g / accumulation_steps, grads), (batch_stats, sums)
 
@@ -235,13 +244,13 @@ def make_eval_step(
 ) -> Callable[[PyTree, Batch[jax.Array]], tuple[Sums, jax.Array]]:
     """Returns the compiled `eval_step(variables, batch) -> (metrics, logits)`.
 
-    `variables` is what `TrainState.variables` gives. A batch (`data.batch.Batch`) must have its `mask`. The loss is
-    without smoothing and without penalty. Logits are `[N, num_classes]`, on the devices of their images.
+    `variables` are those of `TrainState.variables`. A batch (`data.batch.Batch`) must have a `mask`. The loss has no
+    smoothing and no penalty. Logits are `[N, num_classes]`, on the devices of their images.
     """
 
     def eval_step(variables: PyTree, batch: Batch[jax.Array]) -> tuple[Sums, jax.Array]:
         variables = jax.lax.with_sharding_constraint(variables, sharding.replicated(mesh))
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # see `gradient`
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # as in `_make_gradient`
             logits = model.apply(variables, normalize(batch["images"]), train=False)
         sums = metrics(logits, batch["labels"], batch["mask"])
         sums["loss"] = masked_sum(loss.plain(logits, batch["labels"]), batch["mask"])

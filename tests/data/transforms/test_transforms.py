@@ -1,4 +1,4 @@
-"""Augmentation: against PIL, the distributions of torchvision's and TensorFlow's crops, and golden images."""
+"""Augmentation against PIL, golden images, and the distributions of torchvision's and TensorFlow's crops."""
 
 import math
 from pathlib import Path
@@ -29,7 +29,7 @@ def apply(chain: str, image: np.ndarray, seed: int = 0, image_size: int = 32) ->
     return image
 
 
-# What holds for all --------------------------------------------------------------------------------
+# All transforms ------------------------------------------------------------------------------------
 
 
 def test_every_transform_has_a_golden_image():
@@ -39,7 +39,7 @@ def test_every_transform_has_a_golden_image():
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_golden_image(chain):
-    """Of all values, 98 % within 2 of 255: OpenCV rounds differently from one version to another."""
+    """98 % of the values are within 2 of 255, since versions of OpenCV round differently."""
     with np.load(GOLDEN / "transforms.npz") as golden:
         difference = np.abs(transformed(chain).astype(int) - golden[chain])
     assert np.mean(difference > 2) <= 0.02
@@ -48,7 +48,7 @@ def test_golden_image(chain):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_transform_is_a_function_of_image_and_seed(chain, channels, photo):
-    """And leaves its input alone, which may be a view of the whole data set."""
+    """It also leaves its input unchanged, which may be a view of the whole data set."""
     image = photo[..., :channels].copy()
     image.setflags(write=False)
     first, again = (apply(chain, image, seed=3) for _ in range(2))
@@ -62,7 +62,7 @@ def test_a_transform_is_a_function_of_image_and_seed(chain, channels, photo):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_boxes_are_distributed_as_the_librarys_own(sampling, shape):
-    """Kolmogorov and Smirnov: 40,000 boxes of theirs, 20,000 of ours, six figures of each; 0.1 % is at 0.017."""
+    """Kolmogorov-Smirnov test of 40,000 of its boxes and 20,000 of ours, for six figures; the 0.1 % level is 0.017."""
     rng, draws = np.random.default_rng(0), 20_000
     options = dict(min_area=AREA[0], max_area=AREA[1], max_aspect=ASPECT[1])
     boxes = np.array([SAMPLINGS[sampling](rng, *shape, **options) for _ in range(draws)])
@@ -76,7 +76,7 @@ def test_boxes_are_distributed_as_the_librarys_own(sampling, shape):
 
 
 def test_the_two_samplings_differ():
-    """Half of torchvision's boxes take less than 0.42 of a photo, half of TensorFlow's less than 0.33."""
+    """The median area of torchvision's boxes is 0.42 of a photo, of TensorFlow's 0.33."""
     with np.load(GOLDEN / "boxes.npz") as golden:
         areas = {
             name: np.interp(0.5, golden[f"{name}/375x500/area/share"], golden[f"{name}/375x500/area/points"])
@@ -87,7 +87,7 @@ def test_the_two_samplings_differ():
 
 
 def test_where_no_box_fits():
-    """A strip of 4 x 400: torchvision's is the central one of aspect 4/3, TensorFlow's the whole image."""
+    """For a strip of 4 x 400, torchvision takes the central box of aspect 4/3, TensorFlow the whole image."""
     options = dict(min_area=0.9, max_area=1.0, max_aspect=4 / 3)
     rng = np.random.default_rng(0)
     assert SAMPLINGS["torchvision"](rng, 4, 400, **options) == (0, 197, 4, 5)
@@ -117,7 +117,7 @@ def test_resize_center_crop_is_torchvisions():
 
 
 def test_resize_center_crop_of_a_strip_is_its_middle():
-    """One pixel by 200,000: scaled whole it would be 60 x 12,000,000."""
+    """A strip of 1 x 200,000, scaled whole, would be 60 x 12,000,000."""
     strip = np.zeros((1, 200_000, 3), np.uint8)
     strip[:, 99_000:101_000] = 255
     assert (apply("resize_center_crop(resize_size=60)", strip) == 255).all()
@@ -179,7 +179,7 @@ def test_colour_operation_is_pils(photo, i):
 
 @pytest.mark.parametrize("turn", [-0.5, -0.1, 0.25, 0.4])
 def test_hue_is_pils(photo, turn):
-    """torchvision's: PIL's 8-bit HSV. Both lose some in it; of ours 99 % of the values are within 6 of PIL's."""
+    """torchvision uses PIL's 8-bit HSV. Both round in it; 99 % of our values are within 6 of PIL's."""
     hsv = np.array(Image.fromarray(photo).convert("HSV"))
     hsv[..., 0] += np.uint8(int(turn * 255) % 256)
     expected = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB")).astype(int)
@@ -229,7 +229,7 @@ def pil_affine(level: float, kind: str, size: tuple[int, int]) -> tuple[float, .
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", ["shear_x", "shear_y", "translate_x", "translate_y", "rotate"])
 def test_geometric_operation_is_pils(photo, name, sign, kernel):
-    """Of the values, 98 % within 3: OpenCV's fixed point takes another neighbour now and then, and along the edge."""
+    """98 % of the values are within 3: OpenCV's fixed point sometimes takes another neighbour, mostly at the edge."""
     operation = rand_augment.OPERATIONS[name]
     level = sign * operation.level(0.7)
     flag = {"nearest": rand_augment.NEAREST, "bilinear": rand_augment.BILINEAR}[kernel]
@@ -262,7 +262,7 @@ def test_levels_are_torchvisions():
 
 
 def test_rand_augment_draws_each_operation_as_often(monkeypatch, photo):
-    """6,000 draws over 14 operations: each 429 +- 5 standard deviations of 20; half of the signs negative."""
+    """Each of 14 operations comes 429 +- 100 times in 6,000 (5 standard deviations), with either sign."""
     seen = {name: [] for name in rand_augment.OPERATIONS}
     recorders = tuple(
         operation._replace(function=lambda image, level, _, name=name: (seen[name].append(level), image)[1])
@@ -290,7 +290,7 @@ def recorders_signed(name: str) -> bool:
 
 
 def test_random_erasing_covers_a_rectangle_of_the_promised_size():
-    """Where, how much, how often: 2,000 images, a probability of 0.3, areas of 0.02 to 1/3, aspects to 10/3."""
+    """2,000 images with a probability of 0.3, areas of 0.02 to 1/3, aspects up to 10/3."""
     black, areas, aspects = np.zeros((100, 120, 3), np.uint8), [], []
     (transform,) = transforms.parse_transforms("random_erasing(probability=0.3, fill='gray')", 8)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Nothing here promotes a type by itself: in networks Flax and Optax do, so it cannot be asked of all tests."""
+"""Tests of operations run with strict promotion of types. Tests of networks cannot: Flax and Optax promote."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What GPUs get, on CPUs (Triton's kernels interpreted): values and gradients are XLA's own."""
+"""The lowerings for GPUs, on CPUs (Triton's kernels interpreted): values and gradients are those of XLA's own."""
 
 import dataclasses
 from functools import partial
@@ -19,7 +19,7 @@ DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
 def assert_equals_stock(rng, function, shape, kernel_shape, dtype, **options):
-    """Value and both gradients against XLA's of the same numbers in float32; bfloat16 to half its spacing, 1 in 256."""
+    """Compares value and both gradients with XLA's in float32; bfloat16 to half of its spacing, 1 / 256."""
     x, kernel = jnp.asarray(rng.normal(size=shape), dtype), jnp.asarray(rng.normal(size=kernel_shape), dtype)
     assert_equal(rng, function, partial(stock.depthwise, **options), x, kernel)
 
@@ -51,7 +51,7 @@ def test_kernels(rng, dtype, shape):
 @DTYPES
 @pytest.mark.parametrize("relu", [True, False])
 def test_kernels_with_a_normalization(rng, dtype, relu):
-    """The padding is zeros after the normalization, and what is not within the image has no share in the sums."""
+    """The padding is zeros after the normalization, and pixels outside the image do not count in the sums."""
     x, kernel = jnp.asarray(rng.normal(size=(3, 5, 7, 6)), dtype), jnp.asarray(rng.normal(size=(3, 3, 1, 6)), dtype)
     affine = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
 
@@ -64,7 +64,7 @@ def test_kernels_with_a_normalization(rng, dtype, relu):
 
 
 def test_strips_of_rows_are_those_of_an_image(rng, monkeypatch):
-    """One program with all ten tiles of rows, and three with four, of which the last has but two within the image."""
+    """One program with all ten tiles of rows; three programs with four, the last with only two inside the image."""
     for strips in (1, 5):
         monkeypatch.setattr(gpu, "BACKWARD", gpu.BACKWARD._replace(strips=strips))
         function = partial(gpu.triton_depthwise, interpret=True)
@@ -84,7 +84,7 @@ def test_products_by_parts(rng, dtype, shape):
 
 
 def test_kernels_over_a_mesh(rng, monkeypatch):
-    """Each device computes its images; nothing but the gradients of what all have is sent, once."""
+    """Each device computes its images; only the gradients of replicated arrays are sent, once."""
     shapes = []
 
     def interpreted(x, kernel, affine, relu, interpret=True, *, kernels=gpu.triton_depthwise):
@@ -114,7 +114,7 @@ def test_kernels_over_a_mesh(rng, monkeypatch):
 
 
 def test_second_derivatives(rng):
-    """Of a penalty on a gradient, as XLA has them."""
+    """Those of a penalty on a gradient are XLA's."""
     x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 5, 4, 3), (3, 3, 1, 3)))
     affine = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
 
@@ -157,14 +157,14 @@ def test_kernels_map_over_another_dimension(rng):
     ],
 )
 def test_what_is_lowered_for_gpus(monkeypatch, options, used):
-    """Triton's kernel where there is one, on NVIDIA's GPUs alone, and nowhere with 'stock'."""
+    """Triton's kernel, where there is one, is only for NVIDIA GPUs, and never used with 'stock'."""
     monkeypatch.setattr(lowerings, "has_triton", lambda: True)
     assert lowered(options) == {"cuda": used, "rocm": STOCK, "tpu": STOCK, "cpu": "shifts"}
     with ops.lowering("stock"):
         assert lowered(options) == dict.fromkeys(("cuda", "rocm", "tpu", "cpu"), STOCK)
 
 
-def test_where_no_gpu_has_triton_nothing_of_it_is_lowered():
+def test_without_a_gpu_that_has_triton_its_kernels_are_not_lowered():
     assert lowered({}) == {"cuda": STOCK, "rocm": STOCK, "tpu": STOCK, "cpu": "shifts"}
 
 
@@ -198,7 +198,7 @@ V5E = SimpleNamespace(device_kind="TPU v5 lite", platform="tpu")
         ([T4], None, False),
         ([MI300X], None, False),
         ([MI300X], MI300X, False),
-        ([CPU], H100, True),  # of a machine that is elsewhere
+        ([CPU], H100, True),  # of another machine
         ([H100], CPU, False),
         ([CPU], None, False),
         ([V5E], None, False),
@@ -216,7 +216,7 @@ def test_which_devices_have_triton(monkeypatch, local, compiled_for, expected):
 
 
 def test_over_a_mesh_of_gpus_no_choice_is_left_to_the_program():
-    """XLA keeps a `cond` around a kernel of several devices; and what is never called need not be traced."""
+    """XLA would keep a `cond` around a kernel over several devices, and what is never called need not be traced."""
     mesh = sharding.create_mesh(data=4, fsdp=2).abstract_mesh
     device = dataclasses.replace(mesh.abstract_device, device_kind=H100.device_kind)
     mesh = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device)
@@ -228,7 +228,7 @@ def test_over_a_mesh_of_gpus_no_choice_is_left_to_the_program():
 
 @pytest.mark.parametrize("name", ops.LOWERINGS)
 def test_strided_products_keep_the_slice_apart_on_gpus(monkeypatch, name):
-    """XLA for GPUs aborts the process where it fuses the two: openxla/xla issue 47381, in any evaluation at 299 px."""
+    """XLA for GPUs aborts the process if it fuses the two, in any evaluation at 299 px: openxla/xla issue 47381."""
     monkeypatch.setattr(lowerings, "has_triton", lambda: True)
     with ops.lowering(name):
         traced = jax.jit(partial(ops.pointwise_convolution, strides=(2, 2))).trace(

@@ -59,7 +59,7 @@ def test_depthwise_convolution(rng, shape, stride, padding, multiplier):
 
 
 def both_lowerings(function, *operands):
-    """Value and gradients of `function` as the platform and as XLA has it, for one cotangent in any type."""
+    """Pairs the values and gradients of the lowerings 'platform' and 'stock', for the same cotangent."""
     results = []
     for name in ("platform", "stock"):
         with ops.lowering(name):
@@ -70,9 +70,9 @@ def both_lowerings(function, *operands):
 
 
 def assert_equal_lowerings(function, x: jax.Array, kernel: jax.Array) -> None:
-    """In float32 to rounding. In bfloat16 each against float32: ours is within one part in 256, its spacing.
+    """float32 is equal up to rounding. bfloat16 is compared with float32: ours is within 1 / 256, its spacing.
 
-    XLA's own lowering may add up in 8 bits: that of JAX 0.12 is wrong by 2 % in a 1x1 kernel's gradient.
+    XLA's own lowering may add up in 8 bits: with JAX 0.12 a 1x1 kernel's gradient is wrong by 2 %.
     """
     if x.dtype == jnp.float32:
         for ours, stock in both_lowerings(function, x, kernel):
@@ -122,7 +122,7 @@ def test_lowerings_of_the_pointwise_convolution_are_equal(rng, dtype, strides):
     ("window", "strides"), [((3, 3), (2, 2)), ((3, 3), (1, 1)), ((2, 3), (3, 2)), ((5, 4), (2, 3)), ((1, 130), (1, 2))]
 )
 def test_lowerings_of_max_pooling_are_equal(rng, dtype, padding, window, strides):
-    """Half of the pixels are 0, as after a ReLU, so most windows have equal maxima: the first one has the gradient."""
+    """Half of the pixels are 0, as after a ReLU, so most windows have equal maxima: the first one gets the gradient."""
     x = np.maximum(rng.integers(-3, 3, size=(2, 14, max(13, window[1]), 3)), 0)
     x[0, :, :, 0] = -1  # and a channel without a positive number, next to the padding
     function = partial(ops.max_pool, window=window, strides=strides, padding=padding)
@@ -135,7 +135,7 @@ def test_lowerings_of_max_pooling_are_equal(rng, dtype, padding, window, strides
     ("function", "kernel_shape"), [(ops.depthwise_convolution, (3, 3, 1, 4)), (ops.convolution, (3, 3, 4, 5))]
 )
 def test_each_device_computes_the_kernel_gradient_of_its_images(rng, function, kernel_shape):
-    """Over 8 devices nothing but that gradient is sent, once; and it is that of one device."""
+    """Over 8 devices only that gradient is sent, once, and it is the same as on one device."""
     mesh = sharding.create_mesh(data=4, fsdp=2)
     x, kernel = rng.normal(size=(16, 7, 7, 4)).astype(np.float32), rng.normal(size=kernel_shape).astype(np.float32)
     gradient = jax.grad(lambda kernel, x: jnp.sum(jnp.sin(function(x, kernel))))
@@ -157,8 +157,9 @@ def test_each_device_computes_the_kernel_gradient_of_its_images(rng, function, k
 )
 @pytest.mark.parametrize("manual", [True, False], ids=["shard_map", "explicit"])
 def test_gradients_within_shard_map_and_over_explicit_meshes(rng, manual, function, kernel_shape):
-    """Where types say how arrays are split: the gradients of one device. (JAX has none for the kernel of a
-    convolution over an Explicit mesh: there it is that of the images.)
+    """Where types say how arrays are split, gradients are those of one device.
+
+    Over an Explicit mesh JAX has no gradient by a convolution's kernel, so there it is the one by the images.
     """
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto if manual else AxisType.Explicit,))
     x, kernel = rng.normal(size=(16, 6, 6, 4)).astype(np.float32), rng.normal(size=kernel_shape).astype(np.float32)
@@ -170,7 +171,7 @@ def test_gradients_within_shard_map_and_over_explicit_meshes(rng, manual, functi
     expected = gradient(kernel, x)
     if manual:
         share = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
-        result = jax.jit(share)(kernel, x)  # the gradient of what is not split is the sum over devices
+        result = jax.jit(share)(kernel, x)  # the gradient of a replicated array is the sum over devices
     else:
         with jax.set_mesh(mesh):
             result = jax.jit(gradient)(kernel, jax.device_put(x, NamedSharding(mesh, P("data"))))
@@ -225,7 +226,7 @@ def test_depthwise_convolution_dilated(rng):
 def test_convolution(rng, padding, stride, dilation, groups):
     x = rng.normal(size=(2, 8, 7, 4)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, 4 // groups, 8)).astype(np.float32)
-    # Segment g of the channels has the filters g of `groups` equal parts.
+    # Segment g of the channels has part g of the filters, of `groups` equal parts.
     expected = assemble(
         (
             i,
@@ -327,7 +328,7 @@ def test_global_average_pool_sums_in_float32(rng):
 )
 @pytest.mark.parametrize(("lowering", "modes"), [("platform", ["rev"]), ("stock", ["fwd", "rev"])])
 def test_gradients(rng, function, kernel_shape, lowering, modes):
-    """First and second derivatives against finite differences; forward mode is the stock lowering's alone."""
+    """First and second derivatives against finite differences; only the stock lowering has forward mode."""
     with jax.enable_x64(True), ops.lowering(lowering):
         x, kernel = jnp.asarray(rng.normal(size=(2, 5, 6, 3))), jnp.asarray(rng.normal(size=kernel_shape))
         check_grads(lambda x, k: function(x, k, strides=(2, 2)), (x, kernel), 2, modes, atol=1e-6, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The kernels for TPUs, interpreted: values and gradients are those of the operations one by one."""
+"""The kernels for TPUs, interpreted: values and gradients are those of the separate operations."""
 
 from functools import partial
 
@@ -53,7 +53,7 @@ def test_fused_separable_has_the_values_and_gradients_of_its_parts(dtype, tolera
         ((128, 19, 19, 728), 728, True),
         ((128, 10, 10, 1536), 2048, True),
         ((128, 147, 147, 64), 128, False),  # half of each row of lanes would be padding
-        ((120, 19, 19, 728), 728, False),  # not sixteen images at a time
+        ((120, 19, 19, 728), 728, False),  # no multiple of sixteen images
         ((128, 1200, 1200, 728), 728, False),  # rows too long for the chip's memory
     ],
 )
@@ -71,7 +71,7 @@ def test_kernels_are_lowered_for_tpus_without_one():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The kernels interpreted, on any mesh and for any shape; returns the shapes that they were called with."""
+    """Runs the kernels interpreted, on any mesh and for any shape; returns the shapes of their inputs."""
     shapes = []
 
     def separable(*arguments, relu=None, kernels=tpu.separable):
@@ -127,7 +127,7 @@ def test_a_network_with_fused_lowering_is_the_same_network(monkeypatch, interpre
             results.append(jax.jit(lambda p: jax.value_and_grad(loss, has_aux=True)(p))(params))
     assert len(interpreted) == 10  # separable convolutions: 6 of the entry flow, 4 of the exit flow
     plain, *others = (jax.tree_util.tree_leaves_with_path(result) for result in results)
-    # A bias that the next normalization takes away has a gradient of rounding alone: measured by the others.
+    # A bias that the next normalization cancels has only rounding as gradient, so errors are relative to others.
     least = 1e-2 * max(np.linalg.norm(theirs) for _, theirs in plain)
     for (path, theirs), *leaves in zip(plain, *others, strict=True):
         for _, ours in leaves:

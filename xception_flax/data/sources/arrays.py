@@ -53,7 +53,7 @@ def arrays(split: str, /, path: str) -> Arrays:
     if labels.ndim == 2 and not np.isin(labels, (0, 1)).all():
         raise UserError(
             f"{path}: {split}_labels [N, classes] must be 0 or 1, got {labels.min()} to {labels.max()} of shape "
-            f"{labels.shape}; where an image has one class they are [N]."
+            f"{labels.shape}; if each image has one class, make them [N]."
         )
     least, most = int(labels.min()), int(labels.max())
     if least < 0:
@@ -116,8 +116,8 @@ def _read_npz(path: str, needed: Sequence[str], optional: Sequence[str]) -> dict
     for key, (dtype, shape, num_bytes) in declared.items():
         if dtype.hasobject:
             raise UserError(
-                f"{path}: {key} is an array of Python objects, which is not read: they may be programs; make it one of "
-                "numbers, or of names."
+                f"{path}: {key} is an array of Python objects, which is not read, since they may be programs; make it "
+                "an array of numbers, or of names."
             )
         if dtype.itemsize * math.prod(shape) != num_bytes:
             raise UserError(

@@ -20,16 +20,15 @@ FASHION_CLASSES = (
 def fashion_mnist(split: str, /, data_dir: str = "/usr/share/datasets/fashion-mnist") -> Arrays:
     """Fashion-MNIST (Xiao et al. 2017) from its four IDX files; splits 'train', 'validation', 'test'.
 
-    'validation' is the last twelfth of the published training set (5,000 of 60,000 images),
-    'train' the rest. Debian's package dataset-fashion-mnist puts the files into the default
-    `data_dir`.
+    'validation' is the last twelfth of the published training set (5,000 of 60,000 images), 'train' the rest. Debian's
+    package dataset-fashion-mnist puts the files into the default `data_dir`.
 
     Args:
       split: one of the three, or several joined by '+'.
       data_dir: folder with the four IDX files, plain or as .gz.
 
     Raises:
-      ValueError: a file is missing or damaged, or there is no such split.
+      UserError: a file is missing or damaged, or there is no such split.
     """
     directory = existing_directory(data_dir, "the four IDX files of Fashion-MNIST")
     images, labels = [], []

@@ -71,8 +71,8 @@ def check_num_classes(num_classes: int, num_images: int, what: str) -> None:
     """
     if num_classes > max(num_images, MAX_UNNAMED_CLASSES):
         raise UserError(
-            f"{what}: {num_classes:,} classes, by the largest label or the columns, of {num_images:,} images cannot be "
-            "meant; expected the numbers of classes, from 0 on, or their names too."
+            f"{what}: {num_classes:,} classes, by the largest label or the number of columns, are too many for "
+            f"{num_images:,} images; number the classes from 0, or give their names too."
         )
 
 

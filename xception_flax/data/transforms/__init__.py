@@ -1,10 +1,9 @@
-"""Augmentation on the host: each a function of (image, rng) -> image.
+"""Augmentation on the host: functions (image, rng) -> image.
 
-Images are uint8 `[H, W, C]`, C 1 or 3; `rng` is a `numpy.random.Generator` that belongs to this one
-example of this one epoch. A recipe writes a chain of them as `'random_resized_crop(min_area=0.08,
-kernel="bicubic") | flip_left_right'`; an `image_size` that a transform takes and the recipe does not
-give there is the recipe's `data.image_size`. Each raises ValueError for a value out of its range,
-which `parse_transforms` finds out by calling it.
+Images are uint8 `[H, W, C]`, C 1 or 3; `rng` is a `numpy.random.Generator` for one example in one epoch. A recipe
+writes a chain of transforms as `'random_resized_crop(min_area=0.08, kernel="bicubic") | flip_left_right'`. If a
+transform takes an `image_size` and the chain gives none, it is the recipe's `data.image_size`. A transform raises
+UserError for a value out of its range; `parse_transforms` calls each one once to find that out.
 """
 
 import ast
@@ -34,8 +33,7 @@ from xception_flax.text.lookup import lookup, suggest, written
 Image = np.ndarray
 Transform = Callable[[Image, np.random.Generator], Image]
 
-cv2.setNumThreads(0)  # grain's threads and processes are the parallelism; two layers of it fight
-
+cv2.setNumThreads(0)  # grain's threads and processes are the parallelism; OpenCV's own would compete with them
 
 TRANSFORMS: dict[str, Callable[..., Image]] = {
     "resize": resize,
@@ -54,12 +52,12 @@ TRANSFORMS: dict[str, Callable[..., Image]] = {
 def parse_transforms(text: str, image_size: int) -> tuple[Transform, ...]:
     """Turns a recipe's `'name(keyword=value) | name'` into functions of (image, rng).
 
-    A value is written as on a command line; quotes around a text may be left out. Each transform is called
-    once, on a black image, so that a value out of its range shows here.
+    Values are written as on a command line; text may be without quotes. Each transform is called once, on a black
+    image, so that a value out of its range is found here.
 
     Raises:
-      ValueError: bad syntax, an unknown transform or keyword, a value of the wrong type or out of its
-        range; the message says what there is.
+      UserError: the syntax is wrong, a transform or keyword is unknown, or a value has the wrong type or is out of its
+        range.
     """
     return tuple(_parse(call.strip(), image_size) for call in text.split("|"))
 
@@ -97,7 +95,7 @@ def _split(call: str) -> tuple[str, dict[str, str]]:
             return node.id, {}
         name, keywords = node.func.id, node.keywords
         texts = {keyword.arg: ast.get_source_segment(call, keyword.value) for keyword in keywords}
-    except (SyntaxError, AttributeError, ValueError, RecursionError, MemoryError):  # the parser has all of them
+    except (SyntaxError, AttributeError, ValueError, RecursionError, MemoryError):  # the parser may raise any of these
         raise wrong from None
     if node.args or None in texts:  # a value without a keyword, or `**keywords`
         raise wrong

@@ -1,8 +1,8 @@
-"""Which rectangle a random crop takes: two different samplings, both known as Inception's.
+"""How a random crop draws its rectangle: two different samplings, both known as Inception's.
 
-GoogLeNet's paper (Szegedy et al. 2015, arXiv 1409.4842, section 6) takes patches whose "size is
-distributed evenly between 8% and 100% of the image area with aspect ratio constrained to the
-interval [3/4, 4/3]", and says no more. A box is `(top, left, height, width)` in pixels.
+GoogLeNet's paper (Szegedy et al. 2015, arXiv 1409.4842, section 6) takes patches whose "size is distributed evenly
+between 8% and 100% of the image area with aspect ratio constrained to the interval [3/4, 4/3]", and says no more. A box
+is `(top, left, height, width)` in pixels.
 """
 
 import math
@@ -46,7 +46,7 @@ def tensorflow_box(
 
     The aspect ratio (width / height) itself is uniform. Then the *height* is uniform, between the heights of the
     smallest and the largest box of that ratio that fit. So small areas are more likely than with torchvision. After a
-    hundred draws that do not fit, it is the whole image. The result is that of `GenerateRandomCrop` in TensorFlow's
+    hundred draws that do not fit, it is the whole image. The result equals that of `GenerateRandomCrop` in TensorFlow's
     `sample_distorted_bounding_box_op.cc` to the pixel: sides are rounded in the same way, and a box smaller than the
     image never touches its lower or right edge.
 

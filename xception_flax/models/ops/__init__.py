@@ -1,12 +1,12 @@
 """The operations of the network as pure functions of arrays, channels last (`[N, H, W, C]`).
 
-Each is defined in XLA's own operations (`stock`). Where those are slow on a platform there is a second lowering for it
-(`cpu`, `gpu`), chosen when a program is compiled (`lowerings`); values and gradients are the same, and no caller knows
-of it. What has a rule of its own for the gradient does not take forward mode (`jax.jvp`): use `with lowering("stock")`
-for that. Within `jax.shard_map` and over a mesh with Explicit axes XLA's own is taken everywhere.
+Each is defined by XLA's own operations (`stock`). Where those are slow on a platform, it has a second lowering (`cpu`,
+`gpu`) with the same values and gradients. `lowerings` chooses one when a program is compiled; callers need not know.
+Lowerings with their own rule for the gradient do not support forward mode (`jax.jvp`): use `with lowering("stock")` for
+that. Inside `jax.shard_map` and over a mesh with Explicit axes, 'stock' is used everywhere.
 
-On several GPUs a program names its mesh, by `with jax.sharding.use_abstract_mesh(mesh.abstract_mesh)` where it is
-traced: so each computes its own images, and not all of them.
+A program for several GPUs must be traced within `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`. Then each GPU
+computes only its own images.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ __all__ = [
     "pointwise_convolution",
 ]
 
-FUSED_SCOPE = tpu.SCOPE  # in the name of an operation of a compiled program: it is one of the kernels of `tpu`
+FUSED_SCOPE = tpu.SCOPE  # marks the kernels of `tpu` in the operations' names of a compiled program
 
 
 # Convolutions --------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def convolution(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> jax.Array:
-    """2-D convolution (cross-correlation, as every deep learning library has it).
+    """2-D convolution (cross-correlation, as in every deep learning library).
 
     Args:
       x: `[N, H, W, C]`.
@@ -71,8 +71,8 @@ def convolution(
       strides: rows, columns.
       padding: one of `PADDINGS`.
       dilation: distance between the taps of the kernel: rows, columns.
-      groups: the channels are cut into so many equal segments, each with filters of its own; as many
-        as channels is `depthwise_convolution`.
+      groups: number of equal segments of the channels, each with its own filters; with one channel a
+        segment this is `depthwise_convolution`.
 
     Returns:
       `[N, H', W', features]`.
@@ -100,7 +100,7 @@ def depthwise_convolution(
 
     Args:
       x: `[N, H, W, C]`.
-      kernel: `[kh, kw, 1, C * multiplier]`; outputs `c * multiplier + m` are the filters of channel `c`.
+      kernel: `[kh, kw, 1, C * multiplier]`; output channels `c * multiplier + m` are from channel `c`.
       strides: rows, columns.
       padding: one of `PADDINGS`.
       dilation: distance between the taps of the kernel: rows, columns.
@@ -113,7 +113,7 @@ def depthwise_convolution(
 
 
 def pointwise_convolution(x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int] = (1, 1)) -> jax.Array:
-    """1x1 convolution: a matrix product over the channels, which every backend runs best as one.
+    """1x1 convolution, computed as a matrix product over the channels, which every backend runs best.
 
     Args:
       x: `[N, H, W, C]`.
@@ -124,7 +124,7 @@ def pointwise_convolution(x: jax.Array, kernel: jax.Array, *, strides: tuple[int
       `[N, ceil(H / strides[0]), ceil(W / strides[1]), features]`.
     """
     if tuple(strides) != (1, 1):
-        # XLA for GPUs fuses such a slice into the product, and aborts the process there (openxla/xla issue 47381).
+        # XLA for GPUs would fuse this slice into the product, which aborts the process (openxla/xla issue 47381).
         x = x[:, :: strides[0], :: strides[1]]
         x = lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
     return lower(x, kernel[0, 0], cpu=cpu.product, cuda=gpu.product, stock=stock.product)
@@ -143,16 +143,16 @@ def normalized_separable_convolution(
     relu: bool = True,
     dilation: tuple[int, int] = (1, 1),
 ) -> tuple[jax.Array, jax.Array]:
-    """What stands between two batch normalizations: the first one's multiply-add, ReLU, a separable convolution.
+    """Separable convolution with the scale and shift of the normalization before it, and moments for the one after.
 
-    `y = pointwise(depthwise(relu(x * scale + shift)))` and the moments that the second one needs. On NVIDIA's GPUs the
-    normalization, ReLU and depthwise convolution are one kernel. With the lowering 'fused', where the mesh in context
-    is of TPUs and `tpu.fits` its channels, all is one pass over memory.
+    `y = pointwise(depthwise(relu(x * scale + shift)))`, and the moments of `y`. On NVIDIA GPUs the normalization, ReLU
+    and depthwise convolution are one kernel. With the lowering 'fused', over a mesh of TPUs and where `tpu.fits` the
+    shapes, everything is one pass over memory.
 
     Args:
       x: `[N, H, W, C]`.
-      scale: `[C]`, float32 or better, as `shift`.
-      shift: `[C]`.
+      scale: `[C]`, float32 or better.
+      shift: `[C]`, as `scale`.
       depthwise_kernel: `[kh, kw, 1, C]`; stride 1, padding 'SAME'.
       pointwise_kernel: `[1, 1, C, features]`.
       relu: False leaves it out.
@@ -163,7 +163,7 @@ def normalized_separable_convolution(
       `[2, features]` in the type of `scale`.
 
     Raises:
-      ValueError: 'fused' on TPUs, with images of which a chip has no multiple of `fused.IMAGES`.
+      UserError: 'fused' on TPUs, where a chip's share of the images is no multiple of `tpu.IMAGES`.
     """
     kernels = depthwise_kernel, pointwise_kernel
     if chosen() == "fused" and dilation == (1, 1) and tpu.takes(x, *kernels):
@@ -191,8 +191,8 @@ def max_pool(
 ) -> jax.Array:
     """Maximum over windows: `[N, H, W, C]` -> `[N, H', W', C]`; `padding` is one of `PADDINGS`.
 
-    The gradient goes to the first of equal maxima, row by row; where a window has NaN or nothing but -inf,
-    on CPUs and NVIDIA's GPUs to another pixel of it, or to none.
+    The gradient goes to the first of equal maxima, row by row. If a window has NaN, or only -inf, CPUs and
+    NVIDIA GPUs give its gradient to another pixel of the window, or to none.
     """
     options = dict(window=window, strides=strides, padding=padding)
     return lower(x, cpu=pooling.max_pool, cuda=pooling.max_pool, stock=stock.max_pool, **options)
@@ -206,15 +206,15 @@ def atrous_max_pool(
     strides: tuple[int, int] = (2, 2),
     padding: str = "SAME",
 ) -> jax.Array:
-    """`max_pool` without its strides, at every pixel of a grid `rate` times as fine (the algorithme a trous).
+    """Dilated max-pooling at every pixel, in place of a strided `max_pool` of a grid `rate` times coarser.
 
     `atrous_max_pool(x, rate=r)[:, ::2 * r, ::2 * r]` equals `max_pool(x[:, ::r, ::r])`, for any size.
 
     Returns:
       `[N, H, W, C]`.
     """
-    # The padding before the first window is that of the strided pool on its own, coarse grid: for an
-    # even size and SAME, none.
+    # The padding before the first window is that of the strided pool on its coarse grid: none for an even
+    # size and 'SAME'.
     coarse = [-(-size // rate) for size in x.shape[1:3]]
     before = [rate * low for low, _ in windows.pads(coarse, window, strides, padding)]
     spans = windows.spans(window, (rate, rate))
@@ -230,9 +230,9 @@ def average_pool(
     strides: tuple[int, int] = (1, 1),
     padding: str = "SAME",
 ) -> jax.Array:
-    """Mean over windows, of the pixels inside the image only: `[N, H, W, C]` -> `[N, H', W', C]`.
+    """Mean over windows, only of the pixels inside the image: `[N, H, W, C]` -> `[N, H', W', C]`.
 
-    As TensorFlow and Keras have it; PyTorch counts the padding as zeros unless told otherwise.
+    As in TensorFlow and Keras; PyTorch by default counts the padding as zeros.
     """
     pads = windows.pads(x.shape[1:3], window, strides, padding)
 
@@ -240,7 +240,7 @@ def average_pool(
         zero = np.zeros((), x.dtype)
         return lax.reduce_window(x, zero, lax.add, (1, *window, 1), (1, *strides, 1), [(0, 0), *pads, (0, 0)])
 
-    wide = np.promote_types(x.dtype, jnp.float32)  # nine numbers of 8 bits do not add up in 8 bits
+    wide = np.promote_types(x.dtype, jnp.float32)  # the 8 bits of bfloat16 are too few for a sum of nine numbers
     return (add_up(x.astype(wide)) / add_up(jnp.ones((1, *x.shape[1:3], 1), wide))).astype(x.dtype)
 
 

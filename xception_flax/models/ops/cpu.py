@@ -1,7 +1,7 @@
-"""What XLA does badly on CPUs, done otherwise: gradients of convolutions, and the depthwise convolution itself.
+"""Lowerings for CPUs, where XLA's own are slow: gradients of convolutions, and the depthwise convolution itself.
 
-Values and gradients are those of `stock`. Each has its own rule for the gradient, which forward mode (`jax.jvp`) does
-not take.
+Values and gradients are those of `stock`. Each has its own rule for the gradient, so forward mode (`jax.jvp`) is not
+supported.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ from xception_flax.models.ops import lowerings, stock, windows
 def convolution(
     x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
 ) -> jax.Array:
-    """`ops.convolution`; the kernel's gradient by matrix products, one image's patches and gradient after the other.
+    """`ops.convolution`; the kernel's gradient is a sum over images of the product of patches and output gradient.
 
-    XLA's own is many times slower on CPUs; its other gradient and its value are not.
+    XLA's own kernel gradient is many times slower on CPUs; its value and its input gradient are not.
     """
     return _convolution_by_patches(x, kernel, strides, padding, dilation)
 
@@ -43,8 +43,8 @@ def _convolution_by_patches_backward(strides, padding, dilation, saved, dy):
         return jnp.zeros_like(x), jnp.zeros_like(kernel)
     window = kernel.shape[:2]
     pads = windows.pads(x.shape[1:3], windows.spans(window, dilation), strides, padding)
-    # As XLA's own rule has it, but the kernel is turned round in memory: there is a fast convolution
-    # for that layout alone.
+    # As in XLA's own rule, but with the kernel reversed in memory: only for that layout is there a fast
+    # convolution.
     dx = lax.conv_general_dilated(
         dy,
         lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3)),
@@ -81,9 +81,9 @@ _convolution_by_patches.defvjp(_convolution_by_patches_forward, _convolution_by_
 def depthwise(
     x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
 ) -> jax.Array:
-    """`ops.depthwise_convolution` as a sum over the taps of the kernel: the image shifted, times a weight a channel.
+    """`ops.depthwise_convolution` as a sum over the kernel's taps of the shifted image times a weight a channel.
 
-    XLA's grouped convolution on the CPU is many times slower than this, its gradients more so.
+    XLA's grouped convolution is many times slower on CPUs, and its gradients even more.
     """
     dtype, wide = x.dtype, np.promote_types(x.dtype, jnp.float32)  # add up as a convolution does
     x = windows.padded(x.astype(wide), kernel.shape[:2], strides, padding, dilation)
@@ -106,7 +106,7 @@ def _sum_of_taps_backward(strides, dilation, saved, dy):
     x, kernel = saved
     if not dy.size:
         return jnp.zeros_like(x), jnp.zeros_like(kernel)
-    # A pixel's gradient is the same sum, over the windows that reach it, with the kernel turned round.
+    # A pixel's gradient is the same sum, over the windows that reach it, with the kernel reversed.
     edges = windows.reach(x.shape, [(0, 0), (0, 0)], dy.shape, kernel.shape[:2], strides, dilation)
     edges = [(low, high, stride - 1) for (low, high), stride in zip(edges, strides, strict=True)]
     spread = lax.pad(dy, np.zeros((), dy.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
@@ -117,8 +117,8 @@ def _sum_of_taps_backward(strides, dilation, saved, dy):
 
 
 def _kernel_gradient_by_rows(x, dy, *, shape, strides, dilation):
-    # Row by row, into a sum for each tap and column: XLA on the CPU is many times slower with
-    # reductions over whole shifted images.
+    # Row by row, into a sum for each tap and column: on CPUs, XLA's reductions over whole shifted images
+    # are many times slower.
     batch, rows, columns, channels = dy.shape
     places = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
 
@@ -155,10 +155,10 @@ def normalized_depthwise(
 
 @jax.custom_vjp
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`stock.product`, kept apart from what comes before it in the backward pass.
+    """`stock.product`, whose gradient is not fused with the operation before it in the backward pass.
 
-    XLA on the CPU fuses the gradient of the normalization into a transposed copy for each of the two
-    products that take it.
+    XLA for CPUs would fuse the gradient of the normalization into two transposed copies, one for each of
+    the two products that use it.
     """
     return stock.product(x, kernel)
 
@@ -182,10 +182,10 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def _sum_over_devices(function: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
-    """Adds up `function` of each device's share of the images, for a batch that all axes of the mesh in context split.
+    """Adds up `function` over the devices' shares of the images; all axes of the mesh in context must split the batch.
 
-    For a loop over images, which the partitioner would have every device run over all of them, gathered. Where
-    an axis splits something else than the batch, this moves arrays to and fro.
+    For loops over images: XLA's partitioner would gather the images and let every device loop over all of them. If an
+    axis splits something else than the batch, arrays are moved back and forth.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1 or not lowerings.is_auto(mesh) or operands[0].shape[0] % mesh.size:

@@ -1,13 +1,13 @@
-"""What NVIDIA's GPUs get: Triton kernels for the depthwise convolution, and sums as XLA for GPUs reads them once.
+"""Lowerings for NVIDIA GPUs: Triton kernels for the depthwise convolution, and sums for which XLA reads arrays once.
 
-cuDNN's grouped convolution with one channel a group is slow, most of all in the gradient of its kernel. A depthwise
-convolution does nine multiply-adds for each number that it reads, so its floor is the time to read `x` and write `y`
-once. The kernels add up in float32 and keep nothing for the backward pass but `x` and `kernel`.
+cuDNN's grouped convolution with one channel a group is slow, most of all the gradient of its kernel. A depthwise
+convolution does only nine multiply-adds for each number that it reads, so at best it takes the time to read `x` and
+write `y` once. The kernels add up in float32, and for the backward pass they keep only `x` and `kernel`.
 
-They are for 3x3 windows, stride 1, no dilation and padding 'SAME', which is all that Xception has at its output stride
-of 32; the rest is `stock`. `X` bytes of `x` cost `2 X` forward and `3 X` backward: one kernel reads `x` and the
-gradient of `y`, and writes the gradient of `x` and partial sums of the kernel's. The normalization before the
-convolution can be done on the way in.
+They are for 3x3 windows, stride 1, no dilation and padding 'SAME', which is all that Xception has at output stride 32;
+the rest is `stock`. `X` bytes of `x` cost `2 X` forward and `3 X` backward: one kernel reads `x` and the gradient of
+`y`, and writes the gradient of `x` and partial sums of the kernel's. The kernels can also apply the normalization
+before the convolution, on the way in.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -49,20 +49,20 @@ def normalized_depthwise(
 def has_kernel(
     x: jax.Array, kernel: jax.Array, *, strides: Sequence[int], padding: str, dilation: Sequence[int]
 ) -> bool:
-    """Whether `triton_depthwise` computes this depthwise convolution, each device its share of the images."""
+    """Whether `triton_depthwise` supports this depthwise convolution, and all devices get as many images."""
     pads = windows.pads(x.shape[1:3], windows.spans(kernel.shape[:2], dilation), strides, padding)
     same = kernel.shape == (3, 3, 1, x.shape[-1]) and (*strides, *dilation) == (1, 1, 1, 1)
     whole_shares = x.shape[0] % max(1, jax.sharding.get_abstract_mesh().size) == 0
-    # Offsets within an array are of 32 bits; of an axis of the grid, but for the first, there are at most 65535.
+    # Offsets within an array have 32 bits; axes of the grid, except the first, have at most 65535 blocks.
     fits = 0 < x.size < 2**31 and x.shape[0] < 2**16
     dtypes = (jnp.float32, jnp.bfloat16, jnp.float16)
     return same and pads == [(1, 1), (1, 1)] and whole_shares and fits and x.dtype in dtypes
 
 
 def _by_shares(x: jax.Array, kernel: jax.Array, affine: jax.Array | None, relu: bool) -> jax.Array:
-    """`triton_depthwise`, each device of the mesh in context its share of the images.
+    """`triton_depthwise`, by each device of the mesh in context for its share of the images.
 
-    XLA's partitioner would have every device compute all of them.
+    XLA's partitioner would let every device compute all images.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
@@ -80,8 +80,8 @@ def _by_shares(x: jax.Array, kernel: jax.Array, affine: jax.Array | None, relu: 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`stock.product`; the gradient of a small kernel is added up from parts of images.
 
-    XLA for GPUs splits a long sum over pixels among the cores by a power of two, and where that does not divide the
-    pixels it first copies both operands, padded.
+    XLA for GPUs splits a long sum over pixels among the multiprocessors by a power of two. If that does not divide the
+    number of pixels, it first makes padded copies of both operands.
     """
     return stock.product(x, kernel)
 
@@ -95,7 +95,7 @@ def _product_backward(saved, dy):
     dx = lax.dot_general(dy, kernel, (((3,), (1,)), ((), ())))
     n, rows = x.shape[:2]
     parts = next((p for p in range(1, 9) if rows % p == 0 and n * p >= _PARTS), None)
-    # What the parts write must be little next to what they read.
+    # The parts must write much less than they read.
     if parts is None or 4 * n * parts * kernel.size > x.size // 4:
         return dx, lax.dot_general(x, dy, (((0, 1, 2), (0, 1, 2)), ((), ())))
     x, dy = (array.reshape(n, parts, -1, array.shape[-1]) for array in (x, dy))
@@ -104,14 +104,14 @@ def _product_backward(saved, dy):
     return dx, jnp.sum(sums, axis=(0, 1)).astype(kernel.dtype)
 
 
-_PARTS = 256  # of which each keeps one of a GPU's cores busy: there are 108 to 160
+_PARTS = 256  # enough to keep a GPU's 108 to 160 multiprocessors busy
 
 product.defvjp(_product_forward, _product_backward)
 
 
 @jax.custom_vjp
 def moments(x: jax.Array) -> jax.Array:
-    """`stock.moments` by one reduction: behind a matrix product XLA for GPUs reads `x` for each of two."""
+    """`stock.moments` by one reduction: after a matrix product, XLA for GPUs would read `x` for each of two."""
     wide = x.astype(np.promote_types(x.dtype, jnp.float32))
     zero = np.zeros((), wide.dtype)
     sums = lax.reduce(
@@ -136,15 +136,15 @@ moments.defvjp(_moments_forward, _moments_backward)
 
 
 class Tile(NamedTuple):
-    """What a program of a kernel computes at a time: so many pixels of the same place in several images.
+    """The pixels that a program of a kernel computes at a time: a rectangle at the same place of several images.
 
     Attributes:
-      rows: of pixels, unrolled, as `columns`. With r rows and c columns, (r + 2) * (c + 2) pixels are read for r * c.
+      rows: of pixels, unrolled, as `columns`. For r rows and c columns, (r + 2) * (c + 2) pixels are read.
       columns: of pixels.
       warps: of 32 threads, each with 4 channels of an image. So the weights, the results and, backward, the sums stay
         in registers, and 8 bytes are read at a time.
-      strips: of rows, in all images and blocks of channels, at least about so many. A warp goes through one, and
-        backward adds up the kernel's gradient in it.
+      strips: least number of strips of rows, roughly, over all images and blocks of channels. A warp computes a strip;
+        backward, it adds up the kernel's gradient in it.
     """
 
     rows: int
@@ -155,7 +155,7 @@ class Tile(NamedTuple):
 
 FORWARD = Tile(rows=3, columns=4, warps=1, strips=4096)
 BACKWARD = Tile(rows=2, columns=3, warps=4, strips=3072)
-# With a normalization 2 x 3 take 252 registers a thread, of the 255 that there are; 2 x 2 take 168, as BACKWARD does.
+# With a normalization, 2 x 3 pixels take 252 of a thread's 255 registers; 2 x 2 take 168, as BACKWARD does.
 NORMALIZED_BACKWARD = BACKWARD._replace(columns=2)
 
 _CHANNELS = 128  # 32 threads, 4 channels each
@@ -168,7 +168,7 @@ class _Plan(NamedTuple):
     columns: int
     images: int
     channels: int
-    row_tiles: int  # a strip
+    row_tiles: int  # of a strip
     column_tiles: int
     warps: int
     grid: tuple[int, int, int]
@@ -195,9 +195,9 @@ def triton_depthwise(
     Args:
       x: `[N, H, W, C]`.
       kernel: `[3, 3, 1, C]`.
-      affine: scale and shift, `[2, C]` float32: a normalization, computed on the way in. None for `x` as it is.
-      relu: after the normalization; not without one.
-      interpret: compute what the kernels would, on any machine, slowly.
+      affine: scale and shift, `[2, C]` float32: a normalization, applied on the way in. None for `x` as it is.
+      relu: whether a ReLU follows the normalization; without one it is ignored.
+      interpret: run the kernels in Pallas' interpreter, on any machine, slowly.
 
     Returns:
       `[N, H, W, C]` in the type of `x`.
@@ -286,7 +286,7 @@ def _backward_kernel(x, dy, kernel, affine, dx, sums, *, plan, relu, interpret):
         gradients, totals = _sums(plan), list(totals)
         read = {(r, c): block.read_normalized(x, row + r, column + c) for r, c in gradients}
         for place, tap, pixel in _neighbours(plan, lambda r, c: block.read(dy, row + r, column + c)[0]):
-            # The gradient of `x` is a convolution with the kernel turned round.
+            # The gradient of `x` is a convolution with the reversed kernel.
             gradients[place] = block.multiply_add(gradients[place], pixel, block.weights[8 - tap])
             totals[8 - tap] = block.multiply_add(totals[8 - tap], pixel, read[place][1])
         for (r, c), gradient in gradients.items():
@@ -308,7 +308,7 @@ def _backward_kernel(x, dy, kernel, affine, dx, sums, *, plan, relu, interpret):
 
 
 def _each_tile(plan: _Plan, tile: Callable[..., Any], carry: Any) -> Any:
-    """Calls `tile(row, column, carry)` along a strip, down its rows first: the pixels next to it are still in L1."""
+    """Calls `tile(row, column, carry)` along a strip, down its rows first, so that neighbours are still in L1."""
     first = pl.program_id(1) * plan.row_tiles
 
     def step(t, carry):
@@ -319,7 +319,7 @@ def _each_tile(plan: _Plan, tile: Callable[..., Any], carry: Any) -> Any:
 
 
 def _sums(plan: _Plan) -> dict[tuple[int, int], jax.Array]:
-    """A sum for each (row, column) of a tile."""
+    """Returns zeros for the sum of each (row, column) of a tile."""
     zeros = jnp.zeros((plan.images, plan.channels), jnp.float32)
     return {(r, c): zeros for r in range(plan.rows) for c in range(plan.columns)}
 
@@ -349,21 +349,21 @@ class _Block:
         self.scale, self.shift = (None, None) if affine is None else (self._row(affine, 0), self._row(affine, 1))
 
     def _row(self, ref, row: int) -> jax.Array:
-        # For each of the images: so it comes in the layout of the pixels, without a shuffle.
+        # Loaded for each image, so that it has the layout of the pixels without a shuffle.
         return plgpu.load(ref.at[row, self.channels], mask=self.mask, other=0.0)
 
     def read(self, ref, row, column) -> tuple[jax.Array, jax.Array]:
-        """A pixel, and whether it is inside the image; zeros where it is not."""
+        """Returns a pixel, and whether it is inside the image; outside it is zeros."""
         inside = (row >= 0) & (row < self.height) & (column >= 0) & (column < self.width)
         pixel = plgpu.load(ref.at[self.images, row, column, self.channels], mask=inside & self.mask, other=0.0)
         if self.interpret or pixel.dtype != jnp.bfloat16:
             return pixel.astype(jnp.float32), inside
-        # Triton takes three instructions for a pair of these, a shift and a mask are enough.
+        # Triton takes three instructions to convert a pair of these; a shift and a mask are enough.
         asm = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
         return _assembly(asm, pixel, constraints="=&r,=r,r", pack=2), inside
 
     def read_normalized(self, ref, row, column) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """A pixel, the same normalized (the padding too is zeros after that), and whether it is inside the image."""
+        """Returns a pixel, the pixel normalized (zeros outside the image), and whether it is inside the image."""
         pixel, inside = self.read(ref, row, column)
         if self.scale is None:
             return pixel, pixel, inside
@@ -377,7 +377,7 @@ class _Block:
         plgpu.store(ref.at[self.images, row, column, self.channels], pixel.astype(ref.dtype), mask=mask)
 
     def multiply_add(self, total: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        # XLA has Triton keep the two apart, which costs as many instructions again.
+        # XLA makes Triton keep the two apart, which takes twice the instructions.
         if self.interpret:
             return total + a * b
         return _assembly("fma.rn.f32 $0, $1, $2, $3;", a, b, total, constraints="=f,f,f,f", pack=1)

@@ -1,4 +1,4 @@
-"""Which lowering of an operation a platform gets. Nothing outside of `ops` asks for one by a device's name."""
+"""The choice of each operation's lowering by platform. Nothing outside `ops` chooses one by a device's name."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -21,16 +21,17 @@ _chosen: ContextVar[str] = ContextVar("lowering", default="platform")
 
 @contextlib.contextmanager
 def lowering(name: str) -> Iterator[None]:
-    """Operations called within it are traced with this lowering.
+    """Returns a context in which operations are traced with this lowering.
+
+    A function under `jit` keeps the lowering with which it was first traced.
 
     Args:
-      name: 'platform', the default, is the best that was measured for each platform; 'stock' is XLA's own operation
-        on all of them; 'fused' is 'platform', but with the kernels of `tpu` on TPUs where shapes allow: fewer bytes
-        by the compiler's count, not yet timed on a TPU. A function under `jit` keeps the lowering that it was first
-        traced with.
+      name: 'platform', the default, is the fastest that was measured for each platform; 'stock' is XLA's own operation
+        on all platforms; 'fused' is 'platform', but with the kernels of `tpu` on TPUs where shapes allow. They move
+        fewer bytes by the compiler's count, and have not been timed on a TPU yet.
 
     Raises:
-      ValueError: another name.
+      UserError: an unknown name.
     """
     if name not in LOWERINGS:
         raise UserError(f"unknown lowering {name!r}; {suggest(name, LOWERINGS)}")
@@ -45,10 +46,11 @@ def check_lowering(name: str, device_kind: str) -> None:
     """Checks a recipe's `step.lowering` before anything is traced.
 
     Args:
-      device_kind: what JAX calls the devices of the run.
+      name: one of `LOWERINGS`.
+      device_kind: JAX's name of the devices of the run.
 
     Raises:
-      ValueError: another name than those of `LOWERINGS`, or one without kernels for these devices.
+      UserError: an unknown name, or a lowering without kernels for these devices.
     """
     if name not in LOWERINGS:
         raise UserError(f"unknown step.lowering {written(name)}; {suggest(name, LOWERINGS)}")
@@ -60,48 +62,48 @@ def check_lowering(name: str, device_kind: str) -> None:
 
 
 def image_multiple(name: str) -> int:
-    """Of how many images each device's share of a batch must be a multiple with this lowering."""
+    """Each device's share of a batch must be a multiple of this many images with the lowering `name`."""
     return tpu.IMAGES if name == "fused" else 1
 
 
 def fuses_chains() -> bool:
-    """Whether a network in training leaves separable convolutions and their normalizations to one operation.
+    """Whether a network in training should call `normalized_separable_convolution`.
 
-    That is `normalized_separable_convolution`. It computes the same everywhere; here it is also the faster one.
+    It computes the same as separate operations everywhere. This says where it is faster.
     """
     return chosen() == "fused" or (chosen() == "platform" and has_triton())
 
 
 def chosen() -> str:
-    """The lowering in context; within `shard_map` and over a mesh with Explicit axes it is always 'stock'.
+    """Returns the lowering in context; inside `shard_map` and over a mesh with Explicit axes it is always 'stock'.
 
-    A type says there how an array is split, which the gradients that are written by hand do not.
+    There, types say how arrays are split, and the hand-written gradients do not.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return _chosen.get() if mesh.empty or is_auto(mesh) else "stock"
 
 
 def has_triton() -> bool:
-    """Whether what is traced now is for GPUs that Pallas has Triton for: NVIDIA's from Ampere (8.0) on.
+    """Whether the program that is traced is for GPUs on which Pallas has Triton: NVIDIA's from Ampere (8.0) on.
 
-    The mesh in context says what it is for, or else JAX's default device. Tracing a kernel takes time, so it is left
-    out where nothing would run it.
+    It is for the devices of the mesh in context, or else for JAX's default device. Tracing a kernel takes time, so
+    kernels are left out where nothing would run them.
     """
     kind = _kind_of_mesh() or jax.local_devices()[0].device_kind
     return kind != "cpu" and not kind.startswith("TPU") and all(map(_may_have_triton, jax.local_devices()))
 
 
 def _kind_of_mesh() -> str | None:
-    """What JAX calls the devices of the mesh in context; None without a mesh, or where it does not say."""
+    """Returns JAX's name of the devices of the mesh in context; None without a mesh, or if it has none."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else device.device_kind
 
 
 def _may_have_triton(device: jax.Device) -> bool:
     if device.platform == "cpu":
-        return True  # it compiles for a GPU that is elsewhere
+        return True  # this machine compiles for a GPU elsewhere
     major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
-    return major.isdigit() and minor.isdigit() and int(major) >= 8  # AMD's are names, such as gfx90a
+    return major.isdigit() and minor.isdigit() and int(major) >= 8  # AMD's are not numbers: gfx90a
 
 
 def lower(
@@ -111,12 +113,12 @@ def lower(
     cuda: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Any:
-    """Calls what is right for the platform, with the operands and the (hashable) options.
+    """Calls the function for the platform with the operands and the options, which must be hashable.
 
     Args:
-      cpu: what CPUs get.
-      stock: what all others get, and 'stock' has everywhere.
-      cuda: what NVIDIA's GPUs get, if they have Triton; None for `stock`.
+      cpu: for CPUs.
+      stock: for all other platforms, and for every platform with the lowering 'stock'.
+      cuda: for NVIDIA GPUs that have Triton; None for `stock`.
     """
     if chosen() == "stock":
         functions = {"default": stock}
@@ -124,13 +126,13 @@ def lower(
         functions = {"cpu": cpu, "default": stock}
     elif _kind_of_mesh() in (None, "cpu"):
         functions = {"cpu": cpu, "cuda": cuda, "default": stock}
-    else:  # no other platform runs it, and with several devices XLA would leave the choice in the program
+    else:  # only GPUs run it, and with several devices XLA would leave the choice in the program
         functions = {"default": cuda}
     return _lowered(*operands, functions=tuple(functions.items()), options=tuple(options.items()))
 
 
-# Under jit an operation is traced and differentiated once for each shape, not once for each of the equal
-# layers, and compiled once where the caller is not under jit.
+# Under jit an operation is traced and differentiated once for each shape, not once for each layer of that
+# shape, and compiled once where the caller is not under jit.
 @partial(jax.jit, static_argnames=("functions", "options"))
 def _lowered(*operands, functions, options):
     named = {platform: partial(function, **dict(options)) for platform, function in functions}

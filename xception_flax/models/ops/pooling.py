@@ -1,4 +1,4 @@
-"""Max-pooling as the maximum of the taps of a window, for CPUs and NVIDIA's GPUs."""
+"""Max-pooling as the maximum of the taps of a window, for CPUs and NVIDIA GPUs."""
 
 from functools import partial, reduce
 
@@ -13,8 +13,8 @@ from xception_flax.models.ops import windows
 def max_pool(x: jax.Array, *, window: tuple[int, int], strides: tuple[int, int], padding: str) -> jax.Array:
     """`ops.max_pool` as the maximum of the taps of a window, which remembers where each maximum was.
 
-    XLA's gradient on the CPU scatters, and takes many times as long; it also keeps `x`, where this keeps a byte for
-    each output.
+    XLA's gradient scatters, which takes many times as long on CPUs, and it keeps `x` for the backward pass. This keeps
+    a byte for each output.
     """
     return _max_of_taps(windows.padded(x, window, strides, padding, (1, 1), -jnp.inf), window, strides)
 
@@ -37,8 +37,8 @@ def _max_of_taps_forward(x, window, strides):
 
 def _max_of_taps_backward(window, strides, saved, dy):
     place, shape = saved
-    # The pixels of one phase (row % stride, column % stride) are a grid like that of the windows, on
-    # which pixel q is tap `stride * k + phase` of window q - k: no scatter, a sum of shifted arrays.
+    # The pixels of one phase (row % stride, column % stride) are a grid like that of the windows. On it,
+    # pixel q is tap `stride * k + phase` of window q - k, so the gradient is a sum of shifted arrays.
     grid = [-(-size // stride) for size, stride in zip(shape[1:3], strides, strict=True)]
     reach = [(size - 1) // stride for size, stride in zip(window, strides, strict=True)]
     edges = [(r, size - out) for r, size, out in zip(reach, grid, dy.shape[1:3], strict=True)]

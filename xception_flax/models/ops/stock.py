@@ -1,4 +1,4 @@
-"""The operations as XLA's own, which every platform has."""
+"""The operations by XLA's own, for every platform."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def normalized(x: jax.Array, affine: jax.Array, relu: bool) -> jax.Array:
-    """`x * affine[0] + affine[1]`, then a ReLU or none, in the type of `x`; computed in that of `affine`, `[2, C]`."""
+    """`x * affine[0] + affine[1]`, and a ReLU if `relu`, in the type of `x`; computed in that of `affine`, `[2, C]`."""
     scale, shift = affine[:, None, None, None]
     z = x.astype(affine.dtype) * scale + shift
     return (jax.nn.relu(z) if relu else z).astype(x.dtype)

@@ -1,16 +1,16 @@
 """ReLU, separable convolution and the sums of a batch normalization in one pass over memory: kernels for TPUs.
 
 A training step on a TPU waits for memory, not for arithmetic. XLA compiles a separable convolution and
-its normalization into two passes forward and four backward: its depthwise result goes to memory and
-comes back, and its gradient is read once for each operand. Here it is one pass each way: an image goes
-by row after row, three rows of it stay on the chip, and what the backward pass needs of the depthwise
-result it computes again. For `X` bytes in and `Y` bytes out, forward: read X, write Y; backward: read
-X, Y and the gradient of Y, write the gradient of X. That is `3 X + 3 Y`; XLA's passes are `10 X + 5 Y`.
+its normalization into two passes forward and four backward: the depthwise result goes to memory and
+comes back, and the gradient is read once for each operand. These kernels make one pass each way. They
+read an image row by row and keep three rows on the chip; the backward pass recomputes the depthwise
+result. For `X` bytes in and `Y` bytes out, forward: read X, write Y; backward: read X, Y and the
+gradient of Y, write the gradient of X. That is `3 X + 3 Y`; XLA's passes are `10 X + 5 Y`.
 
-The normalization before the convolution is a multiply-add a channel, done on the way in; of the one
-after it only the sums are taken here. Rows and columns come first in the kernels' arrays and channels
-last, `[H, W, N, C]`: a shift by a pixel is then an address, and the transpose to and from `[N, H, W, C]`
-only a layout, which XLA gives its own operations around the kernels too.
+The normalization before the convolution, a scale and a shift, is applied on the way in; of the one after
+it, only the sums are computed. The kernels' arrays are `[H, W, N, C]`: a shift by a pixel is then only
+an address. The transpose to and from `[N, H, W, C]` is only a layout, which XLA also gives its own
+operations around the kernels.
 """
 
 from collections.abc import Callable
@@ -25,24 +25,24 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from xception_flax.text.errors import UserError
 
-IMAGES = 16  # that go by together: the rows of a tile of 16-bit numbers
-LANES = 128  # fewer channels than these are padded to them, in memory too
-VMEM_BYTES = 96 * 2**20  # of the 128 MiB on a chip, which v4 and v5p have not
+IMAGES = 16  # processed together: the rows of a tile of 16-bit numbers
+LANES = 128  # fewer channels are padded to this number, in memory too
+VMEM_BYTES = 96 * 2**20  # of the 128 MiB on a chip; v4 and v5p do not have as much
 
-# As JAX names the TPUs that have them: v5e and v6e.
+# JAX's names of the TPUs that have as much: v5e and v6e.
 DEVICE_KINDS = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
 
-SCOPE = "fused_separable"  # of their operations in a compiled program
+SCOPE = "fused_separable"  # in the names of the kernels' operations in a compiled program
 
 _HWNC, _NHWC = (1, 2, 0, 3), (2, 0, 1, 3)
 _TAPS = [(i, j) for i in range(3) for j in range(3)]
 
 
 def takes(x: jax.Array, depthwise_kernel: jax.Array, pointwise_kernel: jax.Array) -> bool:
-    """Whether `separable_over_devices` takes images `[N, H, W, C]` and kernels: on TPUs, where `fits` says so.
+    """Whether `separable_over_devices` takes images `[N, H, W, C]` and kernels: on TPUs, where they fit (see `fits`).
 
     Raises:
-      ValueError: on TPUs, images of which a chip has no multiple of `IMAGES`.
+      UserError: on TPUs, where a chip's share of the images is no multiple of `IMAGES`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not is_on_tpus(mesh) or depthwise_kernel.shape[:2] != (3, 3):
@@ -57,7 +57,7 @@ def takes(x: jax.Array, depthwise_kernel: jax.Array, pointwise_kernel: jax.Array
 
 
 def is_on_tpus(mesh: AbstractMesh) -> bool:
-    """Whether the mesh is one of TPUs."""
+    """Whether the devices of the mesh are TPUs."""
     return mesh.abstract_device is not None and mesh.abstract_device.device_kind.startswith("TPU")
 
 
@@ -70,7 +70,7 @@ def separable_over_devices(
     *,
     relu: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """`ops.normalized_separable_convolution`, each device of the mesh in context its share of the images."""
+    """`ops.normalized_separable_convolution`, by each device of the mesh in context for its share of the images."""
     batch, whole = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names), PartitionSpec()
     with jax.named_scope(SCOPE):
         y, sums = jax.shard_map(
@@ -83,7 +83,7 @@ def separable_over_devices(
 
 
 def fits(shape: tuple[int, ...], features: int, itemsize: int) -> bool:
-    """Whether `separable` takes `[N, H, W, C]` to `features` without waste and within the memory of a chip."""
+    """Whether `separable` maps `[N, H, W, C]` to `features` channels without waste and within a chip's memory."""
     n, _, width, channels = shape
     rows = IMAGES * width * (2 * 3 * channels * 4 + itemsize * (6 * channels + 5 * features))
     kernels = channels * features * 2 * (4 + itemsize)
@@ -109,7 +109,7 @@ def separable(
       depthwise_kernel: `[3, 3, 1, C]`; stride 1, padding 'SAME'.
       pointwise_kernel: `[1, 1, C, features]`.
       relu: False leaves it out.
-      interpret: compute what the kernels would, on any machine, slowly.
+      interpret: run the kernels in Pallas' interpreter, on any machine, slowly.
 
     Returns:
       `y` `[N, H, W, features]`, and for every `IMAGES` images the sums of `y` and `y * y` over pixels,
@@ -141,9 +141,9 @@ def _separable_backward(relu, interpret, saved, gradients):
 separable.defvjp(_separable_forward, _separable_backward)
 
 
-# Step h of an image reads its row h and computes with rows h - 2 to h, which is all that row h - 1 of
-# the result needs. A step more than there are rows: the first computes nothing, the last reads nothing.
-# Rows are kept in rings of three, `[3, W + 2, IMAGES, C]`, with a pixel of zeros left and right.
+# Step h reads row h of an image and computes row h - 1 of the result from rows h - 2 to h. There is one
+# step more than rows: the first computes nothing, the last reads nothing. Rows are kept in ring buffers
+# of three, `[3, W + 2, IMAGES, C]`, with a pixel of zeros left and right.
 
 
 def _forward(x, affine, depthwise, pointwise, relu, interpret):
@@ -183,7 +183,7 @@ def _forward_kernel(x, affine, depthwise, pointwise, y, sums, ring, row, *, relu
 def _backward(x, y, gy, gsums, affine, depthwise, pointwise, relu, interpret):
     _, width, _, channels = x.shape
     features = pointwise.shape[1]
-    # Sums over images are taken in eights, as the vector unit holds them, and finished at the end.
+    # Images are summed in groups of eight, as the vector unit holds them, and the groups at the end.
     partial_sums = (
         jax.ShapeDtypeStruct((2, 8, channels), jnp.float32),
         jax.ShapeDtypeStruct((9, 8, channels), jnp.float32),
@@ -261,7 +261,7 @@ def _backward_kernel(*refs, relu):
 
 
 def _read_normalized(x, affine, ring, h, height, relu):
-    """Row h of the image into the ring, normalised; zeros around the image."""
+    """Writes row h of the image into the ring, normalized, with zeros around the image."""
     _zero_edges(ring, h, height)
 
     @pl.when(h < height)
@@ -284,7 +284,7 @@ def _zero_edges(ring, h, height):
 
 
 def _convolve(ring, kernel, row, h):
-    """Row h - 1 of the depthwise convolution."""
+    """Writes row h - 1 of the depthwise convolution into `row`."""
 
     def pixel(w):
         row[w] = _stencil(ring, kernel, h, w).astype(row.dtype)
@@ -293,14 +293,14 @@ def _convolve(ring, kernel, row, h):
 
 
 def _stencil(ring, kernel, h, w, *, reverse=False):
-    """Pixel w of row h - 1; `reverse` is the transpose of the convolution."""
+    """Returns pixel w of row h - 1; `reverse` is the transpose of the convolution."""
     slots = _slots(h)
     taps = (ring[slots[i], w + j] * kernel[8 - tap if reverse else tap][None] for tap, (i, j) in enumerate(_TAPS))
     return sum(taps, start=jnp.zeros(ring.shape[2:], ring.dtype))
 
 
 def _slots(h):
-    """Where rows h - 2, h - 1 and h lie in a ring."""
+    """Returns the places of rows h - 2, h - 1 and h in a ring."""
     return (h + 1) % 3, (h + 2) % 3, h % 3
 
 
@@ -338,7 +338,7 @@ def _call(kernel, operands, *, in_specs, outputs, scratch, flops, interpret):
 
 
 def _rows(array, lag: int = 0) -> pl.BlockSpec:
-    """A row of `IMAGES` images a step: row h - lag, or the nearest there is."""
+    """A row of `IMAGES` images a step: row h - lag, or the one nearest to it."""
     height, width, _, channels = array.shape
     return pl.BlockSpec((1, width, IMAGES, channels), lambda n, h: (jnp.clip(h - lag, 0, height - 1), 0, n, 0))
 

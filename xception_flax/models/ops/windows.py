@@ -1,4 +1,4 @@
-"""Windows that go over an image: their padding, and what each of their taps sees."""
+"""Windows that slide over an image: their padding, and the pixels under each of their taps."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,7 @@ from jax import lax
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest
 
-# Where the windows of a strided operation begin, in the words of those who differ:
+# Where the windows of a strided operation begin, by convention:
 # SAME       TensorFlow and Keras: just enough to reach the last pixel, the odd one below and right;
 # SYMMETRIC  PyTorch and DeepLab's 'fixed padding': (span - 1) // 2 on both sides, whatever the size;
 # VALID      none.
@@ -17,7 +17,11 @@ PADDINGS = ("SAME", "SYMMETRIC", "VALID")
 
 
 def pads(sizes: Sequence[int], spans: Sequence[int], strides: Sequence[int], padding: str) -> list[tuple[int, int]]:
-    """(before, after) of rows and columns for windows that reach over `spans` pixels."""
+    """Returns the padding (before, after) of rows and of columns for windows that span `spans` pixels.
+
+    Raises:
+      UserError: `padding` is none of `PADDINGS`.
+    """
     check_padding(padding)
     if padding == "SYMMETRIC":
         return [((span - 1) // 2, (span - 1) // 2) for span in spans]
@@ -25,13 +29,13 @@ def pads(sizes: Sequence[int], spans: Sequence[int], strides: Sequence[int], pad
 
 
 def check_padding(padding: str) -> None:
-    """Raises ValueError where `padding` is none of `PADDINGS`."""
+    """Raises UserError if `padding` is none of `PADDINGS`."""
     if padding not in PADDINGS:
         raise UserError(f"unknown padding {padding!r}; {suggest(padding, PADDINGS)}")
 
 
 def spans(window: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """Pixels from the first to the last tap of a window, inclusive: rows, columns."""
+    """Returns the pixels from the first to the last tap of a window, inclusive: rows, columns."""
     return [d * (size - 1) + 1 for d, size in zip(dilation, window, strict=True)]
 
 
@@ -43,20 +47,20 @@ def padded(
     dilation: Sequence[int],
     value: float = 0.0,
 ) -> jax.Array:
-    """`[N, H, W, C]` with `value` around each image, for windows without padding."""
+    """Returns images `[N, H, W, C]` padded with `value`, so that the windows need no padding."""
     edges = pads(x.shape[1:3], spans(window, dilation), strides, padding)
     return jnp.pad(x, [(0, 0), *edges, (0, 0)], constant_values=value)
 
 
 def every(start: int, number: int, stride: int) -> slice:
-    """The slice of `number` pixels from `start` on."""
+    """Returns the slice of `number` pixels, `stride` apart, from `start` on."""
     return slice(start, start + max(0, (number - 1) * stride + 1), stride)
 
 
 def taps(
     x: jax.Array, window: Sequence[int], strides: Sequence[int] = (1, 1), dilation: Sequence[int] = (1, 1)
 ) -> Iterator[tuple[int, int, jax.Array]]:
-    """Yields (row, column, `[N, H', W', C]`) for each place in a window: what all windows have there."""
+    """Yields (row, column, pixels `[N, H', W', C]`) of each tap: the pixels that all windows have under it."""
     sizes = zip(x.shape[1:3], spans(window, dilation), strides, strict=True)
     rows, columns = (max(0, (size - span) // stride + 1) for size, span, stride in sizes)
     for i in range(window[0]):
@@ -72,7 +76,9 @@ def reach(
     strides: Sequence[int],
     dilation: Sequence[int],
 ) -> list[tuple[int, int]]:
-    """(before, after) of the outputs, spread by the strides, so that a window over them is what reached a pixel.
+    """Returns the padding (before, after) of the outputs, spread by the strides, for the transposed operation.
+
+    A window over the padded outputs then has exactly those to which one pixel contributed.
 
     Args:
       shape: of the images, `[N, H, W, C]`.
