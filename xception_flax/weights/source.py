@@ -73,7 +73,7 @@ def _located(source: str) -> Path:
         raise UserError(f"{written(source)} cannot be opened: {reason}.") from None
     raise UserError(
         f"{path} is neither a file nor a folder; expected a file of weights, the workdir of a run, or "
-        f"{', '.join(fetching.FORMS)}; {suggest(source, fetching.EXAMPLES)}"
+        f"{', '.join(fetching.FORMS)}; {suggest(source, fetching.NAMES)}"
     )
 
 
@@ -84,13 +84,9 @@ class HubFolder(NamedTuple):
     config: dict[str, Any]
 
 
-# In this order: a pickle only where there is nothing else.
-HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-
-
 def _hub_folder(path: Path) -> HubFolder | None:
     """Returns the files of a folder as the hub has it; None for other folders, such as the workdir of a run."""
-    weights = next((path / name for name in HUB_WEIGHTS if (path / name).is_file()), None)
+    weights = next((path / name for name in fetching.HUB_WEIGHTS if (path / name).is_file()), None)
     if weights is None or not (path / CONFIG).is_file():
         return None
     try:
@@ -123,7 +119,7 @@ def read_file(path: Path, config: Mapping[str, Any] = MappingProxyType({})) -> P
     origin = {"file": str(path.absolute()), "sha256": digests["sha256"]}
     if form in KERAS_FORMS:
         pretrained = keras_models.recognize(contents, path)
-        if digests["md5"] in fetching.PUBLISHED_MD5:
+        if fetching.is_published(digests["md5"]):
             pretrained = pretrained._replace(normalize=PUBLISHED_NORMALIZE)
     else:
         arrays = {name: array for name, (array,) in contents.entries}
