@@ -2,7 +2,7 @@
 
 import importlib
 
-__all__ = ["MODELS", "UserError", "allocator", "create_model", "fold_batch_norm", "ops"]
+__all__ = ["MODELS", "UserError", "allocator", "create_model", "fold_batch_norm", "load", "ops"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -11,6 +11,7 @@ _HOMES = {
     "allocator": "host.allocator",
     "create_model": "models",
     "fold_batch_norm": "models.folding",
+    "load": "inference.predictor",
     "ops": "models.ops",
 }
 

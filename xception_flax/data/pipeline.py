@@ -315,6 +315,8 @@ def prepare_image(
     min_side: int,
     rng: np.random.Generator,
     max_value: int | None,
+    *,
+    rounded: bool = True,
 ) -> np.ndarray:
     """Decodes one image and applies the transforms; returns uint8 of `image_shape`.
 
@@ -323,12 +325,16 @@ def prepare_image(
       chain: transforms, applied in this order.
       image_shape: `(H, W, C)` of the result.
       rng: for the transforms.
+      rounded: False to apply the transforms to float32, in 0 to 255, which then is what is returned: no pixel is
+        rounded to a whole number. Only some transforms take that: those of `geometry`, without antialiasing.
 
     Raises:
       BadImageError: the image cannot be decoded, or a transform does not accept it.
       UserError: the transforms make another shape.
     """
     image = decode(image, image_shape[-1], min_side, max_value)
+    if not rounded:
+        image = image.astype(np.float32)
     for transform in chain:
         try:
             image = transform(image, rng)

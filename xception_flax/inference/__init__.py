@@ -1,0 +1,1 @@
+"""A trained network in use: what it takes, and what it says of images."""

@@ -1,0 +1,255 @@
+"""A trained network of any origin, ready to be asked: `load(SOURCE).predict(images)`."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from xception_flax import models
+from xception_flax.data.decoding import BadImageError
+from xception_flax.inference import class_names as known_names
+from xception_flax.inference import preprocessing as preprocessings
+from xception_flax.inference.preprocessing import Image, Preprocessing
+from xception_flax.runs.restore import Run
+from xception_flax.text.errors import UserError
+from xception_flax.training import sharding, state, steps
+from xception_flax.weights.pretrained import Pretrained
+from xception_flax.weights.source import open_source
+
+BATCH_SIZE = 32
+
+Outputs = dict[str, np.ndarray]
+
+
+class Predictor:
+    """A network with its weights, and what it needs to be asked about images.
+
+    Attributes:
+      model: the linen module.
+      variables: what `model.apply` takes, on the devices.
+      class_names: of the logits, in their order; numbers where nobody says them.
+      preprocessing: how an image becomes what the network takes.
+      activation: 'softmax' or 'sigmoid', from logits to probabilities.
+      origin: what the weights are, as JSON.
+      notes: what was assumed and left out, in words.
+      batch_size: images at a time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variables: Mapping[str, Any],
+        class_names: Sequence[str],
+        preprocessing: Preprocessing,
+        *,
+        mesh: Mesh,
+        activation: str = "softmax",
+        origin: Mapping[str, Any] = {},  # noqa: B006
+        notes: Sequence[str] = (),
+        batch_size: int = BATCH_SIZE,
+    ) -> None:
+        self.model, self.variables = model, variables
+        self.class_names, self.preprocessing = tuple(class_names), preprocessing
+        self.activation, self.origin, self.notes = activation, dict(origin), tuple(notes)
+        self.batch_size = -(-batch_size // mesh.size) * mesh.size  # each device as many
+        self._mesh = mesh
+        self._normalize = steps.create_normalizer(preprocessing.mean, preprocessing.std)
+        self._forward = jax.jit(self._outputs, static_argnames="names")
+
+    def predict(self, images: Image | Sequence[Image] | np.ndarray) -> np.ndarray:
+        """Returns the probability of each class, float32 `[N, num_classes]`.
+
+        With `activation` 'softmax' the probabilities of an image sum to 1; with 'sigmoid' each class has its own.
+
+        Args:
+          images: one or several, each a path, the content of a file, an image of PIL, or uint8 pixels `[H, W]` or
+            `[H, W, C]`; or all in one array `[N, H, W, C]`. Any number, of any sizes.
+
+        Raises:
+          UserError: the network has no classifier, or an image cannot be read; the message says which.
+        """
+        return self._whole(images, ("probabilities",))["probabilities"]
+
+    def embed(self, images: Image | Sequence[Image] | np.ndarray) -> np.ndarray:
+        """Returns the pooled features, float32 `[N, features]`; 2048 features for Xception. Arguments as of `predict`."""
+        return self._whole(images, ("pooled",))["pooled"]
+
+    def endpoints(self, images: Image | Sequence[Image] | np.ndarray) -> Outputs:
+        """Returns all outputs of the network by name, as its `endpoints` does. Arguments as of `predict`."""
+        return self._whole(images, ())
+
+    def stream(
+        self, images: Sequence[Image], names: tuple[str, ...], *, dark: list[Image] | None = None
+    ) -> Iterator[tuple[Image, Outputs | UserError]]:
+        """Yields each image with its outputs, or with the error, a batch at a time.
+
+        Args:
+          images: as of `predict`, a sequence of them.
+          names: of the outputs: 'probabilities', and those of the network's `endpoints`; () for all of the latter.
+          dark: a list to which files of 16 bits without a value in the upper half are added.
+        """
+        if "probabilities" in names and not self.class_names:
+            raise UserError("this network has no classifier; its features can be had (embed), or classes be trained.")
+        with ThreadPoolExecutor() as threads:
+            for start in range(0, len(images), self.batch_size):
+                part = images[start : start + self.batch_size]
+                prepared = list(threads.map(self._prepared, part))
+                if dark is not None:
+                    dark.extend(itertools.compress(part, threads.map(self._may_be_dark, part)))
+                outputs = self._batch(prepared, names)
+                for i, (image, pixels) in enumerate(zip(part, prepared, strict=True)):
+                    if isinstance(pixels, UserError):
+                        yield image, pixels
+                        continue
+                    found = {name: values[i] for name, values in outputs.items()}
+                    finite = all(np.isfinite(values).all() for values in found.values())
+                    yield image, found if finite else UserError("the network's output for it is not finite.")
+
+    def _outputs(self, variables: Mapping[str, Any], images: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):  # each device computes its own images
+            inputs = self._normalize(images)
+            outputs = dict(self.model.apply(variables, inputs, train=False, method="endpoints"))
+        activation = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[self.activation]
+        if "probabilities" in names:
+            outputs["probabilities"] = activation(outputs["logits"])
+        return {name: outputs[name].astype(jnp.float32) for name in names or outputs}
+
+    def _batch(self, prepared: Sequence[np.ndarray | UserError], names: tuple[str, ...]) -> Outputs:
+        """The outputs of as many images as `batch_size`, for one program; images that are missing are black."""
+        p = self.preprocessing
+        shape = (self.batch_size, p.image_size, p.image_size, p.channels)
+        batch = np.zeros(shape, np.uint8 if p.rounded else np.float32)
+        for i, pixels in enumerate(prepared):
+            if not isinstance(pixels, UserError):
+                batch[i] = pixels
+        images = sharding.global_batch(self._mesh, {"images": batch})["images"]
+        return {name: np.asarray(values) for name, values in self._forward(self.variables, images, names).items()}
+
+    def _prepared(self, image: Image) -> np.ndarray | UserError:
+        try:
+            return self.preprocessing.prepare(image)
+        except BadImageError as error:
+            return error
+
+    def _may_be_dark(self, image: Image) -> bool:
+        try:
+            return self.preprocessing.may_be_dark(image)
+        except BadImageError:
+            return False
+
+    def _whole(self, images: Image | Sequence[Image] | np.ndarray, names: tuple[str, ...]) -> Outputs:
+        several = images if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
+        rows = []
+        for i, (image, outputs) in enumerate(self.stream(several, names)):
+            if isinstance(outputs, UserError):
+                which = image if isinstance(image, str) or hasattr(image, "__fspath__") else f"image {i}"
+                raise UserError(f"{which}: {outputs}") from None
+            rows.append(outputs)
+        if not rows:
+            raise UserError("there are no images; expected at least one.")
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def load(
+    source: str,
+    *,
+    checkpoint: str = "best",
+    weights: str | None = None,
+    image_size: int | None = None,
+    transforms: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    class_names: Sequence[str] | None = None,
+    batch_size: int = BATCH_SIZE,
+    mesh: Mesh | None = None,
+) -> Predictor:
+    """Returns a trained network, whoever trained it, ready to be asked.
+
+    Args:
+      source: a workdir, a file of weights, a folder as the hub has it, or a name such as 'keras:xception'; see
+        `weights.source.open_source`.
+      checkpoint, weights: of a workdir; see there.
+      image_size, transforms, mean, std: as of `Preprocessing`; None for what the source says, or else what its library
+        does. Not for a workdir, whose recipe says it.
+      class_names: of the logits; None for those of the source, ImageNet's for its 1,000 classes, or else numbers.
+      batch_size: images at a time; rounded up to a multiple of the devices.
+      mesh: the devices; None for all of them.
+
+    Raises:
+      UserError: the source, or one of the values, is wrong.
+    """
+    mesh = mesh or sharding.create_mesh()
+    found = open_source(str(source), mesh, checkpoint, weights)
+    given = {"image_size": image_size, "transforms": transforms, "mean": mean, "std": std}
+    if isinstance(found, Run):
+        if said := [name for name, value in given.items() if value is not None]:
+            raise UserError(f"{', '.join(said)}: the recipe of {source} says this; leave it out.")
+        return from_run(found, mesh, class_names=class_names, batch_size=batch_size)
+    return from_pretrained(found, mesh, class_names=class_names, batch_size=batch_size, **given)
+
+
+def from_run(
+    run: Run, mesh: Mesh, *, class_names: Sequence[str] | None = None, batch_size: int = BATCH_SIZE
+) -> Predictor:
+    """Returns a run, restored to `mesh`, ready to be asked; arguments as of `load`."""
+    return Predictor(
+        run.model,
+        run.variables,
+        _checked_names(class_names, len(run.class_names)) or run.class_names,
+        preprocessings.of_recipe(run.recipe),
+        mesh=mesh,
+        activation="sigmoid" if run.recipe.loss.name == "sigmoid" else "softmax",
+        origin={"step": run.step, "weights": run.weights},
+        batch_size=batch_size,
+    )
+
+
+def from_pretrained(
+    pretrained: Pretrained,
+    mesh: Mesh,
+    *,
+    class_names: Sequence[str] | None = None,
+    image_size: int | None = None,
+    transforms: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Predictor:
+    """Returns a network from elsewhere ready to be asked; arguments as of `load`."""
+    preprocessing, assumed = preprocessings.of_pretrained(
+        pretrained, image_size=image_size, resizing=transforms, mean=mean, std=std
+    )
+    model = models.create_model(**pretrained.model)
+    notes = [f"assumed: {text}" for text in assumed] + [f"left out: {part}" for part in pretrained.left_out]
+    names = _checked_names(class_names, model.num_classes) or pretrained.class_names
+    if not names and model.num_classes:
+        names = known_names.of(model.num_classes)
+        notes.append(f"assumed: the classes are {known_names.describe(model.num_classes)}")
+    size = preprocessing.image_size
+    shapes = flatten_dict(state.abstract_variables(model, (size, size, preprocessing.channels), mesh))
+    values = flatten_dict(dict(pretrained.variables))
+    placed = {place: jax.device_put(values[place].astype(leaf.dtype), leaf.sharding) for place, leaf in shapes.items()}
+    return Predictor(
+        model,
+        unflatten_dict(placed),
+        names,
+        preprocessing,
+        mesh=mesh,
+        activation=pretrained.activation,
+        origin=pretrained.origin,
+        notes=notes,
+        batch_size=batch_size,
+    )
+
+
+def _checked_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    if names is not None and len(names) != num_classes:
+        raise UserError(f"there are {len(names):,} names of classes, and {num_classes:,} logits; give a name for each.")
+    return tuple(names or ())

@@ -1,0 +1,151 @@
+"""How an image becomes what a network takes."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+from ml_collections import ConfigDict
+
+from xception_flax.data import transforms
+from xception_flax.data.decoding import BadImageError, is_dark, largest_value
+from xception_flax.data.pipeline import prepare_image
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import written
+from xception_flax.weights.pretrained import Pretrained
+
+# What the libraries do with an image where its network does not say. Keras: `image_dataset_from_directory` and
+# `preprocess_input`. timm: `resolve_data_config`, by the network's `default_cfgs`, all with mean and std 0.5.
+IMAGE_SIZE = 299  # of all these networks
+MEAN = STD = (127.5,)
+KERAS_TRANSFORMS = "resize"  # the whole image, bilinear, without antialiasing
+TIMM_CROPS = {"xception": 0.8975, "inception_v3": 0.875, "xception41p": 0.94, "xception65p": 0.94, "xception65": 0.94}
+TIMM_CROP = 0.903  # of the others
+
+Image = str | Path | bytes | np.ndarray | PIL.Image.Image
+
+
+class Preprocessing(NamedTuple):
+    """How an image becomes what a network takes.
+
+    Attributes:
+      image_size: pixels a side of what the network gets.
+      channels: 1 or 3.
+      transforms: the chain that makes an image of this size, as a recipe's `data.eval_transforms`.
+      mean, std: of the normalization, on the scale 0 to 255; a value a channel, or one for all.
+      rounded: whether pixels are whole numbers after the transforms too. Keras keeps the fractions.
+      min_decoded_side: see `data.decoding.decode`.
+      max_value: the same.
+    """
+
+    image_size: int
+    channels: int
+    transforms: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rounded: bool = True
+    min_decoded_side: int = 0
+    max_value: int | None = None
+
+    def prepare(self, image: Image) -> np.ndarray:
+        """Returns `[image_size, image_size, channels]`: uint8, or float32 in 0 to 255 where it is not `rounded`.
+
+        Args:
+          image: a path, the content of a file, pixels `[H, W]` or `[H, W, C]` of uint8, or an image of PIL.
+
+        Raises:
+          BadImageError: it cannot be read, or a transform does not take it.
+          UserError: the transforms make another shape.
+        """
+        shape = (self.image_size, self.image_size, self.channels)
+        chain = _chain(self.transforms, self.image_size)
+        rng = np.random.default_rng(0)  # not used by the transforms of an evaluation
+        content, options = _content(image), dict(rounded=self.rounded)
+        return prepare_image(content, chain, shape, self.min_decoded_side, rng, self.max_value, **options)
+
+    def may_be_dark(self, image: Image) -> bool:
+        """Whether a file of 16 bits has no value in the upper half: white may be less there, and nothing says it."""
+        if self.max_value is not None or not isinstance(image, str | Path):
+            return False
+        largest = largest_value(_content(image))
+        return largest is not None and is_dark(largest)
+
+
+_chain = functools.lru_cache(transforms.parse_transforms)
+
+
+def _content(image: Image) -> bytes | np.ndarray:
+    if isinstance(image, str | Path):
+        try:
+            return Path(image).read_bytes()
+        except OSError as error:
+            raise BadImageError(f"{error.strerror}.") from None
+    if isinstance(image, PIL.Image.Image):
+        return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    if isinstance(image, bytes | np.ndarray):
+        return image
+    raise UserError(f"an image must be a path, bytes, an array or an image of PIL, got {written(image)}.")
+
+
+def of_recipe(recipe: ConfigDict) -> Preprocessing:
+    """Returns what the evaluation of a recipe does."""
+    return Preprocessing(
+        image_size=recipe.data.image_size,
+        channels=recipe.data.channels,
+        transforms=recipe.data.eval_transforms,
+        mean=tuple(recipe.normalize.mean),
+        std=tuple(recipe.normalize.std),
+        min_decoded_side=recipe.data.min_decoded_side,
+        max_value=recipe.data.max_value,
+    )
+
+
+def of_pretrained(
+    pretrained: Pretrained,
+    *,
+    image_size: int | None = None,
+    resizing: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> tuple[Preprocessing, tuple[str, ...]]:
+    """Returns the preprocessing of a network from elsewhere, and what was assumed of it, in words.
+
+    Args:
+      pretrained: the network. What it says itself counts less than the other arguments, and more than what its
+        library does where nothing is said.
+      image_size: as of `Preprocessing`.
+      resizing: the same, `transforms`.
+      mean, std: the same; both or neither.
+
+    Raises:
+      UserError: one of `mean` and `std` is missing, or the transforms are wrong.
+    """
+    if (mean is None) != (std is None):
+        raise UserError("mean and std go together; give both or neither.")
+    assumed = []
+
+    def known(name: str, given: object, said: object, default: object) -> object:
+        if given is None and said is None:
+            assumed.append(f"{name} {default}")
+        return next(value for value in (given, said, default) if value is not None)
+
+    keras = pretrained.library == "keras"
+    size = known("image size", image_size, pretrained.image_size, IMAGE_SIZE)
+    chain = known("resizing", resizing, pretrained.transforms, KERAS_TRANSFORMS if keras else _timm_crop(pretrained, size))
+    normalize = known(
+        "values",
+        None if mean is None else {"mean": tuple(mean), "std": tuple(std)},
+        pretrained.normalize,
+        {"mean": MEAN, "std": STD},
+    )
+    transforms.parse_transforms(chain, size)
+    preprocessing = Preprocessing(size, pretrained.channels, chain, **normalize, rounded=not keras)
+    return preprocessing, tuple(assumed)
+
+
+def _timm_crop(pretrained: Pretrained, image_size: int) -> str:
+    """The chain of timm's evaluation: the shorter side to `image_size / crop`, rounded down, then the centre."""
+    crop = TIMM_CROPS.get(pretrained.model["name"], TIMM_CROP)
+    return f"resize_center_crop(resize_size={int(image_size / crop)}, kernel=bicubic, antialias=True)"
