@@ -12,6 +12,8 @@ from xception_flax.host import signals
 VERBS = {
     "evaluate": "evaluates a checkpoint: a table, a picture of the mistakes, a line of JSON",
     "predict": "predicts the classes of images",
+    "embed": "writes the pooled features of images",
+    "convert": "reads weights of any library and writes them for another",
     "prepare": "writes a data set for training (imagenet, folder), or reads every image of one (check)",
     "show-data": "draws images as the network sees them, augmented and mixed",
     "summary": "shows parameters, multiply-adds and activations of a network",

@@ -17,13 +17,14 @@ EXAMPLES = """\
 
 def main(argv: list[str]) -> int:
     parser = cli.parser("xception-flax convert", __doc__, EXAMPLES, hosts=False)
-    cli.add_source(parser)
+    parser.add_argument("source", metavar="SOURCE", help="as of predict: a workdir, a file or folder, or a name")
+    cli.add_checkpoint(parser)
     parser.add_argument(
         "--output",
         type=cli.directory,
         required=True,
         metavar="FILE|DIR",
-        help=f"by its suffix: {writing.describe_forms()}",
+        help="; ".join(f"{suffix or 'no suffix'}: {form.meaning}" for suffix, form in writing.FORMATS.items()),
     )
     arguments = parser.parse_args(argv)
     writing.check_output(arguments.output)
@@ -32,10 +33,10 @@ def main(argv: list[str]) -> int:
     pretrained = source.from_run(found) if isinstance(found, Run) else found
     written = writing.write(pretrained, arguments.output)
     rows = {
-        "network": describe(pretrained),
-        "classes": f"{len(pretrained.class_names):,} with names" if pretrained.class_names else "without names",
+        "network": f"{pretrained.model['name']}, {pretrained.model.get('num_classes', 0):,} classes",
         **({"left out": "; ".join(pretrained.left_out)} if pretrained.left_out else {}),
-        "written": ", ".join(naming.shown(path) for path in written),
+        "written": naming.shown(written.path),
+        **({"note": "; ".join(written.notes)} if written.notes else {}),
     }
     console.show_table(naming.shown(Path(arguments.source)), rows)
     return 0

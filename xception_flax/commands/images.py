@@ -1,0 +1,121 @@
+"""What the commands share that ask a trained network about images: their arguments, and the files they name."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from xception_flax.commands import cli
+from xception_flax.data.sources import folder
+from xception_flax.display import console
+from xception_flax.inference import predictor
+from xception_flax.inference.predictor import Predictor
+from xception_flax.text import naming
+from xception_flax.text.errors import UserError
+
+OUT_OF_MEMORY = "Take a smaller --batch-size; the result does not depend on it."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the network, the images, and what says how an image becomes what the network takes."""
+    parser.add_argument(
+        "source", metavar="SOURCE", help="workdir of a run, file or folder of weights, keras:NETWORK, timm:NAME, hf:OWNER/NAME"
+    )
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="a file, or a folder with files in it")
+    parser.add_argument("--workdir", type=cli.directory, help="instead of SOURCE: folder of a run of train.py")
+    cli.add_checkpoint(parser)
+    parser.add_argument("--batch-size", type=cli.positive, default=32, metavar="N", help="images at a time (32)")
+    said = parser.add_argument_group("of weights from elsewhere, where they do not say it themselves")
+    said.add_argument("--class-names", type=Path, metavar="FILE", help="names of the classes, a line each")
+    said.add_argument("--image-size", type=cli.positive, metavar="N", help="pixels a side of what the network takes")
+    said.add_argument("--transforms", metavar="CHAIN", help="as data.eval_transforms of a recipe, such as center_crop")
+    said.add_argument("--mean", type=float, nargs="+", metavar="X", help="of 0 to 255; a value a channel, or one")
+    said.add_argument("--std", type=float, nargs="+", metavar="X", help="the same")
+
+
+def given(arguments: argparse.Namespace) -> tuple[str, list[Path]]:
+    """Returns the network and the files of images that the arguments name.
+
+    Raises:
+      UserError: no image is named, or one does not exist.
+    """
+    source, paths = arguments.source, arguments.images
+    if arguments.workdir is not None:
+        source, paths = str(arguments.workdir), [Path(source), *paths]
+    if not paths:
+        raise UserError(f"there is no image; give files or folders behind {naming.shown(Path(source))}.")
+    return source, list(_files(paths))
+
+
+def load(source: str, arguments: argparse.Namespace) -> Predictor:
+    """Returns the network, and says on standard error what was assumed of it and left out.
+
+    Raises:
+      UserError: there is no such network, or an argument is wrong.
+    """
+    names = ("checkpoint", "weights", "image_size", "transforms", "mean", "std", "batch_size")
+    options = {name: getattr(arguments, name) for name in names}
+    found = predictor.load(source, class_names=_class_names(arguments.class_names), **options)
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    return found
+
+
+def outputs(
+    found: Predictor, paths: Sequence[Path], name: str, what: str, dark: list[Path] | None = None
+) -> Iterator[tuple[Path, np.ndarray | UserError]]:
+    """Yields each file with its output `name`, or with the error, and shows progress as `what`; see `Predictor.stream`."""
+    for start in console.stepping(what, range(0, len(paths), found.batch_size)):
+        for path, output in found.stream(paths[start : start + found.batch_size], (name,), dark=dark):
+            yield path, output if isinstance(output, UserError) else output[name]
+
+
+def title(source: str, found: Predictor) -> str:
+    """Returns what a table's heading says of the network: 'runs/photos, step 40, ema weights'."""
+    what = [naming.shown(Path(source))]
+    if "step" in found.origin:
+        what += [f"step {found.origin['step']}", f"{found.origin['weights']} weights"]
+    return ", ".join(what)
+
+
+def report(unreadable: Sequence[tuple[Path, UserError]]) -> int:
+    """Says which files could not be read, and returns the exit code."""
+    for path, error in unreadable:
+        cli.complain(f"{naming.shown(path)}: {error}")
+    return 2 if unreadable else 0
+
+
+def _class_names(path: Path | None) -> tuple[str, ...] | None:
+    if path is None:
+        return None
+    try:
+        return tuple(line for line in path.read_text("utf-8").splitlines() if line.strip())
+    except UnicodeDecodeError:
+        raise UserError(f"--class-names {path} is no text in UTF-8; expected a name in each line.") from None
+    except OSError as error:
+        raise UserError(f"--class-names {path} cannot be read: {error.strerror}.") from None
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    """Yields the files, and all images in and below the folders.
+
+    Raises:
+      UserError: a file or folder does not exist, or a folder has no image.
+    """
+    for path in paths:
+        if path.is_dir():
+            found, others = folder.list_files(path)
+            unread = folder.describe_unread(others, len(found))
+            if not found:
+                raise UserError(
+                    f"{path} has no image (of {', '.join(folder.IMAGE_SUFFIXES)}).{unread and f' {unread}'}"
+                )
+            if unread:
+                print(f"{naming.shown(path)}: {unread}", file=sys.stderr)
+            yield from found
+        elif path.exists():
+            yield path
+        else:
+            raise UserError(f"{path} is not there; expected an image or a folder of images.")
