@@ -38,7 +38,7 @@ def unreadable(path: Path, form: str, reason: str):
 
 def read_here(path: Path, form: str, max_bytes: int = 10**6) -> Contents:
     """What the reader does, in this process: a process each would take longer than all else here."""
-    return importlib.import_module(f"xception_flax.weights.reader.{form}").read(path, Room(max_bytes, []))
+    return importlib.import_module(f"xception_flax.weights.reader.{form}").read(path, Room(max_bytes))
 
 
 def write(path: Path, array: np.ndarray) -> Path:

@@ -210,8 +210,8 @@ def _from_file(path: Path, form: str, shapes: Mapping[Place, Any]) -> tuple[str,
     """Returns the library that wrote a file, and its arrays by place."""
     # Float64 of twice the network, and then a classifier of any number of classes.
     max_bytes = 16 * sum(math.prod(leaf.shape) for leaf in shapes.values()) + 2**29
-    if form == "hdf5":
-        layers = keras.read_layers(path, unflatten_dict(shapes), max_bytes)
+    if form in ("hdf5", "keras"):
+        layers = keras.read_layers(path, unflatten_dict(shapes), max_bytes, form)
         if not _fits(dict(layers).get("predictions", [None])[-1], shapes):
             layers, shapes = [(name, a) for name, a in layers if name != "predictions"], _backbone(shapes)
         return "keras", flatten_dict(_converted(keras.from_keras, layers, shapes, path))

@@ -94,7 +94,7 @@ def _our_names(keras_names: Sequence[str], variables: Mapping[str, PyTree]) -> d
     return names
 
 
-def read_layers(path: Path, template: Mapping[str, PyTree], max_bytes: int = MAX_BYTES) -> Layers:
+def read_layers(path: Path, template: Mapping[str, PyTree], max_bytes: int = MAX_BYTES, form: str = "hdf5") -> Layers:
     """Returns (name, arrays) of each layer in a file that Keras wrote, for `from_keras`.
 
     The file is from `model.save('x.h5')`, `model.save_weights('x.weights.h5')` (Keras 3) or
@@ -104,11 +104,12 @@ def read_layers(path: Path, template: Mapping[str, PyTree], max_bytes: int = MAX
       path: of the file.
       template: variables of our model, or their shapes, to find the layers' names if Keras wrote none.
       max_bytes: limit of all arrays together.
+      form: 'hdf5', or 'keras' for the archive of `model.save('x.keras')`.
 
     Raises:
       UserError: the file is not one of these, or is damaged.
     """
-    layers = [(name, arrays) for name, arrays in reading.read(path, "hdf5", max_bytes).entries if arrays]
+    layers = [(name, arrays) for name, arrays in reading.read(path, form, max_bytes).entries if arrays]
     if not layers:
         raise UserError(f"{path} has no layers with weights in it; expected a file of Keras' model.save_weights().")
     if any(name.startswith("/") for name, _ in layers):

@@ -33,17 +33,25 @@ _PROGRAM = (
 
 FORMATS = {  # the modules of `weights.reader`
     "hdf5": "weights of Keras",
+    "keras": "a Keras archive",
     "npz": "an .npz archive of arrays",
     "safetensors": "a safetensors file",
+    "torch": "a file of torch.save",
+}
+
+_SUFFIXES = {
+    **{".h5": "hdf5", ".hdf5": "hdf5", ".keras": "keras", ".npz": "npz", ".safetensors": "safetensors"},
+    **dict.fromkeys((".pth", ".pt", ".bin", ".ckpt"), "torch"),
 }
 
 # How files begin. HDF5 and NumPy files have the name of their format, a zip archive the name of its first member.
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 TABLE_MAGIC = bytes.fromhex("57fb808b247547db")  # at the end of TensorFlow's and LevelDB's tables
 REWRITE_KERAS = "load it into the model with Keras, and write model.save_weights('model.weights.h5')"
-_REWRITE_TORCH = "torch, which alone reads this, writes one by safetensors.torch.save_file(model.state_dict(), FILE)"
+_SAVE_STATE = "with torch, torch.save(model.state_dict(), FILE) writes what is read"
+_TORCH_STREAM = rb"\x80[\x02-\x05].{0,9}\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\."  # before torch 1.6: begins with a constant
 _BEGINNINGS = {
-    rb"\x80[\x02-\x05]": ("a pickle of torch or Python", _REWRITE_TORCH),
+    rb"\x80[\x02-\x05]": ("a pickle that torch.save did not write", _SAVE_STATE),
     rb"\x93NUMPY": ("a single array of NumPy", "np.savez(FILE, **arrays) writes all of them by timm's names"),
     rb"\s*<(!doctype|html|\?xml)": ("a page of the web", "the download went wrong; get it again"),
     rb"version https://git-lfs": ("a pointer of Git LFS", "`git lfs pull` gets what it stands for"),
@@ -55,13 +63,15 @@ _ENDINGS = {
     r"\.(data-\d+-of-\d+|index)": ("part of a checkpoint of TensorFlow", REWRITE_KERAS),
     r"\.pb": ("a graph of TensorFlow", REWRITE_KERAS),
     r"\.onnx": ("a network of ONNX", "take the weights it was made from"),
-    r"\.(pth|pt|bin)": ("no file that torch writes today", _REWRITE_TORCH),
-    r"\.keras": ("no archive of Keras", "Keras writes one by model.save_weights('model.weights.h5')"),
+    r"\.weights\.json": ("the index of weights that Keras wrote into several files", REWRITE_KERAS),
+    r"\.index\.json": ("the index of weights in several files", "write them into one"),
+    r"\.(pth|pt|bin|ckpt)": ("no file of torch.save", _SAVE_STATE),
+    r"\.keras": ("no archive of Keras", "Keras writes one by model.save('model.keras')"),
 }
 
 
 def recognize(path: Path) -> str:
-    """Returns the format of a file, 'hdf5', 'safetensors' or 'npz', by its content or else by its name.
+    """Returns the format of a file, a key of `FORMATS`, by its content or else by its name.
 
     Raises:
       UserError: the format is another one; the message says which, and how to get weights from it.
@@ -75,15 +85,17 @@ def recognize(path: Path) -> str:
         return "hdf5"
     if head.startswith(b"PK\x03\x04"):
         first = head[30 : 30 + int.from_bytes(head[26:28], "little")]
-        if first.endswith(b".npy") or path.suffix == ".npz":
-            return "npz"
-        if first in (b"metadata.json", b"config.json", b"model.weights.h5"):
-            load = "Keras writes one by keras.models.load_model(FILE).save_weights('model.weights.h5')"
-            what, advice = "an archive of Keras", load
-        elif re.search(rb"(^|/)(data\.pkl|\.format_version|\.data/|code/|version|byteorder)", first):
-            what, advice = "an archive of torch", _REWRITE_TORCH
-        else:
-            what, advice = "a zip archive", "unpack it first"
+        by_content = {
+            rb".*\.npy": "npz",
+            rb"metadata\.json|config\.json|model\.weights\.h5": "keras",
+            rb"(.*/)?(data\.pkl|\.format_version|\.data/.*|code/.*|version|byteorder|constants\.pkl)": "torch",
+        }
+        by_name = _SUFFIXES.get(path.suffix) if path.suffix not in (".h5", ".hdf5", ".safetensors") else None
+        if form := next((form for start, form in by_content.items() if re.fullmatch(start, first)), by_name):
+            return form
+        what, advice = "a zip archive", "unpack it first"
+    elif re.match(_TORCH_STREAM, head, re.DOTALL):
+        return "torch"
     elif head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
     elif tail == TABLE_MAGIC:
@@ -94,10 +106,12 @@ def recognize(path: Path) -> str:
         begun = (found for start, found in _BEGINNINGS.items() if re.match(start, head, re.IGNORECASE | re.DOTALL))
         ended = (found for end, found in _ENDINGS.items() if re.fullmatch(f".*{end}", path.name, re.DOTALL))
         what, advice = next(begun, None) or next(ended, ("something else", "other formats are not read"))
-        formats = {".h5": "hdf5", ".hdf5": "hdf5", ".safetensors": "safetensors", ".npz": "npz"}
-        if what == "something else" and path.suffix in formats:
-            return formats[path.suffix]  # damaged: its reader says how
-    raise UserError(f"{path} must be .h5 (Keras), .safetensors or .npz (timm), or a workdir; this is {what}; {advice}.")
+        if what == "something else" and path.suffix in _SUFFIXES:
+            return _SUFFIXES[path.suffix]  # damaged: its reader says how
+    raise UserError(
+        f"{path} must be .h5 or .keras (Keras), .pth, .safetensors or .npz (timm, torch), or a workdir; "
+        f"this is {what}; {advice}."
+    )
 
 
 def read(path: Path, form: str, max_bytes: int = MAX_BYTES) -> Contents:

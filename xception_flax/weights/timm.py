@@ -49,11 +49,11 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 
 
 def read_state(path: Path, form: str, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
-    """Returns the arrays of a .safetensors or .npz file by name, for `from_timm`.
+    """Returns the arrays of a .safetensors, .npz or .pth file by name, for `from_timm`.
 
     Args:
       path: of the file.
-      form: 'safetensors' or 'npz'.
+      form: 'safetensors', 'npz' or 'torch'.
       max_bytes: limit of all arrays together.
 
     Raises:

@@ -50,7 +50,7 @@ def main(form: str, path: str, max_bytes: str, seconds: str, cpu_seconds: str) -
     _bound(int(seconds), int(cpu_seconds), int(max_bytes))
     with os.fdopen(os.dup(1), "wb") as answer:
         os.dup2(2, 1)  # keep what a library prints out of the answer
-        line, arrays = _answer(form, Path(path), Room(int(max_bytes), []))
+        line, arrays = _answer(form, Path(path), Room(int(max_bytes)))
         answer.write(json.dumps(line).encode() + b"\n")
         for array in arrays:
             answer.write(array.tobytes())

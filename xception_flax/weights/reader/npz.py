@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from xception_flax.weights.reader.room import Contents, Room, is_counter, native, printable
+from xception_flax.weights.reader import archives
+from xception_flax.weights.reader.room import Contents, Room, is_counter, native
 
 
 def read(path: Path, room: Room) -> Contents:
@@ -13,12 +14,14 @@ def read(path: Path, room: Room) -> Contents:
     headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     found: dict[str, np.ndarray] = {}
     with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            name = printable(member.filename.removesuffix(".npy"))
+        for file_name, member in archives.members(archive).items():
+            name = file_name.removesuffix(".npy")
             if is_counter(name):
                 continue
             if name in found:
                 raise ValueError(f"{name} is in it twice")
+            if member.file_size > room.max_bytes:
+                raise ValueError(f"{name} has more than {room.max_bytes:,} bytes; expected less")
             with archive.open(member) as file:
                 version = np.lib.format.read_magic(file)
                 if version not in headers:

@@ -28,11 +28,16 @@ class Contents(NamedTuple):
     config: dict[str, Any]
 
 
-class Room(NamedTuple):
-    """How much may be read. Each array is checked by its header, before it is read."""
+class Room:
+    """How much may be read. Each array is checked by its header, before it is read.
 
-    max_bytes: int
-    taken: list[int]
+    Args:
+      max_bytes: limit of all arrays together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._taken = 0
 
     def check(self, name: str, dtype: np.dtype, shape: tuple[int, ...] | None) -> int:
         """Returns the size in bytes of an array that may be read.
@@ -45,12 +50,13 @@ class Room(NamedTuple):
             raise ValueError(f"{name} has the type {dtype}; expected floating-point numbers of 16, 32 or 64 bits")
         if shape is None or any(n < 0 for n in shape):
             raise ValueError(f"{name} has the shape {shape}; expected an array")
-        self.taken.append(math.prod(shape) * dtype.itemsize)
-        if sum(self.taken) > self.max_bytes:
+        size = math.prod(shape) * dtype.itemsize
+        self._taken += size
+        if self._taken > self.max_bytes:
             raise ValueError(
                 f"with {name}, of shape {shape}, its arrays take more than {self.max_bytes:,} bytes; expected less"
             )
-        return self.taken[-1]
+        return size
 
 
 def native(array: np.ndarray) -> np.ndarray:
