@@ -36,8 +36,9 @@ INCEPTION_V3_NUMBERED = (
     *(f"mixed{i}_{conv}" for i in (9, 10) for conv in _MIXED_8),
 )
 
-_NUMBERED_CONV = re.compile(r"conv(?:olution)?2d(?:_([0-9]{1,6}))?$")
-_NUMBERED_NORM = re.compile(r"batch_?normalization(?:_([0-9]{1,6}))?$")
+# Keras' names of layers that its caller gave none, with their number.
+NUMBERED_CONV = r"conv(?:olution)?2d(?:_([0-9]{1,6}))?"
+NUMBERED_NORM = r"batch_?normalization(?:_([0-9]{1,6}))?"
 
 # Our names of Xception's layers, and the place of a layer in a file of Keras 3: its class and its rank in that class.
 _XCEPTION_LAYER = re.compile(r"block(?P<block>\d+)_(?P<kind>conv|sepconv|residual)(?P<i>\d*)(?P<bn>_bn)?")
@@ -85,8 +86,8 @@ def _our_names(keras_names: Sequence[str], variables: Mapping[str, PyTree]) -> d
     """Returns our name of each Keras layer. Numbered layers are matched by rank, the order of their creation."""
     numbered = INCEPTION_V3_NUMBERED if "stem_conv1" in variables["params"] else XCEPTION_NUMBERED
     names = {name: name for name in keras_names}
-    for pattern, suffix in ((_NUMBERED_CONV, ""), (_NUMBERED_NORM, "_bn")):
-        found = sorted((int(match[1] or 0), name) for name in keras_names if (match := pattern.match(name)))
+    for pattern, suffix in ((NUMBERED_CONV, ""), (NUMBERED_NORM, "_bn")):
+        found = sorted((int(match[1] or 0), name) for name in keras_names if (match := re.fullmatch(pattern, name)))
         if len(found) > len(numbered):
             raise UserError(f"{len(found)} Keras layers such as {found[-1][1]!r}, expected {len(numbered)}.")
         names |= {name: ours + suffix for (_, name), ours in zip(found, numbered, strict=False)}
@@ -165,27 +166,32 @@ def from_keras(layers: Iterable[tuple[str, Sequence[np.ndarray]]], template: Map
       template: variables of our model, or their shapes; each is filled exactly once.
 
     Raises:
-      UserError: a layer, an array or a shape does not match, or one of our variables is not filled.
+      UserError: a layer, an array or a shape does not match, or one of our variables is not filled. It lists up to
+        ten of these.
     """
     layers = [(name, arrays) for name, arrays in layers if len(arrays)]
     names = _our_names([name for name, _ in layers], template)
-    expected, variables = flatten_dict(template), {}
+    expected, variables, wrong = flatten_dict(template), {}, []
     for theirs, arrays in layers:
         for weight, array in zip(_weights_of(theirs, len(arrays)), arrays, strict=True):
             place = (weight.collection, names[theirs], *weight.path)
+            array = np.asarray(array)
             if place not in expected:
-                raise UserError(f"Keras layer {theirs!r}: our network has no {'/'.join(place)}.")
-            if place in variables:
-                raise UserError(f"Keras layer {theirs!r}: {'/'.join(place)} is filled twice.")
-            value = weight.to_flax(np.asarray(array))
-            if value.shape != expected[place].shape:
-                raise UserError(
-                    f"Keras layer {theirs!r}: {'/'.join(place)} must have shape {tuple(expected[place].shape)}, "
-                    f"got {value.shape}."
-                )
-            variables[place] = value
+                wrong.append(f"Keras layer {theirs!r}: our network has no {'/'.join(place)}.")
+            elif place in variables:
+                wrong.append(f"Keras layer {theirs!r}: {'/'.join(place)} is filled twice.")
+            else:
+                ranks = (2, 4) if place[-1] == "kernel" else (1,)
+                value = variables[place] = weight.to_flax(array) if array.ndim in ranks else array
+                if value.shape != expected[place].shape:
+                    wrong.append(
+                        f"Keras layer {theirs!r}: {'/'.join(place)} must have shape {tuple(expected[place].shape)}, "
+                        f"got {value.shape}."
+                    )
     if missing := expected.keys() - variables.keys():
-        raise UserError(f"no Keras layer for {', '.join(sorted('/'.join(p) for p in missing)[:5])}.")
+        wrong.append(f"no Keras layer for {', '.join(sorted('/'.join(p) for p in missing)[:5])}.")
+    if wrong:
+        raise UserError("\n".join(wrong[:9] + ([f"and {len(wrong) - 9} more such differences."] if wrong[9:] else [])))
     return unflatten_dict(variables)
 
 

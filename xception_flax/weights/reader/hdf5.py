@@ -1,5 +1,6 @@
 """Reads the HDF5 files that Keras writes: weights alone, or whole models."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,16 +72,45 @@ def read(path: Path, room: Room) -> Contents:
 
 
 def layers(file: h5py.File, room: Room) -> list[tuple[str, list[np.ndarray]]]:
-    """Returns (name, arrays) of each layer in an open file."""
+    """Returns (name, arrays) of each layer in an open file, also of the layers of a model within a model."""
     top = _child(file, "model_weights") if "model_weights" in file else file
     if "layer_names" not in top.attrs:  # Keras 3
         groups = [
-            (group.attrs.get("name", place), group, map(str, range(len(group)))) for place, group in _vars(file, set())
+            (group.attrs.get("name", place), group, list(map(str, range(len(group)))))
+            for place, group in _vars(file, set())
         ]
     else:  # Keras 1 and 2, and whole models of all versions
-        groups = [(name, _child(top, printable(name)), None) for name in top.attrs["layer_names"]]
-        groups = [(name, group, map(printable, group.attrs["weight_names"])) for name, group, _ in groups]
-    return [(printable(name), [_dataset(group, w, room) for w in names]) for name, group, names in groups]
+        groups = [layer for name in top.attrs["layer_names"] for layer in _layers(top, printable(name))]
+    return [
+        (printable(name), [_dataset(group, weight, room) for weight in names if not _is_counter(group, weight)])
+        for name, group, names in groups
+    ]
+
+
+def _layers(top: h5py.Group, name: str) -> Iterator[tuple[str, h5py.Group, list[str]]]:
+    """Yields the layer of this name, or, where it is a model, its layers: a layer's arrays have a common path."""
+    group = _child(top, name)
+    arrays = list(map(printable, _names(group, "weight_names")))
+    paths = dict.fromkeys(array.rpartition("/")[0] for array in arrays)
+    for path in paths if len(paths) > 1 else ():
+        weights = [array for array in arrays if array.rpartition("/")[0] == path]
+        yield path.rpartition("/")[2] or name, group, weights
+    if len(paths) <= 1:
+        yield name, group, arrays
+
+
+def _names(group: h5py.Group, attribute: str) -> Iterator[Any]:
+    """Yields a list of names. Keras cuts it where it is too long for one attribute."""
+    if attribute in group.attrs or f"{attribute}0" not in group.attrs:
+        yield from group.attrs[attribute]
+    for i in itertools.takewhile(lambda i: f"{attribute}{i}" in group.attrs, itertools.count()):
+        yield from group.attrs[f"{attribute}{i}"]
+
+
+def _is_counter(group: h5py.Group, name: str) -> bool:
+    """Whether an array counts the batches behind the statistics of a `Normalization`; nothing here uses it."""
+    dataset = _child(group, name)
+    return isinstance(dataset, h5py.Dataset) and dataset.dtype.kind in "iu" and dataset.shape == ()
 
 
 def _config(file: h5py.File) -> dict[str, Any]:
