@@ -1,31 +1,90 @@
 """What our own files say of a network beside its arrays: `Pretrained` without variables, as JSON."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xception_flax import models
 from xception_flax.text.errors import UserError
+from xception_flax.weights import timm
 from xception_flax.weights.pretrained import Pretrained
 
 DESCRIPTION = "xception_flax"  # the key of the description, in the metadata of a file or in config.json
 
-_FIELDS = ("model", "class_names", "image_size", "transforms", "normalize", "activation")
+SIZE = 299  # pixels a side of the images by which shapes are found; no array's shape depends on it
 
 
 def describe(pretrained: Pretrained) -> dict[str, Any]:
     """Returns the description of a network."""
-    return {name: getattr(pretrained, name) for name in _FIELDS}
+    return {
+        "model": dict(pretrained.model),
+        "channels": pretrained.channels,
+        "class_names": list(pretrained.class_names),
+        "image_size": pretrained.image_size,
+        "transforms": pretrained.transforms,
+        "normalize": pretrained.normalize and {name: list(values) for name, values in pretrained.normalize.items()},
+        "activation": pretrained.activation,
+    }
 
 
-def check(description: Any) -> dict[str, Any]:
-    """Returns a description from a file as keywords of `Pretrained`.
+def read(description: Any, arrays: Mapping[str, np.ndarray], path: Path) -> Pretrained:
+    """Returns a network from a file with our description.
+
+    Args:
+      description: as `describe` returns it.
+      arrays: by our names, 'params/block1_conv1/kernel', or by timm's.
+      path: of the file, for messages.
 
     Raises:
-      UserError: it is none, or of a network that this version does not have.
+      UserError: the description is damaged, or the arrays are not those of its network.
     """
-    if not isinstance(description, Mapping) or not isinstance(description.get("model"), Mapping):
-        raise UserError(f"its {DESCRIPTION!r} describes no network; expected the keys {', '.join(_FIELDS)}.")
-    found = {name: description[name] for name in _FIELDS if name in description}
-    models.create_model(**found["model"])
-    ...
-    return found
+    model, channels, said = _checked(description, path)
+    flat = flatten_dict(shapes(model, channels))
+    ours = {place: arrays[name] for place in flat if (name := "/".join(place)) in arrays}
+    theirs = {name: array for name, array in arrays.items() if name.partition("/")[0] not in ("params", "batch_stats")}
+    if wrong := [place for place, array in ours.items() if array.shape != flat[place].shape]:
+        place = wrong[0]
+        raise UserError(f"{path}: {'/'.join(place)} must have shape {flat[place].shape}, got {ours[place].shape}.")
+    if unknown := arrays.keys() - theirs.keys() - {"/".join(place) for place in ours}:
+        raise UserError(f"{path}: the network in its description has no place for {', '.join(sorted(unknown)[:5])}.")
+    rest = unflatten_dict({place: leaf for place, leaf in flat.items() if place not in ours})
+    if rest and not theirs:
+        missing = sorted("/".join(place) for place in flatten_dict(rest))
+        raise UserError(f"{path} has no {', '.join(missing[:5])}, which the network in its description needs.")
+    if rest:
+        try:
+            ours |= flatten_dict(timm.from_timm(theirs, rest))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    return Pretrained(library="xception_flax", variables=unflatten_dict(ours), **said)
+
+
+def shapes(model: Any, channels: int) -> dict[str, Any]:
+    """Returns the shapes of what `model.apply` takes for images of so many channels."""
+    images = jax.ShapeDtypeStruct((1, SIZE, SIZE, channels), jnp.float32)
+    return dict(jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images))
+
+
+def _checked(description: Any, path: Path) -> tuple[Any, int, dict[str, Any]]:
+    """Returns the network, its images' channels, and keywords of `Pretrained`."""
+    try:
+        model = models.create_model(**description["model"])
+        said = {
+            "model": dict(description["model"]),
+            "class_names": tuple(map(str, description["class_names"])),
+            "image_size": None if description["image_size"] is None else int(description["image_size"]),
+            "transforms": None if description["transforms"] is None else str(description["transforms"]),
+            "normalize": description["normalize"]
+            and {name: tuple(map(float, description["normalize"][name])) for name in ("mean", "std")},
+            "activation": {"softmax": "softmax", "sigmoid": "sigmoid"}[description["activation"]],
+        }
+        return model, int(description["channels"]), said
+    except UserError as error:
+        raise UserError(f"{path}: its description is of a network that is not here: {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # whatever a hand may write
+        raise UserError(f"{path}: its description ({DESCRIPTION}) is damaged: {type(error).__name__} {error}.") from None

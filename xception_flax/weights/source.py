@@ -17,7 +17,8 @@ from xception_flax.runs.restore import Run, restore
 from xception_flax.runs.workdir import CONFIG, run_around
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest, written
-from xception_flax.weights import fetching, keras_models, reading, torch_models
+from xception_flax.weights import description, fetching, keras_models, reading, torch_models
+from xception_flax.weights.description import DESCRIPTION
 from xception_flax.weights.pretrained import Pretrained
 
 # What the files that Keras Applications publishes take: [-1, 1]. No file says it.
@@ -123,8 +124,20 @@ def read_file(path: Path, config: Mapping[str, Any] = MappingProxyType({})) -> P
             pretrained = pretrained._replace(normalize=PUBLISHED_NORMALIZE)
     else:
         arrays = {name: array for name, (array,) in contents.entries}
-        pretrained = torch_models.recognize(arrays, contents.config | dict(config), path)
+        config = contents.config | dict(config)
+        if DESCRIPTION in config:
+            pretrained = description.read(_parsed(config[DESCRIPTION], path), arrays, path)
+        else:
+            pretrained = torch_models.recognize(arrays, config, path)
     return pretrained._replace(origin=dict(pretrained.origin) | origin)
+
+
+def _parsed(text: Any, path: Path) -> Any:
+    """The description of a network, which is JSON in the metadata of a file."""
+    try:
+        return json.loads(text) if isinstance(text, str) else text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: its description ({DESCRIPTION}) is no JSON: {error}.") from None
 
 
 def from_run(run: Run) -> Pretrained:
