@@ -8,7 +8,6 @@ import numpy as np
 from xception_flax.commands import cli, images
 from xception_flax.display import console
 from xception_flax.host.files import check_writable, write_whole
-from xception_flax.inference.predictor import Predictor
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
@@ -45,7 +44,9 @@ def main(argv: list[str]) -> int:
     if rows:
         WRITERS[arguments.output.suffix](arguments.output, files, np.stack(rows))
         shape = f"{len(rows):,} x {rows[0].size:,}"
-        console.show_table(images.title(source, predictor), {"features": shape, "written": naming.shown(arguments.output)})
+        console.show_table(
+            images.title(source, predictor), {"features": shape, "written": naming.shown(arguments.output)}
+        )
     return images.report(unreadable)
 
 

@@ -21,7 +21,9 @@ OUT_OF_MEMORY = "Take a smaller --batch-size; the result does not depend on it."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the network, the images, and what says how an image becomes what the network takes."""
     parser.add_argument(
-        "source", metavar="SOURCE", help="workdir of a run, file or folder of weights, keras:NETWORK, timm:NAME, hf:OWNER/NAME"
+        "source",
+        metavar="SOURCE",
+        help="workdir of a run, file or folder of weights, keras:NETWORK, timm:NAME, hf:OWNER/NAME",
     )
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="a file, or a folder with files in it")
     parser.add_argument("--workdir", type=cli.directory, help="instead of SOURCE: folder of a run of train.py")

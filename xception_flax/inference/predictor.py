@@ -51,7 +51,7 @@ class Predictor:
         *,
         mesh: Mesh,
         activation: str = "softmax",
-        origin: Mapping[str, Any] = {},  # noqa: B006
+        origin: Mapping[str, Any] = {},
         notes: Sequence[str] = (),
         batch_size: int = BATCH_SIZE,
     ) -> None:
@@ -227,11 +227,13 @@ def from_pretrained(
         pretrained, image_size=image_size, resizing=transforms, mean=mean, std=std
     )
     model = models.create_model(**pretrained.model)
-    notes = [f"assumed: {text}" for text in assumed] + [f"left out: {part}" for part in pretrained.left_out]
+    notes = [f"left out: {part}" for part in pretrained.left_out]
     names = _checked_names(class_names, model.num_classes) or pretrained.class_names
     if not names and model.num_classes:
         names = known_names.of(model.num_classes)
-        notes.append(f"assumed: the classes are {known_names.describe(model.num_classes)}")
+        assumed = (*assumed, f"classes are {known_names.describe(model.num_classes)}")
+    if assumed:
+        notes.append(f"the source does not say, and so assumed: {', '.join(assumed)}")
     size = preprocessing.image_size
     shapes = flatten_dict(state.abstract_variables(model, (size, size, preprocessing.channels), mesh))
     values = flatten_dict(dict(pretrained.variables))

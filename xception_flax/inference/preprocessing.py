@@ -124,24 +124,23 @@ def of_pretrained(
     """
     if (mean is None) != (std is None):
         raise UserError("mean and std go together; give both or neither.")
-    assumed = []
-
-    def known(name: str, given: object, said: object, default: object) -> object:
-        if given is None and said is None:
-            assumed.append(f"{name} {default}")
-        return next(value for value in (given, said, default) if value is not None)
-
     keras = pretrained.library == "keras"
-    size = known("image size", image_size, pretrained.image_size, IMAGE_SIZE)
-    chain = known("resizing", resizing, pretrained.transforms, KERAS_TRANSFORMS if keras else _timm_crop(pretrained, size))
-    normalize = known(
-        "values",
-        None if mean is None else {"mean": tuple(mean), "std": tuple(std)},
-        pretrained.normalize,
-        {"mean": MEAN, "std": STD},
+    assumed = []
+    if image_size is None and (image_size := pretrained.image_size) is None:
+        image_size = IMAGE_SIZE
+        assumed.append(f"images of {image_size} x {image_size} pixels")
+    if resizing is None and (resizing := pretrained.transforms) is None:
+        resizing = KERAS_TRANSFORMS if keras else _timm_crop(pretrained, image_size)
+        assumed.append(f"resized as {'Keras' if keras else 'timm'} does, by '{resizing}'")
+    if mean is None and pretrained.normalize is not None:
+        mean, std = pretrained.normalize["mean"], pretrained.normalize["std"]
+    elif mean is None:
+        mean, std = MEAN, STD
+        assumed.append("values in [-1, 1]")
+    transforms.parse_transforms(resizing, image_size)
+    preprocessing = Preprocessing(
+        image_size, pretrained.channels, resizing, tuple(mean), tuple(std), rounded=not keras
     )
-    transforms.parse_transforms(chain, size)
-    preprocessing = Preprocessing(size, pretrained.channels, chain, **normalize, rounded=not keras)
     return preprocessing, tuple(assumed)
 
 

@@ -94,7 +94,13 @@ def model_card(pretrained: Pretrained, architecture: str | None, notes: Sequence
     use += ['network.predict(["photo.jpg"])  # probabilities [1, classes]', "```"]
     if architecture:
         strict = ", pretrained_strict=False" if pretrained.model.get("fc_layers") else ""
-        use += ["", "```python", "import timm", f'timm.create_model("local-dir:THIS FOLDER", pretrained=True{strict})', "```"]
+        use += [
+            "",
+            "```python",
+            "import timm",
+            f'timm.create_model("local-dir:THIS FOLDER", pretrained=True{strict})',
+            "```",
+        ]
     front = {"tags": ["image-classification", library, name], "library_name": library}
     return "\n".join(
         [

@@ -87,4 +87,6 @@ def _checked(description: Any, path: Path) -> tuple[Any, int, dict[str, Any]]:
     except UserError as error:
         raise UserError(f"{path}: its description is of a network that is not here: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:  # whatever a hand may write
-        raise UserError(f"{path}: its description ({DESCRIPTION}) is damaged: {type(error).__name__} {error}.") from None
+        raise UserError(
+            f"{path}: its description ({DESCRIPTION}) is damaged: {type(error).__name__} {error}."
+        ) from None

@@ -170,7 +170,9 @@ def _fetch_hub(name: str) -> Path:
             f"Where there is a network: hf download {repository} --local-dir FOLDER; then give that FOLDER."
         ) from None
     except errors.EntryNotFoundError:
-        raise UserError(f"hf:{repository} has no config.json; expected a model as timm or this project writes it.") from None
+        raise UserError(
+            f"hf:{repository} has no config.json; expected a model as timm or this project writes it."
+        ) from None
     except Exception as error:  # of the network, or an OSError of the cache
         raise UserError(f"hf:{repository} cannot be fetched: {_reason(error)}.") from None
     raise UserError(f"hf:{repository} has none of {', '.join(HUB_WEIGHTS)}.")

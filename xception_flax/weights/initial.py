@@ -186,7 +186,9 @@ def _without_other_classifier(
     if not same_classes or getattr(values.get(bias), "shape", None) != getattr(shapes.get(bias), "shape", None):
         values = {place: value for place, value in values.items() if place[1] != "predictions"}
     hidden = [place for place in values.keys() | shapes.keys() if re.fullmatch("fc[0-9]+", place[1])]
-    if any(place not in values or place not in shapes or values[place].shape != shapes[place].shape for place in hidden):
+    if any(
+        place not in values or place not in shapes or values[place].shape != shapes[place].shape for place in hidden
+    ):
         values = {p: value for p, value in values.items() if p not in hidden and p[1] != "predictions"}
     return values
 

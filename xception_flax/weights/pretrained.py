@@ -37,5 +37,7 @@ class Pretrained(NamedTuple):
     @property
     def channels(self) -> int:
         """Channels of the images, which the first kernel says."""
-        kernel = next(self.variables["params"][name]["kernel"] for name in FIRST_LAYERS if name in self.variables["params"])
+        kernel = next(
+            self.variables["params"][name]["kernel"] for name in FIRST_LAYERS if name in self.variables["params"]
+        )
         return kernel.shape[2]

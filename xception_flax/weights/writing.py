@@ -90,7 +90,11 @@ def _keras_model(pretrained: Pretrained) -> Any:
     constructor = {"xception": keras.applications.Xception, "inception_v3": keras.applications.InceptionV3}[name]
     size = pretrained.image_size or 299
     hidden, classes = tuple(getattr(fields, "fc_layers", ())), fields.num_classes
-    options = {"include_top": classes > 0 and not hidden, "weights": None, "input_shape": (size, size, pretrained.channels)}
+    options = {
+        "include_top": classes > 0 and not hidden,
+        "weights": None,
+        "input_shape": (size, size, pretrained.channels),
+    }
     if options["include_top"]:
         options |= {"classes": classes, "classifier_activation": pretrained.activation}
     else:

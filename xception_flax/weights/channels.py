@@ -1,0 +1,2 @@
+def adapt_channels(kernel, channels):
+    raise NotImplementedError
