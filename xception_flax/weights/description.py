@@ -22,6 +22,7 @@ SIZE = 299  # pixels a side of the images by which shapes are found; no array's 
 def describe(pretrained: Pretrained) -> dict[str, Any]:
     """Returns the description of a network."""
     return {
+        "library": pretrained.library,
         "model": dict(pretrained.model),
         "channels": pretrained.channels,
         "class_names": list(pretrained.class_names),
@@ -61,7 +62,7 @@ def read(description: Any, arrays: Mapping[str, np.ndarray], path: Path) -> Pret
             ours |= flatten_dict(timm.from_timm(theirs, rest))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-    return Pretrained(library="xception_flax", variables=unflatten_dict(ours), **said)
+    return Pretrained(variables=unflatten_dict(ours), **said)
 
 
 def shapes(model: Any, channels: int) -> dict[str, Any]:
@@ -75,6 +76,7 @@ def _checked(description: Any, path: Path) -> tuple[Any, int, dict[str, Any]]:
     try:
         model = models.create_model(**description["model"])
         said = {
+            "library": str(description["library"]),
             "model": dict(description["model"]),
             "class_names": tuple(map(str, description["class_names"])),
             "image_size": None if description["image_size"] is None else int(description["image_size"]),

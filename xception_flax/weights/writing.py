@@ -123,7 +123,7 @@ def _write_safetensors(pretrained: Pretrained, path: Path) -> list[str]:
     arrays, notes = _torch_arrays(pretrained)
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata = {"format": "pt", DESCRIPTION: json.dumps(describe(pretrained))}
-    safetensors.numpy.save_file(contiguous, path, metadata=metadata)
+    path.write_bytes(safetensors.numpy.save(contiguous, metadata=metadata))  # its `save_file` lets nobody else read it
     return notes
 
 
