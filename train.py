@@ -249,7 +249,7 @@ def check_program(
     return abstract_batch
 
 
-def load_initial(config: ConfigDict, program: Program, mesh: Mesh, train_data: data.Split) -> initial.Pretrained:
+def load_initial(config: ConfigDict, program: Program, mesh: Mesh, train_data: data.Split) -> initial.Initial:
     """Returns the weights that the run begins with."""
     return initial.load(
         **config.init,

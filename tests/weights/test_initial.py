@@ -26,7 +26,7 @@ from xception_flax.recipes import reading
 from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import read_recipe
 from xception_flax.training import sharding, state
-from xception_flax.weights import initial, timm
+from xception_flax.weights import fetching, initial, timm
 from xception_flax.weights import keras as keras_weights
 
 CLASSES = tuple("abcd")
@@ -127,27 +127,6 @@ def test_every_file_of_keras_is_read(model, keras_model, one_device, tmp_path, l
     assert_equal(found.arrays, {place: value for place, value in expected.items() if place not in CLASSIFIER})
     assert set(found.random) == set(CLASSIFIER)
     assert found.meta()["arrays"] == len(expected) - 2
-
-
-def test_layers_without_names_are_not_guessed(model, keras_model, one_device, tmp_path):
-    """Another network (Inception V3 has equal layers side by side), parts of two, and one layer more."""
-    whole, path = tmp_path / "whole.weights.h5", tmp_path / "w.weights.h5"
-    keras_model.save_weights(whole)
-    without_names(whole)
-    message = r"before 3\.6 wrote no names of layers into it.* With Keras 3\.6 or newer: model"
-    with pytest.raises(ValueError, match=message):
-        keras_weights.read_layers(whole, {"params": {"stem_conv1": {}, "predictions": {}}})
-    for verb, source, place in [
-        ("move", "layers/conv2d_5", "layers/block/layers/conv2d_5"),
-        ("copy", "layers/conv2d_5", "layers/conv2d_6"),
-        ("copy", "layers/dense", "layers/dense_1"),
-        ("move", "layers/conv2d_5", "conv2d_5"),
-    ]:
-        shutil.copy(whole, path)
-        with h5py.File(path, "r+") as file:
-            getattr(file, verb)(source, place)
-        with pytest.raises(ValueError, match=message):
-            load(path, model, one_device)
 
 
 def test_keras_own_file_without_classifier(one_device, tmp_path):
@@ -324,7 +303,7 @@ def test_the_normalization_of_ones_own_file_is_the_recipes(model, keras_file, on
         )
         assert found.origin == {"file": str(keras_file), "sha256": digest}
     published = (("", hashlib.md5(keras_file.read_bytes()).hexdigest()),)
-    monkeypatch.setitem(initial.KERAS_FILES, "xception", published)
+    monkeypatch.setitem(fetching.KERAS_FILES, "xception", published)
     with pytest.raises(
         ValueError, match=r"set --config\.normalize\.mean=\(127\.5,\) --config\.normalize\.std=\(127\.5,\)$"
     ):
@@ -338,14 +317,14 @@ def test_the_normalization_of_ones_own_file_is_the_recipes(model, keras_file, on
 def test_the_published_weights_are_found_where_keras_keeps_them(model, keras_file, one_device, monkeypatch, tmp_path):
     """Keras Applications' own addresses, names and MD5s; a file of that name which is another is refused."""
     source = Path(keras.applications.xception.__spec__.origin).parents[2] / "src" / "applications"
-    for network, files in initial.KERAS_FILES.items():
+    for network, files in fetching.KERAS_FILES.items():
         text = (source / f"{network}.py").read_text().replace('"\n    "', "")
         for name, md5 in files:
-            assert f'"{initial.KERAS_URL}/{network}/{name}"' in text.replace('"\n        "', "")
+            assert f'"{fetching.KERAS_URL}/{network}/{name}"' in text.replace('"\n        "', "")
             assert f'file_hash="{md5}"' in text
 
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    (full, _), (without, _) = initial.KERAS_FILES["xception"]
+    (full, _), (without, _) = fetching.KERAS_FILES["xception"]
     advice = rf"(?s)models/{full} is not there.*-o {tmp_path}/models/{full} https://\S+/{full}\n.*init\.weights=random"
     with pytest.raises(ValueError, match=advice):
         load("keras", model, one_device)
@@ -357,7 +336,7 @@ def test_the_published_weights_are_found_where_keras_keeps_them(model, keras_fil
         load("keras", model, one_device)
     # The true file cannot be had here: for once the table is told what is there.
     files = ((full, ""), (without, hashlib.md5(keras_file.read_bytes()).hexdigest()))
-    monkeypatch.setitem(initial.KERAS_FILES, "xception", files)
+    monkeypatch.setitem(fetching.KERAS_FILES, "xception", files)
     assert len(load("keras", model, one_device).arrays) == 234
 
 
@@ -371,7 +350,7 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
     (tmp_path / "tf.ckpt.index").write_bytes(b"")
     (tmp_path / "unread.ckpt").write_bytes(b"\x80\x02")
     for weights, options, message in [
-        ("kears", {}, r"init\.weights: kears is neither a file nor a folder; .*; did you mean 'keras'"),
+        ("kears", {}, r"init\.weights: kears is neither a file nor a folder; .*, or keras:NETWORK, timm:NAME, hf"),
         (tmp_path, {}, r"is no workdir of a run: it has no config\.json; it has a file of weights: give .*/"),
         (tmp_path / "broken.h5", {}, r"broken\.h5 cannot be read as weights of Keras: "),
         (tmp_path / "text.h5", {}, r"text\.h5 cannot be read as weights of Keras: .*signature"),

@@ -68,7 +68,7 @@ def load(source: str, arguments: argparse.Namespace) -> Predictor:
 def outputs(
     found: Predictor, paths: Sequence[Path], name: str, what: str, dark: list[Path] | None = None
 ) -> Iterator[tuple[Path, np.ndarray | UserError]]:
-    """Yields each file with its output `name`, or with the error, and shows progress as `what`; see `Predictor.stream`."""
+    """Yields each file with its output `name`, or with the error; the progress is shown as `what`."""
     for start in console.stepping(what, range(0, len(paths), found.batch_size)):
         for path, output in found.stream(paths[start : start + found.batch_size], (name,), dark=dark):
             yield path, output if isinstance(output, UserError) else output[name]

@@ -78,7 +78,7 @@ class Predictor:
         return self._whole(images, ("probabilities",))["probabilities"]
 
     def embed(self, images: Image | Sequence[Image] | np.ndarray) -> np.ndarray:
-        """Returns the pooled features, float32 `[N, features]`; 2048 features for Xception. Arguments as of `predict`."""
+        """Returns the pooled features, float32 `[N, 2048]` for Xception. Arguments as of `predict`."""
         return self._whole(images, ("pooled",))["pooled"]
 
     def endpoints(self, images: Image | Sequence[Image] | np.ndarray) -> Outputs:

@@ -138,9 +138,7 @@ def of_pretrained(
         mean, std = MEAN, STD
         assumed.append("values in [-1, 1]")
     transforms.parse_transforms(resizing, image_size)
-    preprocessing = Preprocessing(
-        image_size, pretrained.channels, resizing, tuple(mean), tuple(std), rounded=not keras
-    )
+    preprocessing = Preprocessing(image_size, pretrained.channels, resizing, tuple(mean), tuple(std), rounded=not keras)
     return preprocessing, tuple(assumed)
 
 

@@ -54,7 +54,7 @@ def config(pretrained: Pretrained, architecture: str | None) -> dict[str, Any]:
 
 
 def _crop(transforms: str, image_size: int) -> dict[str, Any]:
-    """Returns what timm calls the resizing of an evaluation, from the chain of ours; the whole image for other chains."""
+    """Returns what timm calls the resizing of our chain; the whole image for chains it has no words for."""
     kernel = "bicubic" if "bicubic" in transforms else "bilinear"
     if match := re.fullmatch(r"center_crop\(.*?fraction=([0-9.]+).*\)", transforms):
         share, mode = float(match[1]), "center"

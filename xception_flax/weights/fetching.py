@@ -89,6 +89,7 @@ def _fetch_keras(network: str) -> Path:
             return _checked(folder / name, md5)
     import pooch
 
+    pooch.get_logger().setLevel("ERROR")  # it tells on standard error what the bar shows
     name, md5 = files[0]
     url = f"{KERAS_URL}/{network}/{name}"
     try:

@@ -7,6 +7,7 @@ The classifier alone may differ, and then stays random.
 import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,7 +30,7 @@ FREE_FIELDS = {
     *("num_classes", "dropout_rate", "bn_decay", "bn_frozen", "output_stride", "auxiliary"),
     *("remat", "dtype", "param_dtype", "parent", "name"),
 }
-# Fields that only shapes and names of arrays are of. Where a file does not say them, they are found by those.
+# Fields that decide nothing but names and shapes of arrays, which are compared anyway.
 SHAPE_FIELDS = {"width", "width_multiple", "middle_repeats", "entry_flow", "fc_layers"}
 
 # The first kernel of each network, which the images' channels meet.
@@ -103,7 +104,7 @@ def load(
     notes = []
     if isinstance(found, Run):
         theirs, normalize, skipped = found.model, found.recipe.normalize, FREE_FIELDS
-        origin = {"workdir": weights, "step": found.step, "weights": found.weights}
+        origin = {"workdir": str(Path(weights).expanduser().absolute()), "step": found.step, "weights": found.weights}
     else:
         theirs, normalize, skipped = models.create_model(**found.model), found.normalize, FREE_FIELDS | SHAPE_FIELDS
         origin = dict(found.origin)

@@ -7,18 +7,14 @@ Keras numbers all convolutions of Inception V3 in the order of their creation; h
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xception_flax.text.errors import UserError
-from xception_flax.weights import reading
-from xception_flax.weights.reading import MAX_BYTES
 
 PyTree = Any
-Layers = list[tuple[str, list[np.ndarray]]]  # name, arrays
 
 # Our names of the layers that Keras numbers, in its order.
 XCEPTION_NUMBERED = ("block2_residual", "block3_residual", "block4_residual", "block13_residual")
@@ -39,12 +35,6 @@ INCEPTION_V3_NUMBERED = (
 # Keras' names of layers that its caller gave none, with their number.
 NUMBERED_CONV = r"conv(?:olution)?2d(?:_([0-9]{1,6}))?"
 NUMBERED_NORM = r"batch_?normalization(?:_([0-9]{1,6}))?"
-
-# Our names of Xception's layers, and the place of a layer in a file of Keras 3: its class and its rank in that class.
-_XCEPTION_LAYER = re.compile(r"block(?P<block>\d+)_(?P<kind>conv|sepconv|residual)(?P<i>\d*)(?P<bn>_bn)?")
-_PLACE = re.compile(
-    r"(?P<parent>/(?:.*/)?layers)/(?P<keras_class>conv2d|separable_conv2d|batch_normalization|dense)(?:_(?P<rank>[0-9]{1,6}))?"
-)
 
 
 class Weight(NamedTuple):
@@ -92,69 +82,6 @@ def _our_names(keras_names: Sequence[str], variables: Mapping[str, PyTree]) -> d
             raise UserError(f"{len(found)} Keras layers such as {found[-1][1]!r}, expected {len(numbered)}.")
         names |= {name: ours + suffix for (_, name), ours in zip(found, numbered, strict=False)}
     return names
-
-
-def read_layers(path: Path, template: Mapping[str, PyTree], max_bytes: int = MAX_BYTES, form: str = "hdf5") -> Layers:
-    """Returns (name, arrays) of each layer in a file that Keras wrote, for `from_keras`.
-
-    The file is from `model.save('x.h5')`, `model.save_weights('x.weights.h5')` (Keras 3) or
-    `model.save_weights('x.h5')` (Keras 1 and 2, and the published weights).
-
-    Args:
-      path: of the file.
-      template: variables of our model, or their shapes, to find the layers' names if Keras wrote none.
-      max_bytes: limit of all arrays together.
-      form: 'hdf5', or 'keras' for the archive of `model.save('x.keras')`.
-
-    Raises:
-      UserError: the file is not one of these, or is damaged.
-    """
-    layers = [(name, arrays) for name, arrays in reading.read(path, form, max_bytes).entries if arrays]
-    if not layers:
-        raise UserError(f"{path} has no layers with weights in it; expected a file of Keras' model.save_weights().")
-    if any(name.startswith("/") for name, _ in layers):
-        names = _names_by_rank([name for name, _ in layers], template, path)
-        layers = [(names[name], arrays) for name, arrays in layers]
-    return layers
-
-
-def _names_by_rank(places: Sequence[str], template: Mapping[str, PyTree], path: Path) -> dict[str, str]:
-    """Returns our name of each layer of Xception by its place in a file of Keras 3.0 to 3.5, which has no names.
-
-    A place is the layer's class and its rank among the layers of that class in `model.layers`: '/layers/conv2d_3'. They
-    are ordered by their distance from the output. In Xception no two layers of a class have the same distance, so every
-    version of Keras has the same order. In Inception V3 many have.
-
-    Raises:
-      UserError: the file is of another network, or not of the whole network.
-    """
-    found, dense, parents = [], [], set()
-    for place in places:
-        match = _PLACE.fullmatch(place)
-        if match and match["keras_class"] == "dense":
-            dense.append(place)
-        else:
-            found.append((match["keras_class"], int(match["rank"] or 0), place) if match else (place, 0, place))
-            parents.add(match["parent"] if match else place)
-    ours = sorted(_class_and_order(name) for name in template["params"] if name != "predictions")
-    if [layer[0] for layer in sorted(found)] != [layer[0] for layer in ours] or len(parents) > 1 or len(dense) > 1:
-        raise UserError(
-            f"{path}: Keras before 3.6 wrote no names of layers into it, and by their order only those of the whole "
-            "Xception can be told apart. With Keras 3.6 or newer: model.load_weights(FILE), "
-            "model.save_weights('new.weights.h5')."
-        )
-    names = {theirs[-1]: layer[-1] for theirs, layer in zip(sorted(found), ours, strict=True)}
-    return names | dict.fromkeys(dense, "predictions")
-
-
-def _class_and_order(name: str) -> tuple[str, int, int, int, str]:
-    """Returns the Keras class of a layer of our Xception, and values that sort the layers of a class as Keras does."""
-    match = _XCEPTION_LAYER.fullmatch(name)
-    if match is None:
-        return name, 0, 0, 0, name
-    kind = ("conv", "sepconv", "residual").index(match["kind"])
-    keras_class = "batch_normalization" if match["bn"] else ("conv2d", "separable_conv2d", "conv2d")[kind]
-    return keras_class, int(match["block"]), kind, int(match["i"] or 0), name
 
 
 def from_keras(layers: Iterable[tuple[str, Sequence[np.ndarray]]], template: Mapping[str, PyTree]) -> dict[str, PyTree]:

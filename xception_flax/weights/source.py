@@ -26,6 +26,8 @@ PUBLISHED_NORMALIZE = {"mean": (127.5,), "std": (127.5,)}
 
 KERAS_FORMS = ("hdf5", "keras")  # of `reading.recognize`; all others have arrays by torch's names, or ours
 
+SUFFIXES = (".h5", ".hdf5", ".keras", ".safetensors", ".npz", ".pth", ".pt", ".bin")  # of files of weights
+
 MAX_BYTES = 2**31  # of all arrays of a file: the largest network in float64, with a training's averages beside
 
 
@@ -166,7 +168,7 @@ def _other_library(folder: Path) -> str:
     names = set()
     with contextlib.suppress(OSError):  # it is not there, or nobody may look
         names = set(os.listdir(folder))
-    if files := sorted(name for name in names if Path(name).suffix in reading.SUFFIXES):
+    if files := sorted(name for name in names if Path(name).suffix in SUFFIXES):
         return f"; it has a file of weights: give {folder / files[0]}"
     if "saved_model.pb" in names:
         return f"; this is a SavedModel of TensorFlow: {reading.REWRITE_KERAS}"
