@@ -149,7 +149,7 @@ def test_a_name_that_nobody_publishes():
 
 
 def fetch_elsewhere(source: str, cache: Path, **environment: str) -> str:
-    """Returns what `fetch` returns, or its error, in a process of its own: the hub's settings are read at its import."""
+    """Returns what `fetch` returns, or its error, in a new process: the hub's settings are read at its import."""
     program = (
         "from xception_flax.weights.fetching import fetch\n"
         "from xception_flax.text.errors import UserError\n"

@@ -21,6 +21,7 @@ from xception_flax.runs.restore import Run
 from xception_flax.text.errors import UserError
 from xception_flax.training import state
 from xception_flax.weights.channels import adapt_channels
+from xception_flax.weights.pretrained import FIRST_LAYERS
 from xception_flax.weights.source import open_source
 
 Place = tuple[str, ...]  # of an array: ('params', 'predictions', 'kernel')
@@ -32,9 +33,6 @@ FREE_FIELDS = {
 }
 # Fields that decide nothing but names and shapes of arrays, which are compared anyway.
 SHAPE_FIELDS = {"width", "width_multiple", "middle_repeats", "entry_flow", "fc_layers"}
-
-# The first kernel of each network, which the images' channels meet.
-FIRST_KERNELS = (("params", "block1_conv1", "kernel"), ("params", "stem_conv1", "kernel"))
 
 MAX_LISTED = 10  # arrays that differ, in a message
 
@@ -171,7 +169,7 @@ def _plain(value: Any) -> Any:
 
 def _for_channels(values: dict[Place, Any], shapes: Mapping[Place, Any]) -> tuple[dict[Place, Any], list[str]]:
     """Returns the arrays for images of as many channels as ours, and what was done for that, in words."""
-    for place in FIRST_KERNELS:
+    for place in (("params", layer, "kernel") for layer in FIRST_LAYERS):
         if place in values and place in shapes and values[place].shape[2] != (channels := shapes[place].shape[2]):
             had = values[place].shape[2]
             adapted = adapt_channels(np.asarray(values[place]), channels)

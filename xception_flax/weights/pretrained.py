@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-FIRST_LAYERS = ("block1_conv1", "stem_conv1")  # of each network
+FIRST_LAYERS = ("block1_conv1", "stem_conv1", "conv1")  # of each network, which meet the images
 
 
 class Pretrained(NamedTuple):

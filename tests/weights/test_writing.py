@@ -1,0 +1,201 @@
+"""Weights that leave: every format is read back bit for bit, and by Keras itself to the same logits."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+import safetensors
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from golden.seeded import structured_images
+from xception_flax import create_model
+from xception_flax.text.errors import UserError
+from xception_flax.weights import description, source, writing
+from xception_flax.weights.pretrained import Pretrained
+
+NARROW = dict(name="xception", num_classes=4, width=0.02)
+FULL = dict(name="xception", num_classes=3, fc_layers=(8,), dropout_rate=0.2)
+LEGACY = dict(name="xception", num_classes=3, padding="SYMMETRIC", bn_epsilon=1e-5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def keras_promotes_ranks() -> Iterator[None]:
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def random_network(channels: int = 3, **model: object) -> Pretrained:
+    """A network whose layers keep the signal alive, and whose arrays are all different."""
+    rng, values = np.random.default_rng(0), {}
+    for place, leaf in flatten_dict(description.shapes(create_model(**model), channels)).items():
+        if place[-1] == "kernel":
+            values[place] = rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape)
+        else:
+            low, high = (0.8, 1.2) if place[-1] in ("scale", "var") else (-0.1, 0.1)
+            values[place] = rng.uniform(low, high, leaf.shape)
+    variables = unflatten_dict({place: value.astype(np.float32) for place, value in values.items()})
+    return Pretrained(
+        "xception_flax",
+        dict(model),
+        variables,
+        tuple(f"class {i}" for i in range(model["num_classes"])),
+        71,
+        "center_crop(fraction=0.9, kernel=bicubic)",
+        {"mean": (0.0,), "std": (255.0,)},
+        "sigmoid",
+    )
+
+
+def assert_same_arrays(found: Pretrained, expected: Pretrained) -> None:
+    found, expected = flatten_dict(found.variables), flatten_dict(expected.variables)
+    assert found.keys() == expected.keys()
+    for place, value in expected.items():
+        np.testing.assert_array_equal(found[place], value, err_msg="/".join(place))
+
+
+@pytest.fixture(scope="module")
+def full() -> Pretrained:
+    return random_network(**FULL)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.npz", "folder"])
+@pytest.mark.parametrize(
+    "model", [NARROW, dict(NARROW, name="inception_v3"), dict(NARROW, name="xception41p"), dict(NARROW, name="lenet")]
+)
+def test_our_own_files_are_the_same_network(tmp_path, name, model):
+    """Every array, and every word that is said about them."""
+    model = {k: v for k, v in model.items() if (model["name"], k) != ("lenet", "width")}
+    network = random_network(channels=3 if model["name"] != "lenet" else 1, **model)
+    output = tmp_path / name
+    assert writing.write(network, output).path == output
+    found = source.open_source(str(output), None)
+    assert_same_arrays(found, network)
+    assert found._replace(variables=None, origin={}) == network._replace(variables=None, origin={})
+    assert found.origin.keys() == {"file", "sha256"}
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(("suffix", "model"), [("safetensors", FULL), ("safetensors", LEGACY)])
+def test_timms_names(tmp_path, suffix, model):
+    """A network that timm has is written by timm's names; what timm would compute otherwise is said."""
+    network = random_network(**model)
+    written = writing.write(network, tmp_path / f"w.{suffix}")
+    with safetensors.safe_open(tmp_path / f"w.{suffix}", "numpy") as file:
+        names = set(file.keys())
+        kernel = file.get_tensor("block12.rep.4.pointwise.weight")
+    expected = network.variables["params"]["block13_sepconv2"]["pointwise"]["kernel"]
+    np.testing.assert_array_equal(kernel, expected.transpose(3, 2, 0, 1))
+    if model is LEGACY:
+        assert written.notes == ()
+        assert {"fc.weight", "fc.bias"} < names
+    else:
+        assert written.notes == (
+            "timm computes this network with padding SYMMETRIC in place of SAME, bn_epsilon 1e-05 in place of 0.001: "
+            "its logits differ from ours",
+            "timm has no hidden layers before a classifier; their arrays are there by our names",
+        )
+        assert {"params/fc1/kernel", "params/predictions/bias"} < names
+    assert_same_arrays(source.read_file(tmp_path / f"w.{suffix}"), network)
+
+
+def test_the_hubs_folder_is_timms(tmp_path):
+    """The keys that timm 1.0 reads of config.json (`load_model_config_from_hf`), with their values."""
+    network = random_network(**LEGACY)
+    writing.write(network, tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    cfg = config["pretrained_cfg"]
+    assert (config["architecture"], config["num_classes"], config["label_names"]) == (
+        "legacy_xception",
+        3,
+        ["class 0", "class 1", "class 2"],
+    )
+    assert (cfg["input_size"], cfg["mean"], cfg["std"]) == ([3, 71, 71], [0.0] * 3, [1.0] * 3)
+    assert (cfg["crop_pct"], cfg["crop_mode"], cfg["interpolation"]) == (0.9, "center", "bicubic")
+    assert (cfg["classifier"], cfg["first_conv"]) == ("fc", "conv1")
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert card.startswith('---\ntags: ["image-classification", "timm", "xception"]\nlibrary_name: "timm"\n---\n')
+    assert "| values, of 0 to 255 | (x - 0) / 255 |" in card
+    assert "| accuracy | not measured |" in card
+
+
+@pytest.mark.parametrize("name", ["m.keras", "m.weights.h5"])
+def test_keras_computes_the_same(tmp_path, full, name):
+    """Keras loads what was written; its logits are ours within 1e-5 of their spread (float32)."""
+    written = writing.write(full, tmp_path / name)
+    assert written.notes == ()
+    if name.endswith(".keras"):
+        model = keras.models.load_model(tmp_path / name)
+    else:
+        model = keras.applications.Xception(weights=None, include_top=False, pooling="avg", input_shape=(71, 71, 3))
+        x = keras.layers.Dense(8, activation="relu", name="fc1")(model.output)
+        x = keras.layers.Dense(3, activation="sigmoid", name="predictions")(keras.layers.Dropout(0.2)(x))
+        model = keras.Model(model.input, x)
+        model.load_weights(tmp_path / name)
+    images = structured_images(4, 71, 71)
+    theirs = np.asarray(model(images))
+    logits = create_model(**FULL).apply(full.variables, jnp.asarray(images), train=False)
+    theirs = np.log(theirs / (1 - theirs))
+    assert np.ptp(theirs) > 0.1
+    assert np.abs(theirs - logits).max() < 1e-5 * max(np.ptp(theirs), np.abs(theirs).max())
+    if name.endswith(".keras"):
+        found = source.read_file(tmp_path / name)
+        assert_same_arrays(found, full)
+        assert (found.activation, found.image_size, found.library) == ("sigmoid", 71, "keras")
+
+
+def test_keras_own_inception_v3(tmp_path):
+    network = random_network(name="inception_v3", num_classes=3)
+    writing.write(network._replace(image_size=75), tmp_path / "m.keras")
+    assert_same_arrays(source.read_file(tmp_path / "m.keras"), network)
+
+
+def test_what_does_not_fit_is_refused(tmp_path, full):
+    """Nothing is written, and nothing that is there is touched."""
+    narrow = random_network(**NARROW)
+    (tmp_path / "there.npz").write_bytes(b"mine")
+    for network, name, message in [
+        (full, "w.onnx", r"'\.onnx' is no format to write; there are: \.keras, \.npz, \.safetensors, \.weights\.h5\."),
+        (full, "there.npz", r"there\.npz is there already; nothing was written"),
+        (full, "none/w.npz", r"none is no folder; make it, or take another one for w\.npz"),
+        (narrow, "w.keras", r"Keras has xception in one size; this one has other widths or depths"),
+        (random_network(name="xception41", num_classes=1, width=0.02), "w.keras", r"Keras has no xception41; write "),
+    ]:
+        with pytest.raises(UserError, match=message):
+            writing.write(network, tmp_path / name)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"there.npz": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"name": "resnet", "num_classes": 4}}, r"of a network that is not here: unknown model 'resnet'"),
+        ({"model": {"name": "xception", "num_classes": 5, "width": 0.02}}, r"predictions.* must have shape \(\d+,|fc"),
+        ({"model": None}, r"its description \(xception_flax\) is damaged: TypeError"),
+        ({"activation": "tanh"}, r"is damaged: KeyError 'tanh'"),
+        ({"channels": 1}, r"block1_conv1/kernel must have shape \(3, 3, 1, 8\), got \(3, 3, 3, 8\)"),
+    ],
+)
+def test_a_description_that_was_changed(tmp_path, change, message):
+    network = random_network(**NARROW)
+    arrays = {"/".join(place): value for place, value in flatten_dict(network.variables).items()}
+    with pytest.raises(UserError, match=message):
+        description.read(description.describe(network) | change, arrays, Path("w.npz"))
+    for wrong in ({"params/more": np.zeros(1)}, None):
+        others = dict(list(arrays.items())[1:]) if wrong is None else arrays | wrong
+        with pytest.raises(UserError, match=r"has no place for params/more|has no params/|has no batch_stats/"):
+            description.read(description.describe(network), others, Path("w.npz"))
+
+
+def test_a_description_that_is_no_json(tmp_path):
+    network = random_network(**NARROW)
+    writing.write(network, tmp_path / "w.safetensors")
+    content = (tmp_path / "w.safetensors").read_bytes()
+    (tmp_path / "w.safetensors").write_bytes(re.sub(rb'"xception_flax":"{', b'"xception_flax":"[', content, count=1))
+    with pytest.raises(UserError, match=r"w\.safetensors: its description \(xception_flax\) is no JSON"):
+        source.read_file(tmp_path / "w.safetensors")
