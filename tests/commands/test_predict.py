@@ -1,5 +1,7 @@
 """`predict` prints what the network computes for images, and names files that are not images."""
 
+import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,10 +13,13 @@ import pytest
 
 import shell
 import train
-from xception_flax.commands import evaluate, predict
+from tests.weights.test_writing import random_network
+from xception_flax.commands import convert, embed, evaluate, predict
 from xception_flax.data import sources
+from xception_flax.inference import predictor
 from xception_flax.recipes import reading
 from xception_flax.runs.restore import restore
+from xception_flax.weights import source, writing
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
 
@@ -64,7 +69,7 @@ def test_images_that_may_be_black_by_mistake_are_counted(workdir, digits, monkey
         run.recipe.data.max_value = None
         return run
 
-    monkeypatch.setattr(predict, "restore", unsaid)
+    monkeypatch.setattr(source, "restore", unsaid)
     files = [digits[0] / f"{i:03}.png" for i in range(6)]
     code, out, err = run(monkeypatch, capsys, "--workdir", workdir, *files, "--json", "--batch-size", 2)
     assert (code, out.count("\n")) == (0, 6)
@@ -109,6 +114,93 @@ def test_an_output_that_is_not_finite_is_an_error_of_its_image(workdir, digits, 
     run = restore(workdir, one_device, "latest")
     run = run._replace(variables=jax.tree.map(lambda array: array * 1e30, run.variables))
     path = digits[0] / "000.png"
-    ((found, error),) = predict.predict(run, [path], one_device, 1)
+    ((found, error),) = predictor.from_run(run, one_device, batch_size=1).stream([path], ("probabilities",))
     assert (found, str(error)) == (path, "the network's output for it is not finite.")
     assert isinstance(error, ValueError)
+
+
+# Weights from elsewhere ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A file that says nothing of its classes."""
+    network = random_network(name="xception", num_classes=4, width=0.02)
+    path = tmp_path_factory.mktemp("weights") / "w.npz"
+    writing.write(network._replace(class_names=(), activation="softmax"), path)
+    return path
+
+
+def test_weights_from_elsewhere_predict(weights, digits, tmp_path, monkeypatch, capsys):
+    """The user's word for what the file does not say; CSV of RFC 4180."""
+    names = tmp_path / "classes.txt"
+    names.write_text('a\nb, c\n"d"\né\n')
+    files = [digits[0] / "000.png", digits[0] / "002.png"]
+    code, out, err = run(monkeypatch, capsys, weights, *files, "--csv", "--top", 4, "--class-names", names)
+    assert (code, err) == (0, "")
+    rows = list(csv.reader(io.StringIO(out, newline="")))
+    assert rows[0] == ["image", "rank", "class", "probability"]
+    assert [row[:2] for row in rows[1:]] == [[str(file), str(rank)] for file in files for rank in (1, 2, 3, 4)]
+    assert {row[2] for row in rows[1:5]} == {"a", "b, c", '"d"', "é"}
+    assert sum(float(row[3]) for row in rows[1:5]) == pytest.approx(1, abs=1e-4)
+    assert out.count("\r\n") == 9
+    code, out, err = run(monkeypatch, capsys, weights, *files, "--json", "--image-size", 40)
+    assert code == 0
+    assert err == "the source does not say, and so assumed: classes are known by their numbers\n"
+    assert {"0", "1", "2", "3"} == json.loads(out.splitlines()[0])["classes"].keys()
+
+
+def test_features_are_written_with_the_files_names(weights, workdir, digits, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bad.png").write_text("no image")
+    output = tmp_path / "features.npy"
+    files = [digits[0] / f"{i:03}.png" for i in range(5)]
+    code, out, err = shell.call(
+        monkeypatch, capsys, embed.main, weights, files[0], tmp_path / "bad.png", *files[1:], "--output", output
+    )
+    assert code == 2
+    assert f"error: {tmp_path}/bad.png: the image cannot be decoded" in err
+    assert "5 x 40" in out
+    assert (tmp_path / "features.txt").read_text().splitlines() == list(map(str, files))
+    np.testing.assert_array_equal(np.load(output), predictor.load(weights).embed(files))
+    for arguments, message in [
+        (["--output", tmp_path / "f.csv"], "f.csv must end in .npy or .parquet"),
+        (["--output", tmp_path / "no" / "f.npy"], "cannot be written: No such file or directory"),
+    ]:
+        code, out, err = shell.call(monkeypatch, capsys, embed.main, weights, files[0], *arguments)
+        assert (code, out) == (2, "")
+        assert message in err
+
+
+def test_mistakes_with_weights_from_elsewhere(weights, workdir, digits, tmp_path, monkeypatch, capsys):
+    file = digits[0] / "000.png"
+    (tmp_path / "latin").write_bytes(b"\xe9\n")
+    (tmp_path / "three").write_text("a\nb\nc\n")
+    for arguments, message in [
+        ([weights], f"there is no image; give files or folders behind {weights}."),
+        ([weights, file, "--class-names", tmp_path / "three"], "there are 3 names of classes, and 4 logits"),
+        ([weights, file, "--class-names", tmp_path / "latin"], "latin is no text in UTF-8; expected a name in each"),
+        ([weights, file, "--mean", "0"], "mean and std go together; give both or neither."),
+        ([weights, file, "--json", "--csv"], "not allowed with argument"),
+        ([workdir, file, "--image-size", "32"], f"image_size: the recipe of {workdir} says this; leave it out."),
+        (["xecption.h5", file], "xecption.h5 is neither a file nor a folder; expected a file of weights, the workdir"),
+    ]:
+        code, out, err = run(monkeypatch, capsys, *arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert message in err
+
+
+def test_a_run_is_converted_and_predicts_the_same(workdir, digits, tmp_path, monkeypatch, capsys):
+    """With its classes, its size, its normalization: nothing is to be said again."""
+    code, out, _ = shell.call(monkeypatch, capsys, convert.main, workdir, "--output", tmp_path / "w.safetensors")
+    assert code == 0
+    assert "lenet, 10 classes" in out
+    files = [digits[0] / f"{i:03}.png" for i in range(0, 8, 2)]
+    expected = run(monkeypatch, capsys, workdir, *files, "--json")
+    assert run(monkeypatch, capsys, tmp_path / "w.safetensors", *files, "--json") == expected
+    assert expected[0] == 0
+    code, _, err = shell.call(monkeypatch, capsys, convert.main, workdir, "--output", tmp_path / "w.safetensors")
+    assert (code, err) == (
+        2,
+        f"error: {tmp_path}/w.safetensors is there already; nothing was written. Remove it, or take another name.\n",
+    )
