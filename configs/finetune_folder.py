@@ -3,12 +3,12 @@
     python train.py --config configs/finetune_folder.py:FOLDER --workdir WORKDIR
     xception-flax predict --workdir WORKDIR IMAGE...
 
-    ... --config.init.weights=FILE              other weights: Keras' .h5, timm's .safetensors, a workdir
+    ... --config.init.weights=SOURCE            other weights: a file of Keras or timm, a workdir, timm:NAME
     ... --config.optimizer.backbone_factor=0    train only the classifier, in half of the time
 
 Data: FOLDER/CLASS/*.jpg; a tenth of it, by a hash of the files' names, is held out as 'val'. Or
 FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, the same classes in both.
-Weights: the published file must be in ~/.keras/models (the error says how to get it). Weights of timm's
+Weights: fetched into ~/.keras/models by the first run. Weights of timm's
 legacy_xception also need --config.model.padding=SYMMETRIC --config.model.bn_epsilon=1e-5.
 Hardware: one GPU; a CPU for some hundred images.
 Measured by us: from the published weights not yet run. On small data: pretrained by configs/folder.py on

@@ -51,9 +51,9 @@ class Init:
     """The initial weights of a run; read by `weights.initial.load`.
 
     Attributes:
-      weights: 'random'; 'keras', the published weights from Keras' own cache (`~/.keras/models`, or
-        `KERAS_HOME`); a file of Keras (.h5) or timm (.safetensors, .npz); or the workdir of a run, whose
-        averaged weights are taken if it has them.
+      weights: 'random'; 'keras', the published weights of this network; or another source as of
+        `weights.source.open_source`: a file of Keras, timm or torch, 'timm:NAME', 'hf:OWNER/NAME', or the workdir of a
+        run, whose averaged weights are taken if it has them.
       checkpoint: if `weights` is a workdir: latest, best or a step.
     """
 
