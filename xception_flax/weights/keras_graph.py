@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MAX_NODES = 10_000  # calls of layers; Inception V3 has 313
+MAX_PASSES = 100  # over a model's calls; Keras lists a layer behind those it takes from, but for what is called again
 
 # Layers that do nothing at inference.
 IDENTITIES = {
@@ -49,9 +50,10 @@ class Layer:
 
     @property
     def activation(self) -> str:
-        """The name of its activation, 'linear' for none, '?' for a function of the user's own."""
-        name = self.config.get("activation", "linear")
-        return "linear" if name is None else name if isinstance(name, str) else "?"
+        """The name of its activation, 'linear' for none, another text for a function of the user's own."""
+        name = self.config.get("activation") or "linear"
+        own = name.get("config") if isinstance(name, Mapping) else name
+        return name if isinstance(name, str) else f"function {own}"
 
 
 @dataclasses.dataclass(eq=False)
@@ -122,12 +124,16 @@ def _declare(entry: Mapping[str, Any], place: str, layers: list[Layer]) -> Layer
     config, kind = entry["config"], _text(entry["class_name"])
     if isinstance(config, list):  # a Sequential of Keras before 2.2.3
         config = {"layers": config}
+    if not isinstance(config, Mapping):
+        raise TypeError(f"the configuration of a layer is {config!r:.80}")
     if ">" in (entry.get("registered_name") or ""):
         kind = _text(entry["registered_name"])
     layer = Layer(kind, _text(entry.get("name") or config.get("name") or ""), config, place)
     if not is_model(entry):
         layers.append(layer)
         return layer
+    if not config["layers"]:
+        raise ValueError(f"its model {layer.name!r} has no layers")
     layer.parts, ranks = [], Counter()
     for part in config["layers"]:
         snake_case = _snake_case(_text(part["class_name"]))
@@ -175,12 +181,12 @@ def _call_functional(model: Layer, inputs: list[Node], training: bool, nodes: li
         part, calls = parts[name]
         call -= is_keras_2 and part.parts is not None
         outputs = done.get((name, min(max(call, 0), calls - 1)))
-        return outputs and outputs[tensor if part.parts is not None else 0]
+        return outputs[tensor if part.parts is not None else 0] if outputs else None
 
     waiting = [
         (part, *item) for part, calls in model.parts for item in enumerate(map(_parsed, calls or [{"args": []}]))
     ]
-    while waiting:
+    for _ in range(MAX_PASSES):
         later = []
         for part, i, call in waiting:
             sources = [output(*reference) for reference in call.references]
@@ -190,9 +196,9 @@ def _call_functional(model: Layer, inputs: list[Node], training: bool, nodes: li
             done[part.name, i] = _call(part, sources or fed.get(part.name, []), training or call.training, nodes)
             if part.parts is None:
                 nodes[-1].arguments = call.arguments
-        if len(later) == len(waiting):
-            raise ValueError(f"nothing gives the inputs of its layer {later[0][0].name!r}")
         waiting = later
+    if waiting:
+        raise ValueError(f"nothing gives the inputs of its layer {waiting[0][0].name!r}")
     return [node for reference in _references(model.config["output_layers"]) if (node := output(*reference))]
 
 
@@ -250,7 +256,7 @@ def numbers(value: Any) -> np.ndarray | None:
     """A number, or nested lists of finite numbers, as float64; None for all else."""
     try:
         array = np.array(value, np.float64) if isinstance(value, int | float | list) else None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
     return array if array is not None and array.size and np.isfinite(array).all() else None
 
@@ -438,7 +444,7 @@ def _difference(op: Op, node: Node | None) -> str:
     """How a call differs from the operation that is expected; '' if it does not."""
     what = op.name or op.kind
     if node is None or node.kind != op.kind:
-        return f"expected {what}, a {op.kind}, got {node.kind if node else 'the input'}"
+        return f"expected {what}{f', a {op.kind}' if op.name else ''}, got {node.kind if node else 'the input'}"
     if node.training:
         return f"{what} always computes as in training"
     config = node.layer.config

@@ -96,8 +96,8 @@ def _pretrained(
         model |= {"middle_repeats": middle_repeats} if middle_repeats != 8 else {}
     else:
         model["auxiliary"] = False
-    first = next(arrays[0] for ours, arrays in layers if ours in ("block1_conv1", "stem_conv1"))
-    channels = first.shape[2] if first.ndim == 4 else 3
+    first = [array.shape for ours, arrays in layers if ours in ("block1_conv1", "stem_conv1") for array in arrays]
+    channels = first[0][2] if first and len(first[0]) == 4 else 3
     model |= _widths(layers, _shapes(model, channels), multiples=(8, 1) if name == "xception" else (8,))
     variables = keras.from_keras([*layers, *head.layers], _shapes(model, channels))
     return Pretrained(
@@ -121,15 +121,15 @@ def _widths(layers: Entries, template: Mapping[str, Any], multiples: Sequence[in
     """Returns the fields that make the layers as wide as they are; none for `template`'s width, or where none do."""
     widths = []  # in the template, and in the file
     for ours, arrays in layers:
-        if not ours.endswith("_bn"):
+        if arrays and not ours.endswith("_bn"):
             leaf = template["params"][ours]
-            widths.append((leaf.get("pointwise", leaf)["kernel"].shape[-1], arrays[-1].shape[-1]))
+            widths.append((leaf.get("pointwise", leaf)["kernel"].shape[-1], (0, *arrays[-1].shape)[-1]))
     if all(template == there for template, there in widths):
         return {}
     for multiple in multiples:
         lower = max((there - multiple / 2) / width if there > multiple else 0 for width, there in widths)
         upper = min((there + multiple / 2) / width for width, there in widths)
-        if any(there % multiple for _, there in widths) or lower >= upper:
+        if any(there % multiple or not there for _, there in widths) or lower >= upper:
             continue
         rounded = (round((lower + upper) / 2, digits) for digits in range(1, 18))
         width = next((value for value in rounded if lower < value < upper), (lower + upper) / 2)
@@ -155,38 +155,49 @@ def _from_model(config: Mapping[str, Any], entries: Entries) -> Pretrained:
         left_out.append(f"beside the network: {_words(others)}")
     left_out += [f"arrays of {shown(layer)}, which the configuration does not have" for layer in left]
     layers = [(ours, layer.arrays) for ours, layer in network.layers.items()]
-    epsilons = {layer.config["epsilon"] for layer in network.layers.values() if "epsilon" in layer.config}
-    if len(epsilons) > 1:
-        raise ValueError(f"its batch normalizations have the epsilons {sorted(epsilons)}; expected one.")
-    return _pretrained(name, layers, head, epsilons.pop() if epsilons else BN_EPSILON, before, left_out)
+    norms = [layer for ours, layer in network.layers.items() if ours.endswith("_bn")]
+    epsilons = {f"{layer.config.get('epsilon', BN_EPSILON)!r:.40}" for layer in norms}
+    epsilon = norms[0].config.get("epsilon", BN_EPSILON)
+    if len(epsilons) > 1 or type(epsilon) is not float:
+        raise ValueError(
+            f"epsilon is {' and '.join(sorted(epsilons)[:3])} in its batch normalizations; expected one number."
+        )
+    return _pretrained(name, layers, head, epsilon, before, left_out)
 
 
 def _give_arrays(layers: Sequence[Layer], entries: Entries) -> list[str]:
     """Gives each layer its arrays; returns the names of those of no layer."""
-    by_place = {layer.place: layer for layer in layers}
-    by_name: dict[str, list[Layer]] = defaultdict(list)
-    # Layers of different models may have the same name. Files of Keras 3 are in the order of the places.
-    for layer in sorted(layers, key=lambda layer: layer.place.split("/")):
-        by_name[layer.name].append(layer)
-    left = []
-    for name, arrays in entries:
-        same = [layer for layer in by_name.get(name, ()) if not layer.arrays]
-        if layer := by_place.get(name) or next(iter(same), None):
+    if any(name.startswith("/") for name, _ in entries):
+        of_entry = {layer.place: layer for layer in layers}
+        owners = [of_entry.get(name) for name, _ in entries]
+    else:
+        # Layers of different models may have the same name. Files of Keras 3 are in the order of the places, older ones
+        # in the model's.
+        names, by_place = [name for name, _ in entries], sorted(layers, key=lambda layer: layer.place.split("/"))
+        orders = ([layer for layer in order if layer.name in names] for order in (by_place, layers))
+        owners = next((order for order in orders if [layer.name for layer in order] == names), None)
+        if owners is None and len(set(names)) < len(names):
+            raise ValueError("it has several layers of one name, and not in the model's order; give them other names.")
+        of_entry = {layer.name: layer for layer in layers}
+        owners = owners or [of_entry.get(name) for name in names]
+    for layer, (_, arrays) in zip(owners, entries, strict=True):
+        if layer is not None:
             layer.arrays = list(arrays)
-        else:
-            left.append(name)
-    return left
+    return [name for layer, (name, _) in zip(owners, entries, strict=True) if layer is None]
 
 
 def _found(graph: Graph) -> tuple[str, Match]:
     """Returns our name of the one network in a model, and where it is."""
     separable = sum(layer.kind == "SeparableConv2D" for layer in graph.layers)
     convolutions = sum(layer.kind == "Conv2D" for layer in graph.layers)
-    networks = {"xception": keras_graph.xception(max(0, (separable - 10) // 3))} if separable else {}
+    networks = []
+    if separable:
+        depths = {8, max(0, (separable - 10) // 3)}  # published, or what the number of layers is for
+        networks += [("xception", keras_graph.xception(depth)) for depth in sorted(depths)]
     if convolutions >= len(keras.INCEPTION_V3_NUMBERED):
-        networks["inception_v3"] = keras_graph.inception_v3()
+        networks.append(("inception_v3", keras_graph.inception_v3()))
     found, misses = {}, []
-    for name, network in networks.items():
+    for name, network in networks:
         for node in graph.nodes:
             match = keras_graph.match(network, node) if node.kind == network.kind else (0, "")
             if isinstance(match, Match):
@@ -221,7 +232,7 @@ def _before(node: Node | None) -> tuple[Before, set[Node], list[str]]:
         if affine := _affine(node):
             scale, offset = scale * affine[0], offset * affine[0] + affine[1]
             applied.append(node)
-        elif node.kind == "InputLayer" and len(shape) == 4 and all(shape[1:3]):
+        elif node.kind == "InputLayer" and isinstance(shape, list) and len(shape) == 4 and all(shape[1:3]):
             size = shape[1:3]
         elif node.kind == "Resizing":
             size = config.get("height"), config.get("width")
@@ -351,6 +362,8 @@ def _classifier(chain: Sequence[Node]) -> tuple[Head, list[str]] | None:
     """
     if not chain or chain[0].kind != "GlobalAveragePooling2D":
         return None
+    if chain[0].layer.config.get("data_format", "channels_last") != "channels_last":
+        return None
     dense: list[_Dense] = []
     waiting: Affine | None = None  # a normalization before the next Dense
     dropout_rate, rate, left_out = 0.0, 0.0, []
@@ -359,7 +372,7 @@ def _classifier(chain: Sequence[Node]) -> tuple[Head, list[str]] | None:
         if node.kind == "Dropout":
             rate = node.layer.config.get("rate")
             rate = float(rate) if isinstance(rate, int | float) and 0 <= rate < 1 else 0.0
-        elif node.kind == "Dense" and len(node.layer.arrays) in (1, 2) and not is_open:
+        elif node.kind == "Dense" and [array.ndim for array in node.layer.arrays] in ([2], [2, 1]) and not is_open:
             dense.append(_Dense(node.layer, waiting))
             waiting, dropout_rate, rate = None, rate, 0.0
         elif node.kind == "BatchNormalization" and waiting is None and (affine := _affine(node)):
@@ -452,6 +465,7 @@ def _by_place(entries: Entries) -> Found:
     for place, arrays in entries:
         if match := _PLACE.fullmatch(place):
             parents[match["parent"]][match["kind"]].append((int(match["rank"] or 0), place, arrays))
+    found = []
     for parent, kinds in parents.items():
         separable = len(kinds["separable_conv2d"])
         name = "xception" if separable else "inception_v3"
@@ -469,8 +483,10 @@ def _by_place(entries: Entries) -> Found:
                 used.add(place)
         others = [(place, arrays) for place, arrays in entries if place not in used]
         is_published = [(place, len(arrays)) for place, arrays in others] == [(f"{parent}/dense", 2)]
-        return Found(name, network, layers, others, others[0][1] if is_published else None)
-    raise ValueError(_no_network(entries))
+        found.append(Found(name, network, layers, others, others[0][1] if is_published else None))
+    if len(found) != 1:
+        raise ValueError(_several([name for name, *_ in found]) if found else _no_network(entries))
+    return found[0]
 
 
 def _by_name(entries: Entries) -> Found:
@@ -508,8 +524,14 @@ def _by_name(entries: Entries) -> Found:
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise ValueError(f"it has nothing for {', '.join(missing[:10])}{more} of {name}.")
     others = list(unused.values())
+    if any(name in found for name, _ in others):
+        raise ValueError(_several([name, name]))
     classifier = [arrays for name, arrays in others if name == "predictions" and len(arrays) == 2]
     return Found(name, network, list(found.items()), others, classifier[0] if len(classifier) == 1 else None)
+
+
+def _several(networks: Sequence[str]) -> str:
+    return f"it has several networks, {', '.join(networks)}; expected one."
 
 
 def _no_network(entries: Entries) -> str:
