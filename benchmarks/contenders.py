@@ -12,36 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-NUM_CLASSES = 1000
-LEARNING_RATE, MOMENTUM = 0.045, 0.9  # paper, section 4.2
+from benchmarks.job import LEARNING_RATE, MOMENTUM, NUM_CLASSES, Job, network
+
 MATRIX_SIZE = 2048  # of the ceiling
 MATRIX_GFLOP = 2 * MATRIX_SIZE**3 / 1e9
-
-
-class Job(NamedTuple):
-    """What is to be computed.
-
-    Attributes:
-      folder: with the files of `inputs.write`.
-      mode: 'forward' (inference) or 'train' (gradients, batch statistics, SGD).
-      batch: images.
-      size: pixels a side.
-      threads: number of threads that compute, and of CPUs that the process may use.
-      width: of the network; only this project's can have another than 1.
-      middle_repeats: blocks of its middle flow; only this project's can have others than 8.
-    """
-
-    folder: str
-    mode: str
-    batch: int
-    size: int
-    threads: int
-    width: float = 1.0
-    middle_repeats: int = 8
-
-    def load(self, name: str) -> Any:
-        return np.load(Path(self.folder) / name)
-
 
 Work = Callable[[], np.ndarray]  # the function that is timed
 
@@ -54,7 +28,7 @@ class Contender(NamedTuple):
       build: makes the function that is timed.
       imports: modules to import before memory is first measured.
       environment: variables of its process, beside those that all have.
-      reading: whose Xception it is, see `inputs.READINGS`; None if it is none.
+      reading: whose Xception it is, see `job.READINGS`; None if it is none.
       ours: runs in this project's environment; otherwise in the contenders'.
       modes: that it has.
     """
@@ -110,7 +84,6 @@ def build_xception_flax_glibc(job: Job) -> Work:
     import jax
     import jax.numpy as jnp
 
-    from benchmarks.inputs import network
     from xception_flax.training import losses, metrics, optimizers, sharding, state, steps
     from xception_flax.training.length import RunLength
 
@@ -146,7 +119,6 @@ def build_xception_flax_glibc(job: Job) -> Work:
 
 def build_folded(job: Job) -> Work:
     """Inference with batch normalization folded into the convolutions by this project's own function."""
-    from benchmarks.inputs import network
     from xception_flax import fold_batch_norm
     from xception_flax.host import allocator
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import command
-from benchmarks.contenders import Job
+from benchmarks.job import Job
 from benchmarks.step import MODES, PASSES
 from benchmarks.turns import Turns
 from benchmarks.worker import Worker

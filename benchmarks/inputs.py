@@ -13,23 +13,12 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 
-from benchmarks.contenders import LEARNING_RATE, NUM_CLASSES, Job
-from xception_flax import create_model
+from benchmarks.job import LEARNING_RATE, NUM_CLASSES, READINGS, Job, network
 from xception_flax.models import costs
 from xception_flax.weights import keras, timm
 
-# The two usual readings of Xception. They differ in the padding of the max-pooling for even sizes and in the epsilon
-# of batch normalization, which takes no time.
-READINGS = {"keras": dict(padding="SAME", bn_epsilon=1e-3), "timm": dict(padding="SYMMETRIC", bn_epsilon=1e-5)}
-
 # For programs that run once: LLVM's passes would take more time than they save.
 _COMPILED_FAST = {"xla_backend_optimization_level": 0}
-
-
-def network(job: Job, **fields: Any) -> nn.Module:
-    """Xception as the benchmark runs it: without dropout, which Keras Applications and ONNX do not have."""
-    scale = dict(width=job.width, middle_repeats=job.middle_repeats)
-    return create_model("xception", num_classes=NUM_CLASSES, dropout_rate=0.0, **scale, **fields)
 
 
 def write(job: Job, readings: list[str]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.contenders import Contender, Job, Work
+from benchmarks.contenders import Contender, Work
+from benchmarks.job import Job
 
 MODES = ("random", "whole")
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import command
-from benchmarks.contenders import CEILINGS, CONTENDERS, MATRIX_GFLOP, MATRIX_SIZE, Job
+from benchmarks.contenders import CEILINGS, CONTENDERS, MATRIX_GFLOP, MATRIX_SIZE
+from benchmarks.job import Job
 from benchmarks.turns import Turns
 from benchmarks.worker import Worker
 

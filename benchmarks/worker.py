@@ -126,14 +126,16 @@ class _Requests:
         self._run: Any = None
 
     def write_inputs(self, job: dict[str, Any], readings: list[str]) -> dict[str, Any]:
-        from benchmarks import contenders, inputs
+        from benchmarks import inputs
+        from benchmarks.job import Job
 
-        return inputs.write(contenders.Job(**job), readings)
+        return inputs.write(Job(**job), readings)
 
     def write_onnx(self, job: dict[str, Any]) -> None:
         from benchmarks import contenders
+        from benchmarks.job import Job
 
-        contenders.write_onnx(contenders.Job(**job))
+        contenders.write_onnx(Job(**job))
 
     def build(self, contender: str, job: dict[str, Any]) -> dict[str, Any]:
         """Makes the function that is timed, and calls it once; in training twice, as the second loss shows the update.
@@ -146,8 +148,9 @@ class _Requests:
         import numpy as np
 
         from benchmarks import contenders, readers
+        from benchmarks.job import Job
 
-        job = contenders.Job(**job)
+        job = Job(**job)
         known = readers.READERS if job.mode in readers.MODES else contenders.CONTENDERS | contenders.CEILINGS
         entry = known[contender]
         modules = [importlib.import_module(name) for name in entry.imports]

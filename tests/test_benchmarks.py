@@ -17,8 +17,20 @@ import pytest
 from PIL import Image
 
 import shell
-from benchmarks import cold_start, command, contenders, growth, inputs, photos, plain_linen, readers, step, worker
-from benchmarks import input as input_benchmark
+from benchmarks import (
+    cold_start,
+    command,
+    contenders,
+    growth,
+    input_pipeline,
+    inputs,
+    photos,
+    plain_linen,
+    readers,
+    step,
+    worker,
+)
+from benchmarks.job import Job
 
 MAX_DIFFERENCE = 1e-4  # of the spread of the logits over images, as in tests/weights/test_keras.py; measured: 8e-6
 
@@ -37,7 +49,7 @@ def test_plain_linen_has_the_parameters_of_xception():
 
 def test_the_step_of_train_py_trains(tmp_path):
     """A narrow network's losses before and after an update of the same weights."""
-    job = contenders.Job(str(tmp_path), "train", batch=8, size=71, threads=1, width=0.05, middle_repeats=1)
+    job = Job(str(tmp_path), "train", batch=8, size=71, threads=1, width=0.05, middle_repeats=1)
     inputs.write(job, ["keras"])
     run = contenders.build_xception_flax(job)
     losses = np.stack([run(), run()])
@@ -141,9 +153,9 @@ def test_a_table_in_markdown():
 
 def test_input_is_measured_and_its_values_are_compared(tmp_path):
     """Two readers are installed and read the same from whole photos; the third is not, and has a row that says so."""
-    file = tmp_path / "input.json"
+    file = tmp_path / "input_pipeline.json"
     result = benchmark(
-        "input --images 8 --batch 8 --size 64 --threads 1 --rounds 1 --seconds-per-turn 0.1 "
+        "input_pipeline --images 8 --batch 8 --size 64 --threads 1 --rounds 1 --seconds-per-turn 0.1 "
         f"--only xception_flax,alone,tf_data --contenders-python {sys.executable} --json {file}"
     )
     assert result.returncode == 1, result.stderr
@@ -163,8 +175,8 @@ def test_input_is_measured_and_its_values_are_compared(tmp_path):
 def test_a_reader_reads_whole_photos_as_pillow_does(tmp_path):
     """Bilinear scaling without antialiasing, against NumPy's arithmetic on Pillow's pixels."""
     contents = photos.jpegs(4, width=64, height=64)
-    input_benchmark._write(tmp_path, contents)
-    job = contenders.Job(str(tmp_path), "whole", batch=4, size=32, threads=1)
+    input_pipeline._write(tmp_path, contents)
+    job = Job(str(tmp_path), "whole", batch=4, size=32, threads=1)
     readers.build_xception_flax(job)()
     images = np.load(tmp_path / "whole_xception_flax.npy")
     whole = np.stack([np.asarray(Image.open(io.BytesIO(content))) for content in contents]).astype(float)
@@ -175,8 +187,8 @@ def test_a_reader_reads_whole_photos_as_pillow_does(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("input --only tfdata", "unknown contender 'tfdata'; did you mean 'tf_data'?"),
-        ("input --images 8", "--images must be at least the batch of 32, got 8"),
+        ("input_pipeline --only tfdata", "unknown contender 'tfdata'; did you mean 'tf_data'?"),
+        ("input_pipeline --images 8", "--images must be at least the batch of 32, got 8"),
         ("step --only xception_flx", "unknown contender 'xception_flx'; did you mean 'xception_flax'?"),
         ("step --only timm --contenders-python /nowhere", "timm: there is no /nowhere; .* `make contenders`"),
         ("step --only openvino --mode train", "openvino has no mode 'train', only forward"),
@@ -192,7 +204,7 @@ def test_a_reader_reads_whole_photos_as_pillow_does(tmp_path):
 def test_mistakes(capsys, arguments, message):
     name, *rest = arguments.split()
     with pytest.raises(SystemExit) as stopped:
-        {"input": input_benchmark, "step": step, "growth": growth, "cold_start": cold_start}[name].main(rest)
+        {"input_pipeline": input_pipeline, "step": step, "growth": growth, "cold_start": cold_start}[name].main(rest)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error

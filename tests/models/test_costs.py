@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from xception_flax import models
-from xception_flax.host import devices
+from xception_flax.host import peaks
 from xception_flax.models import costs
 
 # The multiply-adds of figure 5 for an image of 299 x 299, which test_models.py checks.
@@ -37,11 +37,11 @@ def test_ceiling(kind, dtype, teraflops):
 
 
 def test_what_is_not_known_is_not_claimed():
-    assert devices.peak_flops_per_second("cpu", "float32") is None
-    assert devices.peak_flops_per_second("Tesla V100-SXM2-16GB", "bfloat16") is None
-    assert devices.peak_flops_per_second("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "bfloat16") is None
+    assert peaks.peak_flops_per_second("cpu", "float32") is None
+    assert peaks.peak_flops_per_second("Tesla V100-SXM2-16GB", "bfloat16") is None
+    assert peaks.peak_flops_per_second("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "bfloat16") is None
     assert costs.peak_images_per_second(models.create_model("lenet"), (32, 32, 1), "cpu", 8) is None
-    for kind, peaks in devices.PEAK_FLOPS_PER_SECOND.items():
-        for dtype, peak in peaks.items():
+    for kind, of_types in peaks.PEAK_FLOPS_PER_SECOND.items():
+        for dtype, peak in of_types.items():
             assert jnp.dtype(dtype).itemsize <= 4, kind
             assert 1e13 < peak < 1e16, kind

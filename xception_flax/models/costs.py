@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xception_flax.host import devices
+from xception_flax.host import peaks
 
 
 class Layer(NamedTuple):
@@ -94,5 +94,5 @@ def peak_images_per_second(
     model: nn.Module, image_shape: tuple[int, int, int], device_kind: str, num_devices: int
 ) -> float | None:
     """Returns the largest training rate that these devices can reach; None where their peak is not known."""
-    peak = devices.peak_flops_per_second(device_kind, jnp.dtype(model.dtype).name)
+    peak = peaks.peak_flops_per_second(device_kind, jnp.dtype(model.dtype).name)
     return None if peak is None else num_devices * peak / training_flops(model, image_shape)

@@ -90,12 +90,12 @@ def batch_norm(model: nn.Module, *, train: bool, **fields: bool) -> ModuleDef:
     )
 
 
-def add_block(model: nn.Module, block: ModuleDef, *args: object, **fields: object) -> nn.Module:
-    """Returns a block of `model`, rematerialised if `model.remat`; to be called inside its compact method.
+def add_block(model: nn.Module, block: ModuleDef, *args: object, remat: bool = True, **fields: object) -> nn.Module:
+    """Returns a block of `model`, rematerialised if `model.remat` and `remat`; to be called inside its compact method.
 
     Its layers become layers of the model itself, so that parameters are called 'block2_sepconv1', as
     in Keras' weights, not 'block2/sepconv1'.
     """
-    module = (nn.remat(block) if model.remat else block)(*args, **fields)
+    module = (nn.remat(block) if remat and model.remat else block)(*args, **fields)
     nn.share_scope(model, module)
     return module

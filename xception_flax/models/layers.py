@@ -190,22 +190,20 @@ def separable_units(
       `[N, H, W, features[-1]]`, normalized, without a final ReLU.
     """
     convs = [sepconv(f, dilation=(rate, rate), name=f"{name}{i}") for i, f in enumerate(features, start=1)]
-    if ops.fuses_chains() and _is_fusible(convs[0], norm):
-        return _fused_separable_units(x, convs, norm, relu_first=relu_first)
+    if ops.takes_chains() and _can_chain(convs[0], norm):
+        return _chained_units(x, convs, norm, relu_first=relu_first)
     for i, conv in enumerate(convs):
         x = norm(name=f"{conv.name}_bn")(conv(nn.relu(x) if relu_first or i else x))
     return x
 
 
-def _is_fusible(conv: nn.Module, norm: ModuleDef) -> bool:
-    """Whether `ops` can combine the convolution with its neighbours: a plain separable one, in a training step."""
+def _can_chain(conv: nn.Module, norm: ModuleDef) -> bool:
+    """Whether `ops` takes the convolution with its neighbours: a plain separable one, in a training step."""
     separable = isinstance(conv, SeparableConv) and conv.mid_activation is None
     return separable and not conv.is_initializing() and not norm(parent=None).use_running_average
 
 
-def _fused_separable_units(
-    x: jax.Array, convs: Sequence[SeparableConv], norm: ModuleDef, *, relu_first: bool
-) -> jax.Array:
+def _chained_units(x: jax.Array, convs: Sequence[SeparableConv], norm: ModuleDef, *, relu_first: bool) -> jax.Array:
     """`separable_units` with each normalization's scale and shift applied by the convolution after it.
 
     So `ops` can compute both, and the sums of the next normalization, in one pass over memory.

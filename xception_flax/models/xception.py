@@ -17,66 +17,48 @@ from xception_flax.text.lookup import written
 MIN_IMAGE_SIZE = 32  # pixels a side; five halvings leave one
 
 
-class DownsamplingBlock(nn.Module):
-    """Separable convolutions, max-pooling, and a 1x1 convolution as shortcut: entry and exit flow of figure 5.
+class Block(nn.Module):
+    """Separable convolutions, then max-pooling where `pool_strides` are given, and a shortcut around both (figure 5).
 
-    `[N, H, W, C]` -> `[N, H / 2, W / 2, features[-1]]`; H and W stay where `output_stride` is reached.
+    `[N, H, W, C]` -> `[N, H / stride, W / stride, features[-1]]`. The shortcut is a 1x1 convolution where there is
+    max-pooling, else the identity, for which `features[-1]` is C.
 
     Attributes:
       features: output channels of each separable convolution.
-      stride: of the input in the network without dilation, in pixels of the image.
-      output_stride: as in `Xception`.
+      rate: dilation of the separable convolutions and of the max-pooling.
       sepconv: makes a separable convolution from its features, dilation and name.
       pointwise: makes a 1x1 convolution from its features, strides and name.
       norm: makes a batch normalization from its name.
+      padding: of the max-pooling.
+      pool_strides: of the max-pooling: (2, 2), or (1, 1) where dilation replaces them; None for no max-pooling.
       relu_first: whether the first convolution has a ReLU before it, as the others do.
       residual: whether there is a shortcut.
-      padding: of the max-pooling.
     """
 
     features: Sequence[int]
-    stride: int
-    output_stride: int
+    rate: int
     sepconv: ModuleDef
     pointwise: ModuleDef
     norm: ModuleDef
+    padding: str
+    pool_strides: tuple[int, int] | None = None
     relu_first: bool = True
     residual: bool = True
-    padding: str = "SAME"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        rate = rate_at(self.stride, self.output_stride)
-        options = dict(rate=rate, relu_first=self.relu_first, name=f"{self.name}_sepconv")
+        options = dict(rate=self.rate, relu_first=self.relu_first, name=f"{self.name}_sepconv")
         y = separable_units(x, self.features, self.sepconv, self.norm, **options)
-        if self.stride < self.output_stride:
-            strides, y = (2, 2), ops.max_pool(y, padding=self.padding)
-        else:
-            strides, y = (1, 1), ops.atrous_max_pool(y, rate=rate, padding=self.padding)
+        if self.pool_strides == (2, 2):
+            y = ops.max_pool(y, padding=self.padding)
+        elif self.pool_strides == (1, 1):
+            y = ops.atrous_max_pool(y, rate=self.rate, padding=self.padding)
         if not self.residual:
             return y
-        name = f"{self.name}_residual"
-        return y + self.norm(name=f"{name}_bn")(self.pointwise(self.features[-1], strides=strides, name=name)(x))
-
-
-class MiddleBlock(nn.Module):
-    """Separable convolutions with an identity shortcut: middle flow of figure 5. `[N, H, W, C]` -> `[N, H, W, C]`.
-
-    The attributes are those of `DownsamplingBlock`; `features[-1]` is C.
-    """
-
-    features: Sequence[int]
-    stride: int
-    output_stride: int
-    sepconv: ModuleDef
-    norm: ModuleDef
-    residual: bool = True
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        options = dict(rate=rate_at(self.stride, self.output_stride), name=f"{self.name}_sepconv")
-        y = separable_units(x, self.features, self.sepconv, self.norm, **options)
-        return y + x if self.residual else y
+        if self.pool_strides is not None:
+            name = f"{self.name}_residual"
+            x = self.norm(name=f"{name}_bn")(self.pointwise(self.features[-1], strides=self.pool_strides, name=name)(x))
+        return y + x
 
 
 class Xception(nn.Module):
@@ -167,12 +149,17 @@ class Xception(nn.Module):
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         norm = batch_norm(self, train=train)
         conv, pointwise = partial(Conv, padding="VALID", **dtypes), partial(PointwiseConv, **dtypes)
-        common = dict(output_stride=self.output_stride, sepconv=self.spatial_conv, norm=norm, residual=self.residual)
-        middle = partial(add_block, self, MiddleBlock, **common)
-        down = partial(add_block, self, DownsamplingBlock, **common, pointwise=pointwise, padding=self.padding)
+        layers = dict(sepconv=self.spatial_conv, pointwise=pointwise, norm=norm)
+        common = layers | dict(padding=self.padding, residual=self.residual)
 
         def channels(*features: int) -> tuple[int, ...]:
             return tuple(scaled(f, self.width, self.width_multiple) for f in features)
+
+        def block(i: int, *features: int, stride: int, pool: bool = False, **fields: bool) -> nn.Module:
+            # `stride` is that of the block's input in the network without dilation, in pixels of the image.
+            rate, strides = rate_at(stride, self.output_stride), (2, 2) if stride < self.output_stride else (1, 1)
+            fields = common | dict(pool_strides=strides if pool else None) | fields
+            return add_block(self, Block, channels(*features), rate, **fields, name=f"block{i}")
 
         # Entry flow. Shapes at the paper's 299 px and width 1.
         x = images.astype(self.dtype)  #                                               N x 299 x 299 x 3
@@ -180,22 +167,22 @@ class Xception(nn.Module):
         x = nn.relu(norm(name="block1_conv1_bn")(x))  #                                N x 149 x 149 x 32
         x = conv(*channels(64), name="block1_conv2")(x)
         x = stage1 = nn.relu(norm(name="block1_conv2_bn")(x))  #                       N x 147 x 147 x 64
-        x = down(channels(128, 128), stride=2, relu_first=False, name="block2")(x)  #  N x 74 x 74 x 128
+        x = block(2, 128, 128, stride=2, pool=True, relu_first=False)(x)  #            N x 74 x 74 x 128
         stage2 = nn.relu(x)
-        x = down(channels(256, 256), stride=4, name="block3")(x)  #                    N x 37 x 37 x 256
+        x = block(3, 256, 256, stride=4, pool=True)(x)  #                              N x 37 x 37 x 256
         stage3 = nn.relu(x)
-        x = down(channels(728, 728), stride=8, name="block4")(x)  #                    N x 19 x 19 x 728
+        x = block(4, 728, 728, stride=8, pool=True)(x)  #                              N x 19 x 19 x 728
 
         # Middle flow: blocks 5 to 12 in the paper.
         for i in range(5, 5 + self.middle_repeats):
-            x = middle(channels(728, 728, 728), stride=16, name=f"block{i}")(x)  #     N x 19 x 19 x 728
+            x = block(i, 728, 728, 728, stride=16)(x)  #                               N x 19 x 19 x 728
         stage4 = nn.relu(x)
 
-        # Exit flow: blocks 13 and 14 in the paper. The last has no pooling and no residual connection.
+        # Exit flow: blocks 13 and 14 in the paper. The backward pass begins with the last block, which is not computed
+        # again: that would save no memory.
         i = 5 + self.middle_repeats
-        x = down(channels(728, 1024), stride=16, name=f"block{i}")(x)  #               N x 10 x 10 x 1024
-        options = dict(rate=rate_at(32, self.output_stride), relu_first=False, name=f"block{i + 1}_sepconv")
-        x = separable_units(x, channels(1536, 2048), self.spatial_conv, norm, **options)
+        x = block(i, 728, 1024, stride=16, pool=True)(x)  #                            N x 10 x 10 x 1024
+        x = block(i + 1, 1536, 2048, stride=32, relu_first=False, residual=False, remat=False)(x)
         stage5 = nn.relu(x)  #                                                         N x 10 x 10 x 2048
 
         pooled = ops.global_average_pool(stage5)  #                                    N x 2048

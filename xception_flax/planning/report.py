@@ -28,9 +28,8 @@ KINDS = {
     "Dense": "classifier",
 }
 
-KERNELS = "separable, fused"  # with step.lowering=fused: normalization and both convolutions in one
 BETWEEN, LOSS, UPDATE = "between layers", "input, loss", "optimizer"
-ORDER = (*KINDS.values(), KERNELS, BETWEEN, LOSS, UPDATE)
+ORDER = (*KINDS.values(), ops.FUSED_LAYER, BETWEEN, LOSS, UPDATE)
 
 BATCH_GRAIN = 8  # images a chip; batches between two multiples are padded to the next on a TPU
 MAX_COMPILATIONS = 8  # in search of the largest batch
@@ -115,9 +114,9 @@ def create_report(compiled: jax.stages.Compiled, config: ConfigDict, num_chips: 
     kinds = collections.defaultdict(lambda: [0.0, 0])
     paths = {"/".join(layer.path): KINDS[layer.module] for layer in layers}
     parts = list(hlo.traffic())
-    with_kernels = {name for part in parts if (name := fused_layer(part.op_name))}
+    fused = {name for part in parts if (name := ops.fused_layer(part.op_name))}
     for layer in layers:
-        kind = KERNELS if "/".join(layer.path[:-1]) in with_kernels else KINDS[layer.module]
+        kind = ops.FUSED_LAYER if "/".join(layer.path[:-1]) in fused else KINDS[layer.module]
         kinds[kind][0] += 6 * layer.macs * config.batch_size / num_chips
     for part in parts:
         kinds[kind_of(part.op_name, paths, type(network).__name__)][1] += part.hbm_size
@@ -132,12 +131,6 @@ def create_report(compiled: jax.stages.Compiled, config: ConfigDict, num_chips: 
     )
 
 
-def fused_layer(op_name: str) -> str | None:
-    """Returns the path of the separable convolution that `ops` computes by one kernel; None of another operation."""
-    match = re.search(rf"\.endpoints/(?:.+/)?([^/]+)\.normalized/{ops.FUSED_SCOPE}/", op_name)
-    return match[1] if match else None
-
-
 def kind_of(op_name: str, paths: dict[str, str], network: str) -> str:
     """Returns the kind of layer that an operation of the step belongs to.
 
@@ -146,8 +139,8 @@ def kind_of(op_name: str, paths: dict[str, str], network: str) -> str:
       paths: kinds of the layers by their paths: `{"block1_conv1": "regular conv.", ...}`.
       network: name of its class.
     """
-    if fused_layer(op_name):
-        return KERNELS
+    if ops.fused_layer(op_name):
+        return ops.FUSED_LAYER
     parts = op_name.split("/")
     for start in range(len(parts)):
         for end in range(len(parts), start, -1):

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from xception_flax.host.devices import PEAK_FLOPS_PER_SECOND as _PEAKS
+from xception_flax.host.peaks import PEAK_FLOPS_PER_SECOND as _PEAKS
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest, written
 

@@ -105,8 +105,7 @@ def make_train_step(
       accumulation_steps: number of parts that a batch is split into, which are computed one after the other, for
         batches that do not fit into memory. The gradient is the mean over the parts. Batch normalization sees one part
         at a time, and each updates its moving statistics.
-      lowering: how operations are computed, see `ops.lowering`; 'fused' is for Xception networks, and each TPU needs a
-        multiple of 16 images of the batch.
+      lowering: how operations are computed: one of `ops.LOWERINGS`, see `ops.lowering`.
       seed: of dropout and mixing.
       mix: from `mixing.make_mixing`; mixes the whole batch before it is split into parts. The loss takes the soft
         labels, and the metrics take the label with the larger share.

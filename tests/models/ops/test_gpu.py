@@ -210,9 +210,9 @@ def test_which_devices_have_triton(monkeypatch, local, compiled_for, expected):
     mesh = SimpleNamespace(abstract_device=compiled_for, empty=compiled_for is None, axis_types=(AxisType.Auto,))
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
     assert lowerings.has_triton() == expected
-    assert ops.fuses_chains() == expected
+    assert ops.takes_chains() == expected
     with ops.lowering("stock"):
-        assert not ops.fuses_chains()
+        assert not ops.takes_chains()
 
 
 def test_over_a_mesh_of_gpus_no_choice_is_left_to_the_program():

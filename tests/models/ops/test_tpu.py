@@ -1,5 +1,6 @@
 """The kernels for TPUs, interpreted: values and gradients are those of the separate operations."""
 
+import re
 from functools import partial
 
 import jax
@@ -105,6 +106,18 @@ def test_fused_separable_over_a_mesh_has_the_values_and_gradients_of_one_device(
     assert set(interpreted) == {(16, 3, 4, 8)}
     for ours, theirs in zip(result, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6 * np.abs(theirs).max())
+
+
+def test_a_program_says_which_layers_are_fused(interpreted, four_devices):
+    model = create_model("xception", num_classes=5, width=0.02, middle_repeats=0, dropout_rate=0.0)
+    images = jax.ShapeDtypeStruct((64, 35, 35, 3), jnp.float32)
+    variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
+    step = jax.jit(lambda variables, images: model.apply(variables, images, train=True, mutable="batch_stats"))
+    with ops.lowering("fused"), jax.sharding.use_abstract_mesh(four_devices.abstract_mesh):
+        names = re.findall(r'loc\("([^"]+)"', step.lower(variables, images).as_text(debug_info=True))
+    sepconvs = {name for name in variables["params"] if "sepconv" in name and not name.endswith("_bn")}
+    assert len(sepconvs) == 10
+    assert set(map(ops.fused_layer, names)) == sepconvs | {None}
 
 
 def test_a_network_with_fused_lowering_is_the_same_network(monkeypatch, interpreted, four_devices):

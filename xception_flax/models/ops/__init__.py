@@ -9,6 +9,7 @@ A program for several GPUs must be traced within `jax.sharding.use_abstract_mesh
 computes only its own images.
 """
 
+import re
 from collections.abc import Sequence
 from functools import reduce
 
@@ -22,15 +23,15 @@ from xception_flax.models.ops.lowerings import (
     LOWERINGS,
     check_lowering,
     chosen,
-    fuses_chains,
     image_multiple,
     lower,
     lowering,
+    takes_chains,
 )
 from xception_flax.models.ops.windows import PADDINGS
 
 __all__ = [
-    "FUSED_SCOPE",
+    "FUSED_LAYER",
     "LOWERINGS",
     "PADDINGS",
     "atrous_max_pool",
@@ -38,7 +39,7 @@ __all__ = [
     "check_lowering",
     "convolution",
     "depthwise_convolution",
-    "fuses_chains",
+    "fused_layer",
     "global_average_pool",
     "image_multiple",
     "lowering",
@@ -46,9 +47,10 @@ __all__ = [
     "moments",
     "normalized_separable_convolution",
     "pointwise_convolution",
+    "takes_chains",
 ]
 
-FUSED_SCOPE = tpu.SCOPE  # marks the kernels of `tpu` in the operations' names of a compiled program
+FUSED_LAYER = "separable, fused"  # what reports call the layers that `fused_layer` finds
 
 
 # Convolutions --------------------------------------------------------------------------------------
@@ -172,6 +174,21 @@ def normalized_separable_convolution(
     y = lower(x, jnp.stack([scale, shift]), depthwise_kernel, **functions, relu=relu, dilation=dilation)
     y = pointwise_convolution(y, pointwise_kernel)
     return y, moments(y)
+
+
+def fused_layer(op_name: str) -> str | None:
+    """Returns the layer that an operation computes as a whole: normalization, ReLU and both convolutions by one kernel.
+
+    Args:
+      op_name: of an operation in a compiled program, such as
+        '.../Xception.endpoints/block2/block2_sepconv1.normalized/fused_separable/shard_map/forward_kernel'.
+
+    Returns:
+      The name of the module that called `normalized_separable_convolution`, 'block2_sepconv1'; None for every other
+      operation.
+    """
+    match = re.search(rf"([^/.]+)\.[^/]+/{tpu.SCOPE}/", op_name)  # Flax names the scope of a method MODULE.METHOD
+    return match[1] if match else None
 
 
 def moments(x: jax.Array) -> jax.Array:

@@ -27,8 +27,9 @@ def lowering(name: str) -> Iterator[None]:
 
     Args:
       name: 'platform', the default, is the fastest that was measured for each platform; 'stock' is XLA's own operation
-        on all platforms; 'fused' is 'platform', but with the kernels of `tpu` on TPUs where shapes allow. They move
-        fewer bytes by the compiler's count, and have not been timed on a TPU yet.
+        on all platforms; 'fused' is 'platform', but with the kernels of `tpu` on TPUs where shapes allow, for Xception
+        networks in training. They take a multiple of 16 images a chip. They move fewer bytes by the compiler's count,
+        and have not been timed on a TPU yet.
 
     Raises:
       UserError: an unknown name.
@@ -66,8 +67,8 @@ def image_multiple(name: str) -> int:
     return tpu.IMAGES if name == "fused" else 1
 
 
-def fuses_chains() -> bool:
-    """Whether a network in training should call `normalized_separable_convolution`.
+def takes_chains() -> bool:
+    """Whether a network in training should call `normalized_separable_convolution` for a whole chain of layers.
 
     It computes the same as separate operations everywhere. This says where it is faster.
     """

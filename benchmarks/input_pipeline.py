@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks import command, photos
-from benchmarks.contenders import Job
+from benchmarks.job import Job
 from benchmarks.readers import BATCHES, READERS
 from benchmarks.turns import Turns
 from benchmarks.worker import Worker
 
 EXAMPLES = f"""\
-  python -m benchmarks.input
-  python -m benchmarks.input --only xception_flax,alone --rounds 3 --json input.json
+  python -m benchmarks.input_pipeline
+  python -m benchmarks.input_pipeline --only xception_flax,alone --rounds 3 --json input_pipeline.json
 
 contenders: {", ".join(READERS)}"""
 
@@ -34,7 +34,7 @@ MAX_DIFFERENCE = {"tf_data": 1.5, "torchvision": 6.0}
 
 
 def main(argv: list[str]) -> int:
-    arguments = command.parser("input", __doc__, EXAMPLES)
+    arguments = command.parser("input_pipeline", __doc__, EXAMPLES)
     arguments.add_argument("--batch", type=command.positive(int), default=32, metavar="N", help="images (32)")
     arguments.add_argument("--size", type=command.positive(int), default=299, metavar="PX", help="pixels a side (299)")
     arguments.add_argument("--images", type=command.positive(int), default=512, metavar="N", help="files (512)")
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 def measure(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     """Returns the size of the files, the images of a run, and a row for each of `names` on each number of CPUs."""
-    progress = command.Progress("input")
+    progress = command.Progress("input_pipeline")
     with tempfile.TemporaryDirectory(prefix="xception_flax_benchmark_") as folder, Turns(progress) as turns:
 
         def start(name: str, threads: int) -> Worker:
