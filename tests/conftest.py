@@ -60,7 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs the longest files first, so that the workers end together."""
     longest = [
         "test_train",
-        "test_prepare",
+        "test_training",
+        "test_imagenet",
         "test_configs",
         "test_steps",
         "test_keras",

@@ -87,7 +87,7 @@ def test_the_list_is_complete():
 
 
 def test_every_network_is_in_a_recipe():
-    """So each is traced below; each trains in test_family.py, test_steps.py or test_prepare.py."""
+    """So each is traced below; each trains in test_family.py, test_steps.py or prepare/test_training.py."""
     networks = {reading.load(path_of(name)).model.name for name in RECIPES if "folder" not in name}
     assert networks == set(MODELS)
 
@@ -111,7 +111,7 @@ def load(name: str, directory: Path, *overrides: str):
 
 
 # All losses, metrics and mixing, and networks with and without batch statistics. Of the other recipes, imagenet trains
-# in test_prepare.py and finetune_folder in test_initial.py.
+# in prepare/test_training.py and finetune_folder in test_initial.py.
 STEPPING = ("digits", "digits:lenet", "imagenet_modern", "jft")
 
 

@@ -1,4 +1,4 @@
-"""What a user sees of a run: records, rates, curves."""
+"""What a user sees of a run: records and rates."""
 
 import errno
 import json
@@ -7,12 +7,10 @@ import re
 import resource
 import signal
 
-import cv2
-import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from xception_flax.display import console, pictures
+from xception_flax.display import console
 from xception_flax.runs import curves, history, progress
 
 
@@ -279,34 +277,3 @@ def test_all_of_the_time_is_recorded_once(tmp_path, monkeypatch, capsys):
     assert shown[0] == "step 11/100  loss 0.0000  100 images/s  MFU 40 %  input 25 %  0:09 left"
     assert (11, "train/step_seconds", pytest.approx(0.1)) in events(tmp_path)
     assert (11, "checkpoint/blocking_seconds", 2.0) in events(tmp_path)
-
-
-def test_curves_show_what_there_is(tmp_path):
-    """More records make more ink. A run without evaluation, or without a finite loss, is drawn too."""
-    records = [{"step": s, "train/loss": 1 / s, "train/top1": 1 - 1 / s, "train/learning_rate": 0.1} for s in (1, 2, 3)]
-    evaluated = [*records, {"step": 3, "eval/loss": 0.2, "eval/top1": 0.9}]
-    multi_label = [{"step": 1, "train/loss": None}, {"step": 1, "eval/loss": 3.0, "eval/map": 0.3}]
-    ink = []
-    for i, r in enumerate((records, evaluated, multi_label, [])):
-        path = tmp_path / f"{i}.png"
-        curves.draw_curves(r, "title", path)
-        picture = cv2.imread(str(path))
-        assert picture.shape[0] > 300
-        assert picture.shape[1] > 1200
-        ink.append(int((picture < 200).sum()))
-    assert ink[1] > ink[0] > ink[3]
-
-
-def test_mistakes_show_every_image(tmp_path):
-    images = [np.full((8, 8, c), 200, np.uint8) for c in (1, 3, 1, 3, 1, 3, 1, 3, 1)]
-    pictures.draw_mistakes(images, ["a"] * 9, ["b" * 30] * 9, [0.5] * 9, "9 wrong", tmp_path / "m.png")
-    nine = cv2.imread(str(tmp_path / "m.png"))
-    pictures.draw_mistakes([], [], [], [], "none wrong", tmp_path / "none.png")
-    none = cv2.imread(str(tmp_path / "none.png"))
-    pictures.draw_mistakes(images[:1], ["a"], ["b"], [0.5], "a title\nof three\nlines", tmp_path / "one.png")
-    one = cv2.imread(str(tmp_path / "one.png"))
-    assert (one == 200).all(-1).mean() > 0.2  # the picture is no larger than its content
-    assert none.shape[0] < 100
-    gray = (nine == 200).all(-1).sum()
-    assert gray > 9 * 50 * 50
-    assert (none < 128).any()

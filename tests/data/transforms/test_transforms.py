@@ -322,6 +322,30 @@ def test_noise_is_uniform():
 # Chains --------------------------------------------------------------------------------------------
 
 
+def test_chains_are_parsed():
+    chain = transforms.parse_transforms("random_affine(max_degrees=5, max_shift=0.1) | resize", 24)
+    assert [f.func.__name__ for f in chain] == ["random_affine", "resize"]
+    assert chain[0].keywords == {"max_degrees": 5, "max_shift": 0.1}
+    assert chain[1].keywords == {"image_size": 24}
+    assert transforms.parse_transforms("resize(image_size=7)", 24)[0].keywords == {"image_size": 7}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rezise", "unknown transform 'rezise'; did you mean 'resize'"),
+        ("resize(size=3)", "transform 'resize' takes no 'size'; .*image_size"),
+        ("resize(", "must be written as name or name"),
+        ("resize(3)", "must be written as name or name"),
+        ("resize | ", "must be written as name or name"),
+        ("__import__('os').system('true')", "must be written as name or name"),
+    ],
+)
+def test_bad_chains_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        transforms.parse_transforms(text, 24)
+
+
 def test_values_of_every_type_are_parsed():
     chain = "random_resized_crop(min_area=0.1, kernel='bicubic', antialias=True, sampling=\"tensorflow\") | resize"
     first, second = transforms.parse_transforms(chain, 24)
