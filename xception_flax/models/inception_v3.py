@@ -18,6 +18,7 @@ MIN_AUXILIARY_MAP = 17  # pixels a side of stage 4: what 299 px give, and the au
 
 HALVE = dict(strides=2, padding="VALID")
 
+Pool = Callable[[jax.Array], jax.Array]  # 3x3 average pooling of a network, to the same size
 Unit = Callable[..., jax.Array]  # `conv_unit` of a network: (x, features, kernel size, name, *, strides, padding)
 Steps = Sequence[tuple[int, tuple[int, int]]]  # (features, kernel size) of units one after the other
 
@@ -59,6 +60,7 @@ class Mixed35(nn.Module):
     """Figure 5 of the Inception V3 paper, with one 5x5 left whole: N x 35 x 35 x C -> 224 + `pool_features`."""
 
     unit: Unit
+    pool: Pool
     pool_features: int
 
     @nn.compact
@@ -68,7 +70,7 @@ class Mixed35(nn.Module):
             unit(x, 64, (1, 1), f"{name}_1x1"),
             tower(unit, x, [(48, (1, 1)), (64, (5, 5))], f"{name}_5x5"),
             tower(unit, x, [(64, (1, 1)), (96, (3, 3)), (96, (3, 3))], f"{name}_3x3dbl"),
-            unit(ops.average_pool(x), self.pool_features, (1, 1), f"{name}_pool"),
+            unit(self.pool(x), self.pool_features, (1, 1), f"{name}_pool"),
         )
 
 
@@ -90,6 +92,7 @@ class Mixed17(nn.Module):
     """Figure 6, a 7x7 as 1x7 and 7x1: N x 17 x 17 x C -> 768, with `features` inside the towers."""
 
     unit: Unit
+    pool: Pool
     features: int
 
     @nn.compact
@@ -101,7 +104,7 @@ class Mixed17(nn.Module):
             unit(x, 192, (1, 1), f"{name}_1x1"),
             tower(unit, x, single, f"{name}_7x7"),
             tower(unit, x, double, f"{name}_7x7dbl"),
-            unit(ops.average_pool(x), 192, (1, 1), f"{name}_pool"),
+            unit(self.pool(x), 192, (1, 1), f"{name}_pool"),
         )
 
 
@@ -124,6 +127,7 @@ class Mixed8(nn.Module):
     """Figure 7, a 3x3 spread over 1x3 and 3x1 side by side: N x 8 x 8 x C -> 2048."""
 
     unit: Unit
+    pool: Pool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -136,7 +140,7 @@ class Mixed8(nn.Module):
             unit(single, 384, (3, 1), f"{name}_3x3_2b"),
             unit(double, 384, (1, 3), f"{name}_3x3dbl_3a"),
             unit(double, 384, (3, 1), f"{name}_3x3dbl_3b"),
-            unit(ops.average_pool(x), 192, (1, 1), f"{name}_pool"),
+            unit(self.pool(x), 192, (1, 1), f"{name}_pool"),
         )
 
 
@@ -178,8 +182,9 @@ class InceptionV3(nn.Module):
     The Xception paper's table 3 says 23,626,728 and not what it counts; Keras' network, whose weights
     are published, is by the same author and has the modules of the Inception V3 paper (figures 5, 6
     and 7), so its number is the one held to here. Normalization has no scale, as the ReLU behind it
-    and the next convolution make one superfluous. Images, collections and `train` as for `Xception`,
-    but H and W at least 75.
+    and the next convolution make one superfluous. The network of torchvision and timm is this one with
+    `bn_scale=True, count_include_pad=True`. Images, collections and `train` as for `Xception`, but H
+    and W at least 75.
 
     Attributes:
       num_classes: width of the logits; 0 for no classifier: the pooled features `[N, 2048]` instead.
@@ -193,6 +198,8 @@ class InceptionV3(nn.Module):
       bn_decay: share of the old moving statistic that a step keeps.
       bn_frozen: training too normalizes by the moving statistics, and leaves them as they are.
       bn_epsilon: added to the variance.
+      bn_scale: give each normalization a scale.
+      count_include_pad: the 3x3 average pooling counts the zeros around the image too. Weights fit both.
       dtype: of the computation; batch statistics and logits are float32 in any case.
       param_dtype: of the parameters.
 
@@ -210,6 +217,8 @@ class InceptionV3(nn.Module):
     bn_decay: float = 0.99
     bn_frozen: bool = False
     bn_epsilon: float = 1e-3
+    bn_scale: bool = False
+    count_include_pad: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -239,9 +248,10 @@ class InceptionV3(nn.Module):
         """
         check_images(images, MIN_IMAGE_SIZE, "Inception V3")
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = batch_norm(self, train=train, use_scale=False)
+        norm = batch_norm(self, train=train, use_scale=self.bn_scale)
         unit = partial(conv_unit, conv=partial(Conv, **dtypes), norm=norm, width=self.width)
-        block = partial(add_block, self, unit=unit)
+        reduce = partial(add_block, self, unit=unit)
+        block = partial(reduce, pool=partial(ops.average_pool, count_include_pad=self.count_include_pad))
 
         # Stem. Shapes at 299 px and width 1.
         x = images.astype(self.dtype)  #                                             N x 299 x 299 x 3
@@ -257,12 +267,12 @@ class InceptionV3(nn.Module):
         x = block(Mixed35, pool_features=32, name="mixed0")(x)  #                    N x 35 x 35 x 256
         x = block(Mixed35, pool_features=64, name="mixed1")(x)  #                    N x 35 x 35 x 288
         x = stage3 = block(Mixed35, pool_features=64, name="mixed2")(x)  #           N x 35 x 35 x 288
-        x = block(Reduce35, name="mixed3")(x)  #                                     N x 17 x 17 x 768
+        x = reduce(Reduce35, name="mixed3")(x)  #                                    N x 17 x 17 x 768
         x = block(Mixed17, features=128, name="mixed4")(x)  #                        N x 17 x 17 x 768
         x = block(Mixed17, features=160, name="mixed5")(x)  #                        N x 17 x 17 x 768
         x = block(Mixed17, features=160, name="mixed6")(x)  #                        N x 17 x 17 x 768
         x = stage4 = block(Mixed17, features=192, name="mixed7")(x)  #               N x 17 x 17 x 768
-        x = block(Reduce17, name="mixed8")(x)  #                                     N x 8 x 8 x 1280
+        x = reduce(Reduce17, name="mixed8")(x)  #                                    N x 8 x 8 x 1280
         x = block(Mixed8, name="mixed9")(x)  #                                       N x 8 x 8 x 2048
         x = stage5 = block(Mixed8, name="mixed10")(x)  #                             N x 8 x 8 x 2048
 

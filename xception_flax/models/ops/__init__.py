@@ -9,6 +9,7 @@ On several GPUs a program names its mesh, by `with jax.sharding.use_abstract_mes
 traced: so each computes its own images, and not all of them.
 """
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 
@@ -229,10 +230,17 @@ def average_pool(
     window: tuple[int, int] = (3, 3),
     strides: tuple[int, int] = (1, 1),
     padding: str = "SAME",
+    count_include_pad: bool = False,
 ) -> jax.Array:
-    """Mean over windows, of the pixels inside the image only: `[N, H, W, C]` -> `[N, H', W', C]`.
+    """Mean over windows: `[N, H, W, C]` -> `[N, H', W', C]`.
 
-    As TensorFlow and Keras have it; PyTorch counts the padding as zeros unless told otherwise.
+    Args:
+      x: `[N, H, W, C]`.
+      window: rows, columns.
+      strides: rows, columns.
+      padding: one of `PADDINGS`.
+      count_include_pad: whether the padding counts, as zeros: PyTorch's default. TensorFlow and Keras take the
+        mean of the pixels inside the image only.
     """
     pads = windows.pads(x.shape[1:3], window, strides, padding)
 
@@ -241,7 +249,8 @@ def average_pool(
         return lax.reduce_window(x, zero, lax.add, (1, *window, 1), (1, *strides, 1), [(0, 0), *pads, (0, 0)])
 
     wide = np.promote_types(x.dtype, jnp.float32)  # nine numbers of 8 bits do not add up in 8 bits
-    return (add_up(x.astype(wide)) / add_up(jnp.ones((1, *x.shape[1:3], 1), wide))).astype(x.dtype)
+    pixels = math.prod(window) if count_include_pad else add_up(jnp.ones((1, *x.shape[1:3], 1), wide))
+    return (add_up(x.astype(wide)) / pixels).astype(x.dtype)
 
 
 def global_average_pool(x: jax.Array, *, axes: Sequence[int] = (1, 2)) -> jax.Array:
