@@ -1,11 +1,12 @@
 """Writes timm.npz: what timm's networks compute from seeded weights and images.
 
-    python3 -m venv /tmp/timm && /tmp/timm/bin/pip install torch timm
+    python3 -m venv /tmp/timm && /tmp/timm/bin/pip install torch timm torchvision
     /tmp/timm/bin/python tests/golden/make_timm.py
 
 The weights are seeded by timm's names, so that nothing of ours is needed here and nothing of torch in
 the tests. Batch statistics are calibrated on the images of each size, layer by layer, then moved a
-little: with arbitrary statistics the signal dies on its way, and any network passes.
+little: with arbitrary statistics the signal dies on its way, and any network passes. torchvision's
+Inception V3 is compared with timm's here, so that the stored outputs stand for both.
 """
 
 from pathlib import Path
@@ -13,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+import torchvision
 from seeded import disturbed, draw, sample, structured_images
 
-NAMES = ("legacy_xception", "xception41", "xception65", "xception71", "xception41p", "xception65p")
+NAMES = ("legacy_xception", "xception41", "xception65", "xception71", "xception41p", "xception65p", "inception_v3")
 SIZES = ((299, 299), (150, 214))
 IMAGES = 4
 
@@ -54,8 +56,20 @@ def main() -> None:
         golden[f"{name}/parameters"] = np.array(sum(p.numel() for p in model.parameters()))
         for height, width in SIZES:
             images = torch.from_numpy(structured_images(IMAGES, height, width)).permute(0, 3, 1, 2)
+            auxiliary = name == "inception_v3" and min(height, width) >= 299
+            if auxiliary:
+                model = timm.create_model(name, aux_logits=True).eval()
+                fill(model)
             calibrate(model, images)
             key = f"{name}/{height}x{width}"
+            if auxiliary:
+                logits, auxiliary_logits = model(images)
+                golden[f"{key}/auxiliary_logits"] = auxiliary_logits.numpy()
+                other = torchvision.models.inception_v3(init_weights=False).eval()
+                other.load_state_dict(model.state_dict())
+                difference = (other(images) - logits).abs().max() / np.ptp(logits.numpy(), axis=0).max()
+                assert difference < 1e-5, difference
+                model.aux_logits = False
             golden[f"{key}/logits"] = model(images).numpy()
             for i, stage in enumerate(model.forward_intermediates(images, intermediates_only=True), start=1):
                 golden[f"{key}/stage{i}"] = sample(stage.permute(0, 2, 3, 1).numpy())

@@ -18,6 +18,7 @@ MIN_AUXILIARY_MAP = 17  # pixels a side of stage 4 that the auxiliary tower need
 
 HALVE = dict(strides=2, padding="VALID")
 
+Pool = Callable[[jax.Array], jax.Array]  # 3x3 average pooling of a network, to the same size
 Unit = Callable[..., jax.Array]  # `conv_unit` of a network: (x, features, kernel size, name, *, strides, padding)
 Steps = Sequence[tuple[int, tuple[int, int]]]  # (features, kernel size) of units one after the other
 
@@ -59,6 +60,7 @@ class Mixed35(nn.Module):
     """Figure 5 of the Inception V3 paper, but with one 5x5: N x 35 x 35 x C -> N x 35 x 35 x (224 + pool_features)."""
 
     unit: Unit
+    pool: Pool
     pool_features: int
 
     @nn.compact
@@ -68,7 +70,7 @@ class Mixed35(nn.Module):
             unit(x, 64, (1, 1), f"{name}_1x1"),
             tower(unit, x, [(48, (1, 1)), (64, (5, 5))], f"{name}_5x5"),
             tower(unit, x, [(64, (1, 1)), (96, (3, 3)), (96, (3, 3))], f"{name}_3x3dbl"),
-            unit(ops.average_pool(x), self.pool_features, (1, 1), f"{name}_pool"),
+            unit(self.pool(x), self.pool_features, (1, 1), f"{name}_pool"),
         )
 
 
@@ -95,6 +97,7 @@ class Mixed17(nn.Module):
     """
 
     unit: Unit
+    pool: Pool
     features: int
 
     @nn.compact
@@ -106,7 +109,7 @@ class Mixed17(nn.Module):
             unit(x, 192, (1, 1), f"{name}_1x1"),
             tower(unit, x, single, f"{name}_7x7"),
             tower(unit, x, double, f"{name}_7x7dbl"),
-            unit(ops.average_pool(x), 192, (1, 1), f"{name}_pool"),
+            unit(self.pool(x), 192, (1, 1), f"{name}_pool"),
         )
 
 
@@ -129,6 +132,7 @@ class Mixed8(nn.Module):
     """Figure 7, a 3x3 split into parallel 1x3 and 3x1: N x 8 x 8 x C -> N x 8 x 8 x 2048."""
 
     unit: Unit
+    pool: Pool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -141,7 +145,7 @@ class Mixed8(nn.Module):
             unit(single, 384, (3, 1), f"{name}_3x3_2b"),
             unit(double, 384, (1, 3), f"{name}_3x3dbl_3a"),
             unit(double, 384, (3, 1), f"{name}_3x3dbl_3b"),
-            unit(ops.average_pool(x), 192, (1, 1), f"{name}_pool"),
+            unit(self.pool(x), 192, (1, 1), f"{name}_pool"),
         )
 
 
@@ -183,8 +187,9 @@ class InceptionV3(nn.Module):
     The Xception paper's table 3 says 23,626,728, without saying what it counts. This is Keras' network
     instead: its weights are published, it is by the same author, and it has the modules of the
     Inception V3 paper (figures 5, 6 and 7). Normalization has no scale: with a ReLU and a convolution
-    after it, a scale is superfluous. Images, collections and `train` as for `Xception`, but H and W are
-    at least 75.
+    after it, a scale is superfluous. The network of torchvision and timm is this one with
+    `bn_scale=True, count_include_pad=True`. Images, collections and `train` as for `Xception`, but H and
+    W are at least 75.
 
     Attributes:
       num_classes: width of the logits; 0 for no classifier: the pooled features `[N, 2048]` instead.
@@ -199,6 +204,8 @@ class InceptionV3(nn.Module):
       bn_decay: share of the old moving statistic that a step keeps.
       bn_frozen: normalize by the moving statistics in training too, and leave them unchanged.
       bn_epsilon: added to the variance.
+      bn_scale: give each normalization a scale.
+      count_include_pad: the 3x3 average pooling counts the zeros around the image too. Weights fit both.
       dtype: of the computation; batch statistics and logits are float32 in any case.
       param_dtype: of the parameters.
 
@@ -216,6 +223,8 @@ class InceptionV3(nn.Module):
     bn_decay: float = 0.99
     bn_frozen: bool = False
     bn_epsilon: float = 1e-3
+    bn_scale: bool = False
+    count_include_pad: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -245,9 +254,10 @@ class InceptionV3(nn.Module):
         """
         check_images(images, MIN_IMAGE_SIZE, "Inception V3")
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = batch_norm(self, train=train, use_scale=False)
+        norm = batch_norm(self, train=train, use_scale=self.bn_scale)
         unit = partial(conv_unit, conv=partial(Conv, **dtypes), norm=norm, width=self.width)
-        block = partial(add_block, self, unit=unit)
+        reduce = partial(add_block, self, unit=unit)
+        block = partial(reduce, pool=partial(ops.average_pool, count_include_pad=self.count_include_pad))
 
         # Stem. Shapes at 299 px and width 1.
         x = images.astype(self.dtype)  #                                             N x 299 x 299 x 3
@@ -263,12 +273,12 @@ class InceptionV3(nn.Module):
         x = block(Mixed35, pool_features=32, name="mixed0")(x)  #                    N x 35 x 35 x 256
         x = block(Mixed35, pool_features=64, name="mixed1")(x)  #                    N x 35 x 35 x 288
         x = stage3 = block(Mixed35, pool_features=64, name="mixed2")(x)  #           N x 35 x 35 x 288
-        x = block(Reduce35, name="mixed3")(x)  #                                     N x 17 x 17 x 768
+        x = reduce(Reduce35, name="mixed3")(x)  #                                    N x 17 x 17 x 768
         x = block(Mixed17, features=128, name="mixed4")(x)  #                        N x 17 x 17 x 768
         x = block(Mixed17, features=160, name="mixed5")(x)  #                        N x 17 x 17 x 768
         x = block(Mixed17, features=160, name="mixed6")(x)  #                        N x 17 x 17 x 768
         x = stage4 = block(Mixed17, features=192, name="mixed7")(x)  #               N x 17 x 17 x 768
-        x = block(Reduce17, name="mixed8")(x)  #                                     N x 8 x 8 x 1280
+        x = reduce(Reduce17, name="mixed8")(x)  #                                    N x 8 x 8 x 1280
         x = block(Mixed8, name="mixed9")(x)  #                                       N x 8 x 8 x 2048
         x = stage5 = block(Mixed8, name="mixed10")(x)  #                             N x 8 x 8 x 2048
 

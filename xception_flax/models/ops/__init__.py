@@ -9,6 +9,7 @@ A program for several GPUs must be traced within `jax.sharding.use_abstract_mesh
 computes only its own images.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from functools import reduce
@@ -246,10 +247,17 @@ def average_pool(
     window: tuple[int, int] = (3, 3),
     strides: tuple[int, int] = (1, 1),
     padding: str = "SAME",
+    count_include_pad: bool = False,
 ) -> jax.Array:
-    """Mean over windows, only of the pixels inside the image: `[N, H, W, C]` -> `[N, H', W', C]`.
+    """Mean over windows: `[N, H, W, C]` -> `[N, H', W', C]`.
 
-    As in TensorFlow and Keras; PyTorch by default counts the padding as zeros.
+    Args:
+      x: `[N, H, W, C]`.
+      window: rows, columns.
+      strides: rows, columns.
+      padding: one of `PADDINGS`.
+      count_include_pad: whether the padding counts, as zeros: PyTorch's default. TensorFlow and Keras take the
+        mean of the pixels inside the image only.
     """
     pads = windows.pads(x.shape[1:3], window, strides, padding)
 
@@ -258,7 +266,8 @@ def average_pool(
         return lax.reduce_window(x, zero, lax.add, (1, *window, 1), (1, *strides, 1), [(0, 0), *pads, (0, 0)])
 
     wide = np.promote_types(x.dtype, jnp.float32)  # the 8 bits of bfloat16 are too few for a sum of nine numbers
-    return (add_up(x.astype(wide)) / add_up(jnp.ones((1, *x.shape[1:3], 1), wide))).astype(x.dtype)
+    pixels = math.prod(window) if count_include_pad else add_up(jnp.ones((1, *x.shape[1:3], 1), wide))
+    return (add_up(x.astype(wide)) / pixels).astype(x.dtype)
 
 
 def global_average_pool(x: jax.Array, *, axes: Sequence[int] = (1, 2)) -> jax.Array:
