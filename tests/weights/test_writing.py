@@ -18,6 +18,7 @@ from xception_flax import create_model
 from xception_flax.text.errors import UserError
 from xception_flax.weights import description, source, writing
 from xception_flax.weights.pretrained import Pretrained
+from xception_flax.weights.shapes import shapes_of
 
 NARROW = dict(name="xception", num_classes=4, width=0.02)
 FULL = dict(name="xception", num_classes=3, fc_layers=(8,), dropout_rate=0.2)
@@ -33,7 +34,7 @@ def keras_promotes_ranks() -> Iterator[None]:
 def random_network(channels: int = 3, **model: object) -> Pretrained:
     """A network whose layers keep the signal alive, and whose arrays are all different."""
     rng, values = np.random.default_rng(0), {}
-    for place, leaf in flatten_dict(description.shapes(create_model(**model), channels)).items():
+    for place, leaf in flatten_dict(shapes_of(model, channels)).items():
         if place[-1] == "kernel":
             values[place] = rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape)
         else:

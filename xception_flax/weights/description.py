@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -13,10 +11,9 @@ from xception_flax import models
 from xception_flax.text.errors import UserError
 from xception_flax.weights import timm
 from xception_flax.weights.pretrained import Pretrained
+from xception_flax.weights.shapes import shapes_of
 
 DESCRIPTION = "xception_flax"  # the key of the description, in the metadata of a file or in config.json
-
-SIZE = 299  # pixels a side of the images by which shapes are found; no array's shape depends on it
 
 
 def describe(pretrained: Pretrained) -> dict[str, Any]:
@@ -44,8 +41,8 @@ def read(description: Any, arrays: Mapping[str, np.ndarray], path: Path) -> Pret
     Raises:
       UserError: the description is damaged, or the arrays are not those of its network.
     """
-    model, channels, said = _checked(description, path)
-    flat = flatten_dict(shapes(model, channels))
+    channels, said = _checked(description, path)
+    flat = flatten_dict(shapes_of(said["model"], channels))
     ours = {place: arrays[name] for place in flat if (name := "/".join(place)) in arrays}
     theirs = {name: array for name, array in arrays.items() if name.partition("/")[0] not in ("params", "batch_stats")}
     if wrong := [place for place, array in ours.items() if array.shape != flat[place].shape]:
@@ -65,16 +62,10 @@ def read(description: Any, arrays: Mapping[str, np.ndarray], path: Path) -> Pret
     return Pretrained(variables=unflatten_dict(ours), **said)
 
 
-def shapes(model: Any, channels: int) -> dict[str, Any]:
-    """Returns the shapes of what `model.apply` takes for images of so many channels."""
-    images = jax.ShapeDtypeStruct((1, SIZE, SIZE, channels), jnp.float32)
-    return dict(jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images))
-
-
-def _checked(description: Any, path: Path) -> tuple[Any, int, dict[str, Any]]:
-    """Returns the network, its images' channels, and keywords of `Pretrained`."""
+def _checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
+    """Returns the images' channels, and keywords of `Pretrained`."""
     try:
-        model = models.create_model(**description["model"])
+        models.create_model(**description["model"])
         said = {
             "library": str(description["library"]),
             "model": dict(description["model"]),
@@ -85,7 +76,7 @@ def _checked(description: Any, path: Path) -> tuple[Any, int, dict[str, Any]]:
             and {name: tuple(map(float, description["normalize"][name])) for name in ("mean", "std")},
             "activation": {"softmax": "softmax", "sigmoid": "sigmoid"}[description["activation"]],
         }
-        return model, int(description["channels"]), said
+        return int(description["channels"]), said
     except UserError as error:
         raise UserError(f"{path}: its description is of a network that is not here: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:  # whatever a hand may write

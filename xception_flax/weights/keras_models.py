@@ -8,21 +8,19 @@ or places of layers, so they say nothing of what a head computes.
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from xception_flax.models import create_model
 from xception_flax.text.errors import UserError
 from xception_flax.text.naming import shown
 from xception_flax.weights import keras, keras_graph
 from xception_flax.weights.keras_graph import Graph, Layer, Match, Node, Op, numbers
 from xception_flax.weights.pretrained import Pretrained
 from xception_flax.weights.reader.room import Contents
+from xception_flax.weights.shapes import shapes_of, width_fields
 
 Arrays = Sequence[np.ndarray]
 Entries = list[tuple[str, Arrays]]  # layers and their arrays, by Keras' names or by ours
@@ -30,7 +28,6 @@ Affine = tuple[np.ndarray, np.ndarray]  # scale and offset, float64, [C] or [1]
 
 NETWORKS = "Xception or Inception V3"
 BN_EPSILON = 1e-3  # of Keras Applications
-SIZE = 96  # pixels a side of images that both networks take
 
 # A smaller standard deviation, of 0 to 255, and something has scaled the images before the model sees them.
 MIN_STD = 10.0
@@ -98,8 +95,9 @@ def _pretrained(
         model["auxiliary"] = False
     first = [array.shape for ours, arrays in layers if ours in ("block1_conv1", "stem_conv1") for array in arrays]
     channels = first[0][2] if first and len(first[0]) == 4 else 3
-    model |= _widths(layers, _shapes(model, channels), multiples=(8, 1) if name == "xception" else (8,))
-    variables = keras.from_keras([*layers, *head.layers], _shapes(model, channels))
+    widths = _widths(layers, shapes_of(model, channels)["params"])
+    model |= width_fields(widths, multiples=(8, 1) if name == "xception" else (8,))
+    variables = keras.from_keras([*layers, *head.layers], shapes_of(model, channels))
     return Pretrained(
         "keras",
         model,
@@ -111,30 +109,12 @@ def _pretrained(
     )
 
 
-def _shapes(model: Mapping[str, Any], channels: int) -> dict[str, Any]:
-    network = create_model(**model)
-    images = jnp.zeros((1, SIZE, SIZE, channels))
-    return dict(jax.eval_shape(lambda: network.init(jax.random.key(0), images, train=False)))
-
-
-def _widths(layers: Entries, template: Mapping[str, Any], multiples: Sequence[int]) -> dict[str, Any]:
-    """Returns the fields that make the layers as wide as they are; none for `template`'s width, or where none do."""
-    widths = []  # in the template, and in the file
+def _widths(layers: Entries, template: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Yields channels of each convolution at width 1, and those that it has."""
     for ours, arrays in layers:
-        if arrays and not ours.endswith("_bn"):
-            leaf = template["params"][ours]
-            widths.append((leaf.get("pointwise", leaf)["kernel"].shape[-1], (0, *arrays[-1].shape)[-1]))
-    if all(template == there for template, there in widths):
-        return {}
-    for multiple in multiples:
-        lower = max((there - multiple / 2) / width if there > multiple else 0 for width, there in widths)
-        upper = min((there + multiple / 2) / width for width, there in widths)
-        if any(there % multiple or not there for _, there in widths) or lower >= upper:
-            continue
-        rounded = (round((lower + upper) / 2, digits) for digits in range(1, 18))
-        width = next((value for value in rounded if lower < value < upper), (lower + upper) / 2)
-        return {"width": width} | ({"width_multiple": multiple} if multiple != 8 else {})
-    return {}
+        if not ours.endswith("_bn"):
+            leaf = template[ours]
+            yield leaf.get("pointwise", leaf)["kernel"].shape[-1], arrays[-1].shape[-1]
 
 
 # Whole models --------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from xception_flax.weights import cards, timm
 from xception_flax.weights import keras as keras_names
 from xception_flax.weights.description import DESCRIPTION, describe
 from xception_flax.weights.pretrained import Pretrained
+from xception_flax.weights.shapes import shapes_of
 
 
 class Written(NamedTuple):
@@ -74,7 +75,7 @@ def _write_keras(pretrained: Pretrained, path: Path) -> list[str]:
     """Whole, as `.keras`, or the weights alone, as `.weights.h5`."""
     model = _keras_model(pretrained)
     (model.save_weights if path.name.endswith(".weights.h5") else model.save)(path)
-    return _differences(pretrained, KERAS_FIELDS, "Keras")
+    return _differences(pretrained, {"name": pretrained.model["name"]}, "Keras")
 
 
 def _keras_model(pretrained: Pretrained) -> Any:
@@ -114,6 +115,9 @@ def _keras_model(pretrained: Pretrained) -> Any:
             layer.set_weights(values)
     except ValueError:
         raise UserError(f"Keras has {name} in one size; this one has other widths or depths.") from None
+    taken = sum(value.size for values in arrays for value in values)
+    if (left := sum(value.size for value in flatten_dict(pretrained.variables).values()) - taken) != 0:
+        raise UserError(f"Keras' {name} has no place for {left:,} values of this network (model {pretrained.model}).")
     return model
 
 
@@ -133,10 +137,10 @@ def _torch_arrays(pretrained: Pretrained) -> tuple[dict[str, np.ndarray], list[s
     if architecture is None:
         return _our_arrays(pretrained.variables), [f"timm has no {pretrained.model['name']}; the names are ours"]
     flat = flatten_dict(pretrained.variables)
-    hidden = any(place[1].startswith("fc") for place in flat)
-    head = {place: value for place, value in flat.items() if hidden and HEAD.fullmatch(place[1])}
+    hidden = bool(pretrained.model.get("fc_layers"))
+    head = {place: value for place, value in flat.items() if hidden and _is_head(place)}
     backbone = unflatten_dict({place: value for place, value in flat.items() if place not in head})
-    notes = _differences(pretrained, TIMM_FIELDS.get(architecture, {}), "timm")
+    notes = _differences(pretrained, timm.NETWORKS[architecture], "timm")
     if head:
         notes.append("timm has no hidden layers before a classifier; their arrays are there by our names")
     return timm.to_timm(backbone) | _our_arrays(unflatten_dict(head)), notes
@@ -144,8 +148,19 @@ def _torch_arrays(pretrained: Pretrained) -> tuple[dict[str, np.ndarray], list[s
 
 def architecture_of(pretrained: Pretrained) -> str | None:
     """Returns timm's name of the network; None where timm has none with these layers."""
-    name, width = pretrained.model["name"], pretrained.model.get("width", 1)
-    return None if width != 1 else TIMM_NETWORKS.get(name)
+    ours = {place: value.shape for place, value in flatten_dict(pretrained.variables).items() if not _is_head(place)}
+    auxiliary = {"auxiliary": True} if pretrained.model.get("auxiliary") else {}
+    for architecture, fields in timm.NETWORKS.items():
+        if fields["name"] == pretrained.model["name"]:
+            model = {**fields, **auxiliary, "num_classes": pretrained.model["num_classes"]}
+            theirs = flatten_dict(shapes_of(model, pretrained.channels))
+            if {place: leaf.shape for place, leaf in theirs.items() if not _is_head(place)} == ours:
+                return architecture
+    return None
+
+
+def _is_head(place: tuple[str, ...]) -> bool:
+    return re.fullmatch("fc[0-9]+|predictions", place[1]) is not None
 
 
 def _our_arrays(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -202,28 +217,19 @@ def _format(output: Path) -> Format:
 
 # What a library computes otherwise ------------------------------------------------------------------
 
-# Fields of ours that are not in the arrays, with the values they have in the other library's network.
-KERAS_FIELDS = {"padding": "SAME", "bn_epsilon": 1e-3, "mid_activation": None, "residual": True}
-TIMM_FIELDS = {
-    "legacy_xception": {"padding": "SYMMETRIC", "bn_epsilon": 1e-5, "mid_activation": None, "residual": True},
-}
-# Our networks that timm has, with its names.
-TIMM_NETWORKS = {
-    "xception": "legacy_xception",
-    **{name: name for name in ("xception41", "xception65", "xception71", "xception41p", "xception65p")},
-    "inception_v3": "inception_v3",
-}
-HEAD = re.compile("fc[0-9]+|predictions")
+# Fields that no array shows, and that another library's network has its own values of.
+UNSEEN = ("padding", "bn_epsilon", "mid_activation", "residual", "count_include_pad")
 
 
 def _differences(pretrained: Pretrained, theirs: Mapping[str, Any], library: str) -> list[str]:
-    """Says which fields the library's network has otherwise; its logits are then others than ours."""
-    network = models.create_model(**pretrained.model)
-    other = {k: v for k, v in theirs.items() if hasattr(network, k) and getattr(network, k) != v}
-    if not other:
-        return []
-    values = ", ".join(f"{name} {value} in place of {getattr(network, name)}" for name, value in other.items())
-    return [f"{library} computes this network with {values}: its logits differ from ours"]
+    """Says which fields the library's network, ours of the keywords `theirs`, has otherwise: its logits then differ."""
+    ours, other = models.create_model(**pretrained.model), models.create_model(**theirs)
+    values = ", ".join(
+        f"{name} {getattr(other, name)} in place of {getattr(ours, name)}"
+        for name in UNSEEN
+        if getattr(ours, name, None) != getattr(other, name, None)
+    )
+    return [f"{library} computes this network with {values}: its logits differ from ours"] if values else []
 
 
 @contextlib.contextmanager
