@@ -18,7 +18,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_file_of_commands_is_a_verb():
-    files = {path.stem for path in (ROOT / "xception_flax" / "commands").glob("*.py")} - {"__init__", "cli"}
+    files = {path.stem for path in (ROOT / "xception_flax" / "commands").glob("*.py")} - {"__init__", "cli", "images"}
     assert files == {verb.replace("-", "_") for verb in VERBS}
 
 
