@@ -378,7 +378,7 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
         (tmp_path / "empty.h5", {}, r"empty\.h5 has no layers with weights in it; expected a file of Keras"),
         (tmp_path / "text.safetensors", {}, r"text\.safetensors cannot be read as a safetensors file: "),
         (tmp_path / "text.npz", {}, r"text\.npz cannot be read as an \.npz archive of arrays: "),
-        (tmp_path / "unread.ckpt", {}, r"must be \.h5 \(Keras\).*; torch, which alone reads this, writes one"),
+        (tmp_path / "unread.ckpt", {}, r"must be \.h5 or \.keras \(Keras\).*; with torch, torch\.save\("),
         (tmp_path / "tf.ckpt", {}, r"tf\.ckpt is a checkpoint of TensorFlow \(tf\.ckpt\.index\), and is not read"),
         ("a" * 5000, {}, r"^init\.weights: 'a{200}' cannot be opened: File name too long"),
         ("~no one/w.h5", {}, r"^init\.weights: '~no one/w\.h5' cannot be opened: "),
