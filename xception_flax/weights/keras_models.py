@@ -112,9 +112,9 @@ def _pretrained(
 def _widths(layers: Entries, template: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     """Yields channels of each convolution at width 1, and those that it has."""
     for ours, arrays in layers:
-        if not ours.endswith("_bn"):
+        if arrays and not ours.endswith("_bn"):
             leaf = template[ours]
-            yield leaf.get("pointwise", leaf)["kernel"].shape[-1], arrays[-1].shape[-1]
+            yield leaf.get("pointwise", leaf)["kernel"].shape[-1], _channels(arrays)
 
 
 # Whole models --------------------------------------------------------------------------------------
@@ -154,9 +154,10 @@ def _give_arrays(layers: Sequence[Layer], entries: Entries) -> list[str]:
         # Layers of different models may have the same name. Files of Keras 3 are in the order of the places, older ones
         # in the model's.
         names, by_place = [name for name, _ in entries], sorted(layers, key=lambda layer: layer.place.split("/"))
-        orders = ([layer for layer in order if layer.name in names] for order in (by_place, layers))
+        known = set(names)
+        orders = ([layer for layer in order if layer.name in known] for order in (by_place, layers))
         owners = next((order for order in orders if [layer.name for layer in order] == names), None)
-        if owners is None and len(set(names)) < len(names):
+        if owners is None and len(known) < len(names):
             raise ValueError("it has several layers of one name, and not in the model's order; give them other names.")
         of_entry = {layer.name: layer for layer in layers}
         owners = owners or [of_entry.get(name) for name in names]
@@ -185,9 +186,7 @@ def _found(graph: Graph) -> tuple[str, Match]:
             else:
                 misses.append(match)
     if len(found) > 1:
-        raise ValueError(
-            f"it has {len(found)} networks: {', '.join(name for name, _ in found.values())}; expected one."
-        )
+        raise ValueError(_several([name for name, _ in found.values()]))
     if found:
         return next(iter(found.values()))
     fits, reason = max(misses, default=(0, ""))
@@ -270,10 +269,9 @@ def _affine(node: Node) -> Affine | None:
             pair = _arithmetic(node)
     if any(values is None or not np.isfinite(values).all() for values in pair):
         return None
-    # Keras has shapes such as [1, 1, 1, C]; anything but channels behind each other is another matter.
     if any(values.size != max(values.shape, default=1) for values in pair):
         return None
-    return np.ravel(pair[0]), np.ravel(pair[1])
+    return np.ravel(pair[0]), np.ravel(pair[1])  # Keras has [1, 1, 1, C], too
 
 
 def _arithmetic(node: Node) -> tuple[Any, Any]:
@@ -436,7 +434,12 @@ def _features(op: Op, layers: Mapping[str, Arrays]) -> int:
     """Number of channels of an operation's result."""
     if op.kind == "Concatenate":
         return sum(_features(source, layers) for source in op.inputs)
-    return layers[op.name][0].shape[-1] if op.name.endswith("_bn") else _features(op.inputs[0], layers)
+    return _channels(layers[op.name]) if op.name.endswith("_bn") else _features(op.inputs[0], layers)
+
+
+def _channels(arrays: Arrays) -> int:
+    """Of the result of a convolution or normalization; 0 if these are not its arrays."""
+    return (0, *arrays[-1].shape)[-1]
 
 
 def _by_place(entries: Entries) -> Found:
@@ -471,9 +474,10 @@ def _by_place(entries: Entries) -> Found:
 
 def _by_name(entries: Entries) -> Found:
     """Finds the network by Keras' names of its layers."""
-    blocks = [int(match[1]) for name, _ in entries if (match := re.fullmatch(r"block([0-9]{1,3})_sepconv1", name))]
+    blocks = {name for name, _ in entries if re.fullmatch(r"block[0-9]+_sepconv[123]", name)}
+    middle_repeats = sum(name.endswith("3") for name in blocks)  # only those blocks have three
     name = "xception" if blocks else "inception_v3"
-    network = keras_graph.xception(max(0, max(blocks) - 6)) if blocks else keras_graph.inception_v3()
+    network = keras_graph.xception(middle_repeats) if blocks else keras_graph.inception_v3()
     names = [op.name for op in keras_graph.in_order(network) if op.name]
     unused, found = dict(enumerate(entries)), {}
 
@@ -494,9 +498,9 @@ def _by_name(entries: Entries) -> Found:
         take(ours, f"{ours}()")
     for ours in numbered:
         beside = found.get(ours.replace("residual", "sepconv2")) if blocks else None
-        take(ours, keras.NUMBERED_CONV, 1, beside[-1].shape[-1] if beside else None)
+        take(ours, keras.NUMBERED_CONV, 1, _channels(beside) if beside else None)
         if ours in found:
-            take(f"{ours}_bn", keras.NUMBERED_NORM, 4 if blocks else 3, found[ours][0].shape[-1])
+            take(f"{ours}_bn", keras.NUMBERED_NORM, 4 if blocks else 3, _channels(found[ours]))
     missing = [ours for ours in names if ours not in found]
     if len(missing) > len(names) // 2:
         raise ValueError(_no_network(entries))

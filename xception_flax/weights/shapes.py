@@ -47,7 +47,7 @@ def width_fields(widths: Iterable[tuple[int, int]], multiples: Sequence[int] = (
         # Rounded to a multiple, and at least one of them.
         lower = max((there - multiple / 2) / plain if there > multiple else 0 for plain, there in widths)
         upper = min((there + multiple / 2) / plain for plain, there in widths)
-        if any(there % multiple for _, there in widths) or lower >= upper:
+        if any(there % multiple or not there for _, there in widths) or lower >= upper:
             continue
         rounded = (round((lower + upper) / 2, digits) for digits in range(1, 18))
         width = next((value for value in rounded if lower < value < upper), (lower + upper) / 2)
