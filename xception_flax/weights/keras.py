@@ -130,13 +130,17 @@ def to_keras(variables: Mapping[str, PyTree], layers: Iterable[tuple[str, int]])
       layers: (name, number of arrays) of each layer that has arrays.
 
     Raises:
-      UserError: our network does not have one of the layers.
+      UserError: our network does not have one of the layers, or has scales that Keras' has not.
     """
     layers, ours = list(layers), flatten_dict(variables)
     names = _our_names([name for name, _ in layers], variables)
     result = []
     for theirs, count in layers:
         arrays = []
+        if count == 3 and ("params", names[theirs], "scale") in ours:
+            raise UserError(
+                f"Keras layer {theirs!r} has no scale; our network has one (bn_scale=True), as torch's does."
+            )
         for weight in _weights_of(theirs, count):
             place = (weight.collection, names[theirs], *weight.path)
             if place not in ours:

@@ -37,8 +37,8 @@ _DEPTHS = {
     (21, True): "xception65p",
 }
 
-# Names of classifiers: Cadene's is last_linear.
-_HEAD = re.compile(r"(?:fc|last_linear|head\.fc)\.")
+# Classifiers by timm's name: Cadene's is last_linear.
+_HEADS = {"fc": ("fc.", "last_linear."), "head.fc": ("head.fc.",)}
 
 # In a prefix: moving averages of the weights, such as 'state_dict_ema.' and 'model_ema.module.'.
 _AVERAGE = re.compile(r"(?:^|[._])ema(?:[._]|$)", re.IGNORECASE)
@@ -119,7 +119,7 @@ def _network(arrays: Arrays, config: Mapping[str, Any]) -> Pretrained:
     """
     state = {name: _unsqueezed(name, array) for name, array in arrays.items() if not _is_counter(name)}
     architecture, first, head = _architecture(state)
-    theirs = {name: state.pop(name) for name in list(state) if _HEAD.match(name)}
+    theirs = {name: state.pop(name) for name in list(state) if name.startswith(_HEADS[head])}
     classifier, left_out = _classifier(theirs)
     channels = state[first].shape[1]
     use = timm_config.read(config, channels, len(classifier.get("bias", ())))
@@ -184,7 +184,7 @@ def _architecture(state: Arrays) -> tuple[str, str, str]:
         if architecture is None:
             known = ", ".join(f"{depth} in {name}" for (depth, _), name in _DEPTHS.items())
             raise UserError(f"it has {len(blocks)} blocks; there are {known}.")
-    if np.ndim(state.get(first)) != 4:
+    if np.ndim(state.get(first)) != 4 or not state[first].size:
         raise UserError(f"by its names it is {architecture} of timm; it has no {first!r} of four dimensions.")
     return architecture, first, head
 
@@ -199,7 +199,10 @@ def _classifier(theirs: Arrays) -> tuple[dict[str, np.ndarray], list[str]]:
     layers = {name.rpartition(".")[0] for name in theirs}
     weight = leaves.get("weight", np.zeros(0))
     bias = leaves.get("bias", np.zeros(len(weight), weight.dtype))
-    if len(layers) == 1 and weight.ndim == 2 and bias.shape == weight.shape[:1] and leaves.keys() <= {"weight", "bias"}:
+    dense = (
+        weight.ndim == 2 and weight.size > 0 and bias.shape == weight.shape[:1] and leaves.keys() <= {"weight", "bias"}
+    )
+    if dense and len(layers) == 1:
         return {"weight": weight, "bias": bias}, []
     return {}, [f"the classifier, which is not one dense layer: {_listed(theirs)}"] if theirs else []
 

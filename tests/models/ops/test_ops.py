@@ -298,6 +298,15 @@ def test_average_pool_counts_real_pixels_only(rng, padding, window, stride):
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("padding", ops.PADDINGS)
+@pytest.mark.parametrize(("window", "stride"), [(3, 1), (5, 3)])
+def test_average_pool_counts_the_padding_where_asked(rng, padding, window, stride):
+    x = rng.normal(size=(2, 9, 8, 3)).astype(np.float32)
+    expected = assemble((i, j, np.mean(w, (1, 2))) for i, j, w in windows(x, window, stride, padding, 0))
+    options = dict(window=(window,) * 2, strides=(stride,) * 2, padding=padding)
+    np.testing.assert_allclose(ops.average_pool(x, **options, count_include_pad=True), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_average_pool_sums_in_float32(rng):
     x = jnp.asarray(1 + rng.normal(size=(1, 16, 16, 2)) / 8, jnp.bfloat16)
     pooled = ops.average_pool(x)
