@@ -4,6 +4,7 @@ import importlib
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from xception_flax.host import signals
@@ -58,4 +59,7 @@ def main() -> NoReturn:
 
 
 if __name__ == "__main__":
+    # Python adds the working directory, which the script does not have: a recipe must import the same by both.
+    if not sys.flags.safe_path and sys.path[0] != str(Path(__file__).parents[1]):
+        del sys.path[0]
     main()
