@@ -217,6 +217,7 @@ def test_a_workdir_is_claimed_by_one_at_a_time(tmp_path, monkeypatch):
     script = f"""
 import pathlib, time
 from xception_flax.recipes import reading
+from xception_flax.runs import workdir
 with workdir.claim(pathlib.Path({str(tmp_path)!r}), reading.load({DIGITS!r})):
     print("held", flush=True)
     time.sleep(600)
