@@ -20,11 +20,10 @@ Data, hardware: as for imagenet.py. Measured by us: not yet run.
 """
 
 import re
-import runpy
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from configs import imagenet
 from xception_flax import UserError
 
 CHANGES = {
@@ -37,7 +36,7 @@ CHANGES = {
 
 
 def get_config(name: str) -> ConfigDict:
-    config = runpy.run_path(str(Path(__file__).with_name("imagenet.py")))["get_config"]()
+    config = imagenet.get_config()
     towers = re.fullmatch(r"towers_([1-9]\d*)(_equal)?", name)
     if towers is None and name not in CHANGES:
         raise UserError(

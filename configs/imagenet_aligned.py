@@ -11,11 +11,9 @@ recipe for these networks on ImageNet.
 Measured by us: not yet run.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
+from configs import imagenet
 from xception_flax import UserError
 
 NETWORKS = ("xception41", "xception65", "xception71", "xception41p", "xception65p")
@@ -24,7 +22,7 @@ NETWORKS = ("xception41", "xception65", "xception71", "xception41p", "xception65
 def get_config(network: str = "xception65") -> ConfigDict:
     if network not in NETWORKS:
         raise UserError(f"the argument must be one of {', '.join(NETWORKS)}, got {network!r}.")
-    config = runpy.run_path(str(Path(__file__).with_name("imagenet.py")))["get_config"]()
+    config = imagenet.get_config()
     config.model.name = network  # [ours] the rest is imagenet.py's
     if network == "xception41p":
         config.model.bn_epsilon = 1e-5  # [ours] timm's value for this network

@@ -8,14 +8,13 @@ Expected (paper, table 1, single crop, single model, no auxiliary tower): top-1 
 Measured by us: not yet run.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from configs import imagenet
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(Path(__file__).with_name("imagenet.py")))["get_config"]()
+    config = imagenet.get_config()
     config.model.name = "inception_v3"  # [paper] table 1; without auxiliary tower, 4.3
     config.loss.weight_decay = 4e-5  # [paper] 4.3: tuned for Inception V3; Xception has 1e-5
     return config

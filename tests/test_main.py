@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from xception_flax import __version__
 from xception_flax.__main__ import VERBS
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(Path(sys.executable).with_name("xception-flax"))
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+DOORS = {"script": [SCRIPT], "module": [sys.executable, "-m", "xception_flax"]}
+
+
+def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 def test_every_file_of_commands_is_a_verb():
@@ -22,7 +26,7 @@ def test_every_file_of_commands_is_a_verb():
     assert files == {verb.replace("-", "_") for verb in VERBS}
 
 
-@pytest.mark.parametrize("door", [[SCRIPT], [sys.executable, "-m", "xception_flax"]], ids=["script", "module"])
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 def test_help_lists_the_verbs_with_a_line_each(door):
     result = run(*door, "--help")
     assert (result.returncode, result.stderr) == (0, "")
@@ -43,6 +47,23 @@ def test_help_that_nobody_reads_ends_without_a_traceback():
     assert (result.returncode, result.stderr) == (2, "")
 
 
+def test_help_and_version_as_words():
+    for command, beginning in [
+        (["help"], "usage: xception-flax VERB ...\n"),
+        (["help", "recipe"], "usage: xception-flax recipe [-h]"),
+        (["--version"], f"xception-flax {__version__}\n"),
+    ]:
+        result = run(SCRIPT, *command)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith(beginning)
+
+
+def test_a_file_of_commands_is_no_program():
+    result = run(sys.executable, "-m", "xception_flax.commands.evaluate", "--workdir", "w")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: a command is run as: xception-flax VERB")
+
+
 def test_without_a_verb_the_help_is_an_error():
     result = run(SCRIPT)
     assert (result.returncode, result.stdout) == (2, "")
@@ -59,5 +80,35 @@ def test_a_misspelt_verb_is_a_line():
 
 
 def test_the_usage_of_a_verb_names_the_script():
-    for door in ([SCRIPT], [sys.executable, "-m", "xception_flax"]):
+    for door in DOORS.values():
         assert run(*door, "summary", "--help").stdout.startswith("usage: xception-flax summary [-h]")
+
+
+RECIPE = """
+import importlib.util
+from configs import digits
+from experiment import changes
+def get_config():
+    assert importlib.util.find_spec("in_the_working_directory") is None
+    import digits_too  # fails, in the last line
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *([*door, "recipe"] for door in DOORS.values()),
+        [sys.executable, str(ROOT / "train.py"), "--workdir", "w", "--config"],
+    ],
+    ids=[*DOORS, "train.py"],
+)
+def test_a_recipe_imports_the_same_by_every_door(command, tmp_path):
+    """What is in the folder above its own, and the project's recipes; nothing by the working directory."""
+    here, recipe = tmp_path / "here", tmp_path / "experiment" / "recipe.py"
+    here.mkdir()
+    recipe.parent.mkdir()
+    (here / "in_the_working_directory.py").touch()
+    recipe.with_name("changes.py").touch()
+    recipe.write_text(RECIPE)
+    result = run(*command, str(recipe), cwd=here)
+    assert result.stderr == f"error: recipe {recipe}, line 7: ModuleNotFoundError: No module named 'digits_too'\n"

@@ -88,6 +88,19 @@ def add_checkpoint(parser: argparse.ArgumentParser, default: str = "best") -> No
     parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema if the recipe keeps them, else raw")
 
 
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config` and the section of the help about its overrides, which `parse_known_args` leaves over."""
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the recipe, and its argument")
+    add_overrides(parser)
+
+
+def add_overrides(
+    parser: argparse.ArgumentParser, key: str = "KEY", what: str = "override a key of the recipe"
+) -> None:
+    """Adds a section to the help: `--config.KEY=VALUE`. To argparse such arguments are unknown."""
+    parser.add_argument_group("overrides", f"--config.{key}=VALUE  {what}")
+
+
 def start(arguments: argparse.Namespace) -> None:
     """Connects the hosts, enables the compilation cache, sets the allocator and quiets the libraries.
 

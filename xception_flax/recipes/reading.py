@@ -1,10 +1,12 @@
 """Reads a recipe from its file, with overrides applied."""
 
+import contextlib
 import importlib.util
 import inspect
 import os
+import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from ml_collections import ConfigDict
 from xception_flax.recipes.checking import resolve
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import cut, suggest, written
+
+PROJECT = Path(__file__).parents[2]  # with train.py and configs/
 
 
 def load(path_and_argument: str, overrides: Sequence[str] = (), groups: Sequence[str] | None = None) -> ConfigDict:
@@ -41,18 +45,41 @@ def override(config: ConfigDict, overrides: Sequence[str], groups: Sequence[str]
 def _run_recipe(path_and_argument: str) -> dict[str, Any]:
     """Returns what the function `get_config` of a recipe's file returns."""
     path, _, argument = path_and_argument.partition(":")
-    get_config = _get_config(path)
+    if not os.path.isfile(path):  # False if the path is too long; Path.is_file may raise
+        raise _no_recipe(path)
+    with _import_path(path):
+        return _call(_get_config(path), path, argument)
+
+
+@contextlib.contextmanager
+def _import_path(path: str) -> Iterator[None]:
+    """Lets a recipe import others by `from configs import NAME`: from the folder above its own, or from this project.
+
+    Python itself adds the folder of train.py, but none for `xception-flax`.
+    """
+    before = sys.path.copy()
+    sys.path[:0] = [str(Path(path).absolute().parent.parent), str(PROJECT)]
     try:
-        parameters = inspect.signature(get_config).parameters.values()
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _call(get_config: Any, path: str, argument: str) -> dict[str, Any]:
+    """Returns what a recipe's `get_config` returns."""
+    try:
+        signature = inspect.signature(get_config)
     except (TypeError, ValueError):  # not a function, or one without a signature
         raise UserError(
             f"recipe {path}: get_config must be a function that returns a ConfigDict, got {written(get_config)}."
         ) from None
-    if argument and not parameters:
-        raise UserError(f"recipe {path} takes no argument, got {written(path_and_argument)}.")
-    needed = [parameter.name.upper() for parameter in parameters if parameter.default is parameter.empty]
-    if needed and not argument:
-        raise UserError(f"recipe {path} needs an argument: --config {path}:{', '.join(needed)}")
+    takes_none, takes_one = _takes(signature), _takes(signature, argument)
+    if not (takes_none or takes_one):
+        raise UserError(f"recipe {path}: get_config must take one argument or none, got get_config{signature}.")
+    if argument and not takes_one:
+        raise UserError(f"recipe {path} takes no argument, got {written(f'{path}:{argument}')}.")
+    if not argument and not takes_none:
+        raise UserError(f"recipe {path} needs an argument: --config {path}:{next(iter(signature.parameters)).upper()}")
     try:
         config = get_config(argument) if argument else get_config()
         if isinstance(config, ConfigDict):
@@ -62,10 +89,16 @@ def _run_recipe(path_and_argument: str) -> dict[str, Any]:
     raise UserError(f"recipe {path}: get_config() must return a ConfigDict, got {type(config).__name__}.")
 
 
+def _takes(signature: inspect.Signature, *arguments: str) -> bool:
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
 def _get_config(path: str) -> Any:
     """Runs a recipe's file and returns its `get_config`."""
-    if not os.path.isfile(path):  # False if the path is too long; Path.is_file may raise
-        raise _no_recipe(path)
     spec = importlib.util.spec_from_file_location("recipe_" + Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path!r} is no Python file; a recipe ends in .py.")

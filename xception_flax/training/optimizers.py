@@ -194,7 +194,7 @@ def adamw(
       learning_rate: as a function of the step.
       beta1: share of the old mean of gradients that a step keeps.
       beta2: share of the old mean of squared gradients that a step keeps.
-      epsilon: added to the root of that mean.
+      epsilon: added to the root of the mean of squared gradients.
       decoupled_weight_decay: a step also subtracts `learning_rate * decoupled_weight_decay * p`.
     """
     check_range("optimizer.beta1", beta1, 0, 1, below=True)
