@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from xception_flax.host.files import check_kind, file_errors, write_whole
 from xception_flax.host.locks import try_lock
 from xception_flax.recipes.checking import resolve
-from xception_flax.recipes.comparing import differences, to_json
+from xception_flax.recipes.comparing import differences, recipe_json
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint
@@ -228,4 +228,4 @@ def _not_writable(workdir: Path, error: OSError) -> UserError:
 
 def remember(workdir: Path, config: ConfigDict) -> None:
     """Writes `config.json`, whole or not at all, even in a power cut."""
-    write_whole(workdir / CONFIG, [to_json(config).encode()])
+    write_whole(workdir / CONFIG, [recipe_json(config).encode()])
