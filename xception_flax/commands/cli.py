@@ -79,6 +79,28 @@ def parser(prog: str, description: str | None, examples: str, *, hosts: bool = T
     return arguments
 
 
+# What a command on a trained network says, if it runs out of memory.
+LOWER_BATCH_SIZE = "Take a smaller --batch-size; the result does not depend on it."
+
+
+def add_run(parser: argparse.ArgumentParser, *, checkpoint: str) -> None:
+    """Adds the arguments that choose a run, one of its checkpoints, and its weights; see `runs.restore`.
+
+    Args:
+      parser: of the command.
+      checkpoint: the default, 'latest' or 'best'.
+    """
+    other = "best" if checkpoint == "latest" else "latest"
+    parser.add_argument("--workdir", type=directory, required=True, help="folder of a run of train.py")
+    parser.add_argument(
+        "--checkpoint",
+        default=checkpoint,
+        metavar="WHICH",
+        help=f"{checkpoint} (default), {other}, or the number of a step",
+    )
+    parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema if the recipe keeps them, else raw")
+
+
 def start(arguments: argparse.Namespace) -> None:
     """Connects the hosts, enables the compilation cache, sets the allocator and quiets the libraries.
 

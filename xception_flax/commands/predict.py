@@ -16,7 +16,6 @@ from xception_flax.data.decoding import WHITE, BadImageError, is_dark, largest_v
 from xception_flax.data.pipeline import prepare_image
 from xception_flax.data.sources import folder
 from xception_flax.display import console
-from xception_flax.runs import history
 from xception_flax.runs.restore import Run, restore
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
@@ -28,24 +27,18 @@ EXAMPLES = """\
 
 MAX_WIDTH = 60  # of the column of files, in terminal cells; a longer name moves its own row only
 
-OUT_OF_MEMORY = "Take a smaller --batch-size; the result does not depend on it."
-
 
 def main(argv: list[str]) -> int:
     parser = cli.parser("xception-flax predict", __doc__, EXAMPLES, hosts=False)
-    parser.add_argument("--workdir", type=cli.directory, required=True, help="folder of a run of train.py")
+    cli.add_run(parser, checkpoint="best")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a file, or a folder with files in it")
     parser.add_argument("--top", type=cli.positive, default=5, metavar="N", help="classes to show for each image (5)")
-    parser.add_argument(
-        "--checkpoint", default="best", metavar="WHICH", help="best (default), latest, or the number of a step"
-    )
-    parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema if the recipe keeps them, else raw")
     parser.add_argument("--batch-size", type=cli.positive, default=32, metavar="N", help="images at a time (32)")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each image, not the table")
     arguments = parser.parse_args(argv)
     paths = list(_files(arguments.images))
     cli.start(arguments)
-    with cli.out_of_memory(OUT_OF_MEMORY):
+    with cli.out_of_memory(cli.LOWER_BATCH_SIZE):
         mesh = sharding.create_mesh()
         run = restore(arguments.workdir, mesh, arguments.checkpoint, arguments.weights)
         width = min(max(cell_len(naming.shown(path)) for path in paths), MAX_WIDTH)
@@ -58,7 +51,7 @@ def main(argv: list[str]) -> int:
                 continue
             best = {run.class_names[i]: float(scores[i]) for i in np.argsort(-scores, kind="stable")[: arguments.top]}
             if arguments.json:
-                print(history.to_json({"image": naming.decoded(path), "classes": best}), flush=True)
+                print(naming.to_json_line({"image": naming.decoded(path), "classes": best}), flush=True)
                 continue
             if not readable:
                 console.show_title(f"{naming.shown(arguments.workdir)}, step {run.step}, {run.weights} weights")
