@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -45,6 +46,7 @@ from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint, metrics, sharding
 from xception_flax.training.evaluation import evaluate
 from xception_flax.training.program import Program, create_program
+from xception_flax.training.state import TrainState
 from xception_flax.weights import initial
 
 EXAMPLES = """\
@@ -96,10 +98,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
     abstract_batch = check_program(program, mesh, train_data, eval_data)
     notes = [data.unread_of((train_data.source, eval_data.source))]
     notes += [] if begun else [split.check_max_value() for split in (train_data, eval_data)]
-    pretrained = None if begun else load_initial(config, program, mesh, train_data)  # else from a checkpoint
+    pretrained = None if begun else load_initial(config, program, mesh, train_data)
 
     with contextlib.ExitStack() as stack:
-        # Resume from the newest checkpoint, or begin.
+        # Begin, or resume from the newest checkpoint.
         if first_host:
             stack.enter_context(claim(workdir, config))
         processes.check_shared(workdir)
@@ -107,14 +109,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         manager = stack.enter_context(
             checkpoint.open_manager(workdir / CHECKPOINTS, best_metric=best_metric, **config.checkpoint)
         )
-        meta = {"class_names": list(train_data.class_names), "num_images": train_data.num_images}
-        start_step = manager.latest_step() or 0
-        begins_with = pretrained.meta() if pretrained else None
-        processes.agree("start", lambda: {"the newest checkpoint": start_step, "the initial weights": begins_with})
-        if start_step:
-            saved = checkpoint.read_meta(manager, start_step)
-            check_same_data(saved, meta, workdir)
-            meta["init"] = saved.get("init")
+        start_step, meta = find_start(manager, workdir, train_data, pretrained)
         if first_host:
             remember(workdir, config)  # the mesh or the data's folder may have changed
         if start_step >= total_steps:
@@ -122,19 +117,11 @@ def train(config: ConfigDict, workdir: Path) -> int:
         # The step is compiled while the state is created or read.
         background = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         compiling = background.submit(program.train_step.lower(program.abstract_state, abstract_batch).compile)
-        if start_step:
-            train_state = checkpoint.restore_state(manager, program.abstract_state, start_step)
-            notes.append(f"going on from the checkpoint of step {start_step}")
-        else:
-            pretrained = pretrained or load_initial(config, program, mesh, train_data)
-            train_state = program.init(jax.random.key(config.seed), pretrained.arrays)
-            meta["init"] = pretrained.meta()
-            notes.append(str(pretrained) if config.init.weights != "random" else "")
-            del pretrained  # the state has copies of its arrays
+        train_state, note = begin_or_resume(config, program, manager, start_step, pretrained)
+        del pretrained  # the state has copies of its arrays
         report = stack.enter_context(open_report(config, workdir, program, mesh, train_data, start_step))
-        for line in filter(None, [describe(config, workdir, program, mesh), *notes]):
+        for line in filter(None, [describe(config, workdir, program, mesh), *notes, note]):
             report.say(line)
-        profiled = range(max(profiled.start, start_step + 1), profiled.stop)
         profile = stack.enter_context(profiling.Profile(profiled, workdir / PROFILE, report, enabled=first_host))
 
         # Loop.
@@ -213,7 +200,7 @@ def load_data(config: ConfigDict, begun: bool) -> tuple[data.Split, data.Split]:
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        processes_per_host=sharding.processes_per_host(),
+        processes_per_host=processes.per_host(),
     )
     train_data, eval_data = data.load(**load, train=True), data.load(**load, train=False)
     if len(train_data.class_names) < 2:
@@ -270,6 +257,54 @@ def steps_to_profile(config: ConfigDict, total_steps: int) -> range:
     if steps and steps[-1] > total_steps:
         raise UserError(f"profile={config.profile} is not within the {total_steps} steps of this run.")
     return steps
+
+
+# Begin or resume -----------------------------------------------------------------------------------
+
+
+def find_start(
+    manager: checkpoint.Checkpoints, workdir: Path, train_data: data.Split, pretrained: initial.Pretrained | None
+) -> tuple[int, dict[str, Any]]:
+    """Returns the step of the newest checkpoint, 0 without one, and the JSON values for the checkpoints to come.
+
+    Args:
+      manager: of the checkpoints of `workdir`.
+      workdir: of the run.
+      train_data: the training split.
+      pretrained: the weights that the run begins with; None if it has begun before.
+
+    Raises:
+      UserError: hosts differ, the checkpoint is of other data, or the checkpoints are gone.
+    """
+    start_step = manager.latest_step() or 0
+    meta = {
+        "class_names": list(train_data.class_names),
+        "num_images": train_data.num_images,
+        "init": pretrained.meta() if pretrained else None,
+    }
+    processes.agree("start", lambda: {"the newest checkpoint": start_step, "the initial weights": meta["init"]})
+    if start_step:
+        saved = checkpoint.read_meta(manager, start_step)
+        check_same_data(saved, meta, workdir)
+        return start_step, meta | {"init": saved.get("init")}
+    if pretrained is None:
+        raise UserError(f"the checkpoints in {workdir} were removed while this command began; start it again.")
+    return 0, meta
+
+
+def begin_or_resume(
+    config: ConfigDict,
+    program: Program,
+    manager: checkpoint.Checkpoints,
+    start_step: int,
+    pretrained: initial.Pretrained | None,
+) -> tuple[TrainState, str]:
+    """Returns the state of step `start_step`, and a line about its origin; '' for random weights."""
+    if start_step:
+        train_state = checkpoint.restore_state(manager, program.abstract_state, start_step)
+        return train_state, f"going on from the checkpoint of step {start_step}"
+    train_state = program.init(jax.random.key(config.seed), pretrained.arrays)
+    return train_state, str(pretrained) if config.init.weights != "random" else ""
 
 
 # Report --------------------------------------------------------------------------------------------

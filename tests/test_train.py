@@ -35,6 +35,8 @@ from xception_flax.host import signals
 from xception_flax.models import ops
 from xception_flax.runs import history, progress
 from xception_flax.runs.restore import restore
+from xception_flax.runs.workdir import has_checkpoints
+from xception_flax.text.errors import UserError
 from xception_flax.training import evaluation, metrics, sharding
 
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -199,6 +201,18 @@ def test_a_profile_has_the_chosen_steps_and_no_other(tmp_path, monkeypatch, caps
     assert [dict(e.stats)["step_num"] for e in traced if e.name == "train"] == [7, 8]
     # The devices' own work: each of the eight runs the fusions of the step twice.
     assert sum("fusion" in e.name and not e.name.startswith("$") for e in traced) > 2 * 8 * 10
+
+
+def test_whether_a_run_has_begun_is_decided_once(tmp_path):
+    """A folder for step 0 is no checkpoint. Checkpoints that vanish before they are opened are an error."""
+    (tmp_path / "checkpoints" / "0").mkdir(parents=True)
+    assert not has_checkpoints(tmp_path)
+    (tmp_path / "checkpoints" / "1").mkdir()
+    assert has_checkpoints(tmp_path)
+    split = data.load("digits", train=True, batch_size=8, image_size=32, channels=1)
+    manager = SimpleNamespace(latest_step=lambda: None)
+    with pytest.raises(UserError, match=rf"^the checkpoints in {tmp_path} were removed while this command began;"):
+        train.find_start(manager, tmp_path, split, None)
 
 
 WORKERS = ["--config.data.num_workers=2", "--config.data.num_threads=1"]

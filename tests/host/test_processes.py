@@ -72,6 +72,7 @@ def test_one_process_agrees_with_itself(tmp_path):
     processes.check_shared(tmp_path)
     processes.end(2, "error: nobody else.")
     processes.leave()
+    assert processes.per_host() == 1
     assert list(tmp_path.iterdir()) == []
     assert processes.differences([processes.software(), processes.software()]) == []
 
@@ -142,6 +143,7 @@ start()
 processes.agree("equal", lambda: {{"one": 1, "code": processes.software()}})
 refused(processes.agree, "seed", lambda: {{"seed": me}})
 processes.check_shared(pathlib.Path({str(tmp_path)!r}))
+assert processes.per_host() == 2
 assert multihost_utils.process_allgather(np.int32(me)).tolist() == [0, 1]
 print([event for event in counts if event.endswith(("hits", "misses", "use_cache"))])
 if me:

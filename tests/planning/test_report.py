@@ -21,7 +21,8 @@ def test_shapes_are_those_of_the_data(tmp_path: Path) -> None:
     np.savez(several, train_images=images, train_labels=np.eye(6, dtype=np.int32))
     overrides = ["model.num_classes=6", "loss.name=sigmoid", "metrics.name=multi_label", "batch_size=4"]
     overrides += ["data.source=arrays", f"data.path={several}"]
-    for config in (reading.load(DIGITS), reading.load(DIGITS, [f"--config.{text}" for text in overrides])):
+    for keys in ([], overrides, ["data.on_bad_image=replace"]):
+        config = reading.load(DIGITS, [f"--config.{text}" for text in keys])
         split = data.load(**config.data, train=True, batch_size=config.batch_size)
         assert reporting.batch_shapes(config) == split.batch_shapes
 

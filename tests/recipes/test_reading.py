@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from xception_flax.recipes import checking, groups, reading
-from xception_flax.recipes.comparing import alike, to_json
+from xception_flax.recipes.comparing import alike, recipe_json
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -59,9 +59,9 @@ def test_every_default_is_filled_in():
 
 def test_a_resolved_recipe_is_json_and_resolves_to_itself():
     config = reading.load(DIGITS)
-    again = checking.resolve(json.loads(to_json(config)))
+    again = checking.resolve(json.loads(recipe_json(config)))
     assert again == config
-    assert to_json(again) == to_json(config)
+    assert recipe_json(again) == recipe_json(config)
 
 
 @pytest.mark.parametrize(

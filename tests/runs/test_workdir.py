@@ -25,6 +25,7 @@ from xception_flax.runs.workdir import (
     read_recipe,
     remember,
 )
+from xception_flax.text.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -98,6 +99,52 @@ def test_folders_that_are_no_runs_are_refused(tmp_path, monkeypatch):
     check_workdir(tmp_path / "home", config)
 
 
+def test_no_run_begins_among_the_files_of_another(tmp_path):
+    """The other run removes its old checkpoints, and what is in them. Beside its files, a folder is free to use."""
+    config, outer = reading.load(DIGITS), tmp_path / "A"
+    (outer / "checkpoints").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(outer / "checkpoints")
+    (outer / "config.json").write_text("{}")  # of any program
+
+    def check(place: str) -> None:
+        check_workdir(tmp_path / place, config)
+
+    def refuse(place: str) -> None:
+        with pytest.raises(
+            UserError, match=rf"^workdir {tmp_path}/{place} is within the files of another run, {outer};"
+        ):
+            check(place)
+
+    check("A/checkpoints/new")
+    remember(outer, config)
+    (outer / "checkpoints" / "39").mkdir()
+    refuse("A/checkpoints/new")
+    (outer / "checkpoints" / "39").rmdir()
+    (outer / ".lock").touch()  # of a run that has no checkpoint yet
+    for place in (
+        "A/checkpoints",
+        "A/checkpoints/39",
+        "A/tensorboard",
+        "A/profile/x/y",
+        "A/b/../checkpoints",
+        "link/x",
+    ):
+        refuse(place)
+    check("A/finetuned")
+    remember(outer / "checkpoints", config)  # a run that was begun there goes on
+    check("A/checkpoints")
+
+
+def test_a_folder_that_cannot_be_searched_is_a_line(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    config = reading.load(DIGITS)
+    monkeypatch.setattr(Path, "is_file", refuse)  # for root every folder can be searched
+    with pytest.raises(UserError, match=rf"^workdir {tmp_path}/w cannot be written: Permission denied\.$"):
+        check_workdir(tmp_path / "w", config)
+
+
 def test_bad_workdirs_are_refused(tmp_path):
     config = reading.load(DIGITS)
     (tmp_path / "file").write_text("")
@@ -105,6 +152,11 @@ def test_bad_workdirs_are_refused(tmp_path):
         check_workdir(tmp_path / "file", config)
     with pytest.raises(ValueError, match=r"workdir .*file/a/b lies in .*file, which is a file"):
         check_workdir(tmp_path / "file" / "a" / "b", config)
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"workdir .*link is a link to nothing; expected a folder, or a name that is"):
+        check_workdir(tmp_path / "link", config)
+    with pytest.raises(ValueError, match=r"workdir .*link/a lies in .*link, which is a link to nothing"):
+        check_workdir(tmp_path / "link" / "a", config)
     with pytest.raises(ValueError, match="cannot be written"):
         check_workdir(Path("/proc/nothing"), config)
     (tmp_path / "w" / "checkpoints" / "236" / "raw").mkdir(parents=True)

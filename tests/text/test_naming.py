@@ -59,6 +59,8 @@ def test_json_of_any_name_is_for_every_parser():
     text = naming.to_json(value)
     assert json.loads(text) == {r"caf\xe9": [r"caf\xe9", r"caf\\xe9", "a\nb", "猫", 1.5, None], "path": ["a\\b"]}
     assert naming.from_json(text) == value | {"path": ["a\\b"]}
+    line = naming.to_json_line({"name": BYTE, "loss": float("nan"), "rate": float("-inf"), "top1": 0.5})
+    assert json.loads(line, parse_constant=pytest.fail) == {"name": r"caf\xe9", "loss": None, "rate": None, "top1": 0.5}
 
 
 def test_a_name_is_the_same_under_every_locale(monkeypatch):

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--output {arguments.output} must end in {' or '.join(WRITERS)}.")
     check_writable(arguments.output)
     cli.start(arguments)
-    with cli.out_of_memory(images.OUT_OF_MEMORY):
+    with cli.out_of_memory(cli.LOWER_BATCH_SIZE):
         predictor = images.load(source, arguments)
         files, rows, unreadable = [], [], []
         for path, features in images.outputs(predictor, paths, "pooled", "embedding"):

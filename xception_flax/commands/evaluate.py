@@ -16,7 +16,7 @@ from xception_flax.display import console, pictures
 from xception_flax.host import files, processes
 from xception_flax.recipes import reading
 from xception_flax.recipes.comparing import alike
-from xception_flax.runs import history, progress
+from xception_flax.runs import progress
 from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import mistakes_picture, read_recipe
 from xception_flax.text import naming
@@ -29,8 +29,6 @@ EXAMPLES = """\
   xception-flax evaluate --workdir runs/digits
   xception-flax evaluate --workdir runs/digits --split test --weights raw --checkpoint best
   xception-flax evaluate --workdir runs/imagenet --config.data.data_dir=/data/tfds"""
-
-OUT_OF_MEMORY = "Take a smaller --batch-size; the result does not depend on it."
 
 MAX_MISTAKES = 40  # images in the picture
 
@@ -58,11 +56,7 @@ class Mistakes:
 
 def main(argv: list[str]) -> int:
     parser = cli.parser("xception-flax evaluate", __doc__, EXAMPLES)
-    parser.add_argument("--workdir", type=cli.directory, required=True, help="folder of a run of train.py")
-    parser.add_argument(
-        "--checkpoint", default="latest", metavar="WHICH", help="latest (default), best, or the number of a step"
-    )
-    parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema if the recipe keeps them, else raw")
+    cli.add_run(parser, checkpoint="latest")
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="picture of the mistakes; default: WORKDIR/mistakes_SPLIT.png"
     )
@@ -84,11 +78,11 @@ def main(argv: list[str]) -> int:
         config.data.eval_split = arguments.split
     cli.start(arguments)
     picture = _picture_path(arguments, config)
-    with cli.out_of_memory(OUT_OF_MEMORY):
+    with cli.out_of_memory(cli.LOWER_BATCH_SIZE):
         results, rows, draw = _evaluate_checkpoint(arguments, config, picture)
     if jax.process_index() == 0:
         console.show_table(naming.shown(arguments.workdir), rows)
-        print(history.to_json(results), flush=True)
+        print(naming.to_json_line(results), flush=True)
         if draw is not None:  # last: if it fails, the results are already printed
             draw()
     return 0
@@ -125,7 +119,7 @@ def _evaluate_checkpoint(
         batch_size=batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        processes_per_host=sharding.processes_per_host(),
+        processes_per_host=processes.per_host(),
     )
     processes.agree("data", lambda: {"--batch-size": batch_size, "--weights": arguments.weights} | split.identity())
     dark = split.check_max_value()  # the data may be others than in training

@@ -15,8 +15,6 @@ from xception_flax.inference.predictor import Predictor
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
-OUT_OF_MEMORY = "Take a smaller --batch-size; the result does not depend on it."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the network, the images, and what says how an image becomes what the network takes."""

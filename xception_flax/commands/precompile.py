@@ -36,7 +36,7 @@ from xception_flax.planning.report import (
     largest_batch,
 )
 from xception_flax.recipes import reading
-from xception_flax.runs import history
+from xception_flax.text import naming
 from xception_flax.training.length import create_length
 
 EXAMPLES = """\
@@ -174,5 +174,5 @@ def main(argv: list[str]) -> int:
     _show_memory(config, where, result)
     if fits:
         _show_costs(config, where, result)
-    print(history.to_json(result))
+    print(naming.to_json_line(result))
     return 0 if fits else 1

@@ -9,7 +9,6 @@ from rich.cells import cell_len
 from xception_flax.commands import cli, images
 from xception_flax.data.decoding import WHITE
 from xception_flax.display import console
-from xception_flax.runs import history
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
@@ -32,7 +31,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     source, paths = images.given(arguments)
     cli.start(arguments)
-    with cli.out_of_memory(images.OUT_OF_MEMORY):
+    with cli.out_of_memory(cli.LOWER_BATCH_SIZE):
         predictor = images.load(source, arguments)
         width = min(max(cell_len(naming.shown(path)) for path in paths), MAX_WIDTH)
         rows = csv.writer(sys.stdout, lineterminator="\r\n")  # RFC 4180
@@ -45,7 +44,7 @@ def main(argv: list[str]) -> int:
             order = np.argsort(-scores, kind="stable")[: arguments.top]
             best = {predictor.class_names[i]: float(scores[i]) for i in order}
             if arguments.json:
-                print(history.to_json({"image": naming.decoded(path), "classes": best}), flush=True)
+                print(naming.to_json_line({"image": naming.decoded(path), "classes": best}), flush=True)
             elif arguments.csv:
                 if not readable:
                     rows.writerow(["image", "rank", "class", "probability"])

@@ -20,7 +20,7 @@ from xception_flax.commands import cli
 from xception_flax.display import console
 from xception_flax.models.summary import Row, Shape, fold, summarize, totals, trace_network
 from xception_flax.recipes import checking, reading
-from xception_flax.runs import history
+from xception_flax.text import naming
 
 EXAMPLES = """\
   xception-flax summary xception
@@ -107,7 +107,7 @@ def _summarize_one(config: ConfigDict, image_shape: tuple[int, int, int], *, by:
             "memory of activations": f"{_megabytes([record['activation_bytes']])[0]} MB an image as {config.dtype}",
         },
     )
-    print(history.to_json(record))
+    print(naming.to_json_line(record))
 
 
 def _compare(configs: Sequence[ConfigDict], image_shapes: Sequence[tuple[int, int, int]]) -> None:
@@ -126,7 +126,7 @@ def _compare(configs: Sequence[ConfigDict], image_shapes: Sequence[tuple[int, in
         "act. MB": _megabytes([record["activation_bytes"] for record in records]),
     }
     console.show_columns(f"all networks, {_classes(configs[0])}", columns)
-    print("[" + ", ".join(map(history.to_json, records)) + "]")
+    print("[" + ", ".join(map(naming.to_json_line, records)) + "]")
 
 
 # Command -------------------------------------------------------------------------------------------

@@ -2,7 +2,11 @@
 
 from typing import Generic, NotRequired, TypedDict, TypeVar
 
+import numpy as np
+
 _Array = TypeVar("_Array")  # of NumPy on a host, of JAX in a step
+
+Shapes = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and type of each array, by its name in a batch
 
 
 class Batch(TypedDict, Generic[_Array]):
@@ -29,3 +33,24 @@ class Batch(TypedDict, Generic[_Array]):
     minor_labels: NotRequired[_Array]
     share: NotRequired[_Array]
     weight: NotRequired[_Array]
+
+
+def shapes(batch_size: int, image_shape: tuple[int, int, int], label_shape: tuple[int, ...], *, masked: bool) -> Shapes:
+    """Returns shape and type of each array that a data set makes.
+
+    Args:
+      batch_size: number of examples.
+      image_shape: `(H, W, C)`.
+      label_shape: `()`, or `(num_classes,)` if an image may have several labels.
+      masked: whether some images do not count.
+    """
+    made = {
+        "images": ((batch_size, *image_shape), np.dtype(np.uint8)),
+        "labels": ((batch_size, *label_shape), label_dtype(label_shape)),
+    }
+    return made | ({"mask": ((batch_size,), np.dtype(np.float32))} if masked else {})
+
+
+def label_dtype(label_shape: tuple[int, ...]) -> np.dtype:
+    """Returns the type of labels: of a class's number, or of a row of 0 and 1."""
+    return np.dtype(np.uint8 if label_shape else np.int32)

@@ -22,7 +22,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from xception_flax.data.batch import Batch
+from xception_flax.data.batch import Batch, Shapes, label_dtype, shapes
 from xception_flax.data.decoding import WHITE, BadImageError, decode, is_dark, largest_value, white
 from xception_flax.data.sources.folder import Files
 from xception_flax.data.sources.source import Example, InputError, Source
@@ -93,7 +93,7 @@ class Split:
         return -(-self.num_images // self.batch_size)
 
     @property
-    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def batch_shapes(self) -> Shapes:
         """Shape and type of each array of the *global* batch; see `batch.Batch`.
 
         Raises:
@@ -103,11 +103,7 @@ class Split:
             label = _label(self.source[0])
         except OSError as error:
             raise InputError(f"the data cannot be read: {error}.") from error
-        shapes = {
-            "images": ((self.batch_size, *self.image_shape), np.dtype(np.uint8)),
-            "labels": ((self.batch_size, *label.shape), label.dtype),
-        }
-        return shapes | ({"mask": ((self.batch_size,), np.dtype(np.float32))} if self.masked else {})
+        return shapes(self.batch_size, self.image_shape, label.shape, masked=self.masked)
 
     def identity(self) -> dict[str, Any]:
         """Returns values by which hosts can check that they have the same data.
@@ -384,7 +380,7 @@ class _Prepare(grain.transforms.RandomMap):
 def _label(example: Example) -> np.ndarray:
     """Returns the label as an int32 scalar, or as a uint8 row of 0 and 1."""
     label = np.asarray(example["label"])
-    return label.astype(np.uint8 if label.ndim else np.int32)
+    return label.astype(label_dtype(label.shape))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +25,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from xception_flax.host import signals
 from xception_flax.text.errors import UserError
@@ -239,6 +242,14 @@ def check_shared(folder: Path) -> None:
             f"{folder} is not one folder for all: {_processes(blind)} cannot see there what process 0 wrote "
             f"{SHARED_SECONDS} s before. Take a folder of a file system that all hosts share."
         )
+
+
+def per_host() -> int:
+    """Returns the number of processes of this run on this host, including this one. All processes must call it."""
+    if jax.process_count() == 1:
+        return 1
+    host = np.uint32(zlib.crc32(socket.gethostname().encode()))
+    return int(np.sum(multihost_utils.process_allgather(host) == host))
 
 
 # Ending --------------------------------------------------------------------------------------------

@@ -36,14 +36,22 @@ class Row(NamedTuple):
     activation_bytes: int
 
 
-class _Trace(NamedTuple):
+class Trace(NamedTuple):
+    """What a network does with one image.
+
+    Attributes:
+      layers: in the order of computation.
+      inputs: shape of the input of each top-level module, by its name.
+      features: shape of the last stage of the network's `endpoints`.
+    """
+
     layers: list[costs.Layer]
-    inputs: dict[str, Shape]  # of the top-level modules, by name
-    features: Shape  # of the last stage of the network's `endpoints`
+    inputs: dict[str, Shape]
+    features: Shape
 
 
-def trace_network(model: nn.Module, image_shape: tuple[int, int, int]) -> _Trace:
-    """Returns the layers, the inputs of the top-level modules and the last features, for one image `(H, W, C)`."""
+def trace_network(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
+    """Returns the trace of a network for one image of `image_shape`, `(H, W, C)`."""
     inputs: dict[str, Shape] = {}
     features: Shape = ()
 
@@ -59,10 +67,10 @@ def trace_network(model: nn.Module, image_shape: tuple[int, int, int]) -> _Trace
 
     with nn.intercept_methods(record):
         layers = costs.list_layers(model, image_shape)
-    return _Trace(layers, inputs, features)
+    return Trace(layers, inputs, features)
 
 
-def _stages(trace: _Trace) -> Iterator[tuple[str, Shape, list[costs.Layer]]]:
+def _stages(trace: Trace) -> Iterator[tuple[str, Shape, list[costs.Layer]]]:
     """Yields name, shape of the output and layers of each stage."""
     groups = [
         (stage, list(layers))
@@ -79,7 +87,7 @@ def _stages(trace: _Trace) -> Iterator[tuple[str, Shape, list[costs.Layer]]]:
         yield stage, shape, layers
 
 
-def _layers(trace: _Trace) -> Iterator[tuple[str, Shape, list[costs.Layer]]]:
+def _layers(trace: Trace) -> Iterator[tuple[str, Shape, list[costs.Layer]]]:
     for layer in trace.layers:
         yield "/".join(layer.path), layer.shape, [layer]
 

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from xception_flax import models
+from xception_flax.data.batch import Shapes, shapes
 from xception_flax.models import costs, ops
 from xception_flax.planning import slices
 from xception_flax.planning.hlo import Collective, Hlo
 from xception_flax.training import sharding
-from xception_flax.training.program import create_program
+from xception_flax.training.program import create_program, image_shape
 
 # Training images of data sets that this machine need not have: ILSVRC 2012.
 NUM_IMAGES = {"imagenet2012": 1_281_167}
@@ -69,19 +69,11 @@ class Report(NamedTuple):
     collectives: list[Collective]
 
 
-def batch_shapes(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def batch_shapes(config: ConfigDict) -> Shapes:
     """Returns shape and type of each array of a training batch, as `data.Split.batch_shapes` does, without the data."""
-    size = config.batch_size
-    several = config.metrics.name == "multi_label"
-    mask = {"mask": ((size,), np.dtype(np.float32))} if config.data.on_bad_image == "replace" else {}
-    return mask | {
-        "images": ((size, *_image_shape(config)), np.dtype(np.uint8)),
-        "labels": ((size, config.model.num_classes), np.dtype(np.uint8)) if several else ((size,), np.dtype(np.int32)),
-    }
-
-
-def _image_shape(config: ConfigDict) -> tuple[int, int, int]:
-    return config.data.image_size, config.data.image_size, config.data.channels
+    label_shape = (config.model.num_classes,) if config.metrics.name == "multi_label" else ()
+    masked = config.data.on_bad_image == "replace"
+    return shapes(config.batch_size, image_shape(config), label_shape, masked=masked)
 
 
 def compile_step(config: ConfigDict, devices: Iterable[Any], num_images: int) -> jax.stages.Compiled:
@@ -93,7 +85,7 @@ def compile_step(config: ConfigDict, devices: Iterable[Any], num_images: int) ->
     """
     mesh = sharding.create_mesh(**config.mesh, devices=devices)
     sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
-    program = create_program(config, mesh, _image_shape(config), num_images)
+    program = create_program(config, mesh, image_shape(config), num_images)
     lowered = program.train_step.lower(program.abstract_state, sharding.abstract_batch(mesh, batch_shapes(config)))
     try:
         return lowered.compile()
@@ -110,7 +102,7 @@ def create_report(compiled: jax.stages.Compiled, config: ConfigDict, num_chips: 
     """Returns what the compiled step of a recipe costs each of `num_chips` chips."""
     memory, cost, hlo = compiled.memory_analysis(), compiled.cost_analysis(), Hlo(compiled.as_text())
     network = models.create_model(**config.model)
-    layers = costs.list_layers(network, _image_shape(config))
+    layers = costs.list_layers(network, image_shape(config))
     kinds = collections.defaultdict(lambda: [0.0, 0])
     paths = {"/".join(layer.path): KINDS[layer.module] for layer in layers}
     parts = list(hlo.traffic())

@@ -10,7 +10,7 @@ from xception_flax.text import naming
 from xception_flax.text.lookup import differing
 
 
-def to_json(config: ConfigDict) -> str:
+def recipe_json(config: ConfigDict) -> str:
     """Returns the recipe as JSON text, keys sorted."""
     return naming.to_json(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
@@ -39,4 +39,4 @@ def _flat(config: ConfigDict) -> dict[str, Any]:
             flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         return flat
 
-    return flatten(naming.from_json(to_json(config)))
+    return flatten(naming.from_json(recipe_json(config)))

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import socket
 import sys
@@ -16,7 +15,6 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from xception_flax.host.files import file_errors, write_whole
-from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
 
@@ -62,12 +60,6 @@ class Events:
             for event in events:
                 self._file.write(event.SerializeToString())
             self._file.flush()
-
-
-def to_json(values: Mapping[str, Any]) -> str:
-    """Returns one line of JSON. NaN and infinity, which JSON lacks, become null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    return naming.to_json(finite, allow_nan=False)
 
 
 TEXTS = ("eval/weights",)  # the keys of a record whose values are text, not numbers

@@ -21,7 +21,7 @@ class Profile:
         """Prepares the trace.
 
         Args:
-          steps: to trace, without gaps; empty for none.
+          steps: to trace, without gaps; empty for none. Those that an earlier start has done are left out.
           folder: of the traces; created at the first of these steps.
           report: of the run; the cost of the trace itself is left out of its rates.
           enabled: true on one host only. All hosts run the same program, and none passes a collective without the
@@ -29,13 +29,13 @@ class Profile:
         """
         self._steps = steps if enabled else range(0)
         self._folder, self._report = folder, report
-        self._tracing = False
+        self._first: int | None = None  # step of the trace that is under way
 
     def __enter__(self) -> "Profile":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._tracing:  # the run was stopped or failed between the first and the last of the steps
+        if self._first is not None:  # the run was stopped or failed between the first and the last of the steps
             jax.profiler.stop_trace()
 
     @contextlib.contextmanager
@@ -47,19 +47,19 @@ class Profile:
           pending: results that devices may still be computing (any iterable of arrays). It is read before the first
             step, and after the last, whose results it then includes. So a trace has all of its steps, and no others.
         """
-        if self._steps and step == self._steps[0]:
+        if self._first is None and step in self._steps:
             jax.block_until_ready(list(pending))
             with self._report.pause("profile"):
                 jax.profiler.start_trace(self._folder)
-            self._tracing = True
+            self._first = step
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
-        if self._tracing and step == self._steps[-1]:
+        if self._first is not None and step == self._steps[-1]:
             jax.block_until_ready(list(pending))
-            self._tracing = False
+            first, self._first = self._first, None
             with self._report.pause("profile"):
                 jax.profiler.stop_trace()
             self._report.say(
-                f"profile of steps {self._steps[0]} to {step} in {self._folder}; to look at it: pip install xprof, "
+                f"profile of steps {first} to {step} in {self._folder}; to look at it: pip install xprof, "
                 f"xprof --logdir {self._folder}, or open its .trace.json.gz in ui.perfetto.dev"
             )

@@ -18,7 +18,7 @@ from rich.progress import (
 
 from xception_flax.display.console import duration, percent, stderr_console
 from xception_flax.host.files import file_errors
-from xception_flax.runs.history import Events, open_metrics, to_json
+from xception_flax.runs.history import Events, open_metrics
 from xception_flax.runs.workdir import HISTORY, TENSORBOARD
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
@@ -207,6 +207,6 @@ class RunProgress:
 
     def _record(self, step: int, values: Mapping[str, Any]) -> None:
         with file_errors(self._path, "written"):
-            self._file.write(to_json({"step": step, **values}).encode() + b"\n")
+            self._file.write(naming.to_json_line({"step": step, **values}).encode() + b"\n")
             self._file.flush()
         self._events.add(step, {name: value for name, value in values.items() if not isinstance(value, str)})

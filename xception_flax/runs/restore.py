@@ -11,7 +11,7 @@ from xception_flax import models
 from xception_flax.runs.workdir import CHECKPOINTS, CONFIG, read_recipe
 from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint as checkpoints
-from xception_flax.training import metrics, state
+from xception_flax.training import metrics, program, state
 
 
 class Run(NamedTuple):
@@ -38,12 +38,7 @@ class Run(NamedTuple):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """`(H, W, C)` of the images that the run was trained on."""
-        return image_shape(self.recipe)
-
-
-def image_shape(recipe: ConfigDict) -> tuple[int, int, int]:
-    """Returns `(H, W, C)` of one image, by a recipe."""
-    return (recipe.data.image_size, recipe.data.image_size, recipe.data.channels)
+        return program.image_shape(self.recipe)
 
 
 def restore(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None = None) -> Run:
@@ -63,16 +58,16 @@ def restore(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None = No
     recipe = read_recipe(workdir)
     try:
         model = models.create_model(**recipe.model)
-        abstract_variables = state.abstract_variables(model, image_shape(recipe), mesh)
+        abstract_variables = state.abstract_variables(model, program.image_shape(recipe), mesh)
     except UserError as error:
         raise UserError(f"{workdir / CONFIG}: {error}") from None
     except Exception as error:  # the file may have been changed by hand, and Flax then raises anything
         reason = (str(error).strip().splitlines() or [""])[0][:300]
         raise UserError(f"{workdir / CONFIG} is no recipe of a network: {type(error).__name__}: {reason}") from error
-    kept = recipe.step.ema_decay > 0
-    if weights == "ema" and not kept:
+    kept = program.evaluated_weights(recipe)
+    if weights == "ema" and kept != "ema":
         raise UserError(f"{workdir} keeps no averaged weights (step.ema_decay is 0); take raw.")
-    weights = weights or ("ema" if kept else "raw")
+    weights = weights or kept
     step, meta, variables = checkpoints.read_variables(
         workdir / CHECKPOINTS, checkpoint, weights, abstract_variables, best_metric=metrics.BEST[recipe.metrics.name]
     )

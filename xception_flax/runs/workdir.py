@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from xception_flax.host.files import check_kind, file_errors, write_whole
 from xception_flax.host.locks import try_lock
 from xception_flax.recipes.checking import resolve
-from xception_flax.recipes.comparing import differences, to_json
+from xception_flax.recipes.comparing import differences, recipe_json
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint
@@ -88,16 +88,26 @@ def run_around(folder: Path) -> str:
     return ""
 
 
+def _owner(folder: Path) -> Path | None:
+    """Returns the workdir whose run writes and removes files in `folder`; None if there is none."""
+    for parent in folder.parents:
+        is_one_of_ours = folder.relative_to(parent).parts[0] in FOLDERS and (parent / CONFIG).is_file()
+        if is_one_of_ours and ((parent / LOCK).is_file() or has_checkpoints(parent)):  # others have a config.json too
+            return parent
+    return None
+
+
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
     """Raises UserError if `workdir` cannot be written, or has a run of another recipe or foreign files.
 
     It writes nothing.
     """
-    _check_place(workdir, config)
     try:
-        existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+        _check_place(workdir, config)
+        existing = next(path for path in (workdir, *workdir.parents) if os.path.lexists(path))
         if not existing.is_dir():
-            wrong = "is a file" if existing == workdir else f"lies in {existing}, which is a file"
+            found = "a file" if existing.exists() else "a link to nothing"
+            wrong = f"is {found}" if existing == workdir else f"lies in {existing}, which is {found}"
             raise UserError(f"workdir {workdir} {wrong}; expected a folder, or a name that is free.")
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -130,6 +140,8 @@ def _check_place(workdir: Path, config: ConfigDict) -> None:
         images = os.path.realpath(os.path.expanduser(config.data.data_dir))
         if Path(here).is_relative_to(images):  # where it would be taken for a class
             raise UserError(f"workdir {workdir} lies in the folder of the images, {images}; take one outside of it.")
+    if run := _owner(Path(here)):  # it would remove this folder with its old checkpoints
+        raise UserError(f"workdir {workdir} is within the files of another run, {run}; take one outside of it.")
     places = {"/": "the root of all folders", "~": "your home folder", program: "this program's folder"}
     for place, what in places.items():
         if here == os.path.realpath(os.path.expanduser(place)):
@@ -216,4 +228,4 @@ def _not_writable(workdir: Path, error: OSError) -> UserError:
 
 def remember(workdir: Path, config: ConfigDict) -> None:
     """Writes `config.json`, whole or not at all, even in a power cut."""
-    write_whole(workdir / CONFIG, [to_json(config).encode()])
+    write_whole(workdir / CONFIG, [recipe_json(config).encode()])

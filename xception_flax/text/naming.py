@@ -7,10 +7,11 @@ UTF-8, `\\n`, `\\x1b`, `\\u202e`.
 """
 
 import json
+import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _SURROGATE = r"\ud800-\udfff"
@@ -94,6 +95,12 @@ def is_escape(text: str) -> bool:
 def to_json(value: Any, **options: Any) -> str:
     """Returns JSON that every parser reads: `json.dumps`, with all strings as `stored` returns them."""
     return json.dumps(stored(value), **options)
+
+
+def to_json_line(values: Mapping[str, Any]) -> str:
+    """Returns a line of JSON for a record or a result. NaN and infinity, which JSON lacks, become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return to_json(finite, allow_nan=False)
 
 
 def from_json(text: str) -> Any:

@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax import lax
 from orbax.checkpoint import checkpoint_managers as policies
 
 from xception_flax.host import files
@@ -30,9 +28,13 @@ from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 from xception_flax.text.ranges import check_range
+from xception_flax.training import checksums
 from xception_flax.training.state import TrainState
 
 PyTree = Any
+
+# The items that must be finite, since every output depends on all weights.
+WEIGHTS = ("raw", "ema")
 
 # A path that all libraries below read literally. Orbax takes `[`, `*` and a backslash for patterns; etils takes /gs/
 # and /s3/ for buckets; TensorStore takes `gs:` for a bucket, and accepts only UTF-8.
@@ -140,8 +142,7 @@ class Checkpoints(ocp.CheckpointManager):
                 read = handler.restore(path, args=ocp.args.StandardRestore(template))
             except Exception as error:
                 raise UserError(f"{name} was written and cannot be read: {self.message(error)}") from error
-            leaves = jax.tree_util.tree_leaves_with_path(read)
-            if {jax.tree_util.keystr(at): _checksum_on_host(leaf) for at, leaf in leaves} != expected[name]:
+            if checksums.of_host_arrays(read) != expected[name]:
                 raise UserError(f"{name} was written, but other values are read back")
         self.verified = True
 
@@ -228,12 +229,12 @@ def open_manager(
 
 
 def has_steps(folder: Path) -> bool:
-    """Whether there is any checkpoint in `folder`. It opens and creates nothing.
+    """Whether there is any checkpoint in `folder`, of a step after 0. It opens and creates nothing.
 
     Raises:
       UserError: the folder cannot be read.
     """
-    return bool(_steps(folder))
+    return any(_steps(folder))
 
 
 def _steps(folder: Path) -> list[int]:
@@ -267,7 +268,7 @@ def save(
         return
     items, sums = _items(state), {}
     for name, item in items.items():
-        sums[name], not_finite = _inspect(item)
+        sums[name], not_finite = checksums.inspect(item)
         if name in WEIGHTS and not_finite:
             raise UserError(
                 f"{_places(name, not_finite)} after step {step}; checkpoints from before it are kept. Lower "
@@ -437,7 +438,7 @@ def _restore(manager: Checkpoints, abstract_items: dict[str, PyTree], step: int)
     except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
         raise _damaged(manager, step, error) from None
     for name in abstract_items:
-        sums, not_finite = _inspect(items[name])
+        sums, not_finite = checksums.inspect(items[name])
         for path, checksum in sums.items():
             if checksum != expected.get(name, {}).get(path):
                 raise _unreadable(manager.folder, step, f"the values of {name}{path} have changed on disk")
@@ -478,74 +479,12 @@ def _of_another_step(saved: int) -> str:
     return f"it is of step {saved}: the folder was renamed; give it its name again"
 
 
-def _unreadable(folder: Path, step: int, reason: str) -> UserError:
-    others = [other for other in _steps(folder) if other != step]
-    advice = f"move this folder away to go on from step {max(others)}" if others else "there is no other"
-    return UserError(f"checkpoint {folder / str(step)} cannot be used: {reason}; {advice}.")
-
-
-# Checksums -----------------------------------------------------------------------------------------
-
-# The items that must be finite, since every output depends on all weights.
-WEIGHTS = ("raw", "ema")
-
-
-def _checksums(tree: PyTree) -> dict[str, int]:
-    """Returns a uint32 for each leaf, by path. Orbax stores no checksum of the data, so it would miss a flipped bit."""
-    return _inspect(tree)[0]
-
-
-def _inspect(tree: PyTree) -> tuple[dict[str, int], list[str]]:
-    """Returns the checksums, and the paths of leaves with values that are not finite, in one pass over the data."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    paths = [jax.tree_util.keystr(path) for path, _ in leaves]
-    sums, finite = jax.device_get(_inspect_all([leaf for _, leaf in leaves]))
-    not_finite = [path for path, is_finite in zip(paths, finite, strict=True) if not is_finite]
-    return dict(zip(paths, map(int, sums), strict=True)), not_finite
-
-
-def not_finite(tree: PyTree) -> list[str]:
-    """Returns the paths of the leaves with values that are not finite."""
-    return _inspect(tree)[1]
-
-
 def _places(name: str, paths: list[str]) -> str:
     others = f" and {len(paths) - 1} other arrays" if len(paths) > 1 else ""
     return f"values of {name}{paths[0]}{others} are not finite"
 
 
-@jax.jit
-def _inspect_all(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-    return [_checksum(leaf) for leaf in leaves], [_is_finite(leaf) for leaf in leaves]
-
-
-def _is_finite(x: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(True)
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    """Returns the sum of (bits x odd weight of the position) modulo 2^32. A change of one element always changes it.
-
-    A sum of integers does not depend on their order, so the checksum does not depend on the sharding.
-    """
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    if x.dtype.itemsize == 8:
-        x = lax.bitcast_convert_type(x, jnp.uint32)  # two words an element
-    bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    position = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits * (2 * position * jnp.uint32(2654435761) + 1), dtype=jnp.uint32)
-
-
-def _checksum_on_host(x: np.ndarray) -> int:
-    """Returns the same checksum by NumPy, for an array in host memory and without a device."""
-    x = np.ascontiguousarray(x).reshape(-1)
-    if x.dtype == np.bool_:
-        x = x.view(np.uint8)
-    bits = x.view(f"uint{8 * min(x.dtype.itemsize, 4)}").astype(np.uint32)
-    position = np.arange(bits.size, dtype=np.uint32)
-    return int(np.sum(bits * (2 * position * np.uint32(2654435761) + np.uint32(1)), dtype=np.uint32))
+def _unreadable(folder: Path, step: int, reason: str) -> UserError:
+    others = [other for other in _steps(folder) if other != step]
+    advice = f"move this folder away to go on from step {max(others)}" if others else "there is no other"
+    return UserError(f"checkpoint {folder / str(step)} cannot be used: {reason}; {advice}.")

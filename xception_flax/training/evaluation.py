@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from xception_flax import data
 from xception_flax.data.batch import Batch
 from xception_flax.text.errors import UserError
-from xception_flax.training import checkpoint, metrics, sharding
+from xception_flax.training import checksums, metrics, sharding
 
 BatchCallback = Callable[[Batch[np.ndarray], jax.Array], None]
 
@@ -50,7 +50,7 @@ def evaluate(
         raise data.InputError(f"none of the {split.num_images:,} images to evaluate on can be decoded.")
     means = totals.means()
     if not math.isfinite(means["loss"]):
-        wrong = checkpoint.not_finite(variables)
+        wrong = checksums.not_finite(variables)
         raise UserError(
             f"the loss of the evaluation is {means['loss']}: "
             + (

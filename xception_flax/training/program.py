@@ -28,7 +28,7 @@ class Program(NamedTuple):
       eval_step: see `steps.make_eval_step`.
       learning_rate: returns the learning rate of a step, given its number.
       length: of the whole run.
-      weights: which weights are evaluated: 'ema' if the recipe keeps them, otherwise 'raw'.
+      weights: which weights are evaluated; see `evaluated_weights`.
     """
 
     model: nn.Module
@@ -57,7 +57,7 @@ def create_program(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, int, 
     length = create_length(config.epochs, config.batch_size, num_images)
     schedule = optimizers.create_schedule(**config.schedule, run=length)
     tx, learning_rate = optimizers.create_optimizer(**config.optimizer, schedule=schedule)
-    weights = "ema" if config.step.ema_decay else "raw"
+    weights = evaluated_weights(config)
     init, abstract_state = state.make_init(model, tx, image_shape, mesh, ema=weights == "ema")
     train_step = steps.make_train_step(
         model,
@@ -74,6 +74,16 @@ def create_program(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, int, 
     )
     eval_step = make_evaluation(config, model, mesh)
     return Program(model, init, abstract_state, train_step, eval_step, learning_rate, length, weights)
+
+
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """Returns `(H, W, C)` of one image, by a resolved recipe."""
+    return config.data.image_size, config.data.image_size, config.data.channels
+
+
+def evaluated_weights(config: ConfigDict) -> str:
+    """Returns which weights of a run are evaluated: 'ema' if its recipe keeps them, otherwise 'raw'."""
+    return "ema" if config.step.ema_decay else "raw"
 
 
 def make_evaluation(config: ConfigDict, model: nn.Module, mesh: Mesh) -> Callable[..., Any]:

@@ -6,17 +6,14 @@ compiler inserts the collectives, and batch normalization sees the global batch.
 """
 
 import math
-import socket
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from xception_flax.data.batch import Batch
+from xception_flax.data.batch import Batch, Shapes
 from xception_flax.host import allocator
 from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import check_range
@@ -83,14 +80,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def processes_per_host() -> int:
-    """Returns the number of processes of this run on this host, including this one. All processes must call it."""
-    if jax.process_count() == 1:
-        return 1
-    host = np.uint32(zlib.crc32(socket.gethostname().encode()))
-    return int(np.sum(multihost_utils.process_allgather(host) == host))
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: its first dimension over all devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -137,8 +126,8 @@ def check_state_fits(mesh: Mesh, abstract_state: PyTree) -> None:
         )
 
 
-def abstract_batch(mesh: Mesh, shapes: dict[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes, types and shardings of what `global_batch` returns, from the global shape and type by name."""
+def abstract_batch(mesh: Mesh, shapes: Shapes) -> Batch[jax.ShapeDtypeStruct]:
+    """Returns shapes, types and shardings of what `global_batch` returns, from the shapes of the global batch."""
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, (shape, dtype) in shapes.items()

@@ -38,7 +38,7 @@ def create_normalizer(mean: Sequence[float], std: Sequence[float]) -> Callable[[
 
     Args:
       mean: a value for each channel, or one for all; on the scale 0 to 255.
-      std: the same, positive.
+      std: divisor of each channel, or one for all; positive, on the scale 0 to 255.
 
     Raises:
       UserError: no values, different numbers of values in both, or a value out of its range.
@@ -130,7 +130,7 @@ def make_train_step(
         # Arrays that 'fsdp' splits are stored in shares and gathered for the computation, so that the network splits
         # only the batch. Otherwise the compiler would split channels too, and copy back and forth.
         params = jax.lax.with_sharding_constraint(state.params, sharding.replicated(mesh))
-        grads, (batch_stats, sums) = gradient(params, state.batch_stats, _with_weight(batch), key)
+        grads, (batch_stats, sums) = gradient(params, state.batch_stats, _complete(batch), key)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         sums["gradient_norm"] = Sum(optax.tree.norm(grads), jnp.ones(()))
 
@@ -177,26 +177,23 @@ def _make_objective(
         )
         targets = soft_labels(batch, logits.shape[-1]) if mixed else batch["labels"]
         losses, penalty = loss.example(logits, targets), loss.penalty(params)
-        mask = batch.get("mask", jnp.ones(logits.shape[0]))
         sums = {
-            "loss": masked_sum(losses, mask),
+            "loss": masked_sum(losses, batch["mask"]),
             "penalty": Sum(penalty, jnp.ones(())),
-            **metrics(logits, batch["labels"], mask),
+            **metrics(logits, batch["labels"], batch["mask"]),
         }
         # `weight` makes the mean of this over the parts of a batch the mean over all images that count.
-        mean = jnp.mean(jnp.where(mask > 0, losses, 0) * batch["weight"]) if "mask" in batch else jnp.mean(losses)
+        mean = jnp.mean(jnp.where(batch["mask"] > 0, losses, 0) * batch["weight"])
         return mean + penalty, (updates.get("batch_stats", {}), sums)
 
     return objective
 
 
-def _with_weight(batch: Batch[jax.Array]) -> Batch[jax.Array]:
-    """Returns the batch, with `weight` added if it has a `mask`."""
-    if "mask" not in batch:
-        return batch
-    mask = batch["mask"]
+def _complete(batch: Batch[jax.Array]) -> Batch[jax.Array]:
+    """Returns the batch with a `mask`, of ones if it has none, and with `weight`. The compiler folds the ones away."""
+    mask = batch.get("mask", jnp.ones(batch["labels"].shape[0]))
     weight = mask.size / jnp.maximum(jnp.sum(mask), 1)
-    return {**batch, "weight": jnp.broadcast_to(weight, mask.shape)}
+    return {**batch, "mask": mask, "weight": jnp.broadcast_to(weight, mask.shape)}
 
 
 def _make_gradient(objective: Callable[..., Any], mesh: Mesh, accumulation_steps: int, lowering: str) -> Gradient:

@@ -1,0 +1,71 @@
+"""Checksums of arrays, and which arrays are finite, in one pass over the data.
+
+Orbax stores no checksum of the data, so it would miss a flipped bit. Paths are those of `jax.tree_util.keystr`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+PyTree = Any
+
+
+def inspect(tree: PyTree) -> tuple[dict[str, int], list[str]]:
+    """Returns a uint32 for each leaf, by path, and the paths of the leaves with values that are not finite."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    paths = [jax.tree_util.keystr(path) for path, _ in leaves]
+    sums, finite = jax.device_get(_inspect_all([leaf for _, leaf in leaves]))
+    not_finite = [path for path, is_finite in zip(paths, finite, strict=True) if not is_finite]
+    return dict(zip(paths, map(int, sums), strict=True)), not_finite
+
+
+def not_finite(tree: PyTree) -> list[str]:
+    """Returns the paths of the leaves with values that are not finite."""
+    return inspect(tree)[1]
+
+
+def of_host_arrays(tree: PyTree) -> dict[str, int]:
+    """Returns the checksums of arrays in host memory. It uses no device, so any thread may call it."""
+    return {
+        jax.tree_util.keystr(path): _checksum_on_host(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@jax.jit
+def _inspect_all(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    return [_checksum(leaf) for leaf in leaves], [_is_finite(leaf) for leaf in leaves]
+
+
+def _is_finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(True)
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    """Returns the sum of (bits x odd weight of the position) modulo 2^32. A change of one element always changes it.
+
+    A sum of integers does not depend on their order, so the checksum does not depend on the sharding.
+    """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    if x.dtype.itemsize == 8:
+        x = lax.bitcast_convert_type(x, jnp.uint32)  # two words an element
+    bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * position * jnp.uint32(2654435761) + 1), dtype=jnp.uint32)
+
+
+def _checksum_on_host(x: np.ndarray) -> int:
+    """Returns the same checksum by NumPy."""
+    x = np.ascontiguousarray(x).reshape(-1)
+    if x.dtype == np.bool_:
+        x = x.view(np.uint8)
+    bits = x.view(f"uint{8 * min(x.dtype.itemsize, 4)}").astype(np.uint32)
+    position = np.arange(bits.size, dtype=np.uint32)
+    return int(np.sum(bits * (2 * position * np.uint32(2654435761) + np.uint32(1)), dtype=np.uint32))
