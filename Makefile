@@ -74,12 +74,15 @@ $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
 	@.venv-contenders/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	@touch $@
 
+# One list for every Python: resolved for the oldest, as the newest may want versions that it cannot install.
+COMPILE := .venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --python-version 3.11 --upgrade
+
 pins: $(INSTALLED_DEV)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
-	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml -o requirements.txt
-	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
-	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade benchmarks/requirements.in -c requirements.txt -o benchmarks/requirements.txt
-	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml --extra tpu -c requirements.txt -o requirements-tpu.txt
+	$(COMPILE) pyproject.toml -o requirements.txt
+	$(COMPILE) pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
+	$(COMPILE) benchmarks/requirements.in -c requirements.txt -o benchmarks/requirements.txt
+	$(COMPILE) pyproject.toml --extra tpu -c requirements.txt -o requirements-tpu.txt
 
 clean:
 	rm -rf .venv .venv-contenders .venv-minimum .venv-newest .venv-tpu build *.egg-info
