@@ -25,11 +25,12 @@ demo: $(INSTALLED)
 test: lint
 	.venv/bin/python -m pytest
 
+# Old libraries meet newer ones that they were not written for: what those call deprecated is not ours to mend.
 test-minimum: $(INSTALLED_DEV)
 	$(PYTHON) -m venv --clear .venv-minimum
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv/bin/uv pip install --quiet --python .venv-minimum/bin/python --resolution lowest-direct -e '.[dev]'
-	.venv-minimum/bin/python -m pytest
+	.venv-minimum/bin/python -m pytest -W ignore::DeprecationWarning
 
 test-newest: $(INSTALLED_DEV)
 	$(PYTHON) -m venv --clear .venv-newest
@@ -75,12 +76,15 @@ $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
 	@.venv-contenders/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	@touch $@
 
+# One list for every Python: resolved for the oldest, as the newest may want versions that it cannot install.
+COMPILE := .venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --python-version 3.11 --upgrade
+
 pins: $(INSTALLED_DEV)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
-	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml -o requirements.txt
-	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
-	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade benchmarks/requirements.in -c requirements.txt -o benchmarks/requirements.txt
-	.venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --upgrade pyproject.toml --extra tpu -c requirements.txt -o requirements-tpu.txt
+	$(COMPILE) pyproject.toml -o requirements.txt
+	$(COMPILE) pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
+	$(COMPILE) benchmarks/requirements.in -c requirements.txt -o benchmarks/requirements.txt
+	$(COMPILE) pyproject.toml --extra tpu -c requirements.txt -o requirements-tpu.txt
 
 clean:
 	rm -rf .venv .venv-contenders .venv-minimum .venv-newest .venv-tpu build *.egg-info

@@ -159,9 +159,12 @@ def test_kernels_map_over_another_dimension(rng):
 def test_what_is_lowered_for_gpus(monkeypatch, options, used):
     """Triton's kernel, where there is one, is only for NVIDIA GPUs, and never used with 'stock'."""
     monkeypatch.setattr(lowerings, "has_triton", lambda: True)
-    assert lowered(options) == {"cuda": used, "rocm": STOCK, "tpu": STOCK, "cpu": "shifts"}
-    with ops.lowering("stock"):
-        assert lowered(options) == dict.fromkeys(("cuda", "rocm", "tpu", "cpu"), STOCK)
+    # Newer JAX lowers a kernel for a GPU that it knows: one here, or the mesh's. The choice is that without a mesh.
+    monkeypatch.setattr(lowerings, "_kind_of_mesh", lambda: None)
+    with jax.sharding.use_abstract_mesh(mesh_of_gpus()):
+        assert lowered(options) == {"cuda": used, "rocm": STOCK, "tpu": STOCK, "cpu": "shifts"}
+        with ops.lowering("stock"):
+            assert lowered(options) == dict.fromkeys(("cuda", "rocm", "tpu", "cpu"), STOCK)
 
 
 def test_without_a_gpu_that_has_triton_its_kernels_are_not_lowered():
@@ -187,6 +190,13 @@ T4 = SimpleNamespace(device_kind="Tesla T4", platform="gpu", compute_capability=
 MI300X = SimpleNamespace(device_kind="AMD Instinct MI300X", platform="gpu", compute_capability="gfx942")
 CPU = SimpleNamespace(device_kind="cpu", platform="cpu")
 V5E = SimpleNamespace(device_kind="TPU v5 lite", platform="tpu")
+
+
+def mesh_of_gpus() -> jax.sharding.AbstractMesh:
+    """Eight H100s, elsewhere."""
+    mesh = sharding.create_mesh(data=4, fsdp=2).abstract_mesh
+    device = dataclasses.replace(mesh.abstract_device, device_kind=H100.device_kind)
+    return jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device)
 
 
 @pytest.mark.parametrize(
@@ -217,10 +227,7 @@ def test_which_devices_have_triton(monkeypatch, local, compiled_for, expected):
 
 def test_over_a_mesh_of_gpus_no_choice_is_left_to_the_program():
     """XLA would keep a `cond` around a kernel over several devices, and what is never called need not be traced."""
-    mesh = sharding.create_mesh(data=4, fsdp=2).abstract_mesh
-    device = dataclasses.replace(mesh.abstract_device, device_kind=H100.device_kind)
-    mesh = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh_of_gpus()):
         traced = jax.jit(ops.depthwise_convolution).trace(jnp.zeros((8, 5, 5, 4)), jnp.zeros((3, 3, 1, 4)))
     assert "depthwise_forward" in str(traced.jaxpr)
     assert "cond[" not in str(traced.jaxpr)
