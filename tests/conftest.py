@@ -1,9 +1,11 @@
 """Eight virtual CPU devices for every test, Keras on its JAX backend, and a few shared makers."""
 
 import atexit
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -35,11 +37,46 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import shell
+import small_run
 
 
 @pytest.fixture(scope="session")
 def one_device() -> Mesh:
     return jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The workdir of an uninterrupted run, and its duration in seconds, measured from outside.
+
+    It is trained once for all workers: the first that asks for it trains, and others wait.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+    workdir, seconds = folder / "trained", folder / "trained.seconds"
+    with open(folder / "trained.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not seconds.exists():
+            begin = time.monotonic()
+            code, out, err = shell.finish(small_run.start(workdir))
+            assert code == 0, err
+            assert "finished" in out
+            seconds.write_text(str(time.monotonic() - begin))
+    return workdir, float(seconds.read_text())
+
+
+@pytest.fixture(scope="module")
+def whole_timed(trained: tuple[Path, float], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A copy of that run for the tests of one file, and its duration in seconds."""
+    workdir, seconds = trained
+    return shutil.copytree(workdir, tmp_path_factory.mktemp("runs") / "whole"), seconds
+
+
+@pytest.fixture(scope="module")
+def whole(whole_timed: tuple[Path, float]) -> Path:
+    """The workdir of that copy."""
+    return whole_timed[0]
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """The whole path from the shell: real processes, real signals, exact resumption, several hosts, mistakes."""
 
 import contextlib
-import errno
 import itertools
 import json
 import os
@@ -23,66 +22,21 @@ import jax
 import numpy as np
 import pytest
 
-import shell
 import train
 from shell import ROOT, environment, finish, wait_until
 from shell import call as run
+from small_run import DIGITS, SMALL, start
 from workdirs import arrays, evaluations, records
 from xception_flax import data
 from xception_flax.commands import cli, evaluate
-from xception_flax.display import console
-from xception_flax.host import signals
-from xception_flax.models import ops
 from xception_flax.runs import history, progress
 from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import has_checkpoints
 from xception_flax.text.errors import UserError
-from xception_flax.training import evaluation, metrics, sharding
-
-DIGITS = str(ROOT / "configs" / "digits.py")
-
-# 157 steps of 16 images: a second or so of training, which is long enough to stop it.
-SMALL = [
-    "--config.model.width=0.02",
-    "--config.model.middle_repeats=0",
-    "--config.data.image_size=32",
-    "--config.batch_size=16",
-    "--config.epochs=2",
-    "--config.schedule.warmup_epochs=0.5",
-    "--config.eval_every_epochs=0.5",
-    "--config.checkpoint_every_epochs=0.25",
-    "--config.log_every_steps=5",
-]
-
+from xception_flax.training import sharding
 
 # The same for LeNet, which compiles fast, in tests for which any network will do.
 LENET = [text for text in SMALL if "model." not in text]
-
-
-def start(workdir: Path, *arguments: str, devices: int = 2) -> subprocess.Popen:
-    recipe = ["--config", DIGITS, "--workdir", workdir]
-    return shell.start("train.py", *recipe, *SMALL, *arguments, devices=devices)
-
-
-@pytest.fixture(scope="module")
-def whole_timed(tmp_path_factory) -> tuple[Path, float]:
-    """An uninterrupted run, and its duration in seconds, measured from outside."""
-    workdir, begin = tmp_path_factory.mktemp("whole"), time.monotonic()
-    code, out, err = finish(start(workdir))
-    assert code == 0, err
-    assert "finished" in out
-    return workdir, time.monotonic() - begin
-
-
-@pytest.fixture(scope="module")
-def whole(whole_timed) -> Path:
-    """The workdir of that run."""
-    return whole_timed[0]
-
-
-def test_evaluation_on_other_channels_is_refused(whole):
-    with pytest.raises(ValueError, match=r"was trained on images of data\.channels=1, got 3; leave out --config\.data"):
-        evaluate.main(["--workdir", str(whole), "--config.data.channels=3"])
 
 
 def test_a_run_leaves_what_it_promises(whole):
@@ -341,67 +295,6 @@ def test_ctrl_c_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", [["train.py"], ["-m", "xception_flax", "evaluate"]], ids=" ".join)
-@pytest.mark.parametrize("module", ["xception_flax.host.signals", "numpy", "jax", "flax.linen", "orbax.checkpoint"])
-def test_ctrl_c_during_the_imports_ends_without_a_traceback(command, module):
-    """Python prints each import on stderr; the signal is sent after that of `module`."""
-    process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", *command, "--workdir", "w"],
-        env=environment(1),
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stderr:
-        if line.split("|")[-1].strip() == module:
-            break
-    process.stderr.readline()  # of the next module; by then the handler is set even for the first `module`
-    process.send_signal(signal.SIGINT)
-    code, _, err = finish(process)
-    assert code == 128 + signal.SIGINT
-    said = [line for line in err.splitlines() if line and not line.startswith("import time:")]
-    assert said == ["interrupted"]
-
-
-def test_a_second_signal_stops_at_once(tmp_path):
-    """Also in native code, where Python's own handlers do not run: an hour of hashing stands for compilation."""
-    (tmp_path / "s.py").write_text("""
-import hashlib
-from xception_flax.host import signals
-with signals.StopRequest():
-    print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
-""")
-    command = [sys.executable, str(tmp_path / "s.py")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, env=environment(1), text=True, **pipes)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGSTOP)  # so that both come within a moment, however busy the machine
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)  # as `timeout` does, which signals the process and then its group
-    process.send_signal(signal.SIGCONT)
-    time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    code, _, err = finish(process)
-    assert (code, err) == (128 + signal.SIGTERM, "\ninterrupted\n")
-
-
-def test_one_of_several_processes_passes_ctrl_c_on():
-    """It goes to JAX's handler of SIGTERM, once. A second Ctrl-C ends the process, as tested above."""
-    got = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
-    try:
-        with signals.StopRequest(several_processes=True) as stop:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop.signal == signal.SIGINT
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert got == [signal.SIGTERM] * 2
-            assert stop.signal == signal.SIGINT
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def start_two(*workdirs: Path, overrides: Sequence[str] = ("", "")) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -475,117 +368,6 @@ def test_processes_that_differ_do_not_begin(whole, tmp_path):
     differ = said.format("whether the workdir has checkpoints is true on process 0, false on process 1")
     assert [(code, err.splitlines()[-1]) for code, _, err in results] == [(2, differ)] * 2, results
     assert not (tmp_path / "1").exists()
-
-
-# Evaluation ----------------------------------------------------------------------------------------
-
-
-def test_evaluate_repeats_the_loops_evaluation(whole, monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, evaluate.main, "--workdir", whole)
-    assert code == 0
-    assert "digits, split 'validation', 180 images" in out
-    result = json.loads(out.splitlines()[-1])
-    recorded = evaluations(whole)[-1]
-    assert {"top1", "top5", "loss", "count"} <= set(result)
-    assert (result["step"], result["weights"], result["count"]) == (157, "ema", 180)
-    assert result["top1"] == pytest.approx(recorded["eval/top1"], abs=1e-9)
-    assert result["loss"] == pytest.approx(recorded["eval/loss"], rel=1e-4)
-    assert (whole / "mistakes_validation.png").exists()
-
-
-def test_the_picture_says_what_it_is_of(whole, tmp_path, monkeypatch, capsys):
-    """An SVG has its texts as comments. One image is labelled as each of the ten digits, so nine are wrong."""
-    digit = np.load(ROOT / "xception_flax" / "data" / "digits.npz")["images"][:1]
-    files = {"ten": (np.repeat(digit, 10, 0), np.arange(10))}
-
-    def result(name):
-        images, labels = files[name]
-        names = np.arange(10).astype(str)
-        np.savez(tmp_path / "d.npz", **{f"{name}_images": images, f"{name}_labels": labels, "class_names": names})
-        source = ["--config.data.source=arrays", f"--config.data.path={tmp_path / 'd.npz'}", "--split", name]
-        picture = tmp_path / f"{name}.svg"
-        code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, "--picture", picture, *source)
-        assert code == 0, err
-        comments = re.findall(r"<!-- (.*?) -->", picture.read_text(), re.DOTALL)
-        return re.search("  wrong +(.*)", out)[1], comments
-
-    wrong, comments = result("ten")
-    assert wrong == f"9 images, see {tmp_path / 'ten.svg'}"
-    text = "\n".join(comments)
-    assert "9 of 10 wrong (10.00 % right)" in text
-    assert "arrays, split 'ten'" in text
-    assert "step 157, ema weights" in text
-    wrong_labels = {int(label) for label in re.findall(r"^is (\d)", text, re.MULTILINE)}
-    (right,) = set(range(10)) - wrong_labels
-    files |= {"none": (digit, np.array([right])), "one": (digit, np.array([min(wrong_labels)]))}
-    assert result("none")[0] == "no image"
-    assert result("one")[0] == f"1 image, see {tmp_path / 'one.svg'}"
-
-
-def test_no_picture_loses_the_results(whole, tmp_path, monkeypatch, capsys):
-    """A bad path is found before the evaluation, a full disk after its results are printed."""
-    for picture, message in [
-        (tmp_path / "no" / "m.png", "No such file"),
-        (tmp_path / "m.pgn", r"expected one that ends in \.png"),
-        (tmp_path / "m", r"expected one that ends in \.png"),
-        (whole, r"expected one that ends in \.png"),
-    ]:
-        both = ["--picture", picture, "--split", "tset"]  # a wrong split is the first error of the evaluation
-        code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, *both)
-        assert (code, out) == (2, "")
-        assert re.match(rf"error: {picture} .*{message}", err), err
-    code, _, err = run(
-        monkeypatch, capsys, evaluate.main, "--workdir", whole, "--picture", tmp_path / "m.png", "--split", "tset"
-    )
-    assert "unknown split" in err
-    assert list(tmp_path.iterdir()) == []
-
-    (tmp_path / "full.png").symlink_to("/dev/full")
-    code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, "--picture", tmp_path / "full.png")
-    assert code == 2
-    assert json.loads(out.splitlines()[-1])["count"] == 180
-    assert re.match(r"error: .*full\.png cannot be written: No space left on device; name another file\.", err)
-
-
-def test_evaluate_by_choice(whole, monkeypatch, capsys):
-    def result(*arguments):
-        code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, *arguments)
-        assert code == 0, err
-        return json.loads(out.splitlines()[-1])
-
-    test = result("--split", "test")
-    other_batch = result("--split", "test", "--batch-size", "400")
-    assert (test["count"], other_batch["count"]) == (360, 360)
-    assert other_batch["top1"] == pytest.approx(test["top1"], abs=1e-9)
-    assert other_batch["loss"] == pytest.approx(test["loss"], rel=1e-5)
-    raw = result("--weights", "raw")
-    assert raw["weights"] == "raw"
-    assert raw["loss"] != test["loss"]
-    best = result("--checkpoint", "best")
-    assert best["top1"] == pytest.approx(max(r["eval/top1"] for r in records(whole) if "eval/top1" in r))
-    assert result("--checkpoint", str(best["step"]))["top1"] == best["top1"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--workdir", "/nowhere"], "is no workdir of a run"),
-        (["--checkpoint", "3"], "no checkpoint '3' in .*; take latest, best or a step of"),
-        (["--checkpoint", "9" * 5000], r"no checkpoint '9{59} \.\.\. 9{29}' in .*; take latest, best or a step of"),
-        (["--split", "tset"], "unknown split of digits 'tset'; did you mean 'test'"),
-        (["--batch-size", "0"], "--batch-size: must be a positive integer, got '0'"),
-        (["--picture", "/nowhere/m.png"], "/nowhere/m.png cannot be written: No such file .*name another file"),
-        (["--batch-size", "12"], "batch_size=12 does not divide over 8 devices"),
-        (["--config.model.width=1"], "--config.model.width cannot be changed here"),
-        (["--bath-size", "8"], "unknown argument '--bath-size'"),
-    ],
-)
-def test_mistakes_with_evaluate(whole, monkeypatch, capsys, arguments, message):
-    workdir = [] if "--workdir" in arguments else ["--workdir", whole]
-    code, out, err = run(monkeypatch, capsys, evaluate.main, *workdir, *arguments)
-    assert (code, out) == (2, "")
-    assert re.match(f"error: .*{message}", err), err
-    assert err.count("\n") <= 2
 
 
 # What goes wrong with the input --------------------------------------------------------------------
@@ -848,14 +630,6 @@ def test_a_mistake_from_the_shell_is_no_traceback(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["broken.py"]
 
 
-@pytest.mark.parametrize("defect", [lambda: int("x"), lambda: ops.max_pool(np.ones(3)), lambda: console.percent("x")])
-def test_a_defect_keeps_its_traceback(monkeypatch, defect):
-    """A ValueError of a library, or of Python inside our own functions, is no user's mistake."""
-    monkeypatch.setattr(sys, "argv", ["command"])
-    with pytest.raises((ValueError, TypeError)):
-        cli.run(lambda argv: defect())
-
-
 def test_what_does_not_fit_into_memory_is_two_lines(tmp_path, monkeypatch, capsys):
     """No machine has room for 32 PiB. An error that is not about memory keeps its traceback."""
     with monkeypatch.context() as patch:
@@ -914,24 +688,6 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, c
     )
     assert [list(r) for r in records(tmp_path) if "eval/loss" in r] == []
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
-
-
-@pytest.mark.parametrize(
-    ("loss", "weight", "reason"),
-    [
-        (np.nan, 1.0, "nan: the weights are finite, the network's output is not."),
-        (np.inf, 1.0, "inf: the weights are finite, the network's output is not."),
-        (np.nan, np.nan, "nan: values of ['params']['k'] are not finite."),
-        (np.nan, -np.inf, "nan: values of ['params']['k'] are not finite."),
-    ],
-)
-def test_what_is_not_finite_in_an_evaluation_is_named(one_device, loss, weight, reason):
-    batch = {"images": np.zeros((2, 1, 1, 1), np.uint8), "labels": np.zeros(2, np.int32)}
-    split = SimpleNamespace(num_images=2, on_bad_image="stop", batches=lambda: (b for b in [batch]))
-    sums = {"loss": metrics.Sum(np.float32(loss), np.float32(2))}
-    variables = {"params": {"a": jax.numpy.ones(3), "k": jax.numpy.array([1.0, weight])}}
-    with pytest.raises(ValueError, match=f"^the loss of the evaluation is {re.escape(reason)}"):
-        evaluation.evaluate(lambda variables, batch: (sums, None), variables, split, one_device)
 
 
 BRIEF = [*LENET, "--config.epochs=0.1019", "--config.schedule.warmup_epochs=0"]  # 8 steps
@@ -1000,11 +756,3 @@ def test_a_full_disk_is_one_line(whole, tmp_path):
     steps = [r["step"] for r in history.read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) >= 10
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
-def test_what_a_disk_refuses_is_no_defect(monkeypatch, capsys, number):
-    def refused(argv):
-        raise OSError(number, os.strerror(number), "some/file")
-
-    assert run(monkeypatch, capsys, refused) == (2, "", f"error: some/file: {os.strerror(number)}.\n")

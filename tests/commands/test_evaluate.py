@@ -1,0 +1,125 @@
+"""`evaluate` on a finished run: its results, its picture, its mistakes."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from shell import ROOT
+from shell import call as run
+from workdirs import evaluations, records
+from xception_flax.commands import evaluate
+
+
+def test_evaluation_on_other_channels_is_refused(whole):
+    with pytest.raises(ValueError, match=r"was trained on images of data\.channels=1, got 3; leave out --config\.data"):
+        evaluate.main(["--workdir", str(whole), "--config.data.channels=3"])
+
+
+def test_evaluate_repeats_the_loops_evaluation(whole, monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, evaluate.main, "--workdir", whole)
+    assert code == 0
+    assert "digits, split 'validation', 180 images" in out
+    result = json.loads(out.splitlines()[-1])
+    recorded = evaluations(whole)[-1]
+    assert {"top1", "top5", "loss", "count"} <= set(result)
+    assert (result["step"], result["weights"], result["count"]) == (157, "ema", 180)
+    assert result["top1"] == pytest.approx(recorded["eval/top1"], abs=1e-9)
+    assert result["loss"] == pytest.approx(recorded["eval/loss"], rel=1e-4)
+    assert (whole / "mistakes_validation.png").exists()
+
+
+def test_the_picture_says_what_it_is_of(whole, tmp_path, monkeypatch, capsys):
+    """An SVG has its texts as comments. One image is labelled as each of the ten digits, so nine are wrong."""
+    digit = np.load(ROOT / "xception_flax" / "data" / "digits.npz")["images"][:1]
+    files = {"ten": (np.repeat(digit, 10, 0), np.arange(10))}
+
+    def result(name):
+        images, labels = files[name]
+        names = np.arange(10).astype(str)
+        np.savez(tmp_path / "d.npz", **{f"{name}_images": images, f"{name}_labels": labels, "class_names": names})
+        source = ["--config.data.source=arrays", f"--config.data.path={tmp_path / 'd.npz'}", "--split", name]
+        picture = tmp_path / f"{name}.svg"
+        code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, "--picture", picture, *source)
+        assert code == 0, err
+        comments = re.findall(r"<!-- (.*?) -->", picture.read_text(), re.DOTALL)
+        return re.search("  wrong +(.*)", out)[1], comments
+
+    wrong, comments = result("ten")
+    assert wrong == f"9 images, see {tmp_path / 'ten.svg'}"
+    text = "\n".join(comments)
+    assert "9 of 10 wrong (10.00 % right)" in text
+    assert "arrays, split 'ten'" in text
+    assert "step 157, ema weights" in text
+    wrong_labels = {int(label) for label in re.findall(r"^is (\d)", text, re.MULTILINE)}
+    (right,) = set(range(10)) - wrong_labels
+    files |= {"none": (digit, np.array([right])), "one": (digit, np.array([min(wrong_labels)]))}
+    assert result("none")[0] == "no image"
+    assert result("one")[0] == f"1 image, see {tmp_path / 'one.svg'}"
+
+
+def test_no_picture_loses_the_results(whole, tmp_path, monkeypatch, capsys):
+    """A bad path is found before the evaluation, a full disk after its results are printed."""
+    for picture, message in [
+        (tmp_path / "no" / "m.png", "No such file"),
+        (tmp_path / "m.pgn", r"expected one that ends in \.png"),
+        (tmp_path / "m", r"expected one that ends in \.png"),
+        (whole, r"expected one that ends in \.png"),
+    ]:
+        both = ["--picture", picture, "--split", "tset"]  # a wrong split is the first error of the evaluation
+        code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, *both)
+        assert (code, out) == (2, "")
+        assert re.match(rf"error: {picture} .*{message}", err), err
+    code, _, err = run(
+        monkeypatch, capsys, evaluate.main, "--workdir", whole, "--picture", tmp_path / "m.png", "--split", "tset"
+    )
+    assert "unknown split" in err
+    assert list(tmp_path.iterdir()) == []
+
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, "--picture", tmp_path / "full.png")
+    assert code == 2
+    assert json.loads(out.splitlines()[-1])["count"] == 180
+    assert re.match(r"error: .*full\.png cannot be written: No space left on device; name another file\.", err)
+
+
+def test_evaluate_by_choice(whole, monkeypatch, capsys):
+    def result(*arguments):
+        code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, *arguments)
+        assert code == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    test = result("--split", "test")
+    other_batch = result("--split", "test", "--batch-size", "400")
+    assert (test["count"], other_batch["count"]) == (360, 360)
+    assert other_batch["top1"] == pytest.approx(test["top1"], abs=1e-9)
+    assert other_batch["loss"] == pytest.approx(test["loss"], rel=1e-5)
+    raw = result("--weights", "raw")
+    assert raw["weights"] == "raw"
+    assert raw["loss"] != test["loss"]
+    best = result("--checkpoint", "best")
+    assert best["top1"] == pytest.approx(max(r["eval/top1"] for r in records(whole) if "eval/top1" in r))
+    assert result("--checkpoint", str(best["step"]))["top1"] == best["top1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir", "/nowhere"], "is no workdir of a run"),
+        (["--checkpoint", "3"], "no checkpoint '3' in .*; take latest, best or a step of"),
+        (["--checkpoint", "9" * 5000], r"no checkpoint '9{59} \.\.\. 9{29}' in .*; take latest, best or a step of"),
+        (["--split", "tset"], "unknown split of digits 'tset'; did you mean 'test'"),
+        (["--batch-size", "0"], "--batch-size: must be a positive integer, got '0'"),
+        (["--picture", "/nowhere/m.png"], "/nowhere/m.png cannot be written: No such file .*name another file"),
+        (["--batch-size", "12"], "batch_size=12 does not divide over 8 devices"),
+        (["--config.model.width=1"], "--config.model.width cannot be changed here"),
+        (["--bath-size", "8"], "unknown argument '--bath-size'"),
+    ],
+)
+def test_mistakes_with_evaluate(whole, monkeypatch, capsys, arguments, message):
+    workdir = [] if "--workdir" in arguments else ["--workdir", whole]
+    code, out, err = run(monkeypatch, capsys, evaluate.main, *workdir, *arguments)
+    assert (code, out) == (2, "")
+    assert re.match(f"error: .*{message}", err), err
+    assert err.count("\n") <= 2

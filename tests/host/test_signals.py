@@ -1,0 +1,73 @@
+"""Signals: during the imports, twice, and in one of several processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from shell import ROOT, environment, finish
+from xception_flax.host import signals
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "xception_flax", "evaluate"]], ids=" ".join)
+@pytest.mark.parametrize("module", ["xception_flax.host.signals", "numpy", "jax", "flax.linen", "orbax.checkpoint"])
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(command, module):
+    """Python prints each import on stderr; the signal is sent after that of `module`."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", *command, "--workdir", "w"],
+        env=environment(1),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if line.split("|")[-1].strip() == module:
+            break
+    process.stderr.readline()  # of the next module; by then the handler is set even for the first `module`
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 128 + signal.SIGINT
+    said = [line for line in err.splitlines() if line and not line.startswith("import time:")]
+    assert said == ["interrupted"]
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    """Also in native code, where Python's own handlers do not run: an hour of hashing stands for compilation."""
+    (tmp_path / "s.py").write_text("""
+import hashlib
+from xception_flax.host import signals
+with signals.StopRequest():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+""")
+    command = [sys.executable, str(tmp_path / "s.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=environment(1), text=True, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)  # so that both come within a moment, however busy the machine
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # as `timeout` does, which signals the process and then its group
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert (code, err) == (128 + signal.SIGTERM, "\ninterrupted\n")
+
+
+def test_one_of_several_processes_passes_ctrl_c_on():
+    """It goes to JAX's handler of SIGTERM, once. A second Ctrl-C ends the process, as tested above."""
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        with signals.StopRequest(several_processes=True) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert got == [signal.SIGTERM] * 2
+            assert stop.signal == signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
