@@ -87,7 +87,7 @@ def test_a_meaning_is_the_first_sentence():
           d: the program's.
 
         Raises:
-          ValueError: never.
+          UserError: never.
         """
 
     assert [key.meaning for key in signatures.keys_of(function).values()] == [

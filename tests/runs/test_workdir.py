@@ -257,3 +257,10 @@ def test_infinite_epochs_between_two_are_at_the_end_alone(tmp_path):
     assert differences(read_recipe(tmp_path), config) == []
     with pytest.raises(ValueError, match="'eval_every_epochs' must be a finite number, got nan"):
         reading.load(DIGITS, ["--config.eval_every_epochs=nan"])
+
+
+def test_a_defect_in_reading_a_recipe_is_no_damaged_file(tmp_path, monkeypatch):
+    remember(tmp_path, reading.load(DIGITS))
+    monkeypatch.setattr("xception_flax.runs.workdir.resolve", lambda values: int("x"))
+    with pytest.raises(ValueError, match=r"^invalid literal for int"):
+        read_recipe(tmp_path)

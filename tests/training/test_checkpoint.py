@@ -496,6 +496,14 @@ def test_a_reader_looks_again_where_its_step_is_removed(tmp_path, two_steps, one
             read(workdir, "5", state)
 
 
+def test_a_defect_in_reading_is_not_tried_again(two_steps, one_device, monkeypatch):
+    tried = []
+    monkeypatch.setattr(checkpoint, "find_step", lambda manager, which: int(tried.append(which) or "x"))
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        read(two_steps, "latest", make_state(one_device, 2))
+    assert tried == ["latest"]
+
+
 def test_a_failed_save_leaves_no_thread(tmp_path, one_device, monkeypatch):
     """By default Orbax creates folders in the background. When one failed, six threads waited 300 s for it."""
     with open_manager(tmp_path) as manager:

@@ -99,7 +99,7 @@ def load(
         )
     try:
         transforms = parse_transforms(train_transforms if train else eval_transforms, image_size)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"data.{'train' if train else 'eval'}_transforms: {error}") from None
     examples = function(train_split if train else eval_split, **options)
     if not len(examples):

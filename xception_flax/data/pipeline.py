@@ -143,7 +143,7 @@ class Split:
             prepare_image(image, self.transforms, self.image_shape, self.min_decoded_side, rng, self.max_value)
         except (BadImageError, InputError, OSError):  # `batches` reports it, as `on_bad_image` says
             pass
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"data.{'train' if self.train else 'eval'}_transforms: {error}") from None
 
     def check_max_value(self) -> str:
@@ -332,7 +332,7 @@ def prepare_image(
     for transform in chain:
         try:
             image = transform(image, rng)
-        except ValueError as error:  # the image is too small for a crop, say
+        except UserError as error:  # the image is too small for a crop, say
             raise BadImageError(str(error)) from None
     if image.shape != image_shape:
         raise UserError(

@@ -193,7 +193,7 @@ def _repaired(image: EncodedImage) -> EncodedImage:
         return image
     try:
         pixels = cv2.cvtColor(decode(image.read(), 3), cv2.COLOR_RGB2BGR)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{image.path}: {image.name}: {error}") from None
     options = [cv2.IMWRITE_JPEG_QUALITY, 100, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420]
     return dataclasses.replace(image, content=cv2.imencode(".jpg", pixels, options)[1].tobytes())

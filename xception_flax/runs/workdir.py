@@ -74,7 +74,7 @@ def read_recipe(workdir: Path) -> ConfigDict:
         ) from None
     try:
         return resolve(values)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 

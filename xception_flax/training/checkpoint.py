@@ -382,7 +382,7 @@ def read_variables(
             with open_manager(folder, best_metric=best_metric, read_only=True) as manager:
                 step = find_step(manager, which)
                 return step, read_meta(manager, step), restore_variables(manager, abstract_variables, weights, step)
-        except ValueError as error:
+        except UserError as error:
             # The same error twice is not a removal in progress. With several processes, one cannot retry alone.
             if str(error) in said or len(said) == READ_TIMES or jax.process_count() > 1:
                 raise

@@ -10,6 +10,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from golden.make_boxes import AREA, ASPECT, SHAPES, figures
 from golden.make_transforms import CHAINS, photograph, transformed
+from xception_flax import data
 from xception_flax.data import transforms
 from xception_flax.data.transforms import colors, geometry, rand_augment, resampling
 from xception_flax.data.transforms.crops import SAMPLINGS
@@ -35,6 +36,19 @@ def apply(chain: str, image: np.ndarray, seed: int = 0, image_size: int = 32) ->
 def test_every_transform_has_a_golden_image():
     names = {call.partition("(")[0].strip() for chain in CHAINS for call in chain.split("|")}
     assert names == set(transforms.TRANSFORMS)
+
+
+@pytest.mark.parametrize("black", [True, False], ids=["when it is parsed", "on the first image"])
+def test_a_defect_of_a_transform_is_no_mistake_of_the_user(black, monkeypatch):
+    """NumPy's own ValueError must keep its type, with which a command shows the traceback."""
+
+    def broken(image, rng):
+        return image if image.any() == black else image + np.zeros(5)
+
+    monkeypatch.setitem(transforms.TRANSFORMS, "broken", broken)
+    with pytest.raises(ValueError, match="could not be broadcast") as caught:
+        data.load("digits", image_size=8, channels=3, train_transforms="broken", train=True, batch_size=8)
+    assert type(caught.value) is ValueError
 
 
 @pytest.mark.parametrize("chain", CHAINS)

@@ -79,7 +79,7 @@ def _parse(call: str, image_size: int) -> Transform:
     transform = partial(transform, **options)
     try:
         transform(np.zeros((image_size, image_size, 3), np.uint8), np.random.default_rng(0))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"transform {written(call)}: {error}") from None
     return transform
 
