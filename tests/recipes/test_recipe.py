@@ -68,6 +68,12 @@ def test_a_resolved_recipe_is_json_and_resolves_to_itself():
     ("changes", "message"),
     [
         ({"optimzer": {}}, "unknown recipe key 'optimzer'; did you mean 'optimizer'"),
+        ({"ema_decay": 0.9}, r"unknown recipe key 'ema_decay'; did you mean 'step\.ema_decay'\?$"),
+        (
+            {"model": {"name": "xception", "learning_rate": 0.1}},
+            r"key 'model\.learning_rate' with model\.name='xception'; did you mean 'optimizer\.learning_rate'\?$",
+        ),
+        ({"warmup_epochs": 5}, r"unknown recipe key 'warmup_epochs'; did you mean 'schedule\.warmup_epochs'\?$"),
         ({"batch_sze": 3}, "unknown recipe key 'batch_sze'; did you mean 'batch_size'"),
         ({"epochs": 0.0}, "recipe key 'epochs' must be positive, got 0.0"),
         ({"batch_size": 0}, "recipe key 'batch_size' must be positive, got 0"),
@@ -98,7 +104,7 @@ def test_a_resolved_recipe_is_json_and_resolves_to_itself():
             {"data": {"source": "digits", "image_size": 32, "path": "x"}},
             "'data.path' with data.source='digits'; there are: ",
         ),
-        ({"step": {"seed": 1}}, "unknown recipe key 'step.seed'"),
+        ({"step": {"seed": 1}}, r"unknown recipe key 'step\.seed'; did you mean 'seed'\?$"),
         ({"normalize": {"mean": [0.0]}}, "recipe key 'normalize.std' is missing"),
         ({"normalize": {"mean": 0.0, "std": [1.0]}}, r"'normalize.mean' must be a list of numbers, got 0.0"),
     ],
@@ -287,6 +293,11 @@ def test_mistakes_with_recipe_files(tmp_path):
         ("def get_config():\n    return 1 / 0\n", r"r\.py, line 2: ZeroDivisionError: division by zero"),
         ("def get_config():\n    return {}\n", r"get_config\(\) must return a ConfigDict, got dict"),
         ("def get_config(size):\n    return {}\n", r"r\.py needs an argument: --config .*r\.py:SIZE"),
+        (
+            "def get_config(a, b='x', *, c):\n    return {}\n",
+            r"r\.py: get_config must take one argument or none, got get_config\(a, b='x', \*, c\)\.$",
+        ),
+        ("def get_config(a='x', *rest):\n    return {}\n", r"get_config\(\) must return a ConfigDict, got dict"),
         ("def get_config():\n    return int('x')\n", r"r\.py, line 2: invalid literal for int\(\)"),
         ("get_config = 3\n", r"r\.py: get_config must be a function that returns a ConfigDict, got 3\.$"),
         ("import sys\nsys.exit(0)\n", r"r\.py, line 2: SystemExit: 0$"),  # must not look like a run that ended well

@@ -1,6 +1,7 @@
 """Shows every key that a recipe takes, by group: its value, type, default and meaning.
 
 A * marks a value that is not the default. KEY=VALUE is written as train.py takes it, after `--config.`
+Names and types are checked here; the ranges of values by the commands that use them.
 """
 
 import shlex
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from xception_flax.commands import cli
 from xception_flax.display import console
 from xception_flax.recipes import reading
-from xception_flax.recipes.groups import GROUPS, LOOP
+from xception_flax.recipes.groups import PARTS
 from xception_flax.recipes.signatures import Key
 from xception_flax.text import naming, values
 
@@ -64,12 +65,12 @@ def main(argv: list[str]) -> int:
     arguments, overrides = parser.parse_known_args(argv)
     config = reading.load(arguments.config, overrides)
     if arguments.json:
-        rows = (row for group in ("", *GROUPS) for row in _rows(group, config))
+        rows = (row for group in PARTS for row in _rows(group, config))
         print(naming.to_json({row.name: _record(row) for row in rows}, allow_nan=False))
         return 0
     print(naming.harmless(f"{arguments.config}: * is not the default; train.py --config.KEY=VALUE sets a value"))
-    for group in ("", *GROUPS):
-        selector = GROUPS[group].selector if group else ""
+    for group, part in PARTS.items():
+        selector = part.selector
         console.show_title(f"{group}: {config[group][selector]}" if selector else group or "outside of groups")
         for line in (line for row in _rows(group, config) for line in _lines(row)):
             print(naming.harmless(line))
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
 
 def _rows(name: str, config: ConfigDict) -> Iterator[Row]:
     """Yields the keys of a group in the order of its signatures. Group '' has the keys outside of groups."""
-    group, chosen = (GROUPS[name], config[name]) if name else (LOOP, config)
+    group, chosen = PARTS[name], config[name] if name else config
     for key, described in group.keys(chosen[group.selector] if group.selector else "").items():
         choices = tuple(group.table) if key == group.selector else ()
         yield Row(f"{name}.{key}" if name else key, described, chosen[key], choices)

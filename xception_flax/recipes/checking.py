@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from xception_flax.recipes import overrides
-from xception_flax.recipes.groups import GROUPS, LOOP, Group, Loop
+from xception_flax.recipes.groups import GROUPS, LOOP, PARTS, Group, Loop
 from xception_flax.recipes.signatures import keys_of
 from xception_flax.text import values
 from xception_flax.text.errors import UserError
@@ -64,7 +64,10 @@ def _complete(prefix: str, group: Group, given: Mapping[str, Any], texts: Mappin
         if key not in keys:
             where = f" with {prefix}{group.selector}={choice!r}" if choice else ""
             known = (*keys, *GROUPS) if group is LOOP else keys
-            raise UserError(f"unknown recipe key {written(f'{prefix}{key}')}{where}; {suggest(key, known)}")
+            others = (name for name, part in PARTS.items() if part is not group and part.takes(key))
+            elsewhere = " or ".join(repr(f"{name}.{key}" if name else key) for name in others)
+            hint = f"did you mean {elsewhere}?" if elsewhere else suggest(key, known)
+            raise UserError(f"unknown recipe key {written(f'{prefix}{key}')}{where}; {hint}")
     resolved = {}
     for key, (annotation, default, _) in keys.items():
         name = f"recipe key '{prefix}{key}'"

@@ -48,7 +48,7 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """The initial weights of a run; read by `weights.initial.load`.
+    """The initial weights of a run. It stands for `weights.initial.load`, which modules of this folder cannot import.
 
     Attributes:
       weights: 'random'; 'keras', the published weights from Keras' own cache (`~/.keras/models`, or
@@ -94,6 +94,10 @@ class Group(NamedTuple):
         entry = keys_of(self.table[choice]) if self.selector else {}
         return {**own, **{name: key for name, key in entry.items() if name not in own}}
 
+    def takes(self, key: str) -> bool:
+        """Whether the function or any entry of the table has such a key."""
+        return any(key in self.keys(choice) for choice in self.table or ("",))
+
 
 LOOP = Group(Loop)
 
@@ -111,6 +115,8 @@ GROUPS = {
     "mesh": Group(sharding.create_mesh),
     "checkpoint": Group(checkpoint.open_manager),
 }
+
+PARTS = {"": LOOP, **GROUPS}  # all keys of a recipe
 
 # Keys that change how a result is computed or shown, but not the result. They may change when a run is resumed.
 # on_bad_image is one, because a run that has not stopped has met no bad image.

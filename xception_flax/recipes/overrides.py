@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from xception_flax.recipes.groups import GROUPS
+from xception_flax.recipes.groups import GROUPS, PARTS
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import cut, suggest, written
 
@@ -19,7 +19,7 @@ def split(overrides: Sequence[str], groups: Sequence[str] | None = None) -> Text
     Raises:
       UserError: an argument has another form, or names an unknown group or one that may not be changed.
     """
-    texts: Texts = {name: {} for name in ("", *GROUPS)}
+    texts: Texts = {name: {} for name in PARTS}
     for override in overrides:
         name, value = _name_and_value(override)
         group, _, key = name.rpartition(".")

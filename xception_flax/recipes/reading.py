@@ -68,16 +68,18 @@ def _import_path(path: str) -> Iterator[None]:
 def _call(get_config: Any, path: str, argument: str) -> dict[str, Any]:
     """Returns what a recipe's `get_config` returns."""
     try:
-        parameters = inspect.signature(get_config).parameters.values()
+        signature = inspect.signature(get_config)
     except (TypeError, ValueError):  # not a function, or one without a signature
         raise UserError(
             f"recipe {path}: get_config must be a function that returns a ConfigDict, got {written(get_config)}."
         ) from None
-    if argument and not parameters:
+    takes_none, takes_one = _takes(signature), _takes(signature, argument)
+    if not (takes_none or takes_one):
+        raise UserError(f"recipe {path}: get_config must take one argument or none, got get_config{signature}.")
+    if argument and not takes_one:
         raise UserError(f"recipe {path} takes no argument, got {written(f'{path}:{argument}')}.")
-    needed = [parameter.name.upper() for parameter in parameters if parameter.default is parameter.empty]
-    if needed and not argument:
-        raise UserError(f"recipe {path} needs an argument: --config {path}:{', '.join(needed)}")
+    if not argument and not takes_none:
+        raise UserError(f"recipe {path} needs an argument: --config {path}:{next(iter(signature.parameters)).upper()}")
     try:
         config = get_config(argument) if argument else get_config()
         if isinstance(config, ConfigDict):
@@ -85,6 +87,14 @@ def _call(get_config: Any, path: str, argument: str) -> dict[str, Any]:
     except (Exception, SystemExit) as error:
         raise _failed(path, error) from None
     raise UserError(f"recipe {path}: get_config() must return a ConfigDict, got {type(config).__name__}.")
+
+
+def _takes(signature: inspect.Signature, *arguments: str) -> bool:
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def _get_config(path: str) -> Any:
