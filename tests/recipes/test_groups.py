@@ -9,11 +9,11 @@ import pytest
 from xception_flax.recipes import groups, signatures
 from xception_flax.text import values
 from xception_flax.training import losses, optimizers
+from xception_flax.weights import initial
 
-GROUPS = {"": groups.LOOP, **groups.GROUPS}
 FUNCTIONS = {
-    **{name: group.function for name, group in GROUPS.items()},
-    **{f"{name}.{choice}": entry for name, group in GROUPS.items() for choice, entry in group.table.items()},
+    **{name: group.function for name, group in groups.PARTS.items()},
+    **{f"{name}.{choice}": entry for name, group in groups.PARTS.items() for choice, entry in group.table.items()},
 }
 
 
@@ -34,7 +34,7 @@ def test_a_docstring_names_no_argument_that_is_not_there(function):
     assert {name.lstrip("*") for name in told} <= signature.parameters.keys()
 
 
-@pytest.mark.parametrize(("name", "group"), GROUPS.items(), ids=GROUPS)
+@pytest.mark.parametrize(("name", "group"), groups.PARTS.items(), ids=groups.PARTS)
 def test_functions_take_their_keys_and_the_programs_arguments(name, group):
     """`function(a, b, **config.group, c=c)` binds with every entry of the table, and so does the call of the entry."""
     for choice in group.table or [""]:
@@ -53,8 +53,17 @@ def bind(function: Callable[..., Any], keys: dict[str, Any]) -> None:
     inspect.signature(function).bind(*before, **behind)
 
 
+def test_init_has_the_keys_of_the_function_that_it_stands_for():
+    """`initial.load(**config.init, **config.normalize, ...)`; `recipes` cannot import it."""
+    parameters = inspect.signature(initial.load).parameters.values()
+    keys = {name: key.annotation for name, key in groups.GROUPS["init"].keys().items()}
+    assert {p.name: p.annotation for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD} == keys
+    keys = {name: key.annotation for name, key in groups.GROUPS["normalize"].keys().items()}
+    assert {p.name: p.annotation for p in parameters if p.name in keys} == keys
+
+
 def test_what_the_program_gives_is_no_key():
-    keys = {name: set(group.keys(next(iter(group.table), ""))) for name, group in GROUPS.items()}
+    keys = {name: set(group.keys(next(iter(group.table), ""))) for name, group in groups.PARTS.items()}
     assert keys["step"] == {"ema_decay", "accumulation_steps", "lowering"}
     assert keys["checkpoint"] == {"keep_latest", "keep_best"}
     assert keys["mesh"] == {"data", "fsdp"}
@@ -62,7 +71,7 @@ def test_what_the_program_gives_is_no_key():
     assert keys["schedule"] == {"name"}
     assert not keys["data"] & {"train", "batch_size", "seed", "process_index", "process_count", "split"}
     assert not any(
-        {"parent"} & group.keys(choice).keys() for group in GROUPS.values() for choice in group.table or [""]
+        {"parent"} & group.keys(choice).keys() for group in groups.PARTS.values() for choice in group.table or [""]
     )
     assert "name" not in signatures.keys_of(groups.GROUPS["model"].table["xception"])
     assert "learning_rate" not in signatures.keys_of(optimizers.sgd)

@@ -87,7 +87,6 @@ ACCEPTED = {
     **{repr(text): ("init.checkpoint",) for text in ("a\nb", LONG_NAME, "~nobody")},
 }
 
-GROUPS = {"": groups.LOOP, **groups.GROUPS}
 MINIMAL = {
     "": {"batch_size": 8, "epochs": 1.0},
     "model": {"name": "lenet", "num_classes": 10, "features": (8,), "fc_layers": ()},
@@ -196,7 +195,7 @@ TRY: dict[str, Callable[[ConfigDict, Mesh], None]] = {
 
 def choices() -> Iterator[tuple[str, str]]:
     """Yields every group with every entry of its table; of networks that differ only in values of fields, one."""
-    for name, group in GROUPS.items():
+    for name, group in groups.PARTS.items():
         entries = {getattr(entry, "func", entry): choice for choice, entry in group.table.items()}
         yield from ((name, choice) for choice in entries.values() or [""])
 
@@ -233,12 +232,12 @@ def refusal(run: Callable[[], Any]) -> str | None:
 
 
 def test_every_group_is_tried():
-    assert TRY.keys() == GROUPS.keys()
+    assert TRY.keys() == groups.PARTS.keys()
 
 
 @pytest.mark.parametrize(("name", "choice"), list(choices()))
 def test_extremes(name, choice, least, one_device):
-    group, values = GROUPS[name], dict(MINIMAL.get(name, {}))
+    group, values = groups.PARTS[name], dict(MINIMAL.get(name, {}))
     if choice:
         values = {group.selector: choice} | (values if name != "model" or choice == "lenet" else {"num_classes": 10})
         values |= {group.selector: choice, **least.get(choice, {})}
