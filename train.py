@@ -65,9 +65,8 @@ MAX_STEPS_IN_FLIGHT = 2
 
 def main(argv: list[str]) -> int:
     parser = cli.parser("train.py", __doc__, EXAMPLES)
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the recipe, and its argument")
+    cli.add_recipe(parser)
     parser.add_argument("--workdir", required=True, type=cli.directory, help="folder of the run; may be new")
-    parser.add_argument("--config.KEY=VALUE", dest="ignored", metavar="", help="override a key of the recipe")
     arguments, overrides = parser.parse_known_args(argv)
     config = reading.load(arguments.config, overrides)
     cli.start(arguments)

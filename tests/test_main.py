@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from xception_flax import __version__
 from xception_flax.__main__ import VERBS
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +45,23 @@ def test_help_that_nobody_reads_ends_without_a_traceback():
     with open("/dev/full", "w") as full:
         result = subprocess.run([SCRIPT, "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (result.returncode, result.stderr) == (2, "")
+
+
+def test_help_and_version_as_words():
+    for command, beginning in [
+        (["help"], "usage: xception-flax VERB ...\n"),
+        (["help", "recipe"], "usage: xception-flax recipe [-h]"),
+        (["--version"], f"xception-flax {__version__}\n"),
+    ]:
+        result = run(SCRIPT, *command)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith(beginning)
+
+
+def test_a_file_of_commands_is_no_program():
+    result = run(sys.executable, "-m", "xception_flax.commands.evaluate", "--workdir", "w")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: a command is run as: xception-flax VERB")
 
 
 def test_without_a_verb_the_help_is_an_error():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from xception_flax import __version__
 from xception_flax.host import signals
 
 # Each verb is a module of `commands` with `main(argv)`. The descriptions are here because the modules import slowly.
@@ -27,16 +28,18 @@ Xception and its family in JAX. Training: python train.py --config FILE --workdi
 
 verbs:
 {"".join(f"  {verb:<11} {what}" + chr(10) for verb, what in VERBS.items())}
-xception-flax VERB --help shows a verb's arguments and examples."""
+xception-flax VERB --help shows a verb's arguments and examples, xception-flax --version the version."""
 
 
 def main() -> NoReturn:
     # Before the imports below, which take seconds: Python's own handler would print a traceback from inside them.
     signal.signal(signal.SIGINT, signals.stop_at_once)
     arguments = sys.argv[1:]
-    if arguments[:1] in (["--help"], ["-h"]):
+    if arguments[:1] == ["help"]:  # `help` or `help VERB`
+        arguments = [*arguments[1:2], "--help"]
+    if arguments[:1] in (["--help"], ["-h"], ["--version"]):
         try:
-            print(USAGE, flush=True)
+            print(f"xception-flax {__version__}" if arguments[0] == "--version" else USAGE, flush=True)
         except OSError as error:  # exits at once, because Python's normal exit would try to print again
             os._exit(128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2)
         sys.exit(0)

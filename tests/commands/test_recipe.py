@@ -78,3 +78,5 @@ def test_json_has_what_the_table_has(capsys):
 def test_a_wrong_recipe_is_an_error_as_for_training():
     with pytest.raises(ValueError, match=r"unknown recipe key 'model\.widht' with model\.name='xception'; did"):
         recipe.main([DIGITS, "--config.model.widht=1"])
+    with pytest.raises(ValueError, match=r"unknown argument 'x'; a recipe's key is set by --config\.KEY=VALUE"):
+        recipe.main([DIGITS, "--config.KEY=VALUE", "x"])  # as the help has it

@@ -79,6 +79,19 @@ def parser(prog: str, description: str | None, examples: str, *, hosts: bool = T
     return arguments
 
 
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config` and the section of the help about its overrides, which `parse_known_args` leaves over."""
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the recipe, and its argument")
+    add_overrides(parser)
+
+
+def add_overrides(
+    parser: argparse.ArgumentParser, key: str = "KEY", what: str = "override a key of the recipe"
+) -> None:
+    """Adds a section to the help: `--config.KEY=VALUE`. To argparse such arguments are unknown."""
+    parser.add_argument_group("overrides", f"--config.{key}=VALUE  {what}")
+
+
 def start(arguments: argparse.Namespace) -> None:
     """Connects the hosts, enables the compilation cache, sets the allocator and quiets the libraries.
 

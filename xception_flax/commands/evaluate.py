@@ -70,12 +70,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--batch-size", type=cli.positive, metavar="N", help="default: the recipe's; the result does not depend on it"
     )
-    parser.add_argument(
-        "--config.KEY=VALUE",
-        dest="ignored",
-        metavar="",
-        help="override where the data is or how it is read (group data, mesh)",
-    )
+    cli.add_overrides(parser, what="override where the data is or how it is read (group data, mesh)")
     arguments, overrides = parser.parse_known_args(argv)
     trained = read_recipe(arguments.workdir)
     channels = trained.data.channels

@@ -115,7 +115,7 @@ def _show_costs(config: ConfigDict, where: slices.Slice, result: dict[str, Any])
 
 def main(argv: list[str]) -> int:
     parser = cli.parser("xception-flax precompile", __doc__, EXAMPLES, hosts=False)
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the recipe, and its argument")
+    cli.add_recipe(parser)
     parser.add_argument(
         "--topology", required=True, metavar="SLICE", help=f"such as v5e:2x4; TPUs: {', '.join(slices.CHIPS)}"
     )
@@ -125,7 +125,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--find-largest-batch", action="store_true", help="compile for other batch sizes too: takes a few times as long"
     )
-    parser.add_argument("--config.KEY=VALUE", dest="ignored", metavar="", help="override a key of the recipe")
     arguments, overrides = parser.parse_known_args(argv)
     where = slices.parse_slice(arguments.topology)
     config = reading.load(arguments.config, overrides)

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     parser = cli.parser("xception-flax recipe", __doc__, EXAMPLES, hosts=False)
     parser.add_argument("config", metavar="FILE[:ARG]", help="the recipe, and its argument")
     parser.add_argument("--json", action="store_true", help="print a line of JSON instead: an object with every key")
-    parser.add_argument("--config.KEY=VALUE", dest="ignored", metavar="", help="override a key of the recipe")
+    cli.add_overrides(parser)
     arguments, overrides = parser.parse_known_args(argv)
     config = reading.load(arguments.config, overrides)
     if arguments.json:

@@ -29,14 +29,13 @@ EXAMPLES = """\
 
 def main(argv: list[str]) -> int:
     parser = cli.parser("xception-flax show-data", __doc__, EXAMPLES, hosts=False)
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the recipe, and its argument")
+    cli.add_recipe(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the picture: .png, .jpg, .pdf, ...")
     parser.add_argument("--batches", type=cli.positive, default=1, metavar="N", help="number of batches (1)")
     parser.add_argument("--images", type=cli.positive, default=32, metavar="N", help="at most, of each batch (32)")
     parser.add_argument(
         "--split", choices=("train", "eval"), default="train", help="as in training (default), or as in evaluation"
     )
-    parser.add_argument("--config.KEY=VALUE", dest="ignored", metavar="", help="override a key of the recipe")
     arguments, overrides = parser.parse_known_args(argv)
     config = reading.load(arguments.config, overrides)
     pictures.check_suffix(arguments.output)

@@ -147,9 +147,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--channels", type=cli.positive, metavar="N", help="of the images, default: 3, or the recipe's")
     parser.add_argument("--num-classes", type=int, metavar="N", help="0: no classifier; default: 1000, or the recipe's")
-    parser.add_argument(
-        "--config.model.KEY=VALUE", dest="ignored", metavar="", help="set a field of the network, as in a recipe"
-    )
+    cli.add_overrides(parser, "model.KEY", "set a field of the network, as in a recipe")
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.all and arguments.layers:
         parser.error("argument --layers: not allowed with argument --all, which has one row per network")
