@@ -263,7 +263,7 @@ def steps_to_profile(config: ConfigDict, total_steps: int) -> range:
 
 
 def find_start(
-    manager: checkpoint.Checkpoints, workdir: Path, train_data: data.Split, pretrained: initial.Pretrained | None
+    manager: checkpoint.Checkpoints, workdir: Path, train_data: data.Split, pretrained: initial.Initial | None
 ) -> tuple[int, dict[str, Any]]:
     """Returns the step of the newest checkpoint, 0 without one, and the JSON values for the checkpoints to come.
 
@@ -297,7 +297,7 @@ def begin_or_resume(
     program: Program,
     manager: checkpoint.Checkpoints,
     start_step: int,
-    pretrained: initial.Pretrained | None,
+    pretrained: initial.Initial | None,
 ) -> tuple[TrainState, str]:
     """Returns the state of step `start_step`, and a line about its origin; '' for random weights."""
     if start_step:
