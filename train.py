@@ -105,7 +105,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         if first_host:
             stack.enter_context(claim(workdir, config))
         processes.check_shared(workdir)
-        best_metric = metrics.BEST[config.metrics.name]
+        best_metric = metrics.METRICS[config.metrics.name].best
         manager = stack.enter_context(
             checkpoint.open_manager(workdir / CHECKPOINTS, best_metric=best_metric, **config.checkpoint)
         )
@@ -354,7 +354,7 @@ def already_finished(workdir: Path, total_steps: int) -> int:
 def show_results(config: ConfigDict, workdir: Path, results: dict[str, float], weights: str) -> None:
     """Prints the results of a finished run and draws its curves."""
     rows = {
-        **{name: console.percent(value) for name, value in results.items() if name not in progress.NO_SHARES},
+        **{name: console.percent(value) for name, value in results.items() if name in metrics.SHARES},
         "evaluated": f"split {config.data.eval_split!r}, {results['count']:,} images, {weights} weights",
     }
     if "bad_images" in results:

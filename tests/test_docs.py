@@ -35,6 +35,7 @@ PAGES = [
     *(f"docs/{page}.md" for page in ("networks", "recipes", "data", "fine-tuning", "weights", "imagenet")),
     *(f"docs/{page}.md" for page in ("runs", "pods", "proof", "paper", "design")),
     "benchmarks/README.md",
+    "CONTRIBUTING.md",
 ]
 
 SMALL = [
@@ -214,6 +215,24 @@ def test_links_lead_somewhere():
             if anchor:
                 headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
                 assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, (page, link)
+
+
+def test_the_places_of_new_things_are_there():
+    """Every path and every dotted name in the page, but for files that are to come: `models/NAME.py`, `export/`."""
+    folders = {path.name for path in (ROOT / "xception_flax").iterdir() if path.is_dir()}
+    for name in set(re.findall(r"`([\w./]+)`", (ROOT / "CONTRIBUTING.md").read_text())):
+        if "export" in name:
+            continue
+        folder, _, last = name.rpartition("/")
+        stem, _, ending = last.partition(".")
+        if ending not in ("", "py", "md", "in", "toml", "npz", "json") and (folder or stem).split("/")[0] in folders:
+            *module, attribute = ["xception_flax", *name.replace("/", ".").split(".")]
+            if (ROOT / Path(*module, attribute)).with_suffix(".py").exists():
+                continue
+            assert hasattr(importlib.import_module(".".join(module)), attribute), name
+        elif folder:
+            path = folder if re.fullmatch(r"[A-Z]+|test_[A-Z]+", stem) else name
+            assert any((ROOT / above / path).exists() for above in (".", "xception_flax")), name
 
 
 def test_no_page_is_forgotten():

@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from shell import ROOT
 from shell import call as run
 from workdirs import evaluations, records
 from xception_flax.commands import evaluate
+from xception_flax.training.metrics import create_metrics
 
 
 def test_evaluation_on_other_channels_is_refused(whole):
@@ -123,3 +125,15 @@ def test_mistakes_with_evaluate(whole, monkeypatch, capsys, arguments, message):
     assert (code, out) == (2, "")
     assert re.match(f"error: .*{message}", err), err
     assert err.count("\n") <= 2
+
+
+def test_mistakes_are_counted_as_the_metric_counts_them(rng):
+    """On padding, ties and NaN too, and beyond those that are kept."""
+    logits = rng.normal(size=(100, 3)).astype(np.float32)
+    logits[:30], logits[30:40, 1], logits[40:50, 0] = 0, np.nan, np.inf
+    labels, mask = rng.integers(0, 3, 100), (rng.random(100) < 0.8).astype(np.float32)
+    mistakes = evaluate.Mistakes("abc")
+    batch = {"images": np.zeros((100, 1, 1, 1), np.uint8), "labels": labels, "mask": mask}
+    mistakes(batch, jax.numpy.asarray(logits))
+    top1 = create_metrics("single_label")(logits, labels, mask)["top1"]
+    assert mistakes.count == top1.count - top1.total > len(mistakes.images) == evaluate.MAX_MISTAKES

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from flax import linen as nn
 
 from xception_flax.recipes import groups, signatures
 from xception_flax.text import values
@@ -28,10 +29,14 @@ def test_every_key_has_a_type_a_default_of_it_and_a_meaning(function):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-def test_a_docstring_names_no_argument_that_is_not_there(function):
-    signature = inspect.signature(getattr(function, "func", function))
-    told = signatures.meanings_of(function)
-    assert {name.lstrip("*") for name in told} <= signature.parameters.keys()
+def test_a_docstring_names_the_arguments_and_no_other(function):
+    """Those before / may be left out, and those that Flax gives every module."""
+    function = getattr(function, "func", function)
+    parameters = inspect.signature(function).parameters
+    before = {name for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY}
+    of_flax = {"parent", "name"} if isinstance(function, type) and issubclass(function, nn.Module) else set()
+    told = {name.lstrip("*") for name in signatures.meanings_of(function)}
+    assert parameters.keys() - before - of_flax <= told <= parameters.keys()
 
 
 @pytest.mark.parametrize(("name", "group"), groups.PARTS.items(), ids=groups.PARTS)

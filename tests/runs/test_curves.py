@@ -1,8 +1,10 @@
 """The curves of a run are drawn from whatever records there are."""
 
 import cv2
+import pytest
 
 from xception_flax.runs import curves
+from xception_flax.training.metrics import METRICS, single_label
 
 
 def test_curves_show_what_there_is(tmp_path):
@@ -19,3 +21,15 @@ def test_curves_show_what_there_is(tmp_path):
         assert picture.shape[1] > 1200
         ink.append(int((picture < 200).sum()))
     assert ink[1] > ink[0] > ink[3]
+
+
+@pytest.mark.parametrize("name", [*METRICS, "new"])
+def test_curves_show_the_best_metric(tmp_path, monkeypatch, name):
+    """A new choice of metrics needs no change here. An SVG has its texts as comments."""
+    new = METRICS["single_label"]._replace(function=single_label, shares=("recall",), best="recall", title="recall")
+    monkeypatch.setitem(METRICS, "new", new)
+    entry = METRICS[name]
+    curves.draw_curves([{"step": 1, f"eval/{entry.best}": 0.25}], "title", tmp_path / "curves.svg")
+    picture = (tmp_path / "curves.svg").read_text()
+    assert f"<!-- {entry.title} (%) -->" in picture
+    assert "<!-- 25.00 % -->" in picture

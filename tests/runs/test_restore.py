@@ -105,6 +105,17 @@ def test_an_old_run_is_weights_to_begin_with(old, one_device):
     assert len(found.arrays) == len(jax.tree.leaves(run.variables))
 
 
+def test_without_averages_the_raw_weights_are_taken(old, tmp_path, one_device):
+    """A run without averages has none in its checkpoints."""
+    shutil.copytree(old, tmp_path / "w")
+    recipe = json.loads((old / "config.json").read_text())
+    (tmp_path / "w" / "config.json").write_text(json.dumps(recipe | {"step": recipe["step"] | {"ema_decay": 0.0}}))
+    shutil.rmtree(tmp_path / "w" / "checkpoints" / "79" / "ema")
+    found, expected = restore(tmp_path / "w", one_device, "latest"), restore(old, one_device, "latest", "raw")
+    assert found.weights == "raw"
+    jax.tree.map(np.testing.assert_array_equal, found.variables, expected.variables)
+
+
 # Mistakes ------------------------------------------------------------------------------------------
 
 

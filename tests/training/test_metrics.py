@@ -68,6 +68,15 @@ def test_average_precision_against_loops(rng, k):
     np.testing.assert_allclose(metrics.average_precision(logits, labels, k, weights), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", metrics.METRICS)
+def test_an_entry_names_what_its_function_computes(name):
+    entry = metrics.METRICS[name]
+    labels = jnp.eye(2, 3) if entry.several_labels else jnp.array([0, 1])
+    sums = metrics.create_metrics(name)(2 * jnp.eye(2, 3), labels, jnp.ones(2))
+    assert sums.keys() == set(entry.shares) >= {entry.best}
+    assert {float(s.total / s.count) for s in sums.values()} == {1.0}  # higher is better
+
+
 def test_perfect_ranking_scores_one(rng):
     labels = rng.random((5, 150)) < 0.9  # more labels than ranks
     np.testing.assert_allclose(metrics.average_precision(labels * 1.0, labels, 100), 1, rtol=1e-6)

@@ -16,13 +16,13 @@ from xception_flax.display import console, pictures
 from xception_flax.host import files, processes
 from xception_flax.recipes import reading
 from xception_flax.recipes.comparing import alike
-from xception_flax.runs import progress
 from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import mistakes_picture, read_recipe
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.training import sharding
 from xception_flax.training.evaluation import evaluate
+from xception_flax.training.metrics import METRICS, SHARES
 from xception_flax.training.program import make_evaluation
 
 EXAMPLES = """\
@@ -34,19 +34,24 @@ MAX_MISTAKES = 40  # images in the picture
 
 
 class Mistakes:
-    """Collects the first images whose most likely class is not the true one, called with each batch and its logits."""
+    """Counts the images whose most likely class is not the true one, and keeps the first of them.
+
+    It is called with each batch and its logits. An image with a NaN or infinite logit is wrong, as in `metrics`.
+    """
 
     def __init__(self, class_names: Sequence[str]) -> None:
         self._class_names = class_names
+        self.count = 0
         self.images: list[np.ndarray] = []
         self.truths: list[str] = []
         self.predictions: list[str] = []
         self.confidences: list[float] = []
 
     def __call__(self, batch: Batch[np.ndarray], logits: jax.Array) -> None:
-        scores = np.asarray(jax.nn.softmax(logits))
-        predicted = scores.argmax(-1)
-        for i in np.flatnonzero((predicted != batch["labels"]) & (batch["mask"] > 0)):
+        scores, predicted = np.asarray(jax.nn.softmax(logits)), np.asarray(logits).argmax(-1)
+        wrong = (predicted != batch["labels"]) | ~np.isfinite(logits).all(-1)
+        for i in np.flatnonzero(wrong & (batch["mask"] > 0)):
+            self.count += 1
             if len(self.images) < MAX_MISTAKES:
                 self.images.append(np.array(batch["images"][i]))
                 self.truths.append(self._class_names[batch["labels"][i]])
@@ -90,7 +95,7 @@ def main(argv: list[str]) -> int:
 
 def _picture_path(arguments: argparse.Namespace, config: ConfigDict) -> Path | None:
     """Returns the path of the picture, checked before there are results to lose; None if none is drawn."""
-    if config.metrics.name != "single_label" or jax.process_count() > 1:
+    if METRICS[config.metrics.name].several_labels or jax.process_count() > 1:
         if arguments.picture is not None:
             raise UserError(
                 "--picture: no picture is drawn on several hosts or with several labels per image; leave it out."
@@ -136,18 +141,19 @@ def _evaluate_checkpoint(
         **({"16 bits": dark} if dark else {}),
         **({"bad images": f"{results['bad_images']:,}, left out"} if "bad_images" in results else {}),
         "transforms": config.data.eval_transforms,
-        **{k: console.percent(v) for k, v in results.items() if k not in progress.NO_SHARES},
+        **{k: console.percent(v) for k, v in results.items() if k in SHARES},
         "loss": f"{results['loss']:.5f}",
     }
     draw = None
     if mistakes is not None:
-        wrong, drawn = round((1 - results["top1"]) * results["count"]), len(mistakes.images)
+        wrong, drawn = mistakes.count, len(mistakes.images)
+        right = (results["count"] - wrong) / results["count"]
         which = f"the first {drawn} in" if drawn < wrong else "see"
         rows["wrong"] = (
             f"{wrong:,} {'image' if wrong == 1 else 'images'}, {which} {naming.shown(picture)}" if wrong else "no image"
         )
         title = (
-            f"{wrong:,} of {results['count']:,} wrong ({console.percent(results['top1'])} right)"
+            f"{wrong:,} of {results['count']:,} wrong ({console.percent(right)} right)"
             + (f", the first {drawn}" if drawn < wrong else "")
             + f"\n{config.data.source}, split {config.data.eval_split!r}\n{rows['checkpoint']}"
         )

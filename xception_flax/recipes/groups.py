@@ -106,7 +106,7 @@ GROUPS = {
     "init": Group(Init),
     "normalize": Group(steps.create_normalizer),
     "loss": Group(losses.create_loss),
-    "metrics": Group(metrics.create_metrics, "name", metrics.METRICS),
+    "metrics": Group(metrics.create_metrics, "name", {name: entry.function for name, entry in metrics.METRICS.items()}),
     "optimizer": Group(optimizers.create_optimizer, "name", optimizers.OPTIMIZERS),
     "schedule": Group(optimizers.create_schedule, "name", optimizers.SCHEDULES),
     "mix": Group(mixing.make_mixing),

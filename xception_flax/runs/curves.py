@@ -12,6 +12,7 @@ from xception_flax.host.files import file_errors
 from xception_flax.runs import history
 from xception_flax.runs.workdir import CURVES, HISTORY
 from xception_flax.text import naming
+from xception_flax.training.metrics import METRICS
 
 TRAIN_COLOR, EVAL_COLOR, RATE_COLOR = "#4c78a8", "#e45756", "#72b7b2"
 
@@ -29,18 +30,19 @@ def draw_run(workdir: Path) -> None:
 
 def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Draws loss, accuracy and learning rate over the steps, from the records of metrics.jsonl."""
-    quality = next((m for m in ("top1", "map") if any(f"eval/{m}" in r for r in records)), "top1")
+    shown = [entry for entry in METRICS.values() if any(f"eval/{entry.best}" in r for r in records)]
+    quality = (shown or list(METRICS.values()))[0]
     figure, (loss, score, rate) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     _plot(loss, records, "train/loss", TRAIN_COLOR, "training")
     _plot(loss, records, "eval/loss", EVAL_COLOR, "evaluation")
     loss.set(title="loss (nats)", xlabel="step", yscale="log")
-    _plot(score, records, f"train/{quality}", TRAIN_COLOR, "training", scale=100)
-    last = _plot(score, records, f"eval/{quality}", EVAL_COLOR, "evaluation", scale=100)
+    _plot(score, records, f"train/{quality.best}", TRAIN_COLOR, "training", scale=100)
+    last = _plot(score, records, f"eval/{quality.best}", EVAL_COLOR, "evaluation", scale=100)
     if last is not None:
         score.annotate(
             f"{last[1]:.2f} %", last, xytext=(-4, -14), textcoords="offset points", ha="right", color=EVAL_COLOR
         )
-    score.set(title={"top1": "top-1 accuracy (%)", "map": "mean average precision (%)"}[quality], xlabel="step")
+    score.set(title=f"{quality.title} (%)", xlabel="step")
     _plot(rate, records, "train/learning_rate", RATE_COLOR, None)
     rate.set(title="learning rate", xlabel="step", ylim=(0, None))
     for axes in (loss, score, rate):

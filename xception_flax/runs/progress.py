@@ -22,8 +22,7 @@ from xception_flax.runs.history import Events, open_metrics
 from xception_flax.runs.workdir import HISTORY, TENSORBOARD
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
-
-NO_SHARES = ("loss", "count", "bad_images")  # results of an evaluation that are not shares from 0 to 1
+from xception_flax.training.metrics import SHARES
 
 
 class RunProgress:
@@ -190,7 +189,7 @@ class RunProgress:
         seconds = {"eval/seconds": self._pauses.pop("evaluation")} if "evaluation" in self._pauses else {}
         self._record(step, {f"eval/{k}": v for k, v in metrics.items()} | seconds | {"eval/weights": weights})
         epoch = step * self._batch_size / self._num_images
-        shares = "  ".join(f"{k} {percent(v)}" for k, v in metrics.items() if k not in NO_SHARES)
+        shares = "  ".join(f"{k} {percent(v)}" for k, v in metrics.items() if k in SHARES)
         self.say(f"epoch {epoch:5.1f}  evaluation ({weights}): {shares}  loss {metrics['loss']:.4f}")
 
     def checkpoint(self, step: int) -> None:

@@ -68,7 +68,8 @@ def restore(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None = No
     if weights == "ema" and kept != "ema":
         raise UserError(f"{workdir} keeps no averaged weights (step.ema_decay is 0); take raw.")
     weights = weights or kept
+    best_metric = metrics.METRICS[recipe.metrics.name].best
     step, meta, variables = checkpoints.read_variables(
-        workdir / CHECKPOINTS, checkpoint, weights, abstract_variables, best_metric=metrics.BEST[recipe.metrics.name]
+        workdir / CHECKPOINTS, checkpoint, weights, abstract_variables, best_metric=best_metric
     )
     return Run(recipe, model, variables, tuple(meta["class_names"]), step, weights, meta)

@@ -148,10 +148,31 @@ def _load_class_weights(path: str) -> np.ndarray:
     return weights
 
 
-METRICS = {"single_label": single_label, "multi_label": multi_label}
+class Entry(NamedTuple):
+    """One choice of metrics.
 
-# The metric whose highest value marks the 'best' checkpoint.
-BEST = {"single_label": "top1", "multi_label": "map"}
+    Attributes:
+      function: makes the function that computes them.
+      shares: names of all its metrics. Each is a share from 0 to 1, and higher is better.
+      best: the one of `shares` whose highest value marks the 'best' checkpoint, and which curves show.
+      title: what `best` is called there.
+      several_labels: whether labels are `[N, num_classes]`, and not `[N]`.
+    """
+
+    function: Callable[..., MetricFunction]
+    shares: tuple[str, ...]
+    best: str
+    title: str
+    several_labels: bool
+
+
+METRICS = {
+    "single_label": Entry(single_label, ("top1", "top5"), "top1", "top-1 accuracy", several_labels=False),
+    "multi_label": Entry(multi_label, ("map",), "map", "mean average precision", several_labels=True),
+}
+
+# Of the results of an evaluation, those that are shares; others are a loss and numbers of images.
+SHARES = frozenset(name for entry in METRICS.values() for name in entry.shares)
 
 
 def create_metrics(name: str, **options: Any) -> MetricFunction:
@@ -164,7 +185,7 @@ def create_metrics(name: str, **options: Any) -> MetricFunction:
     Raises:
       UserError: unknown name, or a value out of its range.
     """
-    return lookup(METRICS, name, "metric")(**options)
+    return lookup(METRICS, name, "metric").function(**options)
 
 
 class Accumulator:
