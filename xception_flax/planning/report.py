@@ -15,6 +15,7 @@ from xception_flax.models import costs, ops
 from xception_flax.planning import slices
 from xception_flax.planning.hlo import Collective, Hlo
 from xception_flax.training import sharding
+from xception_flax.training.metrics import METRICS
 from xception_flax.training.program import create_program, image_shape
 
 # Training images of data sets that this machine need not have: ILSVRC 2012.
@@ -71,7 +72,7 @@ class Report(NamedTuple):
 
 def batch_shapes(config: ConfigDict) -> Shapes:
     """Returns shape and type of each array of a training batch, as `data.Split.batch_shapes` does, without the data."""
-    label_shape = (config.model.num_classes,) if config.metrics.name == "multi_label" else ()
+    label_shape = (config.model.num_classes,) if METRICS[config.metrics.name].several_labels else ()
     masked = config.data.on_bad_image == "replace"
     return shapes(config.batch_size, image_shape(config), label_shape, masked=masked)
 
