@@ -101,7 +101,9 @@ def test_images_that_would_be_black_are_refused(tmp_path):
         (path := tmp_path / "ab"[i % 2] / f"{i}.png").parent.mkdir(exist_ok=True)
         cv2.imwrite(str(path), np.full((8, 8), 1000, np.uint16))
     recipe_of = f"{Path(DIGITS).with_name('folder.py')}:{tmp_path}"
-    with pytest.raises(ValueError, match=r"up to 1,000 of 65,535 .*than 3 of 255 .*--config\.data\.max_value=1023; by"):
+    with pytest.raises(
+        ValueError, match=r"up to 1,000 of 65,535 .*at most 3 of 255\. .*--config\.data\.max_value=1023, or"
+    ):
         show_data.main(["--config", recipe_of, "--output", str(tmp_path / "a.png"), "--config.batch_size=8"])
 
 
