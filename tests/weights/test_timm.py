@@ -78,7 +78,7 @@ def test_logits_and_features_equal_timms(name, size):
         print(key, logits, compare(endpoints[logits], GOLDEN[f"{key}/{logits}"], logits))
     for stage, stride in model.strides.items():
         assert endpoints[stage].shape == tuple(GOLDEN[f"{key}/{stage}/shape"]), stage
-        assert endpoints[stage].shape[1] == pytest.approx(size[0] / stride, abs=4), stage  # borders may be lost
+        assert endpoints[stage].shape[1] == pytest.approx(size[0] / stride, abs=5), stage  # borders may be lost
         compare(sample(endpoints[stage]), GOLDEN[f"{key}/{stage}"], stage)
 
 

@@ -141,6 +141,7 @@ def test_classifiers_that_are_not_ours():
         (twice, "the classifier, which is not one dense layer: fc.weight, last_linear.weight"),
         (pooled, f"the classifier, of {2 * features} features in place of their {features} means"),
         ({"head.weight": np.ones((5, features))}, "head: head.weight"),
+        ({"fc.weight": np.ones(())}, "the classifier, which is not one dense layer: fc.weight"),
         ({}, None),
     ):
         found = recognize(backbone | head, {}, PATH)
@@ -211,7 +212,7 @@ def test_what_differs_is_listed():
     missing["blocks.3.stack.conv1.conv_dw.weight"] = state["blocks.3.stack.conv1.conv_dw.weight"]
     lines = error_of(missing).split("\n")
     assert len(lines) == 10
-    assert lines[9] == "There are 22 more such lines."
+    assert lines[9] == "There are 21 more such lines."  # of 29 arrays of block 3 and one of block 2
 
 
 def test_what_is_no_network_of_ours():

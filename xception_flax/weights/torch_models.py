@@ -98,9 +98,9 @@ def recognize(arrays: Arrays, config: Mapping[str, Any], path: Path) -> Pretrain
 def _below_prefixes(arrays: Arrays) -> dict[str, dict[str, np.ndarray]]:
     """Returns the arrays below each prefix of a network, by their names there."""
     matches = (_MARK.fullmatch(name) for name, array in arrays.items() if array.ndim == 4)
-    prefixes = sorted({match["prefix"] for match in matches if match}, key=len, reverse=True)
-    found: dict[str, dict[str, np.ndarray]] = {prefix: {} for prefix in reversed(prefixes)}
+    found: dict[str, dict[str, np.ndarray]] = {match["prefix"]: {} for match in matches if match}
     if len(found) <= MAX_NETWORKS:
+        prefixes = sorted(found, key=len, reverse=True)  # 'ema.' before '', below which all names are
         for name, array in arrays.items():
             prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
             if prefix is not None:
@@ -167,7 +167,7 @@ def _fields(architecture: str, use: Use, classifier: Arrays, state: Arrays) -> d
     num_classes = len(classifier.get("bias", ()))
     model = timm.NETWORKS[architecture] | dict(use.fields) | {"num_classes": num_classes}
     if architecture == "inception_v3":
-        model["auxiliary"] = 0 < num_classes == len(state.get("AuxLogits.fc.weight", ()))
+        model["auxiliary"] = num_classes > 0 and np.shape(state.get("AuxLogits.fc.weight"))[:1] == (num_classes,)
     return model
 
 
@@ -198,7 +198,7 @@ def _classifier(theirs: Arrays) -> tuple[dict[str, np.ndarray], list[str]]:
     leaves = {name.rpartition(".")[2]: array for name, array in theirs.items()}
     layers = {name.rpartition(".")[0] for name in theirs}
     weight = leaves.get("weight", np.zeros(0))
-    bias = leaves.get("bias", np.zeros(len(weight), weight.dtype))
+    bias = leaves.get("bias", np.zeros(weight.shape[:1], weight.dtype))
     dense = (
         weight.ndim == 2 and weight.size > 0 and bias.shape == weight.shape[:1] and leaves.keys() <= {"weight", "bias"}
     )
