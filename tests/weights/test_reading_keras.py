@@ -114,14 +114,14 @@ def test_two_members_of_one_name(files, tmp_path):
 @pytest.mark.parametrize(
     ("has", "message"),
     [
-        ({"config.json"}, "it has no model.weights.h5"),
-        ({"model.weights.h5"}, "it has no config.json"),
+        (["config.json"], "it has no model.weights.h5"),
+        (["model.weights.h5"], "it has no config.json"),
         (
-            {"config.json", "model.weights.npz"},
+            ["config.json", "model.weights.npz"],
             "it has no model.weights.h5; it has model.weights.npz, which is not read",
         ),
         (
-            {"config.json", "model.weights.json", "model_00000.weights.h5"},
+            ["config.json", "model.weights.json", "model_00000.weights.h5"],
             "it has no model.weights.h5; it has model.weights.json, model_00000.weights.h5, which is not read",
         ),
     ],
