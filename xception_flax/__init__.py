@@ -1,6 +1,7 @@
 """Xception in JAX and Flax: the networks, their training and evaluation."""
 
 import importlib
+import sys
 
 __all__ = ["MODELS", "UserError", "allocator", "create_model", "fold_batch_norm", "load", "ops"]
 __version__ = "0.1.0"
@@ -19,6 +20,11 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     # Imported at first use: importing JAX takes seconds, and a command must handle Ctrl-C before that.
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # Python adds a suggestion, by `__dir__`, where nobody catches the error.
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
     return module if name in ("allocator", "ops") else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -9,6 +9,7 @@ import pytest
 from xception_flax.commands import recipe
 from xception_flax.recipes import reading
 from xception_flax.recipes.groups import GROUPS, LOOP
+from xception_flax.text.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIGITS = str(CONFIGS / "digits.py")
@@ -80,3 +81,22 @@ def test_a_wrong_recipe_is_an_error_as_for_training():
         recipe.main([DIGITS, "--config.model.widht=1"])
     with pytest.raises(ValueError, match=r"unknown argument 'x'; a recipe's key is set by --config\.KEY=VALUE"):
         recipe.main([DIGITS, "--config.KEY=VALUE", "x"])  # as the help has it
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.width=-1", "model.width must be positive, got -1"),
+        ("model.dtype=float17", "model.dtype must be one of .*, got 'float17'"),
+        ("loss.name=softma", "unknown loss.name 'softma'; did you mean 'softmax'"),
+        ("mix.mixup_alpha=-1", "mix.mixup_alpha must be 0 or positive, got -1"),
+        ("step.ema_decay=1", "step.ema_decay, the share kept, must be in"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate must be 0 or positive, got -1"),
+        ("data.image_size=16", "at least 32 x 32 pixels, got 16 x 16"),
+        ("data.train_transforms='resize | flipp'", "data.train_transforms: unknown transform 'flipp'"),
+        ("data.eval_transforms='center_crop(fraction=2)'", "data.eval_transforms: transform 'center_crop"),
+    ],
+)
+def test_values_are_checked_as_for_training(override, message):
+    with pytest.raises(UserError, match=message):
+        recipe.main([DIGITS, f"--config.{override}"])

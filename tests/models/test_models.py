@@ -395,6 +395,9 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     [
         ({"name": "xcepton"}, "unknown model 'xcepton'; did you mean 'xception'"),
         ({"widht": 0.5}, "model 'xception' has no attribute 'widht'; did you mean 'width'"),
+        ({"num_classes": "ten"}, "model.num_classes must be an integer, got 'ten'"),
+        ({"width": None}, "model.width must be a number, got None"),
+        ({"fc_layers": 64}, "model.fc_layers must be a list of integers, got 64"),
         ({"num_classes": -1}, r"num_classes \(0: no classifier\) must be in \[0, 16,777,216\], got -1"),
         ({"output_stride": 4}, r"output_stride must be one of \(8, 16, 32\), got 4"),
         ({"name": "xception41", "output_stride": 64}, r"output_stride must be one of \(8, 16, 32\), got 64"),

@@ -1,7 +1,7 @@
 """Shows every key that a recipe takes, by group: its value, type, default and meaning.
 
 A * marks a value that is not the default. KEY=VALUE is written as train.py takes it, after `--config.`
-Names and types are checked here; the ranges of values by the commands that use them.
+Values are checked as far as they can be without the data and the devices of a run.
 """
 
 import shlex
@@ -9,11 +9,12 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from xception_flax.commands import cli
 from xception_flax.display import console
-from xception_flax.recipes import reading
+from xception_flax.recipes import reading, trial
 from xception_flax.recipes.groups import PARTS
 from xception_flax.recipes.signatures import Key
 from xception_flax.text import naming, values
@@ -64,6 +65,8 @@ def main(argv: list[str]) -> int:
     cli.add_overrides(parser)
     arguments, overrides = parser.parse_known_args(argv)
     config = reading.load(arguments.config, overrides)
+    jax.config.update("jax_platforms", "cpu")  # the check needs no accelerator, which may be busy
+    trial.check_values(config)
     if arguments.json:
         rows = (row for group in PARTS for row in _rows(group, config))
         print(naming.to_json({row.name: _record(row) for row in rows}, allow_nan=False))

@@ -10,7 +10,7 @@ from xception_flax.data.decoding import WHITE
 from xception_flax.data.pipeline import ON_BAD_IMAGE, InputError, Split, choose_threads, usable_cpus
 from xception_flax.data.sources import SOURCES
 from xception_flax.data.sources.folder import unread_of
-from xception_flax.data.transforms import parse_transforms
+from xception_flax.data.transforms import Transform, parse_transforms
 from xception_flax.data.transforms.geometry import MAX_SIDE
 from xception_flax.host import allocator
 from xception_flax.text.errors import UserError
@@ -18,7 +18,7 @@ from xception_flax.text.lookup import lookup, suggest, written
 from xception_flax.text.naming import composed
 from xception_flax.text.ranges import check_range
 
-__all__ = ["SOURCES", "InputError", "Split", "check_class_names", "load", "unread_of"]
+__all__ = ["SOURCES", "InputError", "Split", "check_class_names", "check_options", "load", "unread_of"]
 
 # A larger number is a mistake, and would fill the machine's memory before anybody notices.
 MAX_THREADS, MAX_WORKERS = 1024, 256
@@ -80,27 +80,23 @@ def load(
     function = lookup(SOURCES, source, "source")
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes.")
-    if channels not in (1, 3):
-        raise UserError(f"data.channels must be 1 or 3, got {channels}.")
-    check_range("data.image_size", image_size, 1, MAX_SIDE)
-    if num_threads != -1:
-        check_range("data.num_threads (-1: what suits the CPUs)", num_threads, 1, MAX_THREADS)
-    check_range("data.num_workers (-1: what suits the CPUs)", num_workers, -1, MAX_WORKERS)
-    check_range("data.min_decoded_side (0: off)", min_decoded_side, 0, MAX_SIDE)
-    if max_value is not None:
-        check_range("data.max_value", max_value, 255, WHITE)
-    if on_bad_image not in ON_BAD_IMAGE:
-        raise UserError(f"unknown data.on_bad_image {written(on_bad_image)}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
+    chains = check_options(
+        image_size=image_size,
+        channels=channels,
+        train_transforms=train_transforms,
+        eval_transforms=eval_transforms,
+        num_threads=num_threads,
+        num_workers=num_workers,
+        min_decoded_side=min_decoded_side,
+        on_bad_image=on_bad_image,
+        max_value=max_value,
+    )
     batch_bytes = batch_size // process_count * image_size**2 * channels
     if batch_bytes > (memory := allocator.free_memory_bytes()):
         raise UserError(
             f"batch_size={batch_size:,} of data.image_size={image_size:,} takes {batch_bytes / 1e9:,.0f} GB, but this "
             f"host has {memory / 1e9:,.0f} GB of free memory; make either smaller."
         )
-    try:
-        transforms = parse_transforms(train_transforms if train else eval_transforms, image_size)
-    except UserError as error:
-        raise UserError(f"data.{'train' if train else 'eval'}_transforms: {error}") from None
     examples = function(train_split if train else eval_split, **options)
     if not len(examples):
         raise UserError(f"source {source!r}: split {train_split if train else eval_split!r} has no images.")
@@ -112,7 +108,7 @@ def load(
     num_threads, num_workers = choose_threads(num_threads, num_workers, usable_cpus(processes_per_host))
     split = Split(
         source=examples,
-        transforms=transforms,
+        transforms=chains["train" if train else "eval"],
         image_shape=(image_size, image_size, channels),
         batch_size=batch_size,
         train=train,
@@ -127,6 +123,47 @@ def load(
     )
     split.check_transforms()
     return split
+
+
+def check_options(
+    *,
+    image_size: int,
+    channels: int,
+    train_transforms: str,
+    eval_transforms: str,
+    num_threads: int,
+    num_workers: int,
+    min_decoded_side: int,
+    on_bad_image: str,
+    max_value: int | None,
+    **others: Any,
+) -> dict[str, tuple[Transform, ...]]:
+    """Checks the options of `load` that need no data; `others` are those that do.
+
+    Returns:
+      The chains of transforms 'train' and 'eval'.
+
+    Raises:
+      UserError: a number is out of its range, or a chain is wrong.
+    """
+    if channels not in (1, 3):
+        raise UserError(f"data.channels must be 1 or 3, got {channels}.")
+    check_range("data.image_size", image_size, 1, MAX_SIDE)
+    if num_threads != -1:
+        check_range("data.num_threads (-1: what suits the CPUs)", num_threads, 1, MAX_THREADS)
+    check_range("data.num_workers (-1: what suits the CPUs)", num_workers, -1, MAX_WORKERS)
+    check_range("data.min_decoded_side (0: off)", min_decoded_side, 0, MAX_SIDE)
+    if max_value is not None:
+        check_range("data.max_value", max_value, 255, WHITE)
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise UserError(f"unknown data.on_bad_image {written(on_bad_image)}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
+    chains = {}
+    for name, text in {"train": train_transforms, "eval": eval_transforms}.items():
+        try:
+            chains[name] = parse_transforms(text, image_size)
+        except UserError as error:
+            raise UserError(f"data.{name}_transforms: {error}") from None
+    return chains
 
 
 def check_class_names(expected: Sequence[str], split: Split) -> None:

@@ -12,6 +12,7 @@ from xception_flax.models.inception_v3 import InceptionV3
 from xception_flax.models.lenet import LeNet
 from xception_flax.models.towers import XceptionTowers
 from xception_flax.models.xception import Xception
+from xception_flax.text import values
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup, suggest, written
 
@@ -55,13 +56,17 @@ def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Mod
       UserError: an unknown name or attribute, or a value out of its range.
     """
     constructor = lookup(MODELS, name, "model")
-    known = set(inspect.signature(constructor).parameters) - NO_FIELDS
-    for field in fields:
+    signature = inspect.signature(constructor).parameters
+    known = signature.keys() - NO_FIELDS
+    for field, value in {"num_classes": num_classes, **fields}.items():
         if field not in known:
             raise UserError(f"model {name!r} has no attribute {field!r}; {suggest(field, known)}")
-    for field in ("dtype", "param_dtype"):
-        if field in fields:
-            fields[field] = _float_type(field, fields[field])
+        kind = signature[field].annotation
+        if field in ("dtype", "param_dtype"):
+            fields[field] = _float_type(field, value)
+        # Numbers and sequences of other libraries stay as they are.
+        elif isinstance(value, str | bool | int | float | None) and not values.fits(value, kind):
+            raise UserError(f"model.{field} must be {values.describe(kind)}, got {written(value)}.")
     return constructor(num_classes=num_classes, **fields)
 
 
