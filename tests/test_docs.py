@@ -231,7 +231,7 @@ def test_the_places_of_new_things_are_there():
                 continue
             assert hasattr(importlib.import_module(".".join(module)), attribute), name
         elif folder:
-            path = folder if re.fullmatch(r"[A-Z]+|test_[A-Z]+", stem) else name
+            path = folder if re.fullmatch(r"(\w+_)?[A-Z]+", stem) else name
             assert any((ROOT / above / path).exists() for above in (".", "xception_flax")), name
 
 
