@@ -317,7 +317,7 @@ def test_extremes_in_a_chain(name):
         ("", {"batch_size": 2**40}, r"^batch_size=1,099,511,627,776 of data\.image_size=8 takes 70,369 GB, but this"),
         ("data", {"image_size": 10**6}, r"^data\.image_size must be in \[1, 10,000\], got 1000000\.$"),
         ("data", {"num_workers": 10**4}, r"^data\.num_workers \(-1: .*\) must be in \[-1, 256\], got 10000\.$"),
-        ("init", {"weights": LONG_NAME}, r"^init\.weights: 'x{200}' cannot be opened: File name too long\.$"),
+        ("init", {"weights": LONG_NAME}, r"^init\.weights: 'x+ \.\.\. x+' cannot be opened: File name too long\.$"),
         ("init", {"weights": "~nobody/a"}, r"^init\.weights: \S*/a is neither a file nor a folder; expected"),
         ("normalize", {"std": (0.0,)}, r"^normalize\.std must be positive, got 0\.0\.$"),
         ("normalize", {"std": (2e-38,)}, r"^\(255 - normalize\.mean\) / normalize\.std, of 0\.0 and 2e-38, must be at"),
