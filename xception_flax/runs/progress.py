@@ -134,7 +134,8 @@ class RunProgress:
         self._first_step_seconds = now - then - self._paused_seconds
         self._began = self._last = (now, step)
         self._paused_seconds = self._input_wait_seconds = 0.0
-        self._bar.update(self._task, state="")
+        if self._enabled:
+            self._bar.update(self._task, state="")
 
     @contextlib.contextmanager
     def input_wait(self) -> Iterator[None]:
