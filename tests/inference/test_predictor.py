@@ -109,7 +109,7 @@ def test_a_backbone_has_features_and_no_classes(tmp_path, photos):
 def test_what_a_source_does_not_say_is_assumed_and_named(network, one_device):
     """The user's word counts most, then the source's, then the library's."""
     silent = network._replace(
-        library="timm", class_names=(), image_size=None, transforms=None, normalize=None, activation="softmax"
+        framework="timm", class_names=(), image_size=None, transforms=None, normalize=None, activation="softmax"
     )
     found = predictor.from_pretrained(silent, one_device)
     # timm's default_cfgs of legacy_xception: 299 px, crop_pct 0.8975, bicubic, mean and std 0.5.
@@ -135,7 +135,7 @@ def test_what_a_source_does_not_say_is_assumed_and_named(network, one_device):
 
 def test_the_whole_image_as_keras_has_it(network, one_device, photos, tmp_path):
     """`image_dataset_from_directory`'s pixels, to 1e-3 of 255, which are no whole numbers."""
-    found = predictor.from_pretrained(network._replace(library="keras", transforms=None, normalize=None), one_device)
+    found = predictor.from_pretrained(network._replace(framework="keras", transforms=None, normalize=None), one_device)
     assert found.preprocessing == preprocessing.Preprocessing(71, 3, "resize", (127.5,), (127.5,), rounded=False)
     for path in photos[:3]:
         with PIL.Image.open(path) as image:

@@ -139,7 +139,7 @@ def test_a_whole_model_gives_the_logits_of_its_file(backbone, images, tmp_path, 
         fields |= dict(num_classes=num_classes, fc_layers=fc_layers, dropout_rate=dropout_rate)
         assert found.model == fields
         assert (found.normalize, found.activation, found.left_out) == (normalize, activation, left_out)
-        assert (found.library, found.image_size, found.class_names) == ("keras", SIZE, ())
+        assert (found.framework, found.image_size, found.class_names) == ("keras", SIZE, ())
         if normalize:
             taken = ((images - np.array(normalize["mean"])) / np.array(normalize["std"])).astype(np.float32)
         ours = apply(found, taken)

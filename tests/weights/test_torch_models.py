@@ -49,7 +49,7 @@ def test_networks_of_timm(architecture):
     assert {name: found.model[name] for name in fields} == fields
     assert found.model["num_classes"] == 5
     assert shapes_of(found.model, 3) == jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), variables)
-    assert found.library == "timm"
+    assert found.framework == "timm"
     assert found.origin == {"architecture": architecture}
     assert found.left_out == ()
     assert (found.normalize, found.image_size, found.transforms, found.class_names) == (None, None, None, ())

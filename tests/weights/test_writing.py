@@ -147,7 +147,7 @@ def test_keras_computes_the_same(tmp_path, full, name):
     if name.endswith(".keras"):
         found = source.read_file(tmp_path / name)
         assert_same_arrays(found, full)
-        assert (found.activation, found.image_size, found.library) == ("sigmoid", 71, "keras")
+        assert (found.activation, found.image_size, found.framework) == ("sigmoid", 71, "keras")
 
 
 def test_keras_own_inception_v3(tmp_path):

@@ -124,7 +124,7 @@ def of_pretrained(
     """
     if (mean is None) != (std is None):
         raise UserError("mean and std go together; give both or neither.")
-    keras = pretrained.library == "keras"
+    keras = pretrained.framework == "keras"
     assumed = []
     if image_size is None and (image_size := pretrained.image_size) is None:
         image_size = IMAGE_SIZE

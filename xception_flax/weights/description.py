@@ -19,7 +19,7 @@ DESCRIPTION = "xception_flax"  # the key of the description, in the metadata of 
 def describe(pretrained: Pretrained) -> dict[str, Any]:
     """Returns the description of a network."""
     return {
-        "library": pretrained.library,
+        "framework": pretrained.framework,
         "model": dict(pretrained.model),
         "channels": pretrained.channels,
         "class_names": list(pretrained.class_names),
@@ -67,7 +67,7 @@ def _checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
     try:
         models.create_model(**description["model"])
         said = {
-            "library": str(description["library"]),
+            "framework": str(description["framework"]),
             "model": dict(description["model"]),
             "class_names": tuple(map(str, description["class_names"])),
             "image_size": None if description["image_size"] is None else int(description["image_size"]),

@@ -11,7 +11,7 @@ class Pretrained(NamedTuple):
     """A network with its weights, and what the source says of its use.
 
     Attributes:
-      library: that trained it, 'keras', 'timm' or 'xception_flax': what it does with an image where the source does
+      framework: that trained it, 'keras', 'timm' or 'xception_flax': what it does with an image where the source does
         not say is what this library does.
       model: keywords of `models.create_model`; `name` too.
       variables: what `model.apply` takes: 'params' and 'batch_stats', NumPy arrays.
@@ -24,7 +24,7 @@ class Pretrained(NamedTuple):
       origin: what the weights are, as JSON: {'file': path, 'sha256': ...}.
     """
 
-    library: str
+    framework: str
     model: dict[str, Any]
     variables: dict[str, Any]
     class_names: tuple[str, ...] = ()

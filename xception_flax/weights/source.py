@@ -146,7 +146,7 @@ def from_run(run: Run) -> Pretrained:
     """Returns a run as any other network with weights, its variables in NumPy arrays."""
     model = {name: value for name, value in run.recipe.model.to_dict().items()}
     return Pretrained(
-        library="xception_flax",
+        framework="xception_flax",
         model=model,
         variables=jax.tree.map(np.asarray, run.variables),
         class_names=run.class_names,
