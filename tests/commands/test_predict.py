@@ -160,7 +160,7 @@ def test_features_are_written_with_the_files_names(weights, workdir, digits, tmp
     assert code == 2
     assert f"error: {tmp_path}/bad.png: the image cannot be decoded" in err
     assert "5 x 40" in out
-    assert (tmp_path / "features.txt").read_text().splitlines() == list(map(str, files))
+    assert (tmp_path / "features.files.txt").read_text().splitlines() == list(map(str, files))
     np.testing.assert_array_equal(np.load(output), predictor.load(weights).embed(files))
     for arguments, message in [
         (["--output", tmp_path / "f.csv"], "f.csv must end in .npy or .parquet"),
@@ -175,9 +175,14 @@ def test_mistakes_with_weights_from_elsewhere(weights, workdir, digits, tmp_path
     file = digits[0] / "000.png"
     (tmp_path / "latin").write_bytes(b"\xe9\n")
     (tmp_path / "three").write_text("a\nb\nc\n")
+    (tmp_path / "twice").write_text("a\nb\nc\na\n")
     for arguments, message in [
         ([weights], f"there is no image; give files or folders behind {weights}."),
         ([weights, file, "--class-names", tmp_path / "three"], "there are 3 names of classes, and 4 logits"),
+        (
+            [weights, file, "--class-names", tmp_path / "twice"],
+            "two classes are named 'a'; give each a name of its own.",
+        ),
         ([weights, file, "--class-names", tmp_path / "latin"], "latin is no text in UTF-8; expected a name in each"),
         ([weights, file, "--mean", "0"], "mean and std go together; give both or neither."),
         ([weights, file, "--json", "--csv"], "not allowed with argument"),

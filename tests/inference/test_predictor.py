@@ -145,6 +145,9 @@ def test_the_whole_image_as_keras_has_it(network, one_device, photos, tmp_path):
         assert ours.dtype == np.float32
         assert np.abs(ours - np.asarray(theirs)).max() < 0.01
         assert np.abs(ours - np.round(ours)).max() > 0.1
+    silent = network._replace(framework="keras", transforms=None)
+    chosen = predictor.from_pretrained(silent, one_device, transforms="resize(kernel=bicubic, antialias=True)")
+    assert chosen.preprocessing.prepare(photos[0]).dtype == np.uint8  # what PIL scales
 
 
 def test_the_names_of_imagenet():

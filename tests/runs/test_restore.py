@@ -6,7 +6,6 @@
 
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import cv2
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 import train
+from golden.archives import unpacked
 from xception_flax.commands import evaluate, predict
 from xception_flax.data.sources import digits
 from xception_flax.runs import history
@@ -22,16 +22,12 @@ from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import read_recipe
 from xception_flax.weights import initial
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "workdir_0.1.tar.xz"
 STEPS = (40, 79)
 
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("old")
-    with tarfile.open(GOLDEN) as archive:
-        archive.extractall(folder, filter="data")
-    return folder
+    return unpacked("workdir_0.1.tar.xz", tmp_path_factory.mktemp("old"))
 
 
 def said(capsys, command, *arguments) -> str:

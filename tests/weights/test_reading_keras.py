@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,21 +12,18 @@ import h5py
 import numpy as np
 import pytest
 
+from golden.archives import unpacked
 from xception_flax.text.errors import UserError
 from xception_flax.weights import reading
 from xception_flax.weights.reader import hdf5, keras
 from xception_flax.weights.reader.room import MAX_CONFIG, MAX_DEPTH, Contents, Room
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "keras_files.tar.xz"
 SHAPES = {"conv": [(2, 2, 3, 2), (2,)], "bn": [(2,)] * 4}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("keras")
-    with tarfile.open(GOLDEN) as archive:
-        archive.extractall(folder, filter="data")
-    return folder
+    return unpacked("keras_files.tar.xz", tmp_path_factory.mktemp("keras"))
 
 
 def values(*shape: int) -> np.ndarray:

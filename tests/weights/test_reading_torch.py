@@ -3,7 +3,6 @@
 import io
 import pickle
 import re
-import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from golden.archives import unpacked
 from xception_flax.text.errors import UserError
 from xception_flax.weights import reading
 from xception_flax.weights.reader import pickles, torch
 from xception_flax.weights.reader.room import Contents, Room
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "torch_files.tar.xz"
 NETWORK = {  # without the counter
     "conv.weight": (2, 3, 2, 2),
     **dict.fromkeys(("conv.bias", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"), (2,)),
@@ -25,10 +24,7 @@ NETWORK = {  # without the counter
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("torch")
-    with tarfile.open(GOLDEN) as archive:
-        archive.extractall(folder, filter="data")
-    return folder
+    return unpacked("torch_files.tar.xz", tmp_path_factory.mktemp("torch"))
 
 
 def values(*shape: int) -> np.ndarray:

@@ -164,6 +164,11 @@ def test_what_does_not_fit_is_refused(tmp_path, full):
         (full, "w.onnx", r"'\.onnx' is no format to write; there are: \.keras, \.npz, \.safetensors, \.weights\.h5\."),
         (full, "there.npz", r"there\.npz is there already; nothing was written"),
         (full, "none/w.npz", r"none is no folder; make it, or take another one for w\.npz"),
+        (
+            narrow._replace(image_size=64),
+            "w.keras",
+            r"Keras cannot build xception for images of 64 pixels: Input size mu",
+        ),
         (narrow, "w.keras", r"Keras has xception in one size; this one has other widths or depths"),
         (random_network(name="xception41", num_classes=1, width=0.02), "w.keras", r"Keras has no xception41; write "),
     ]:

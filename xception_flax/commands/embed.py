@@ -1,5 +1,6 @@
 """Writes the pooled features of images, which a trained network has before its classifier."""
 
+import importlib.util
 import io
 from pathlib import Path
 
@@ -24,12 +25,14 @@ def main(argv: list[str]) -> int:
         type=Path,
         required=True,
         metavar="FILE",
-        help=".npy: float32 [images, features], and the files' names beside it in FILE.txt; .parquet: both",
+        help=".npy: float32 [images, features], and the files' names beside it in FILE.files.txt; .parquet: both",
     )
     arguments = parser.parse_args(argv)
     source, paths = images.given(arguments)
     if arguments.output.suffix not in WRITERS:
         raise UserError(f"--output {arguments.output} must end in {' or '.join(WRITERS)}.")
+    if arguments.output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"{arguments.output}: Parquet is written by pyarrow; pip install pyarrow, or write .npy.")
     check_writable(arguments.output)
     cli.start(arguments)
     with cli.out_of_memory(cli.LOWER_BATCH_SIZE):
@@ -53,16 +56,14 @@ def main(argv: list[str]) -> int:
 def _write_npy(path: Path, files: list[str], features: np.ndarray) -> None:
     content = io.BytesIO()
     np.save(content, features)
-    write_whole(path.with_suffix(".txt"), ["".join(f"{naming.harmless(name)}\n" for name in files).encode()])
+    write_whole(path.with_suffix(".files.txt"), ["".join(f"{naming.harmless(name)}\n" for name in files).encode()])
     write_whole(path, [content.getbuffer()])
 
 
 def _write_parquet(path: Path, files: list[str], features: np.ndarray) -> None:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path}: Parquet is written by pyarrow; pip install pyarrow, or write .npy.") from None
+    import pyarrow
+    from pyarrow import parquet
+
     columns = {"file": files, "features": pyarrow.FixedSizeListArray.from_arrays(features.ravel(), features.shape[1])}
     content = io.BytesIO()
     parquet.write_table(pyarrow.table(columns), content)

@@ -19,6 +19,7 @@ from xception_flax.inference import preprocessing as preprocessings
 from xception_flax.inference.preprocessing import Image, Preprocessing
 from xception_flax.runs.restore import Run
 from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import written
 from xception_flax.training import sharding, state, steps
 from xception_flax.weights.pretrained import Pretrained
 from xception_flax.weights.source import open_source
@@ -100,9 +101,9 @@ class Predictor:
         with ThreadPoolExecutor() as threads:
             for start in range(0, len(images), self.batch_size):
                 part = images[start : start + self.batch_size]
-                prepared = list(threads.map(self._prepared, part))
+                prepared, may_be_dark = zip(*threads.map(self._prepared, part), strict=True)
                 if dark is not None:
-                    dark.extend(itertools.compress(part, threads.map(self._may_be_dark, part)))
+                    dark.extend(itertools.compress(part, may_be_dark))
                 outputs = self._batch(prepared, names)
                 for i, (image, pixels) in enumerate(zip(part, prepared, strict=True)):
                     if isinstance(pixels, UserError):
@@ -132,17 +133,13 @@ class Predictor:
         images = sharding.global_batch(self._mesh, {"images": batch})["images"]
         return {name: np.asarray(values) for name, values in self._forward(self.variables, images, names).items()}
 
-    def _prepared(self, image: Image) -> np.ndarray | UserError:
+    def _prepared(self, image: Image) -> tuple[np.ndarray | UserError, bool]:
+        """Returns the pixels or the error, and whether the image may be nearly black by mistake."""
         try:
-            return self.preprocessing.prepare(image)
+            content = preprocessings.content(image)
+            return self.preprocessing.prepare(content), self.preprocessing.may_be_dark(content)
         except BadImageError as error:
-            return error
-
-    def _may_be_dark(self, image: Image) -> bool:
-        try:
-            return self.preprocessing.may_be_dark(image)
-        except BadImageError:
-            return False
+            return error, False
 
     def _whole(self, images: Image | Sequence[Image] | np.ndarray, names: tuple[str, ...]) -> Outputs:
         several = images if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
@@ -205,7 +202,7 @@ def from_run(
         _checked_names(class_names, len(run.class_names)) or run.class_names,
         preprocessings.of_recipe(run.recipe),
         mesh=mesh,
-        activation="sigmoid" if run.recipe.loss.name == "sigmoid" else "softmax",
+        activation=run.activation,
         origin={"step": run.step, "weights": run.weights},
         batch_size=batch_size,
     )
@@ -254,4 +251,7 @@ def from_pretrained(
 def _checked_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
     if names is not None and len(names) != num_classes:
         raise UserError(f"there are {len(names):,} names of classes, and {num_classes:,} logits; give a name for each.")
+    if names is not None and len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise UserError(f"two classes are named {written(twice)}; give each a name of its own.")
     return tuple(names or ())

@@ -35,7 +35,7 @@ class Preprocessing(NamedTuple):
       channels: 1 or 3.
       transforms: the chain that makes an image of this size, as a recipe's `data.eval_transforms`.
       mean, std: of the normalization, on the scale 0 to 255; a value a channel, or one for all.
-      rounded: whether pixels are whole numbers after the transforms too. Keras keeps the fractions.
+      rounded: whether pixels are whole numbers after the transforms too. Keras' own resizing keeps the fractions.
       min_decoded_side: see `data.decoding.decode`.
       max_value: the same.
     """
@@ -62,21 +62,28 @@ class Preprocessing(NamedTuple):
         shape = (self.image_size, self.image_size, self.channels)
         chain = _chain(self.transforms, self.image_size)
         rng = np.random.default_rng(0)  # not used by the transforms of an evaluation
-        content, options = _content(image), dict(rounded=self.rounded)
-        return prepare_image(content, chain, shape, self.min_decoded_side, rng, self.max_value, **options)
+        return prepare_image(
+            content(image), chain, shape, self.min_decoded_side, rng, self.max_value, rounded=self.rounded
+        )
 
-    def may_be_dark(self, image: Image) -> bool:
+    def may_be_dark(self, file: bytes | np.ndarray) -> bool:
         """Whether a file of 16 bits has no value in the upper half: white may be less there, and nothing says it."""
-        if self.max_value is not None or not isinstance(image, str | Path):
+        if self.max_value is not None or not isinstance(file, bytes):
             return False
-        largest = largest_value(_content(image))
+        largest = largest_value(file)
         return largest is not None and is_dark(largest)
 
 
 _chain = functools.lru_cache(transforms.parse_transforms)
 
 
-def _content(image: Image) -> bytes | np.ndarray:
+def content(image: Image) -> bytes | np.ndarray:
+    """Returns the content of a file, or the pixels, that an image is given as.
+
+    Raises:
+      BadImageError: the file cannot be read.
+      UserError: it is none of the types of `Image`.
+    """
     if isinstance(image, str | Path):
         try:
             return Path(image).read_bytes()
@@ -124,13 +131,13 @@ def of_pretrained(
     """
     if (mean is None) != (std is None):
         raise UserError("mean and std go together; give both or neither.")
-    keras = pretrained.framework == "keras"
+    keras, rounded = pretrained.framework == "keras", True
     assumed = []
     if image_size is None and (image_size := pretrained.image_size) is None:
         image_size = IMAGE_SIZE
         assumed.append(f"images of {image_size} x {image_size} pixels")
     if resizing is None and (resizing := pretrained.transforms) is None:
-        resizing = KERAS_TRANSFORMS if keras else _timm_crop(pretrained, image_size)
+        resizing, rounded = (KERAS_TRANSFORMS, False) if keras else (_timm_crop(pretrained, image_size), True)
         assumed.append(f"resized as {'Keras' if keras else 'timm'} does, by '{resizing}'")
     if mean is None and pretrained.normalize is not None:
         mean, std = pretrained.normalize["mean"], pretrained.normalize["std"]
@@ -138,7 +145,7 @@ def of_pretrained(
         mean, std = MEAN, STD
         assumed.append("values in [-1, 1]")
     transforms.parse_transforms(resizing, image_size)
-    preprocessing = Preprocessing(image_size, pretrained.channels, resizing, tuple(mean), tuple(std), rounded=not keras)
+    preprocessing = Preprocessing(image_size, pretrained.channels, resizing, tuple(mean), tuple(std), rounded)
     return preprocessing, tuple(assumed)
 
 

@@ -20,5 +20,4 @@ def check_values(config: ConfigDict) -> None:
     """
     data.check_options(**config.data)
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    image_shape = (config.data.image_size, config.data.image_size, config.data.channels)
-    program.create_program(config, mesh, image_shape, num_images=IMAGES)
+    program.create_program(config, mesh, program.image_shape(config), num_images=IMAGES)

@@ -36,6 +36,11 @@ class Run(NamedTuple):
     meta: dict[str, Any]
 
     @property
+    def activation(self) -> str:
+        """From logits to probabilities: 'sigmoid' where an image has several labels, else 'softmax'."""
+        return "sigmoid" if self.recipe.loss.name == "sigmoid" else "softmax"
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """`(H, W, C)` of the images that the run was trained on."""
         return program.image_shape(self.recipe)

@@ -7,7 +7,7 @@ from typing import Any
 
 from xception_flax.text import naming
 from xception_flax.weights.description import DESCRIPTION, describe
-from xception_flax.weights.pretrained import Pretrained
+from xception_flax.weights.pretrained import Pretrained, formula
 
 NUM_FEATURES = 2048  # of the pooled features of every network that timm has
 
@@ -75,7 +75,7 @@ def model_card(pretrained: Pretrained, architecture: str | None, notes: Sequence
     name = pretrained.model["name"]
     size = f"{pretrained.image_size} x {pretrained.image_size} pixels" if pretrained.image_size else "not recorded"
     normalize = pretrained.normalize
-    taken = f"(x - {_written(normalize['mean'])}) / {_written(normalize['std'])}" if normalize else "not recorded"
+    taken = formula(**normalize) if normalize else "not recorded"
     classes = ", ".join(map(naming.shown, pretrained.class_names)) or "their names are not recorded"
     origin = ", ".join(f"{key} {value}" for key, value in pretrained.origin.items()) or "not recorded"
     rows = {
@@ -120,11 +120,6 @@ def model_card(pretrained: Pretrained, architecture: str | None, notes: Sequence
             "",
         ]
     )
-
-
-def _written(values: Sequence[float]) -> str:
-    each = [f"{value:g}" for value in values]
-    return each[0] if len(set(each)) == 1 else f"({', '.join(each)})"
 
 
 def _record(pretrained: Pretrained) -> str:

@@ -21,7 +21,7 @@ from xception_flax.runs.restore import Run
 from xception_flax.text.errors import UserError
 from xception_flax.training import state
 from xception_flax.weights.channels import adapt_channels
-from xception_flax.weights.pretrained import FIRST_LAYERS
+from xception_flax.weights.pretrained import FIRST_LAYERS, formula
 from xception_flax.weights.source import open_source
 
 Place = tuple[str, ...]  # of an array: ('params', 'predictions', 'kernel')
@@ -108,7 +108,7 @@ def load(
         origin = dict(found.origin)
         notes += [f"without {part}" for part in found.left_out]
         if normalize is None:
-            notes.append(f"taken to be for images as (x - {_number(mean)}) / {_number(std)}")
+            notes.append(f"taken to be for images as {formula(mean, std)}")
     _check_settings(source, theirs, model, skipped, normalize, {"mean": mean, "std": std})
     values = flatten_dict(found.variables)
     values, note = _for_channels(values, shapes)
@@ -227,9 +227,3 @@ def _placed(value: np.ndarray | jax.Array, sharding: jax.sharding.Sharding) -> j
     if isinstance(value, jax.Array):  # a checkpoint is read to where it belongs
         return value
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
-def _number(values: Sequence[float]) -> str:
-    """One value for all channels, or one for each: '127.5', '(0, 1, 2)'."""
-    each = [f"{value:g}" for value in values]
-    return each[0] if len(set(each)) == 1 else f"({', '.join(each)})"

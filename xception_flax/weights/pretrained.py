@@ -1,8 +1,18 @@
 """A trained network of any origin, as reading its source gives it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+
+def formula(mean: Sequence[float], std: Sequence[float]) -> str:
+    """Returns a normalization in words: '(x - 127.5) / 127.5'; with a value a channel '(x - (0, 1, 2)) / 58.4'."""
+    average, deviation = (
+        f"{values[0]:g}" if len(set(values)) == 1 else f"({', '.join(f'{value:g}' for value in values)})"
+        for values in (mean, std)
+    )
+    return f"(x - {average}) / {deviation}"
+
 
 FIRST_LAYERS = ("block1_conv1", "stem_conv1", "conv1")  # of each network, which meet the images
 

@@ -114,15 +114,15 @@ def read_file(path: Path, config: Mapping[str, Any] = MappingProxyType({})) -> P
     try:
         form = reading.recognize(path)
         contents = reading.read(path, form, MAX_BYTES)
-        digests = {algorithm: _digest(path, algorithm) for algorithm in ("sha256", "md5")}
+        origin = {"file": str(path.absolute()), "sha256": _digest(path, "sha256")}
+        is_published = form in KERAS_FORMS and fetching.is_published(_digest(path, "md5"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
-    origin = {"file": str(path.absolute()), "sha256": digests["sha256"]}
     if form in KERAS_FORMS:
         pretrained = keras_models.recognize(contents, path)
-        if fetching.is_published(digests["md5"]):
+        if is_published:
             pretrained = pretrained._replace(normalize=PUBLISHED_NORMALIZE)
     else:
         arrays = {name: array for name, (array,) in contents.entries}
@@ -144,16 +144,15 @@ def _parsed(text: Any, path: Path) -> Any:
 
 def from_run(run: Run) -> Pretrained:
     """Returns a run as any other network with weights, its variables in NumPy arrays."""
-    model = {name: value for name, value in run.recipe.model.to_dict().items()}
     return Pretrained(
         framework="xception_flax",
-        model=model,
+        model=run.recipe.model.to_dict(),
         variables=jax.tree.map(np.asarray, run.variables),
         class_names=run.class_names,
         image_size=run.recipe.data.image_size,
         transforms=run.recipe.data.eval_transforms,
         normalize={name: tuple(run.recipe.normalize[name]) for name in ("mean", "std")},
-        activation="sigmoid" if run.recipe.loss.name == "sigmoid" else "softmax",
+        activation=run.activation,
         origin={"step": run.step, "weights": run.weights},
     )
 

@@ -100,7 +100,11 @@ def _keras_model(pretrained: Pretrained) -> Any:
         options |= {"classes": classes, "classifier_activation": pretrained.activation}
     else:
         options["pooling"] = "avg"
-    model = constructor(**options)
+    try:
+        model = constructor(**options)
+    except ValueError as error:  # of images too small for it
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"Keras cannot build {name} for images of {size} pixels: {reason}.") from None
     if classes and hidden:
         x = model.output
         for i, features in enumerate(hidden, start=1):
