@@ -18,7 +18,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from xception_flax.commands import cli
-from xception_flax.data import MAX_THREADS, decoding, sources
+from xception_flax.data import decoding, sources
+from xception_flax.data.loading import MAX_THREADS
 from xception_flax.display import console
 from xception_flax.host import files
 from xception_flax.prepare import check, folder, imagenet, records

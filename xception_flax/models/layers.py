@@ -141,12 +141,14 @@ class SeparableConv(nn.Module):
         )
 
 
-class _TrainingBatchNorm(nn.Module):
-    """`nn.BatchNorm` in training, with the same variables, as the scale and shift that it applies.
+class _BatchNormAffine(nn.Module):
+    """`nn.BatchNorm`, with the same variables, as the scale and shift that it applies.
 
-    Moments `[2, C]` (means of an array and of its square) -> scale `[C]`, shift `[C]`.
+    Moments `[2, C]` (means of an array and of its square) -> scale `[C]`, shift `[C]`. With `use_running_average`
+    the moments do not matter.
     """
 
+    use_running_average: bool
     momentum: float
     epsilon: float
     param_dtype: DTypeLike = jnp.float32
@@ -154,9 +156,12 @@ class _TrainingBatchNorm(nn.Module):
     @nn.compact
     def __call__(self, moments: jax.Array) -> tuple[jax.Array, jax.Array]:
         mean, variance = moments[0], jnp.maximum(moments[1] - jnp.square(moments[0]), 0)
-        for name, value in (("mean", mean), ("var", variance)):
-            moving = self.variable("batch_stats", name, jnp.zeros_like, value)
-            moving.value = self.momentum * moving.value + (1 - self.momentum) * value
+        moving = [self.variable("batch_stats", name, jnp.zeros_like, mean) for name in ("mean", "var")]
+        if self.use_running_average:
+            mean, variance = (statistic.value.astype(mean.dtype) for statistic in moving)
+        else:
+            for statistic, value in zip(moving, (mean, variance), strict=True):
+                statistic.value = self.momentum * statistic.value + (1 - self.momentum) * value
         scale = self.param("scale", nn.initializers.ones, mean.shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, mean.shape, self.param_dtype)
         scale = (scale * jax.lax.rsqrt(variance + self.epsilon)).astype(mean.dtype)
@@ -172,6 +177,7 @@ def separable_units(
     name: str,
     rate: int = 1,
     relu_first: bool = True,
+    pool_padding: str | None = None,
 ) -> jax.Array:
     """Applies units of Xception one after the other: ReLU, separable convolution, batch normalization.
 
@@ -185,26 +191,33 @@ def separable_units(
       norm: makes a batch normalization from its name.
       rate: dilation of the convolutions.
       relu_first: whether the first unit has a ReLU too.
+      pool_padding: of a max-pooling 3x3, stride 2, after the last unit; None for no max-pooling.
 
     Returns:
-      `[N, H, W, features[-1]]`, normalized, without a final ReLU.
+      `[N, H, W, features[-1]]`, or of half the height and width; normalized, without a final ReLU.
     """
     convs = [sepconv(f, dilation=(rate, rate), name=f"{name}{i}") for i, f in enumerate(features, start=1)]
-    if ops.takes_chains() and _can_chain(convs[0], norm):
-        return _chained_units(x, convs, norm, relu_first=relu_first)
+    if _can_chain(convs[0], norm, x.shape[0]):
+        return _chained_units(x, convs, norm, relu_first=relu_first, pool_padding=pool_padding)
     for i, conv in enumerate(convs):
         x = norm(name=f"{conv.name}_bn")(conv(nn.relu(x) if relu_first or i else x))
-    return x
+    return x if pool_padding is None else ops.max_pool(x, padding=pool_padding)
 
 
-def _can_chain(conv: nn.Module, norm: ModuleDef) -> bool:
-    """Whether `ops` takes the convolution with its neighbours: a plain separable one, in a training step."""
+def _can_chain(conv: nn.Module, norm: ModuleDef, images: int) -> bool:
+    """Whether `ops` takes the convolution with its neighbours: a plain separable one whose result nobody else asks for.
+
+    Among its neighbours there are no results of single layers that Flax could capture as intermediates.
+    """
     separable = isinstance(conv, SeparableConv) and conv.mid_activation is None
-    return separable and not conv.is_initializing() and not norm(parent=None).use_running_average
+    watched = conv.is_initializing() or conv.is_mutable_collection("intermediates")
+    return separable and not watched and ops.takes_chains(images, train=not norm(parent=None).use_running_average)
 
 
-def _chained_units(x: jax.Array, convs: Sequence[SeparableConv], norm: ModuleDef, *, relu_first: bool) -> jax.Array:
-    """`separable_units` with each normalization's scale and shift applied by the convolution after it.
+def _chained_units(
+    x: jax.Array, convs: Sequence[SeparableConv], norm: ModuleDef, *, relu_first: bool, pool_padding: str | None
+) -> jax.Array:
+    """`separable_units` with each normalization's scale and shift applied by the operation after it.
 
     So `ops` can compute both, and the sums of the next normalization, in one pass over memory.
     """
@@ -213,8 +226,12 @@ def _chained_units(x: jax.Array, convs: Sequence[SeparableConv], norm: ModuleDef
     scale, shift = jnp.ones(x.shape[-1], wide), jnp.zeros(x.shape[-1], wide)
     for i, conv in enumerate(convs):
         x, moments = conv.normalized(x, scale, shift, relu=relu_first or i > 0)
-        batch_norm = _TrainingBatchNorm(fields.momentum, fields.epsilon, fields.param_dtype, name=f"{conv.name}_bn")
-        scale, shift = batch_norm(moments)
+        affine = _BatchNormAffine(
+            fields.use_running_average, fields.momentum, fields.epsilon, fields.param_dtype, name=f"{conv.name}_bn"
+        )
+        scale, shift = affine(moments)
+    if pool_padding is not None:
+        return ops.normalized_max_pool(x, scale, shift, padding=pool_padding)
     scale, shift = scale[None, None, None], shift[None, None, None]
     return (x.astype(wide) * scale + shift).astype(dtype)
 

@@ -48,10 +48,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         options = dict(rate=self.rate, relu_first=self.relu_first, name=f"{self.name}_sepconv")
+        options |= dict(pool_padding=self.padding if self.pool_strides == (2, 2) else None)
         y = separable_units(x, self.features, self.sepconv, self.norm, **options)
-        if self.pool_strides == (2, 2):
-            y = ops.max_pool(y, padding=self.padding)
-        elif self.pool_strides == (1, 1):
+        if self.pool_strides == (1, 1):
             y = ops.atrous_max_pool(y, rate=self.rate, padding=self.padding)
         if not self.residual:
             return y

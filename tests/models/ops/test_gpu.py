@@ -24,7 +24,7 @@ def assert_equals_stock(rng, function, shape, kernel_shape, dtype, **options):
     assert_equal(rng, function, partial(stock.depthwise, **options), x, kernel)
 
 
-def assert_equal(rng, function, exact_function, *operands):
+def assert_equal(rng, function, exact_function, *operands, atol=1e-5):
     exact_operands = [operand.astype(jnp.float32) for operand in operands]
     expected, exact_pullback = jax.vjp(exact_function, *exact_operands)
     y, pullback = jax.vjp(function, *operands)
@@ -33,8 +33,8 @@ def assert_equal(rng, function, exact_function, *operands):
     for like, ours, exact in zip((y, *operands), (y, *results), (expected, *exacts), strict=True):
         assert ours.dtype == like.dtype
         tolerance = 1e-5 if ours.dtype == jnp.float32 else 1 / 256
-        atol = 1e-5 * np.abs(exact).max()
-        np.testing.assert_allclose(np.asarray(ours, np.float32), exact, rtol=tolerance, atol=atol)
+        largest = np.abs(exact).max()
+        np.testing.assert_allclose(np.asarray(ours, np.float32), exact, rtol=tolerance, atol=atol * largest)
 
 
 SAME = dict(strides=(1, 1), padding="SAME", dilation=(1, 1))
@@ -63,12 +63,49 @@ def test_kernels_with_a_normalization(rng, dtype, relu):
     assert_equal(rng, lambda *operands: gpu.triton_depthwise(*operands, relu, True), one_by_one, x, kernel, affine)
 
 
-def test_strips_of_rows_are_those_of_an_image(rng, monkeypatch):
-    """One program with all ten tiles of rows; three programs with four, the last with only two inside the image."""
-    for strips in (1, 5):
-        monkeypatch.setattr(gpu, "BACKWARD", gpu.BACKWARD._replace(strips=strips))
-        function = partial(gpu.triton_depthwise, interpret=True)
-        assert_equals_stock(rng, function, (2, 19, 6, 8), (3, 3, 1, 8), "float32", **SAME)
+def test_plans():
+    """What the middle flow of 128 images has: a warp walks over half an image; and of one image: over one tile."""
+    plan = gpu._Plan.backward((128, 19, 19, 728), gpu.NORMALIZED_BACKWARD)
+    assert (plan.row_tiles, plan.column_tiles, plan.grid) == (5, 10, (6, 2, 128))
+    plan = gpu._Plan.forward((128, 19, 19, 728))
+    assert (plan.row_tiles, plan.column_tiles, plan.grid) == (1, 4, (6, 5, 128))
+    plan = gpu._Plan.forward((1, 19, 19, 728))
+    assert (plan.row_tiles, plan.column_tiles, plan.grid) == (1, 1, (6, 20, 1))
+
+
+@pytest.mark.parametrize("wave", [1, 64, 10_000], ids=["whole image", "strips", "tiles"])
+def test_strips_are_those_of_an_image(rng, monkeypatch, wave):
+    """Programs with all ten tiles of rows; with some of them, the last beyond the image; with one tile."""
+    monkeypatch.setattr(gpu, "_WAVE", wave)
+    rows = {1: 10, 64: 1, 10_000: 1}
+    assert gpu._Plan.backward((2, 19, 6, 8), gpu.BACKWARD).row_tiles == rows[wave]
+    function = partial(gpu.triton_depthwise, interpret=True)
+    assert_equals_stock(rng, function, (2, 19, 6, 8), (3, 3, 1, 8), "float32", **SAME)
+
+
+@DTYPES
+@pytest.mark.parametrize("padding", ops.PADDINGS)
+@pytest.mark.parametrize("channels", [1, 3, 8])
+def test_convolution_of_few_channels(rng, dtype, padding, channels):
+    """As a product of patches, up to four channels."""
+    x = jnp.asarray(rng.normal(size=(2, 9, 8, channels)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, channels, 5)), dtype)
+    options = dict(strides=(2, 2), padding=padding, dilation=(1, 1))
+    assert_equal(rng, partial(gpu.convolution, **options), partial(stock.convolution, **options), x, kernel)
+    made_of_patches = "conv_general_dilated" not in str(jax.make_jaxpr(partial(gpu.convolution, **options))(x, kernel))
+    assert made_of_patches == (channels <= 4)
+
+
+@DTYPES
+@pytest.mark.parametrize("padding", ops.PADDINGS)
+def test_max_pooling_with_a_normalization(rng, dtype, padding):
+    """With scales below 0 too, for which a maximum is where the minimum was; against XLA's in float32."""
+    x = jnp.asarray(rng.permutation(2 * 9 * 8 * 4).reshape(2, 9, 8, 4) % 251 / 64 - 2, dtype)  # exact in bfloat16
+    affine = jnp.asarray([[1.5, -0.75, 2.0, -1.0], rng.normal(size=4)], jnp.float32)
+    options = dict(window=(3, 3), strides=(2, 2), padding=padding)
+    functions = (partial(module.normalized_max_pool, **options) for module in (gpu, stock))
+    atol = 1e-5 if dtype == "float32" else 1 / 256  # up to four gradients of 8 bits add up
+    assert_equal(rng, *functions, x, affine, atol=atol)
 
 
 @DTYPES
@@ -220,9 +257,11 @@ def test_which_devices_have_triton(monkeypatch, local, compiled_for, expected):
     mesh = SimpleNamespace(abstract_device=compiled_for, empty=compiled_for is None, axis_types=(AxisType.Auto,))
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
     assert lowerings.has_triton() == expected
-    assert ops.takes_chains() == expected
+    assert ops.takes_chains(1, train=True) == expected
+    assert ops.takes_chains(8, train=False) == expected
+    assert not ops.takes_chains(7, train=False)  # evaluation of few images
     with ops.lowering("stock"):
-        assert not ops.takes_chains()
+        assert not ops.takes_chains(8, train=True)
 
 
 def test_over_a_mesh_of_gpus_no_choice_is_left_to_the_program():

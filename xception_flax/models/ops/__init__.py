@@ -46,6 +46,7 @@ __all__ = [
     "lowering",
     "max_pool",
     "moments",
+    "normalized_max_pool",
     "normalized_separable_convolution",
     "pointwise_convolution",
     "takes_chains",
@@ -88,7 +89,7 @@ def convolution(
         return pointwise_convolution(x, kernel, strides=strides)
     if groups > 1:
         return stock.convolution(x, kernel, groups=groups, **options)
-    return lower(x, kernel, cpu=cpu.convolution, stock=stock.convolution, **options)
+    return lower(x, kernel, cpu=cpu.convolution, cuda=gpu.convolution, stock=stock.convolution, **options)
 
 
 def depthwise_convolution(
@@ -213,7 +214,31 @@ def max_pool(
     NVIDIA GPUs give its gradient to another pixel of the window, or to none.
     """
     options = dict(window=window, strides=strides, padding=padding)
-    return lower(x, cpu=pooling.max_pool, cuda=pooling.max_pool, stock=stock.max_pool, **options)
+    return lower(x, cpu=pooling.max_pool, cuda=gpu.max_pool, stock=stock.max_pool, **options)
+
+
+def normalized_max_pool(
+    x: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    *,
+    window: tuple[int, int] = (3, 3),
+    strides: tuple[int, int] = (2, 2),
+    padding: str = "SAME",
+) -> jax.Array:
+    """`max_pool` of `x * scale + shift`: with the normalization before it, whose gradient then reads fewer pixels.
+
+    Args:
+      x: `[N, H, W, C]`.
+      scale: `[C]`, float32 or better.
+      shift: `[C]`, as `scale`.
+      window, strides, padding: see `max_pool`.
+
+    Returns:
+      `[N, H', W', C]` in the type of `x`.
+    """
+    functions = dict(cpu=pooling.normalized_max_pool, cuda=gpu.normalized_max_pool, stock=stock.normalized_max_pool)
+    return lower(x, jnp.stack([scale, shift]), **functions, window=window, strides=strides, padding=padding)
 
 
 def atrous_max_pool(

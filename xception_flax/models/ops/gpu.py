@@ -10,6 +10,7 @@ the rest is `stock`. `X` bytes of `x` cost `2 X` forward and `3 X` backward: one
 before the convolution, on the way in.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import PartitionSpec
 
-from xception_flax.models.ops import stock, windows
+from xception_flax.models.ops import pooling, stock, windows
 
 # Operations ----------------------------------------------------------------------------------------
 
@@ -74,6 +75,50 @@ def _by_shares(x: jax.Array, kernel: jax.Array, affine: jax.Array | None, relu: 
         out_specs=batch,
         check_vma=False,
     )(x, kernel, affine)
+
+
+max_pool = partial(pooling.max_pool, barrier=True)
+normalized_max_pool = partial(pooling.normalized_max_pool, barrier=True)
+
+
+def convolution(
+    x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
+) -> jax.Array:
+    """`ops.convolution`; of as few channels as an image has, for which cuDNN has no fast kernel, as a product."""
+    options = (strides, padding, dilation)
+    if x.shape[-1] > _FEW_CHANNELS or math.prod(kernel.shape[:3]) > _LARGEST_PATCH:
+        return stock.convolution(x, kernel, strides=strides, padding=padding, dilation=dilation)
+    return _product_of_patches(x, kernel, *options)
+
+
+_FEW_CHANNELS, _LARGEST_PATCH = 4, 64
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _product_of_patches(x, kernel, strides, padding, dilation):
+    size = math.prod(kernel.shape[:3])
+    zeros = -size % 16  # for the alignment that fast products need
+    x = windows.padded(x, kernel.shape[:2], strides, padding, dilation)
+    taps = [tap for _, _, tap in windows.taps(x, kernel.shape[:2], strides, dilation)]
+    patches = jnp.concatenate([*taps, jnp.zeros((*taps[0].shape[:3], zeros), x.dtype)], axis=-1)
+    return stock.product(patches, jnp.pad(kernel.reshape(size, -1), ((0, zeros), (0, 0))))
+
+
+def _product_of_patches_forward(x, kernel, strides, padding, dilation):
+    return _product_of_patches(x, kernel, strides, padding, dilation), (x, kernel)
+
+
+def _product_of_patches_backward(strides, padding, dilation, saved, dy):
+    # The gradient of the kernel is a sum over so many pixels that cuDNN is faster, with eight channels.
+    def convolution(x, kernel):
+        zeros = (0, 8 - x.shape[-1])
+        x, kernel = jnp.pad(x, [(0, 0)] * 3 + [zeros]), jnp.pad(kernel, [(0, 0)] * 2 + [zeros, (0, 0)])
+        return stock.convolution(x, kernel, strides=strides, padding=padding, dilation=dilation)
+
+    return jax.vjp(convolution, *saved)[1](dy)
+
+
+_product_of_patches.defvjp(_product_of_patches_forward, _product_of_patches_backward)
 
 
 @jax.custom_vjp
@@ -143,47 +188,65 @@ class Tile(NamedTuple):
       columns: of pixels.
       warps: of 32 threads, each with 4 channels of an image. So the weights, the results and, backward, the sums stay
         in registers, and 8 bytes are read at a time.
-      strips: least number of strips of rows, roughly, over all images and blocks of channels. A warp computes a strip;
-        backward, it adds up the kernel's gradient in it.
     """
 
     rows: int
     columns: int
-    warps: int
-    strips: int
+    warps: int = 1
 
 
-FORWARD = Tile(rows=3, columns=4, warps=1, strips=4096)
-BACKWARD = Tile(rows=2, columns=3, warps=4, strips=3072)
-# With a normalization, 2 x 3 pixels take 252 of a thread's 255 registers; 2 x 2 take 168, as BACKWARD does.
-NORMALIZED_BACKWARD = BACKWARD._replace(columns=2)
+# A warp walks over a strip of tiles. Forward, that is a row of tiles; backward it is several rows, because it writes
+# sums of the kernel's gradient for each strip. These are as high as lets one wave of warps do all.
+FORWARD = Tile(rows=4, columns=5)
+BACKWARD = Tile(rows=2, columns=3)
+# With a normalization, 2 x 3 pixels take 252 of a thread's 255 registers; 2 x 2 take 168.
+NORMALIZED_BACKWARD = Tile(rows=2, columns=2)
 
 _CHANNELS = 128  # 32 threads, 4 channels each
+_WAVE = 1536  # about as many warps as an H100 runs at a time, 12 on each of 132 multiprocessors
+_HIGH = 40  # rows of an image with which a wave's strips would no longer stay in the caches
 
 
 class _Plan(NamedTuple):
-    """A tile cut to the size of an array, and the grid: blocks of channels, strips of rows, blocks of images."""
+    """A tile cut to the size of an array, and the grid: blocks of channels, strips, blocks of images."""
 
     rows: int
     columns: int
     images: int
     channels: int
     row_tiles: int  # of a strip
-    column_tiles: int
+    column_tiles: int  # of a strip
+    column_strips: int
     warps: int
     grid: tuple[int, int, int]
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], tile: Tile) -> "_Plan":
+    def forward(cls, shape: tuple[int, ...]) -> "_Plan":
+        return cls._of(shape, FORWARD, lambda tiles, warps: 1)
+
+    @classmethod
+    def backward(cls, shape: tuple[int, ...], tile: Tile) -> "_Plan":
+        def row_tiles(tiles: int, warps: int) -> int:
+            return 1 if shape[1] > _HIGH else pl.cdiv(tiles, max(1, _WAVE // warps))
+
+        return cls._of(shape, tile, row_tiles)
+
+    @classmethod
+    def _of(cls, shape: tuple[int, ...], tile: Tile, row_tiles_of: Callable[[int, int], int]) -> "_Plan":
+        """`row_tiles_of` takes the tiles of rows of an image, and the warps if a strip had them all."""
         n, height, width, channels = shape
         channel_block = min(_CHANNELS, pl.next_power_of_2(channels))
         image_block = min(tile.warps * _CHANNELS // channel_block, pl.next_power_of_2(n))
         rows, columns = min(tile.rows, height), min(tile.columns, width)
-        channel_blocks, tiles = pl.cdiv(channels, channel_block), pl.cdiv(height, rows)
-        row_tiles = max(1, tiles // pl.cdiv(tile.strips, n * channel_blocks))
-        grid = (channel_blocks, pl.cdiv(tiles, row_tiles), pl.cdiv(n, image_block))
-        column_tiles = pl.cdiv(width, columns)
-        return cls(rows, columns, image_block, channel_block, row_tiles, column_tiles, tile.warps, grid)
+        blocks = pl.cdiv(channels, channel_block), pl.cdiv(n, image_block)
+        tiles, column_tiles = pl.cdiv(height, rows), pl.cdiv(width, columns)
+        row_tiles = row_tiles_of(tiles, blocks[0] * blocks[1] * tile.warps)
+        row_strips = pl.cdiv(tiles, row_tiles)
+        # Few images leave most of a GPU idle: then a strip is a tile.
+        column_strips = column_tiles if blocks[0] * blocks[1] * row_strips * tile.warps < _WAVE // 4 else 1
+        grid = (blocks[0], row_strips * column_strips, blocks[1])
+        column_tiles = pl.cdiv(column_tiles, column_strips)
+        return cls(rows, columns, image_block, channel_block, row_tiles, column_tiles, column_strips, tile.warps, grid)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -202,7 +265,7 @@ def triton_depthwise(
     Returns:
       `[N, H, W, C]` in the type of `x`.
     """
-    options = dict(plan=_Plan.of(x.shape, FORWARD), relu=relu, interpret=interpret)
+    options = dict(plan=_Plan.forward(x.shape), relu=relu, interpret=interpret)
     return _call(_forward_kernel, x, _weights(kernel), affine, out_shape=x, **options)
 
 
@@ -219,7 +282,7 @@ triton_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _gradients(x, kernel, affine, dy, relu, interpret):
-    plan = _Plan.of(x.shape, BACKWARD if affine is None else NORMALIZED_BACKWARD)
+    plan = _Plan.backward(x.shape, BACKWARD if affine is None else NORMALIZED_BACKWARD)
     sums = jax.ShapeDtypeStruct((*plan.grid[:0:-1], 9 if affine is None else 11, x.shape[-1]), jnp.float32)
     options = dict(plan=plan, relu=relu, interpret=interpret)
     dx, sums = _call(_backward_kernel, x, dy, _weights(kernel), affine, out_shape=(x, sums), **options)
@@ -309,11 +372,13 @@ def _backward_kernel(x, dy, kernel, affine, dx, sums, *, plan, relu, interpret):
 
 def _each_tile(plan: _Plan, tile: Callable[..., Any], carry: Any) -> Any:
     """Calls `tile(row, column, carry)` along a strip, down its rows first, so that neighbours are still in L1."""
-    first = pl.program_id(1) * plan.row_tiles
+    strip = pl.program_id(1)
+    first_row = lax.div(strip, plan.column_strips) * plan.row_tiles
+    first_column = lax.rem(strip, plan.column_strips) * plan.column_tiles
 
     def step(t, carry):
-        row = (first + lax.rem(t, plan.row_tiles)) * plan.rows
-        return tile(row, lax.div(t, plan.row_tiles) * plan.columns, carry)
+        row = (first_row + lax.rem(t, plan.row_tiles)) * plan.rows
+        return tile(row, (first_column + lax.div(t, plan.row_tiles)) * plan.columns, carry)
 
     return lax.fori_loop(0, plan.row_tiles * plan.column_tiles, step, carry)
 

@@ -67,12 +67,15 @@ def image_multiple(name: str) -> int:
     return tpu.IMAGES if name == "fused" else 1
 
 
-def takes_chains() -> bool:
-    """Whether a network in training should call `normalized_separable_convolution` for a whole chain of layers.
+def takes_chains(images: int, *, train: bool) -> bool:
+    """Whether a network should call `normalized_separable_convolution` for a whole chain of layers.
 
-    It computes the same as separate operations everywhere. This says where it is faster.
+    It computes the same as separate operations everywhere. This says where it is faster: by Triton's kernels, and in
+    training by those of 'fused'. For a few images, starting a kernel takes longer than the pass that the chain saves.
     """
-    return chosen() == "fused" or (chosen() == "platform" and has_triton())
+    if chosen() == "fused":
+        return train
+    return chosen() == "platform" and (train or images >= 8) and has_triton()
 
 
 def chosen() -> str:

@@ -7,35 +7,63 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from xception_flax.models.ops import windows
+from xception_flax.models.ops import stock, windows
 
 
-def max_pool(x: jax.Array, *, window: tuple[int, int], strides: tuple[int, int], padding: str) -> jax.Array:
+def max_pool(
+    x: jax.Array, *, window: tuple[int, int], strides: tuple[int, int], padding: str, barrier: bool = False
+) -> jax.Array:
     """`ops.max_pool` as the maximum of the taps of a window, which remembers where each maximum was.
 
     XLA's gradient scatters, which takes many times as long on CPUs, and it keeps `x` for the backward pass. This keeps
     a byte for each output.
+
+    Args:
+      x: `[N, H, W, C]`.
+      window, strides, padding: see `ops.max_pool`.
+      barrier: forbids XLA to find the maxima once more in the backward pass, in a fusion that is slow on GPUs.
     """
-    return _max_of_taps(windows.padded(x, window, strides, padding, (1, 1), -jnp.inf), window, strides)
+    return _max_of_taps(windows.padded(x, window, strides, padding, (1, 1), -jnp.inf), window, strides, barrier)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _max_of_taps(x: jax.Array, window: tuple[int, int], strides: tuple[int, int]) -> jax.Array:
+def normalized_max_pool(
+    x: jax.Array,
+    affine: jax.Array,
+    *,
+    window: tuple[int, int],
+    strides: tuple[int, int],
+    padding: str,
+    barrier: bool = False,
+) -> jax.Array:
+    """`max_pool` of `x * scale + shift`, as `y * scale + shift` of pooled `y`; `affine` is scale and shift, `[2, C]`.
+
+    A maximum of `x * scale` is where that of `x` is or, for a negative scale, the minimum. So scale, shift and their
+    gradients need the pooled pixels only, and what is left of the normalization's backward pass is one pass over `x`.
+    """
+    sign = jnp.where(affine[0] < 0, -1, 1).astype(x.dtype)[None, None, None]
+    y = max_pool(x * sign, window=window, strides=strides, padding=padding, barrier=barrier)
+    return stock.normalized(y * sign, affine, False)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_of_taps(x: jax.Array, window: tuple[int, int], strides: tuple[int, int], barrier: bool) -> jax.Array:
     """`[N, H, W, C]`, padded already -> `[N, H', W', C]`."""
     return reduce(jnp.maximum, (tap for _, _, tap in windows.taps(x, window, strides)))
 
 
-def _max_of_taps_forward(x, window, strides):
+def _max_of_taps_forward(x, window, strides, barrier):
     (_, _, best), *taps = windows.taps(x, window, strides)
     number = np.min_scalar_type(-window[0] * window[1])  # a byte, for up to 128 taps
     place = jnp.zeros(best.shape, number)
     for i, j, tap in taps:
         place = jnp.where(tap > best, number.type(i * window[1] + j), place)
         best = jnp.maximum(best, tap)
+    if barrier:
+        best, place = lax.optimization_barrier((best, place))
     return best, (place, x.shape)
 
 
-def _max_of_taps_backward(window, strides, saved, dy):
+def _max_of_taps_backward(window, strides, barrier, saved, dy):
     place, shape = saved
     # The pixels of one phase (row % stride, column % stride) are a grid like that of the windows. On it,
     # pixel q is tap `stride * k + phase` of window q - k, so the gradient is a sum of shifted arrays.

@@ -68,3 +68,10 @@ def max_pool(x: jax.Array, *, window: tuple[int, int], strides: tuple[int, int],
     """`ops.max_pool` as a reduction over windows."""
     pads = windows.pads(x.shape[1:3], window, strides, padding)
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, *window, 1), (1, *strides, 1), [(0, 0), *pads, (0, 0)])
+
+
+def normalized_max_pool(
+    x: jax.Array, affine: jax.Array, *, window: tuple[int, int], strides: tuple[int, int], padding: str
+) -> jax.Array:
+    """`max_pool` of `normalized`."""
+    return max_pool(normalized(x, affine, False), window=window, strides=strides, padding=padding)

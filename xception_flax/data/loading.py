@@ -1,0 +1,184 @@
+"""`load`: the batches of a data set, from its source's name and the options of a recipe."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from xception_flax.data.decoding import WHITE
+from xception_flax.data.pipeline import ON_BAD_IMAGE, Split, choose_threads, usable_cpus
+from xception_flax.data.sources import SOURCES
+from xception_flax.data.transforms import Transform, parse_transforms
+from xception_flax.data.transforms.geometry import MAX_SIDE
+from xception_flax.host import allocator
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import lookup, suggest, written
+from xception_flax.text.naming import composed
+from xception_flax.text.ranges import check_range
+
+# A larger number is a mistake, and would fill the machine's memory before anybody notices.
+MAX_THREADS, MAX_WORKERS = 1024, 256
+
+
+def load(
+    source: str,
+    image_size: int,
+    channels: int = 3,
+    train_split: str = "train",
+    eval_split: str = "test",
+    train_transforms: str = "resize",
+    eval_transforms: str = "resize",
+    num_threads: int = -1,
+    num_workers: int = -1,
+    min_decoded_side: int = 0,
+    on_bad_image: str = "stop",
+    max_value: int | None = None,
+    *,
+    train: bool,
+    batch_size: int,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    processes_per_host: int = 1,
+    **options: Any,
+) -> Split:
+    """Returns the batches of a data set, for training or for evaluation.
+
+    Args:
+      source: a key of `SOURCES`.
+      image_size: side of the square images that the network gets, in pixels; at most 10,000.
+      channels: 1 for gray images, 3 for RGB.
+      train_split: name of the split to train on, as the source calls it.
+      eval_split: name of the split to evaluate on.
+      train_transforms: chain of augmentations, as `data.transforms` has them: 'random_resized_crop | flip_left_right'.
+      eval_transforms: chain of transforms in evaluation.
+      num_threads: threads that read and decode, in each process; -1 for as many as suit the CPUs
+        (`pipeline.choose_threads`).
+      num_workers: worker processes; with 0 the threads of this process do the work; -1 as for num_threads. Neither
+        number changes a batch.
+      min_decoded_side: if positive, JPEGs are decoded at 1/2, 3/8, 1/4 or 1/8 of their size, as long as both sides
+        keep at least this many pixels. This is faster for large photos, and gives other values (`decoding.decode`).
+      on_bad_image: what to do with an image that cannot be decoded: 'stop' names it and stops; 'replace' puts a
+        black image with mask 0 in its place, which loss, gradient and metrics leave out and count.
+      max_value: of images of 16 bits, the value that becomes 255: 4095 for a 12-bit camera or scanner. None means
+        65,535; then a run does not begin if most of them have no value in the upper half.
+      train: if true, shuffled, endless and augmented; otherwise in order, once and padded.
+      batch_size: of the global batch.
+      seed: of order and augmentation.
+      process_index: of this host.
+      process_count: number of hosts.
+      processes_per_host: number of processes that share this host's CPUs.
+      **options: the source's own keywords, such as `data_dir`.
+
+    Raises:
+      UserError: a name, a number or a path is wrong; the message says what is expected.
+    """
+    function = lookup(SOURCES, source, "source")
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes.")
+    chains = check_options(
+        image_size=image_size,
+        channels=channels,
+        train_transforms=train_transforms,
+        eval_transforms=eval_transforms,
+        num_threads=num_threads,
+        num_workers=num_workers,
+        min_decoded_side=min_decoded_side,
+        on_bad_image=on_bad_image,
+        max_value=max_value,
+    )
+    batch_bytes = batch_size // process_count * image_size**2 * channels
+    if batch_bytes > (memory := allocator.free_memory_bytes()):
+        raise UserError(
+            f"batch_size={batch_size:,} of data.image_size={image_size:,} takes {batch_bytes / 1e9:,.0f} GB, but this "
+            f"host has {memory / 1e9:,.0f} GB of free memory; make either smaller."
+        )
+    examples = function(train_split if train else eval_split, **options)
+    if not len(examples):
+        raise UserError(f"source {source!r}: split {train_split if train else eval_split!r} has no images.")
+    if train and batch_size > len(examples):  # a batch would have images twice, and a step would be more than an epoch
+        raise UserError(
+            f"batch_size={batch_size} is more than the {len(examples)} images of split {train_split!r}; "
+            f"take at most {len(examples)}."
+        )
+    num_threads, num_workers = choose_threads(num_threads, num_workers, usable_cpus(processes_per_host))
+    split = Split(
+        source=examples,
+        transforms=chains["train" if train else "eval"],
+        image_shape=(image_size, image_size, channels),
+        batch_size=batch_size,
+        train=train,
+        seed=seed,
+        process_index=process_index,
+        process_count=process_count,
+        num_threads=num_threads,
+        num_workers=num_workers,
+        min_decoded_side=min_decoded_side,
+        on_bad_image=on_bad_image,
+        max_value=max_value,
+    )
+    split.check_transforms()
+    return split
+
+
+def check_options(
+    *,
+    image_size: int,
+    channels: int,
+    train_transforms: str,
+    eval_transforms: str,
+    num_threads: int,
+    num_workers: int,
+    min_decoded_side: int,
+    on_bad_image: str,
+    max_value: int | None,
+    **others: Any,
+) -> dict[str, tuple[Transform, ...]]:
+    """Checks the options of `load` that need no data; `others` are those that do.
+
+    Returns:
+      The chains of transforms 'train' and 'eval'.
+
+    Raises:
+      UserError: a number is out of its range, or a chain is wrong.
+    """
+    if channels not in (1, 3):
+        raise UserError(f"data.channels must be 1 or 3, got {channels}.")
+    check_range("data.image_size", image_size, 1, MAX_SIDE)
+    if num_threads != -1:
+        check_range("data.num_threads (-1: what suits the CPUs)", num_threads, 1, MAX_THREADS)
+    check_range("data.num_workers (-1: what suits the CPUs)", num_workers, -1, MAX_WORKERS)
+    check_range("data.min_decoded_side (0: off)", min_decoded_side, 0, MAX_SIDE)
+    if max_value is not None:
+        check_range("data.max_value", max_value, 255, WHITE)
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise UserError(f"unknown data.on_bad_image {written(on_bad_image)}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
+    chains = {}
+    for name, text in {"train": train_transforms, "eval": eval_transforms}.items():
+        try:
+            chains[name] = parse_transforms(text, image_size)
+        except UserError as error:
+            raise UserError(f"data.{name}_transforms: {error}") from None
+    return chains
+
+
+def check_class_names(expected: Sequence[str], split: Split) -> None:
+    """Raises UserError unless the classes of `split` are the expected ones, in the same order.
+
+    Otherwise a label would mean another class: if a split lacks the folder of one class, the numbers of all later
+    classes shift. Names are compared in Unicode's composed form, in which sources give them.
+    """
+    expected = tuple(map(composed, expected))
+    if expected != split.class_names:
+        missing = sorted(set(expected) - set(split.class_names))[:5]
+        extra = sorted(set(split.class_names) - set(expected))[:5]
+        moved = [pair for pair in zip(expected, split.class_names, strict=False) if pair[0] != pair[1]][:1]
+        order = (
+            "" if missing or extra or not moved else f"; another order: {moved[0][1]} where {moved[0][0]} is expected"
+        )
+        raise UserError(
+            f"the data of {'training' if split.train else 'evaluation'} has {len(split.class_names)} classes, and not "
+            f"the {len(expected)} that are expected"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; not expected: {', '.join(extra)}" if extra else "")
+            + order
+            + ". Training, evaluation and checkpoint must have the same classes in the same order."
+        )
