@@ -388,8 +388,9 @@ DTYPES = ("float32", "bfloat16")
 PARTS = ("value", "input gradient", "kernel gradient")
 
 # Largest ||out - ref|| / ||ref||. float32 is computed with `jax.default_matmul_precision("highest")`, bfloat16 as it
-# is; a lowering may also be off by twice as much as 'stock' in the same type. The network normalizes by the
-# statistics of few images, so rounding errors grow in its gradient.
+# is. A lowering may also be off by three times as much as 'stock' in bfloat16, and in the network as 'stock' in float32
+# for images that differ in their last bit: rounding decides which pixels are the maxima of windows and which pass a
+# ReLU, and so moves their gradients.
 BOUNDS = {"operation": {"float32": 1e-5, "bfloat16": 1e-2}, "network": {"float32": 1e-3, "bfloat16": 1e-2}}
 
 
@@ -472,9 +473,11 @@ def correctness(job: Job) -> Iterator[Record]:
     comparisons = _comparisons(job)
     yield {}
 
-    def evaluate(comparison: Comparison, dtype: str, lowering: str) -> list[jax.Array] | str:
-        """Returns [value, gradients], each as one vector, or the error."""
+    def evaluate(comparison: Comparison, dtype: str, lowering: str, nudge: bool = False) -> list[jax.Array] | str:
+        """Returns [value, gradients], each as one vector, or the error; `nudge` changes the last bit of the input."""
         function, key = comparison.make(dtype), jax.random.key(3)
+        x, *others = comparison.operands
+        operands = (x * (1 + jax.random.rademacher(key, x.shape) * 2.0**-23), *others) if nudge else (x, *others)
 
         def both(*operands: Any) -> list[Any]:
             y, pull = jax.vjp(function, *operands)
@@ -485,7 +488,7 @@ def correctness(job: Job) -> Iterator[Record]:
         precision = "highest" if dtype == "float32" else "default"
         with ops.lowering(lowering), jax.default_matmul_precision(precision):
             try:
-                return jax.block_until_ready(jax.jit(both)(*comparison.operands))
+                return jax.block_until_ready(jax.jit(both)(*operands))
             except Exception as error:
                 traceback.print_exc()
                 return one_line(error)
@@ -497,18 +500,26 @@ def correctness(job: Job) -> Iterator[Record]:
             for dtype in comparison.dtypes
             for lowering in timed_lowerings()
         }
+        # In an operation the last bit would decide between equal maxima, which all lowerings decide alike.
+        nudged = {
+            i: pool.submit(evaluate, comparison, "float32", "stock", nudge=True)
+            for i, comparison in enumerate(comparisons)
+            if comparison.level == "network"
+        }
         for (i, dtype, lowering), future in futures.items():
             record = {"kind": "correctness", "case": comparisons[i].title, "dtype": dtype, "lowering": lowering}
-            reference, stock, outputs = (
-                f.result() for f in (futures[i, "float32", "stock"], futures[i, dtype, "stock"], future)
-            )
-            if failure := next((x for x in (outputs, reference, stock) if isinstance(x, str)), None):
+            usual = nudged.get(i) if dtype == "float32" else None
+            usual = usual or futures[i, dtype, "stock"]
+            reference, usual, outputs = (f.result() for f in (futures[i, "float32", "stock"], usual, future))
+            if failure := next((x for x in (outputs, reference, usual) if isinstance(x, str)), None):
                 yield {**record, "same": False, "failure": failure}
                 continue
             bound = BOUNDS[comparisons[i].level][dtype]
-            usual = [relative_error(out, expected) for out, expected in zip(stock, reference, strict=True)]
-            errors = [relative_error(out, expected) for out, expected in zip(outputs, reference, strict=True)]
-            limits = [max(bound, 2 * error) for error in usual]
+            errors, usual = (
+                [relative_error(out, expected) for out, expected in zip(found, reference, strict=True)]
+                for found in (outputs, usual)
+            )
+            limits = [max(bound, 3 * error) for error in usual]
             same = all(error <= limit < math.inf for error, limit in zip(errors, limits, strict=True))
             parts = PARTS[: len(errors)]
             yield {**record, "same": same, "errors": dict(zip(parts, errors, strict=True)), "limits": limits}

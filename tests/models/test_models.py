@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xception_flax import MODELS, create_model
+from xception_flax import MODELS, create_model, ops
 from xception_flax.models.costs import list_layers
 
 # At 1000 classes and the default image size: trainable parameters, moving statistics, multiply-adds,
@@ -388,6 +388,42 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     assert logits.dtype == jnp.float32
     exact = apply(model.clone(dtype=jnp.float32), variables, images)
     assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("padding", ["SAME", "SYMMETRIC"])
+def test_chains_compute_what_single_layers_do(monkeypatch, train, padding):
+    """As on GPUs, where a normalization is computed with the operation after it: logits, gradients, statistics.
+
+    Where Flax is asked for the results of single layers, they are computed one by one.
+    """
+    with jax.enable_x64(True):
+        fields = dict(width=0.05, middle_repeats=1, padding=padding, dropout_rate=0.0)
+        model = create_model("xception", num_classes=3, **fields, dtype="float64", param_dtype="float64")
+        images = jax.random.normal(jax.random.key(0), (3, 37, 40, 3), jnp.float64)
+        variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), random_variables(model, images))
+
+        def gradients(**options):
+            def loss(params):
+                logits, state = model.apply(
+                    variables | {"params": params}, images, train=train, mutable=["batch_stats"], **options
+                )
+                return jnp.sum(jnp.sin(logits)), (logits, state)
+
+            return jax.grad(loss, has_aux=True)(variables["params"])
+
+        expected = gradients()
+        monkeypatch.setattr(ops, "takes_chains", lambda images, train: True)
+        calls = []
+        pool = ops.normalized_max_pool
+        monkeypatch.setattr(ops, "normalized_max_pool", lambda *x, **options: calls.append(1) or pool(*x, **options))
+        results = gradients()
+        assert len(calls) == 4
+        for ours, theirs in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * np.abs(theirs).max())
+        state = model.apply(variables, images, train=False, capture_intermediates=True, mutable=["intermediates"])[1]
+        assert len(calls) == 4
+        assert "block2_sepconv1_bn" in state["intermediates"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Lowerings for NVIDIA GPUs: Triton kernels for the depthwise convolution, and sums for which XLA reads arrays once.
+"""Lowerings for NVIDIA GPUs: Triton kernels for the depthwise convolution, and what XLA or cuDNN would do in more passes.
 
 cuDNN's grouped convolution with one channel a group is slow, most of all the gradient of its kernel. A depthwise
 convolution does only nine multiply-adds for each number that it reads, so at best it takes the time to read `x` and
@@ -227,7 +227,7 @@ class _Plan(NamedTuple):
     @classmethod
     def backward(cls, shape: tuple[int, ...], tile: Tile) -> "_Plan":
         def row_tiles(tiles: int, warps: int) -> int:
-            return 1 if shape[1] > _HIGH else pl.cdiv(tiles, max(1, _WAVE // warps))
+            return max(1, tiles // 32) if shape[1] > _HIGH else pl.cdiv(tiles, max(1, _WAVE // warps))
 
         return cls._of(shape, tile, row_tiles)
 
@@ -372,9 +372,9 @@ def _backward_kernel(x, dy, kernel, affine, dx, sums, *, plan, relu, interpret):
 
 def _each_tile(plan: _Plan, tile: Callable[..., Any], carry: Any) -> Any:
     """Calls `tile(row, column, carry)` along a strip, down its rows first, so that neighbours are still in L1."""
-    strip = pl.program_id(1)
-    first_row = lax.div(strip, plan.column_strips) * plan.row_tiles
-    first_column = lax.rem(strip, plan.column_strips) * plan.column_tiles
+    strip, strips = pl.program_id(1), np.int32(plan.column_strips)
+    first_row = lax.div(strip, strips) * plan.row_tiles
+    first_column = lax.rem(strip, strips) * plan.column_tiles
 
     def step(t, carry):
         row = (first_row + lax.rem(t, plan.row_tiles)) * plan.rows
