@@ -6,10 +6,11 @@ metrics.jsonl, tensorboard/, checkpoints/, curves.png. The same command resumes 
 
 import signal
 
-from xception_flax.host import signals
+from xception_flax.host import libraries, signals
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
+    libraries.check_libraries()
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor

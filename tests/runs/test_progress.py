@@ -218,6 +218,34 @@ def test_what_the_disk_refuses_is_a_line(tmp_path, monkeypatch, number, name):
         write(KeyError("another"))
 
 
+def test_the_time_left_does_not_jump_between_evaluations(tmp_path, monkeypatch, capsys):
+    """By a fake clock: 0.1 s a step, 10 s an evaluation of every 20 steps; on a terminal and as lines."""
+    for terminal in (False, True):
+        clock, told = [0.0], []
+        monkeypatch.setattr(progress.time, "monotonic", lambda clock=clock: clock[0])
+        if terminal:
+            monkeypatch.setenv("FORCE_COLOR", "1")
+        (tmp_path / str(terminal)).mkdir()
+        with run(tmp_path / str(terminal)) as report:
+            for step in range(1, 81):
+                clock[0] += 0.1
+                report.advance(step)
+                if step == 1:
+                    report.compiled(step)
+                if step % 5 == 0:
+                    report.train(step, {"loss": 1.0})
+                    told.append(report._bar.tasks[0].fields["state"].partition("%  ")[2])
+                if step % 20 == 0:
+                    with report.pause("evaluation"):
+                        clock[0] += 10
+                    report.evaluation(step, {"loss": 1.0, "count": 1}, "raw")
+        # After step 1, 19 steps and then 20 have one evaluation each.
+        seconds = [(0.1 + 10 * (n := (step - 1) // 20) / max(20 * n - 1, 1)) * (100 - step) for step in range(5, 81, 5)]
+        assert told == [f"{console.duration(left)} left" for left in seconds]
+        if not terminal:
+            assert [line.partition("%  ")[2] for line in capsys.readouterr().err.splitlines() if "step" in line] == told
+
+
 def test_other_hosts_write_nothing(tmp_path, capsys):
     with run(tmp_path, enabled=False) as report:
         report.compiled(1)
@@ -275,5 +303,7 @@ def test_all_of_the_time_is_recorded_once(tmp_path, monkeypatch, capsys):
     assert clock[0] - 100 == pytest.approx(60 + 10 * 0.1 + 8 + 2 + 30 + 10 * 0.1)
     shown = capsys.readouterr().err.splitlines()
     assert shown[0] == "step 11/100  loss 0.0000  100 images/s  MFU 40 %  input 25 %  0:09 left"
+    # 79 steps at 0.1 s, and 10 s for evaluation and checkpoint every 10 steps; profiling does not come again.
+    assert shown[-1] == "step 21/100  loss 0.0000  100 images/s  MFU 40 %  input 0 %  1:27 left"
     assert (11, "train/step_seconds", pytest.approx(0.1)) in events(tmp_path)
     assert (11, "checkpoint/blocking_seconds", 2.0) in events(tmp_path)

@@ -98,6 +98,28 @@ def test_folders_that_are_no_runs_are_refused(tmp_path, monkeypatch):
     check_workdir(tmp_path / "home", config)
 
 
+def test_a_folder_of_others_is_refused(tmp_path):
+    """A folder that a run was killed in, or where only file managers and disks left something, is free to use."""
+    config, workdir = reading.load(DIGITS), tmp_path / "w"
+    for name in (".lock", ".DS_Store", "config.json.partial"):
+        workdir.mkdir(exist_ok=True)
+        (workdir / name).touch()
+    (workdir / "lost+found").mkdir()
+    check_workdir(workdir, config)
+    (workdir / "thesis.tex").touch()
+    end = "and no config.json: not a run of this program, or a damaged one. Nothing was changed; take another workdir."
+    with pytest.raises(UserError, match=f"^{re.escape(f'workdir {workdir} has thesis.tex {end}')}$"):
+        check_workdir(workdir, config)
+    for name in "abc":
+        (workdir / name).mkdir()
+    before = sorted(workdir.iterdir())
+    with pytest.raises(UserError, match=f"^{re.escape(f'workdir {workdir} has a, b, c and 1 more {end}')}$"):
+        check_workdir(workdir, config)
+    assert sorted(workdir.iterdir()) == before
+    remember(workdir, config)
+    check_workdir(workdir, config)
+
+
 def test_no_run_begins_among_the_files_of_another(tmp_path):
     """The other run removes its old checkpoints, and what is in them. Beside its files, a folder is free to use."""
     config, outer = reading.load(DIGITS), tmp_path / "A"
