@@ -640,11 +640,11 @@ def test_what_does_not_fit_into_memory_is_two_lines(tmp_path, monkeypatch, capsy
     assert re.match(r"error: it does not fit into memory: .*allocate 32\.0 PiB", last[0]), err
     assert "Lower batch_size" in last[1]
     with (
-        pytest.raises(ValueError, match=r"not fit into memory: .*Unable to allocate.*\nadvice"),
+        pytest.raises(UserError, match=r"not fit into memory: .*Unable to allocate.*\nadvice"),
         cli.out_of_memory("advice"),
     ):
         np.empty(2**55, np.uint8)
-    with pytest.raises(ValueError, match=r"not fit into memory: RESOURCE_EXHAUSTED"), cli.out_of_memory("advice"):
+    with pytest.raises(UserError, match=r"not fit into memory: RESOURCE_EXHAUSTED"), cli.out_of_memory("advice"):
         jax.device_put(np.broadcast_to(np.uint8(0), 2**50))
     for other in (RuntimeError("INTERNAL: no"), ValueError("RESOURCE_EXHAUSTED: disk"), OSError(28, "No space left")):
         with pytest.raises(type(other)) as raised, cli.out_of_memory("advice"):

@@ -12,6 +12,7 @@ from tensorboardX.proto import event_pb2
 
 from xception_flax.display import console
 from xception_flax.runs import curves, history, progress
+from xception_flax.text.errors import UserError
 
 
 def run(workdir, start_step=0, enabled=True):
@@ -176,7 +177,7 @@ def test_a_full_disk_is_a_line_and_what_was_written_stays(tmp_path, file_size):
             file_size(path.stat().st_size + 9)
             report.train(20, {"loss": 1.0})
 
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} cannot be written: File too large\\.$"):
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))} cannot be written: File too large\\.$"):
         train_until_it_is_full()
     *_, whole, cut_off = path.read_bytes().splitlines(keepends=True)
     assert whole.endswith(b"\n")
@@ -185,7 +186,7 @@ def test_a_full_disk_is_a_line_and_what_was_written_stays(tmp_path, file_size):
     # To begin again takes room too; the file stays as it is.
     before = path.read_bytes()
     file_size(9)
-    with pytest.raises(ValueError, match=r"cannot be written: File too large\.$"):
+    with pytest.raises(UserError, match=r"cannot be written: File too large\.$"):
         run(tmp_path, start_step=10)
     assert path.read_bytes() == before
     assert not (tmp_path / "metrics.jsonl.partial").exists()
@@ -211,7 +212,7 @@ def test_what_the_disk_refuses_is_a_line(tmp_path, monkeypatch, number, name):
             report.train(10, {"loss": 1.0})
 
     message = rf"^{re.escape(str(tmp_path / name))}\S* cannot be written: {os.strerror(number)}\.$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         write()
     monkeypatch.undo()
     with pytest.raises(KeyError, match="another"):
