@@ -212,7 +212,7 @@ def _outcome(main: Callable[[list[str]], int], argv: list[str]) -> tuple[int, st
     except BrokenPipeError:
         if not _nobody_reads(sys.stdout.fileno()):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the rest can be flushed
+        _drop_what_stdout_cannot_take()
         return 128 + signal.SIGPIPE, ""
     except UserError as error:
         if _wants_traceback():
@@ -221,9 +221,18 @@ def _outcome(main: Callable[[list[str]], int], argv: list[str]) -> tuple[int, st
     except OSError as error:
         if error.errno not in DISK_ERRORS or _wants_traceback():
             raise
+        _drop_what_stdout_cannot_take()
         return 2, _complaint(f"{error.filename or 'a file or standard output'}: {error.strerror}.")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT, "\ninterrupted"
+
+
+def _drop_what_stdout_cannot_take() -> None:
+    """Python flushes standard output once more at its exit; if that fails, it prints a traceback and exits with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _wants_traceback() -> bool:
