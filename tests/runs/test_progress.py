@@ -83,7 +83,7 @@ def test_what_others_called_a_thing_is_shown_as_it_stands(tmp_path, monkeypatch,
             monkeypatch.setenv("FORCE_COLOR", "1")
         with console.waiting(name + "\x1b]0;"):
             pass
-        with console.counting(name + "\r", 10, "images") as advance:
+        with console.counting(name + "\r", 10, "image") as advance:
             advance(10)
         with run(tmp_path) as report:
             report.say(name + "\x07")

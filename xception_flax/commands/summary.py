@@ -21,6 +21,7 @@ from xception_flax.display import console
 from xception_flax.models.summary import Row, Shape, fold, summarize, totals, trace_network
 from xception_flax.recipes import checking, reading
 from xception_flax.text import naming
+from xception_flax.text.counting import counted
 from xception_flax.text.lookup import written
 
 EXAMPLES = """\
@@ -75,7 +76,7 @@ def _show_rows(title: str, rows: Sequence[Row], *, by: str) -> None:
 
 
 def _classes(config: ConfigDict) -> str:
-    return f"{config.num_classes:,} classes" if config.num_classes else "no classifier"
+    return counted(config.num_classes, "class") if config.num_classes else "no classifier"
 
 
 def _record(config: ConfigDict, image_shape: Shape, totals: tuple[int, int, int, int]) -> dict[str, Any]:

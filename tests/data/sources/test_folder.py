@@ -73,11 +73,20 @@ def test_mistakes_in_a_folder_of_classes_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"data\.val_fraction must be in \(0, 1\), got 1\.0\."):
         load("train", val_fraction=1.0)
     with pytest.raises(
-        UserError, match=r"cat: by their names all 1 images are of split 'val' \(data\.val_fraction=0\.999"
+        UserError, match=r"cat: by its name the only image is of split 'val' \(data\.val_fraction=0\.999\); no fraction"
     ):
         load("train", val_fraction=0.999)
     with pytest.raises(UserError, match=r"no image is of split 'val' by the hash of its name.*folders train/CLASS and"):
         load("val", val_fraction=0.001)
+    (tmp_path / "cat" / "c.jpg").touch()
+    least = min(hashlib.sha256(name.encode()).hexdigest() for name in ("a.jpg", "b.jpg", "c.jpg"))
+    fraction = (int(least[:8], 16) * 1000 // 2**32 + 1) / 1000  # the next thousandth: one image is of 'val'
+    with pytest.raises(
+        UserError, match=rf"\(data\.val_fraction=0\.001\); take {fraction}, or make folders train/CLASS"
+    ):
+        load("val", val_fraction=0.001)
+    for split in ("train", "val"):
+        load(split, val_fraction=fraction)
     (tmp_path / "bird").mkdir()
     with pytest.raises(UserError, match=r"bird has no image"):
         load("train")
