@@ -6,10 +6,12 @@ metrics.jsonl, tensorboard/, checkpoints/, curves.png. The same command resumes 
 
 import signal
 
-from xception_flax.host import signals
+from xception_flax.host import libraries, signals
+from xception_flax.text.counting import counted
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
+    libraries.check_libraries()
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
@@ -202,16 +204,24 @@ def load_data(config: ConfigDict, begun: bool) -> tuple[data.Split, data.Split]:
         process_count=jax.process_count(),
         processes_per_host=processes.per_host(),
     )
-    train_data, eval_data = data.load(**load, train=True), data.load(**load, train=False)
+    splits, mistakes = [], []
+    for is_train in (True, False):
+        try:
+            splits.append(data.load(**load, train=is_train))
+        except UserError as error:
+            mistakes.append(str(error))
+    if mistakes:  # of both splits at once, since they are mended in the same folder and recipe
+        raise UserError("\n".join(dict.fromkeys(mistakes)))
+    train_data, eval_data = splits
     if len(train_data.class_names) < 2:
         raise UserError(f"the data has one class only, {train_data.class_names[0]!r}; expected two or more.")
     data.check_class_names(train_data.class_names, eval_data)
     same = {"whether the workdir has checkpoints": begun}
     processes.agree("data", lambda: train_data.identity() | eval_data.identity() | same)
-    if config.model.num_classes != len(train_data.class_names):
+    if config.model.num_classes != (there := len(train_data.class_names)):
         raise UserError(
-            f"model.num_classes is {config.model.num_classes}, but the data has {len(train_data.class_names)} classes; "
-            f"set --config.model.num_classes={len(train_data.class_names)}."
+            f"model.num_classes is {config.model.num_classes}, but the data has {counted(there, 'class')}; "
+            f"set --config.model.num_classes={there}."
         )
     return train_data, eval_data
 
@@ -255,7 +265,7 @@ def steps_to_profile(config: ConfigDict, total_steps: int) -> range:
     """
     steps = groups.profiled_steps(config.profile)
     if steps and steps[-1] > total_steps:
-        raise UserError(f"profile={config.profile} is not within the {total_steps} steps of this run.")
+        raise UserError(f"profile={config.profile} is not within the {counted(total_steps, 'step')} of this run.")
     return steps
 
 
@@ -331,8 +341,9 @@ def describe(config: ConfigDict, workdir: Path, program: Program, mesh: Mesh) ->
     parameters = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
     length, device_kind = program.length, mesh.devices.flat[0].device_kind
     return (
-        f"{config.model.name}, {parameters:,} parameters, {length.num_images:,} images, {length.total_steps} steps of "
-        f"{length.batch_size} on {mesh.size} x {device_kind}, {naming.shown(workdir)}"
+        f"{config.model.name}, {parameters:,} parameters, {counted(length.num_images, 'image')}, "
+        f"{counted(length.total_steps, 'step')} of {length.batch_size} on {mesh.size} x {device_kind}, "
+        f"{naming.shown(workdir)}"
     )
 
 
@@ -345,7 +356,7 @@ def count_masked(totals: metrics.Accumulator, batch_size: int) -> int:
 def already_finished(workdir: Path, total_steps: int) -> int:
     """Prints that there is nothing to do and how to train for longer; returns the exit code."""
     if jax.process_index() == 0:
-        print(f"{naming.shown(workdir)}: this run is finished ({total_steps} steps); nothing to do.")
+        print(f"{naming.shown(workdir)}: this run is finished ({counted(total_steps, 'step')}); nothing to do.")
         print(naming.harmless(how_to_train_on(workdir)))
         curves.draw_run(workdir)
     return 0
@@ -355,12 +366,12 @@ def show_results(config: ConfigDict, workdir: Path, results: dict[str, float], w
     """Prints the results of a finished run and draws its curves."""
     rows = {
         **{name: console.percent(value) for name, value in results.items() if name in metrics.SHARES},
-        "evaluated": f"split {config.data.eval_split!r}, {results['count']:,} images, {weights} weights",
+        "evaluated": f"split {config.data.eval_split!r}, {counted(results['count'], 'image')}, {weights} weights",
     }
     if "bad_images" in results:
         trained = history.count_bad_images(workdir / HISTORY)
         rows["bad images"] = (
-            f"left out: {trained:,} times in training, {results['bad_images']:,} in evaluation; "
+            f"left out: {counted(trained, 'time')} in training, {results['bad_images']:,} in evaluation; "
             "`xception-flax prepare check` names those of a folder or TFDS data set"
         )
     console.show_table("finished", rows | {"curves": naming.shown(workdir / CURVES)})

@@ -1,5 +1,6 @@
 """`xception-flax VERB` and `python -m xception_flax VERB` are the same, list every verb, and report mistakes."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -37,14 +38,19 @@ def test_help_lists_the_verbs_with_a_line_each(door):
 
 
 def test_help_that_nobody_reads_ends_without_a_traceback():
-    """Its reader has gone, as with `| head`, or the disk is full; `cli.run` does the same for each verb."""
+    """Its reader has gone, as with `| head`, or the disk is full."""
     with subprocess.Popen([SCRIPT, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 128 + signal.SIGPIPE
-    with open("/dev/full", "w") as full:
-        result = subprocess.run([SCRIPT, "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (result.returncode, result.stderr) == (2, "")
+    for command, what in (["--help"], "standard output"), (["summary", "--help"], "a file or standard output"):
+        for unbuffered in "", "1":  # '' is the same as unset: Python fails at its exit, not only at `print`
+            environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+            with open("/dev/full", "w") as full:
+                result = subprocess.run(
+                    [SCRIPT, *command], env=environment, stdout=full, stderr=subprocess.PIPE, text=True
+                )
+            assert (result.returncode, result.stderr) == (2, f"error: {what}: No space left on device.\n")
 
 
 def test_help_and_version_as_words():

@@ -612,6 +612,20 @@ def test_one_class_is_refused(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "w").exists()
 
 
+def test_mistakes_in_both_splits_are_shown_at_once(tmp_path, monkeypatch, capsys):
+    for path in ("train/a/1.png", "train/b/2.png", "val/a/3.png"):
+        (tmp_path / "photos" / path).parent.mkdir(parents=True)
+        (tmp_path / "photos" / path).write_bytes(cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes())
+    (tmp_path / "photos" / "val" / "b").mkdir()
+    arguments = ["--config", f"{ROOT / 'configs' / 'folder.py'}:{tmp_path / 'photos'}"]
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments, "--workdir", tmp_path / "w")
+    first, second = err.splitlines()
+    assert code == 2
+    assert first == "error: batch_size=64 is more than the 2 images of split 'train'; take at most 2."
+    assert second.startswith(f"{tmp_path}/photos/val/b has no image")
+    assert not (tmp_path / "w").exists()
+
+
 def test_a_foreign_folder_is_no_workdir(tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.jsonl").write_text("mine\n")
     code, _, err = run(monkeypatch, capsys, train.main, "--config", DIGITS, "--workdir", tmp_path)
@@ -640,11 +654,11 @@ def test_what_does_not_fit_into_memory_is_two_lines(tmp_path, monkeypatch, capsy
     assert re.match(r"error: it does not fit into memory: .*allocate 32\.0 PiB", last[0]), err
     assert "Lower batch_size" in last[1]
     with (
-        pytest.raises(ValueError, match=r"not fit into memory: .*Unable to allocate.*\nadvice"),
+        pytest.raises(UserError, match=r"not fit into memory: .*Unable to allocate.*\nadvice"),
         cli.out_of_memory("advice"),
     ):
         np.empty(2**55, np.uint8)
-    with pytest.raises(ValueError, match=r"not fit into memory: RESOURCE_EXHAUSTED"), cli.out_of_memory("advice"):
+    with pytest.raises(UserError, match=r"not fit into memory: RESOURCE_EXHAUSTED"), cli.out_of_memory("advice"):
         jax.device_put(np.broadcast_to(np.uint8(0), 2**50))
     for other in (RuntimeError("INTERNAL: no"), ValueError("RESOURCE_EXHAUSTED: disk"), OSError(28, "No space left")):
         with pytest.raises(type(other)) as raised, cli.out_of_memory("advice"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from xception_flax import __version__
-from xception_flax.host import signals
+from xception_flax.host import libraries, signals
 
 # Each verb is a module of `commands` with `main(argv)`. The descriptions are here because the modules import slowly.
 VERBS = {
@@ -43,7 +43,10 @@ def main() -> NoReturn:
         try:
             print(f"xception-flax {__version__}" if arguments[0] == "--version" else USAGE, flush=True)
         except OSError as error:  # exits at once, because Python's normal exit would try to print again
-            os._exit(128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 2)
+            if isinstance(error, BrokenPipeError):
+                os._exit(128 + signal.SIGPIPE)
+            print(f"error: standard output: {error.strerror}.", file=sys.stderr, flush=True)
+            os._exit(2)
         sys.exit(0)
     if not arguments:
         print(USAGE, file=sys.stderr)
@@ -54,6 +57,7 @@ def main() -> NoReturn:
 
         print(f"error: unknown verb {written(verb)}; {suggest(verb, VERBS)}", file=sys.stderr)
         sys.exit(2)
+    libraries.check_libraries()
     if verb == "precompile":  # before the import of JAX, which looks for hardware
         from xception_flax.planning import slices
 

@@ -11,11 +11,12 @@ from shell import ROOT
 from shell import call as run
 from workdirs import evaluations, records
 from xception_flax.commands import evaluate
+from xception_flax.text.errors import UserError
 from xception_flax.training.metrics import create_metrics
 
 
 def test_evaluation_on_other_channels_is_refused(whole):
-    with pytest.raises(ValueError, match=r"was trained on images of data\.channels=1, got 3; leave out --config\.data"):
+    with pytest.raises(UserError, match=r"was trained on images of data\.channels=1, got 3; leave out --config\.data"):
         evaluate.main(["--workdir", str(whole), "--config.data.channels=3"])
 
 

@@ -14,6 +14,7 @@ from xception_flax.models import costs
 from xception_flax.planning import report as reporting
 from xception_flax.planning import slices
 from xception_flax.recipes import reading
+from xception_flax.text.errors import UserError
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
 LENET = ["--config", f"{DIGITS}:lenet", "--topology", "v5e:2x4"]
@@ -115,5 +116,5 @@ def test_other_errors_of_the_compiler_are_not_hidden(
     ],
 )
 def test_mistakes(arguments: list[str], words: str, cpus_for_chips: None) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         precompile.main([*LENET, *arguments])

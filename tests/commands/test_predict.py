@@ -178,7 +178,7 @@ def test_mistakes_with_weights_from_elsewhere(weights, workdir, digits, tmp_path
     (tmp_path / "twice").write_text("a\nb\nc\na\n")
     for arguments, message in [
         ([weights], f"there is no image; give files or folders behind {weights}."),
-        ([weights, file, "--class-names", tmp_path / "three"], "there are 3 names of classes, and 4 logits"),
+        ([weights, file, "--class-names", tmp_path / "three"], "got 3 names of classes for 4 logits; give"),
         (
             [weights, file, "--class-names", tmp_path / "twice"],
             "two classes are named 'a'; give each a name of its own.",

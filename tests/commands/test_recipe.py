@@ -9,6 +9,7 @@ import pytest
 from xception_flax.commands import recipe
 from xception_flax.recipes import reading
 from xception_flax.recipes.groups import GROUPS, LOOP
+from xception_flax.runs.workdir import remember
 from xception_flax.text.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -76,10 +77,23 @@ def test_json_has_what_the_table_has(capsys):
     assert record.keys() == expected
 
 
+def test_a_workdir_shows_the_recipe_of_its_run(tmp_path, capsys):
+    """The same lines below the first, though defaults were filled in and JSON has no tuples."""
+    overrides = ["--config.model.fc_layers=(64,)", "--config.eval_every_epochs=inf"]
+    remember(tmp_path, reading.load(DIGITS, overrides))
+    _, *expected = run(capsys, DIGITS, *overrides, "--config.seed=3").splitlines()
+    first, *lines = run(capsys, str(tmp_path), "--config.seed=3").splitlines()
+    assert lines == expected
+    assert first.startswith(f"{tmp_path}: * is not the default;")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=f"^{tmp_path}/config.json is damaged: "):
+        recipe.main([str(tmp_path)])
+
+
 def test_a_wrong_recipe_is_an_error_as_for_training():
-    with pytest.raises(ValueError, match=r"unknown recipe key 'model\.widht' with model\.name='xception'; did"):
+    with pytest.raises(UserError, match=r"unknown recipe key 'model\.widht' with model\.name='xception'; did"):
         recipe.main([DIGITS, "--config.model.widht=1"])
-    with pytest.raises(ValueError, match=r"unknown argument 'x'; a recipe's key is set by --config\.KEY=VALUE"):
+    with pytest.raises(UserError, match=r"unknown argument 'x'; a recipe's key is set by --config\.KEY=VALUE"):
         recipe.main([DIGITS, "--config.KEY=VALUE", "x"])  # as the help has it
 
 

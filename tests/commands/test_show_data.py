@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from xception_flax import data
 from xception_flax.commands import show_data
 from xception_flax.recipes import reading
+from xception_flax.text.errors import UserError
 from xception_flax.training import losses, mixing, sharding, steps
 from xception_flax.training.metrics import create_metrics
 from xception_flax.training.optimizers import create_optimizer
@@ -102,12 +103,12 @@ def test_images_that_would_be_black_are_refused(tmp_path):
         cv2.imwrite(str(path), np.full((8, 8), 1000, np.uint16))
     recipe_of = f"{Path(DIGITS).with_name('folder.py')}:{tmp_path}"
     with pytest.raises(
-        ValueError, match=r"up to 1,000 of 65,535 .*at most 3 of 255\. .*--config\.data\.max_value=1023, or"
+        UserError, match=r"up to 1,000 of 65,535 .*at most 3 of 255\. .*--config\.data\.max_value=1023, or"
     ):
         show_data.main(["--config", recipe_of, "--output", str(tmp_path / "a.png"), "--config.batch_size=8"])
 
 
 def test_a_wrong_file_is_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(ValueError, match=r"sheet.pgn is no name of a picture; expected one that ends in \.png"):
+    with pytest.raises(UserError, match=r"sheet.pgn is no name of a picture; expected one that ends in \.png"):
         show_data.main(["--config", DIGITS, "--output", str(tmp_path / "sheet.pgn"), "--config.data.eval_split=x"])
     assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from benchmarks import photos
 from xception_flax import data
 from xception_flax.data import pipeline
 from xception_flax.data.decoding import MAX_PIXELS, BadImageError, decode, largest_value
+from xception_flax.text.errors import UserError
 
 PHOTO = photos.photo("chelsea.png")[:150, :200]
 COLOR = Image.fromarray(PHOTO)
@@ -359,7 +360,7 @@ def test_nobody_trains_on_near_black_without_a_word(tmp_path, monkeypatch):
         path.write_bytes(JPEG if i % 4 == 1 else encode(Image.fromarray(np.minimum(VALUES, 3000)), "PNG"))
     split = load(tmp_path, train=True, num_threads=1)
     with pytest.raises(
-        ValueError, match=r"up to 3,000 of 65,535 \(in 25 .*at most 11 of 255.*data\.max_value=4095, or by 65535"
+        UserError, match=r"up to 3,000 of 65,535 \(in 25 .*at most 11 of 255.*data\.max_value=4095, or by 65535"
     ):
         split.check_max_value()
     for max_value, brightest in ((4095, 3000 >> 4), (65535, 3000 >> 8)):
@@ -369,7 +370,7 @@ def test_nobody_trains_on_near_black_without_a_word(tmp_path, monkeypatch):
     bright = encode(Image.fromarray(VALUES * 16), "PNG")
     (tmp_path / "train" / "a" / "00.png").write_bytes(bright)
     with pytest.raises(
-        ValueError, match=r"up to 3,000 of 65,535 \(in 2\d of 2\d that"
+        UserError, match=r"up to 3,000 of 65,535 \(in 2\d of 2\d that"
     ):  # one bright image is not enough
         split.check_max_value()
     paths = sorted((tmp_path / "train").glob("*/*.png"))

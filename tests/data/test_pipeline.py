@@ -16,6 +16,7 @@ import pytest
 from xception_flax import data
 from xception_flax.data import pipeline, sources
 from xception_flax.data.transforms import geometry
+from xception_flax.text.errors import UserError
 
 LOAD = dict(image_size=32, channels=1, train_transforms="random_affine(max_shift=0.2) | resize")
 
@@ -215,7 +216,7 @@ def test_evaluation_sees_every_image_once(batch_size, processes):
 
 
 def test_a_chain_that_ends_in_another_size_is_refused():
-    with pytest.raises(ValueError, match=r"made an image of shape \(8, 8, 1\).*are \(32, 32, 1\)"):
+    with pytest.raises(UserError, match=r"made an image of shape \(8, 8, 1\).*are \(32, 32, 1\)"):
         take(1, train_transforms="flip_left_right")
 
 
@@ -248,7 +249,7 @@ def test_a_chain_that_ends_in_another_size_is_refused():
     ],
 )
 def test_mistakes_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         data.load(**(LOAD | dict(source="digits", train=True, batch_size=16) | options))
 
 
@@ -256,12 +257,12 @@ def test_splits_of_other_classes_are_refused():
     split = data.load(source="digits", train=False, batch_size=8, image_size=8)
     data.check_class_names(list("0123456789"), split)
     with pytest.raises(
-        ValueError, match=r"has 10 classes, and not the 10 that .*; another order: 0 where 1 is expected"
+        UserError, match=r"has 10 classes, and not the 10 that .*; another order: 0 where 1 is expected"
     ):
         data.check_class_names(list("1023456789"), split)
     accented = dataclasses.replace(split, source=dataclasses.replace(split.source, class_names=("caf\xe9", "x")))
     data.check_class_names(["cafe\u0301", "x"], accented)  # as an older checkpoint may have it
     with pytest.raises(
-        ValueError, match=r"has 10 classes, and not the 3 that are expected; missing: x; not expected: 2, 3"
+        UserError, match=r"has 10 classes, and not the 3 that are expected; missing: x; not expected: 2, 3"
     ):
         data.check_class_names(["0", "1", "x"], split)

@@ -3,6 +3,7 @@
 import pytest
 
 from xception_flax.host import files
+from xception_flax.text.errors import UserError
 
 
 def test_a_check_changes_nothing(tmp_path):
@@ -17,5 +18,5 @@ def test_a_check_changes_nothing(tmp_path):
 
 def test_a_path_that_cannot_be_written_is_refused(tmp_path):
     for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "no" / "file", "No such file or directory")):
-        with pytest.raises(ValueError, match=f"^{path} cannot be written: {reason}; name another file\\.$"):
+        with pytest.raises(UserError, match=f"^{path} cannot be written: {reason}; name another file\\.$"):
             files.check_writable(path)

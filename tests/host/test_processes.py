@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from xception_flax.host import processes
+from xception_flax.text.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,14 +57,14 @@ def test_who_gives_no_sign_for_too_long():
     ],
 )
 def test_what_cannot_be_connected(address, count, number, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         processes.connect(address, count, number)
 
 
 def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=rf"process 0 cannot listen on port {port}: Address already in use; take"):
+        with pytest.raises(UserError, match=rf"process 0 cannot listen on port {port}: Address already in use; take"):
             processes.connect(f"localhost:{port}", 2, 0)
 
 

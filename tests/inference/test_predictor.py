@@ -125,7 +125,7 @@ def test_what_a_source_does_not_say_is_assumed_and_named(network, one_device):
     assert found.preprocessing == preprocessing.Preprocessing(71, 3, "resize", (1.0, 2.0, 3.0), (4.0,) * 3)
     assert (found.notes, found.class_names) == ((), tuple("abcd"))
     for wrong, message in [
-        (dict(class_names="abc"), "there are 3 names of classes, and 4 logits"),
+        (dict(class_names="abc"), "got 3 names of classes for 4 logits; give"),
         (dict(mean=(1.0,)), "mean and std go together"),
         (dict(transforms="resiz"), "unknown transform 'resiz'; did you mean 'resize'"),
     ]:

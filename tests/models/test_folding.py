@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from tests.models.test_models import NARROW, random_variables
 from xception_flax import create_model, fold_batch_norm
+from xception_flax.text.errors import UserError
 
 # With pre-activation the first normalization of a block takes a sum (in the first block the stem's
 # result), and the one before a strided convolution takes an endpoint.
@@ -46,5 +47,5 @@ def test_folding_in_blocks_that_are_rematerialised():
 
 def test_a_network_without_statistics_is_refused():
     model = create_model("lenet", **NARROW["lenet"])
-    with pytest.raises(ValueError, match="needs variables with 'batch_stats'"):
+    with pytest.raises(UserError, match="needs variables with 'batch_stats'"):
         fold_batch_norm(model, random_variables(model, jnp.zeros((1, 75, 75, 3))))

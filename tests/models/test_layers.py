@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from xception_flax.models import layers, ops
+from xception_flax.text.errors import UserError
 
 
 def test_separable_convolution_is_depthwise_then_pointwise(rng):
@@ -46,7 +47,7 @@ def test_mid_activation_stands_between(rng, name, function):
 
 
 def test_unknown_mid_activation_is_refused():
-    with pytest.raises(ValueError, match="unknown mid_activation 'rellu'; did you mean 'relu'"):
+    with pytest.raises(UserError, match="unknown mid_activation 'rellu'; did you mean 'relu'"):
         layers.SeparableConv(12, mid_activation="rellu").init(jax.random.key(0), jnp.zeros((1, 4, 4, 8)))
 
 
@@ -64,7 +65,7 @@ def test_weights_for_other_channels_are_refused():
     module = layers.Conv(4)
     variables = module.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
     message = r"Conv: .* need a kernel of 3 x 3 x 1 x 4 \(.*\), the weights have 3 x 3 x 3 x 4; give images and fields"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         module.apply(variables, jnp.zeros((1, 4, 4, 1)))
 
 

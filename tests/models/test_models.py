@@ -10,6 +10,7 @@ import pytest
 
 from xception_flax import MODELS, create_model, ops
 from xception_flax.models.costs import list_layers
+from xception_flax.text.errors import UserError
 
 # At 1000 classes and the default image size: trainable parameters, moving statistics, multiply-adds,
 # shapes of the stages. Parameters of the aligned networks are timm's (golden/timm.npz has them too).
@@ -243,7 +244,7 @@ def test_auxiliary_tower_of_inception_v3():
         lambda x: model.init_with_output(jax.random.key(0), x, train=False, method="endpoints")[0], images
     )
     assert endpoints["auxiliary_logits"].shape == (2, 1000)
-    with pytest.raises(ValueError, match="needs 'stage4' features of 17 x 17, which 299 pixels give, got 7 x 7"):
+    with pytest.raises(UserError, match="needs 'stage4' features of 17 x 17, which 299 pixels give, got 7 x 7"):
         list_layers(model, (139, 139, 3))
 
 
@@ -318,7 +319,7 @@ def test_other_channels_than_the_weights_have_are_refused(name):
     model = create_model(name, num_classes=7, **NARROW[name])
     variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_variables(model))
     message = r"(block1|stem|)_?conv1: .* kernel of .* x 1 x 8 .*, the weights have .* x 3 x 8; give images"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         model.apply(variables, jnp.zeros((1, 75, 75, 1)), train=False)
 
 
@@ -465,7 +466,7 @@ def test_chains_compute_what_single_layers_do(monkeypatch, train, padding):
     ],
 )
 def test_bad_fields_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         create_model(**{"name": "xception", **fields})
 
 
@@ -486,7 +487,7 @@ def test_bad_fields_are_refused(fields, message):
 )
 def test_bad_images_are_refused(name, shape, message):
     model = create_model(name, **NARROW[name])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         model.init(jax.random.key(0), jnp.zeros(shape), train=False)
 
 

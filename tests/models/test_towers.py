@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from xception_flax import create_model
 from xception_flax.models import layers, ops, towers
 from xception_flax.models.costs import list_layers
+from xception_flax.text.errors import UserError
 
 ORDERS = ("depthwise_first", "pointwise_first")
 
@@ -267,7 +268,7 @@ def test_equal_width_with_the_pointwise_convolution_first():
     ],
 )
 def test_bad_towers_are_refused(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         call()
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 
 from xception_flax.planning import slices
+from xception_flax.text.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_slices(name: str, chips: int, rings: tuple[bool, ...]) -> None:
     ],
 )
 def test_no_slices(name: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         slices.parse_slice(name)
 
 
@@ -79,6 +80,6 @@ def test_chips_are_as_specified() -> None:
 
 def test_missing_libtpu_is_two_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs libtpu") as caught:
+    with pytest.raises(UserError, match="needs libtpu") as caught:
         slices.devices(slices.parse_slice("v5e:2x4"))
     assert str(caught.value).splitlines()[1:] == ["pip install -e '.[tpu]'"]

@@ -11,11 +11,13 @@ import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from preparing import PATH, SYNSETS, fail, run
 from xception_flax import data
 from xception_flax.commands import prepare
 from xception_flax.data import sources
+from xception_flax.text.errors import UserError
 
 
 def test_check_of_imagenet(data_dir, images, tmp_path, capsys):
@@ -54,12 +56,37 @@ def test_check_finds_what_is_wrong(folder, tmp_path, capsys):
         assert prepare.main(["check", str(dataset), "--json", str(tmp_path / "report.json")]) == 1
         out = capsys.readouterr().out
         assert "2 images cannot be read or decoded" in out
-        assert "1 files are there more than once" in out
+        assert "1 file is there more than once" in out
         report = json.loads((tmp_path / "report.json").read_text())
         found = {name for split in report["splits"].values() for name in split["undecodable"]}
         assert {short(name) for name in found} == bad
         (names,) = report["repeated"]
         assert {short(name) for name in names} == same
+
+
+def test_check_says_what_training_refuses(tmp_path, capsys, monkeypatch):
+    """Of 20 images none is of 'val' by a fraction of 0.001; a folder 'val' without images is no split."""
+    for i in range(20):
+        path = tmp_path / "photos" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    photos = tmp_path / "photos"
+    for fraction, code in (("0.3", 0), ("0.001", 1)):
+        assert prepare.main(["check", str(photos), "--val-fraction", fraction]) == code
+        refused = re.findall(r"\ntraining refuses it: (.*)\n", capsys.readouterr().out)
+        if code == 0:
+            assert refused == []
+        else:
+            with pytest.raises(UserError) as raised:
+                sources.folder.folder("val", data_dir=str(photos), val_fraction=0.001)
+            assert refused == [str(raised.value)]
+    photos.rename(tmp_path / "train")
+    (tmp_path / "val").mkdir()
+    for command in (["check", tmp_path], ["folder", tmp_path, "--name", "x", "--data-dir", tmp_path / "tfds"]):
+        message = fail(capsys, monkeypatch, *command)
+        assert message == f"error: {tmp_path}/val has no folders of classes in it; expected {tmp_path}/val/CLASS/*.jpg."
+    (tmp_path / "val" / "a").mkdir()
+    assert re.match(rf"error: {tmp_path}/val/a has no image", fail(capsys, monkeypatch, "check", tmp_path))
 
 
 def test_check_looks_at_the_splits_that_training_has(folder, tmp_path, capsys, monkeypatch):

@@ -13,6 +13,7 @@ from preparing import SYNSETS, contents, fail, run
 from xception_flax.commands import prepare
 from xception_flax.data import sources
 from xception_flax.prepare import records
+from xception_flax.text.errors import UserError
 
 
 def read_all(data_dir: Path, split: str) -> dict[str, tuple[int, bytes]]:
@@ -150,6 +151,6 @@ def test_names_are_prepared_in_one_form(folder, tmp_path):
     for name in ("\xe4.jpg", "a\u0308.jpg"):
         (folder / "caf\xe9" / name).write_bytes(b"")
     with pytest.raises(
-        ValueError, match=r"caf\xe9/\xe4\.jpg is there twice in split '(train|val)'; each image needs its own"
+        UserError, match=r"caf\xe9/\xe4\.jpg is there twice in split '(train|val)'; each image needs its own"
     ):
         prepare.main(["folder", str(folder), "--data-dir", str(tmp_path / "c")])

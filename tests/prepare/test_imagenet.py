@@ -23,6 +23,7 @@ from preparing import CMYK, PATH, PNG, SYNSETS, add, contents, fail, run, write_
 from shell import ROOT
 from xception_flax.data import sources
 from xception_flax.prepare import imagenet, records
+from xception_flax.text.errors import UserError
 
 # Of the first validation images, from ILSVRC's own list.
 VALIDATION_LABELS = [65, 970, 230, 809, 516, 57, 334, 415, 674, 332, 109]
@@ -131,7 +132,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(large_tars, tmp_path, ca
     # While it is stopped, another process is kept out, and nothing looks finished.
     process.send_signal(signal.SIGSTOP)
     assert "is being written by another process" in fail(capsys, monkeypatch, *arguments, tmp_path / "killed")
-    with pytest.raises(ValueError, match="is not prepared"):
+    with pytest.raises(UserError, match="is not prepared"):
         sources.tfds.tfds("train", name="imagenet2012", data_dir=str(tmp_path / "killed"))
     process.kill()
     process.communicate()
@@ -239,5 +240,5 @@ def test_hashes(tmp_path):
     read = []
     imagenet.check_hash(tmp_path / "a", "900150983cd24fb0d6963f7d28e17f72", read.append)
     assert read == [3]
-    with pytest.raises(ValueError, match=r"a has MD5 900150983cd24fb0d6963f7d28e17f72, and 1d67.* is published"):
+    with pytest.raises(UserError, match=r"a has MD5 900150983cd24fb0d6963f7d28e17f72, and 1d67.* is published"):
         imagenet.check_hash(tmp_path / "a", imagenet.TARS["train"].md5, read.append)

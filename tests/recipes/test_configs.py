@@ -14,6 +14,7 @@ from xception_flax.commands import evaluate
 from xception_flax.data import sources
 from xception_flax.recipes import reading
 from xception_flax.recipes.comparing import differences
+from xception_flax.text.errors import UserError
 from xception_flax.training import program, sharding
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -235,7 +236,7 @@ def test_an_ablation_is_one_change(name, changes):
 
 @pytest.mark.parametrize("name", ["ablations.py:towers_0", "ablations.py:residual", "imagenet_aligned.py:xception"])
 def test_unknown_arguments_of_recipes_are_refused(name):
-    with pytest.raises(ValueError, match="the argument must be one of"):
+    with pytest.raises(UserError, match="the argument must be one of"):
         reading.load(str(CONFIGS / name))
 
 

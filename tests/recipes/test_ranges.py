@@ -325,19 +325,19 @@ def test_extremes_in_a_chain(name):
     ],
 )  # fmt: skip
 def test_messages(name, values, message, one_device):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         TRY[name](resolve(name, MINIMAL.get(name, {}) | values), one_device)
 
 
 def test_an_infinite_rate_is_refused_without_a_recipe_too():
-    with pytest.raises(ValueError, match=r"^optimizer\.learning_rate must be 0 or positive, and finite, got inf\.$"):
+    with pytest.raises(UserError, match=r"^optimizer\.learning_rate must be 0 or positive, and finite, got inf\.$"):
         optimizers.create_optimizer("sgd", math.inf, schedule=optimizers.constant(RUN))
 
 
 def test_float64_without_jaxs_switch_is_refused(one_device):
     """JAX would compute in float32 after a warning."""
     model = models.create_model("lenet", num_classes=2, dtype="float64")
-    with pytest.raises(ValueError, match=r"^model\.dtype=float64 needs JAX_ENABLE_X64=1 in the environment"):
+    with pytest.raises(UserError, match=r"^model\.dtype=float64 needs JAX_ENABLE_X64=1 in the environment"):
         abstract_variables(model, (8, 8, 1), one_device)
     with jax.enable_x64(True):
         abstract_variables(model, (8, 8, 1), one_device)
@@ -368,7 +368,7 @@ def test_float64_without_jaxs_switch_is_refused(one_device):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_ranges(value, bounds, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         check_range("n", value, **bounds)
 
 

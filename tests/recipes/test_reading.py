@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from xception_flax.recipes import checking, groups, reading
 from xception_flax.recipes.comparing import alike, recipe_json
+from xception_flax.text.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -110,7 +111,7 @@ def test_a_resolved_recipe_is_json_and_resolves_to_itself():
     ],
 )
 def test_mistakes_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         checking.resolve(minimal(**changes))
 
 
@@ -235,7 +236,7 @@ def test_another_choice_drops_the_keys_of_the_old_one():
     ],
 )
 def test_bad_overrides_are_refused(override, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         reading.load(DIGITS, [override])
 
 
@@ -246,14 +247,14 @@ def test_of_a_key_given_twice_the_last_counts():
 
 def test_an_override_of_a_group_that_is_none(tmp_path):
     path = write(tmp_path / "r.py", f"{CONFIG}.model = 3\n    return config\n")
-    with pytest.raises(ValueError, match="recipe key 'model' must be a group of keys, got 3"):
+    with pytest.raises(UserError, match="recipe key 'model' must be a group of keys, got 3"):
         reading.load(path, ["--config.model.width=1"])
 
 
 def test_not_a_number_is_refused_wherever_it_comes_from():
     """In a recipe as in an override."""
     for value in (math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"'optimizer.learning_rate' must be a finite number, got {value}"):
+        with pytest.raises(UserError, match=f"'optimizer.learning_rate' must be a finite number, got {value}"):
             checking.resolve(minimal(optimizer={"name": "sgd", "learning_rate": value}))
 
 
@@ -261,7 +262,7 @@ def test_only_some_groups_may_change_afterwards():
     config = reading.load(DIGITS)
     changed = reading.override(config, ["--config.data.num_threads=2"], groups=("data", "mesh"))
     assert changed.data.num_threads == 2
-    with pytest.raises(ValueError, match=r"--config.model.width cannot be changed here; only keys of: data, mesh"):
+    with pytest.raises(UserError, match=r"--config.model.width cannot be changed here; only keys of: data, mesh"):
         reading.override(config, ["--config.model.width=2"], groups=("data", "mesh"))
 
 
@@ -269,9 +270,9 @@ def test_one_group_is_resolved_as_in_a_recipe():
     overrides = ["--config.model.width=0.5"]
     group = checking.resolve_group("model", {"name": "xception"}, overrides)
     assert group == reading.override(checking.resolve(minimal()), overrides, groups=("model",)).model
-    with pytest.raises(ValueError, match=r"recipe key 'model\.name' is missing"):
+    with pytest.raises(UserError, match=r"recipe key 'model\.name' is missing"):
         checking.resolve_group("model", {})
-    with pytest.raises(ValueError, match=r"--config\.seed cannot be changed here; only keys of: model"):
+    with pytest.raises(UserError, match=r"--config\.seed cannot be changed here; only keys of: model"):
         checking.resolve_group("model", {"name": "xception"}, ["--config.seed=1"])
 
 
@@ -320,21 +321,21 @@ def test_mistakes_with_recipe_files(tmp_path):
         ),
         ("import os\nos.nothing\n", r"r\.py, line 2: AttributeError: module 'os' has no attribute 'nothing'"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             reading.load(write(tmp_path / "r.py", text))
     os.mkfifo(tmp_path / "fifo.py")
     for path in (tmp_path / "fifo.py", "/dev/zero", tmp_path / ("x" * 300), "/x\0/y"):  # none may be opened
-        with pytest.raises(ValueError, match=r"^no recipe file '/"):
+        with pytest.raises(UserError, match=r"^no recipe file '/"):
             reading.load(str(path))
-    with pytest.raises(ValueError, match=r"^no recipe file 'x{59} \.\.\. x{29}'; "):
+    with pytest.raises(UserError, match=r"^no recipe file 'x{59} \.\.\. x{29}'; "):
         reading.load("x" * 5000)
     with pytest.raises(
-        ValueError, match=r"no recipe file '.*/digts\.py'; did you mean '\S*/configs/digits\.py'\? There"
+        UserError, match=r"no recipe file '.*/digts\.py'; did you mean '\S*/configs/digits\.py'\? There"
     ):
         reading.load(str(ROOT / "configs" / "digts.py"))
-    with pytest.raises(ValueError, match="takes no argument, got"):
+    with pytest.raises(UserError, match="takes no argument, got"):
         reading.load(str(ROOT / "configs" / "imagenet.py") + ":big")
-    with pytest.raises(ValueError, match="is no Python file"):
+    with pytest.raises(UserError, match="is no Python file"):
         reading.load(write(tmp_path / "recipe.txt", ""))
 
 
@@ -348,12 +349,12 @@ def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
         (".", rf"^'\.' is a folder, not a recipe file; there are: {every}"),
         ("digits", rf"^no recipe file 'digits'; did you mean 'configs/digits\.py'\? There are: {every}"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             reading.load(path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=rf"^no recipe file 'configs/digits\.py', seen from {tmp_path}; change to the"):
+    with pytest.raises(UserError, match=rf"^no recipe file 'configs/digits\.py', seen from {tmp_path}; change to the"):
         reading.load("configs/digits.py")
-    with pytest.raises(ValueError, match=r"digits\.py', and no recipe beside it; check the path"):
+    with pytest.raises(UserError, match=r"digits\.py', and no recipe beside it; check the path"):
         reading.load(str(tmp_path / "configs" / "digits.py"))
 
 
@@ -361,9 +362,9 @@ def test_an_argument_reaches_the_recipe(tmp_path):
     assert reading.load(str(ROOT / "configs" / "jft.py") + ":fc").model.fc_layers == (4096, 4096)
     assert reading.load(str(ROOT / "configs" / "jft.py")).model.fc_layers == ()
     # A recipe's UserError about its argument is shown without the line of the recipe.
-    with pytest.raises(ValueError, match=r"jft\.py: the argument must be 'fc' or nothing, got 'x'"):
+    with pytest.raises(UserError, match=r"jft\.py: the argument must be 'fc' or nothing, got 'x'"):
         reading.load(str(ROOT / "configs" / "jft.py") + ":x")
-    with pytest.raises(ValueError, match=r"folder\.py: data\.data_dir: \S*/no is no directory; expected"):
+    with pytest.raises(UserError, match=r"folder\.py: data\.data_dir: \S*/no is no directory; expected"):
         reading.load(str(ROOT / "configs" / "folder.py") + f":{tmp_path / 'no'}")
 
 

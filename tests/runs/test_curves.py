@@ -33,3 +33,30 @@ def test_curves_show_the_best_metric(tmp_path, monkeypatch, name):
     picture = (tmp_path / "curves.svg").read_text()
     assert f"<!-- {entry.title} (%) -->" in picture
     assert "<!-- 25.00 % -->" in picture
+
+
+@pytest.mark.parametrize("accuracies", [[0.2722], [0.3, 0.1], [0.1, 0.3], [0.0], [1.0, 1.0]])
+def test_short_curves_have_whole_numbers_and_the_last_value_inside(tmp_path, monkeypatch, accuracies):
+    """A run with one or two evaluations: the axes' own numbers would be 2.5 steps and a loss of 2.3 x 10^0."""
+    figures = []
+    monkeypatch.setattr(curves.plt, "close", figures.append)
+    records = [{"step": 20 * i, "train/loss": 2.35 - i / 9, "train/top1": 0.5} for i in (1, 2)]
+    records += [{"step": 20 * i + 20, "eval/loss": 2.1, "eval/top1": value} for i, value in enumerate(accuracies)]
+    curves.draw_curves(records, "long/" * 80, tmp_path / "curves.png")
+    (figure,) = figures
+    loss, score, _ = figure.axes
+    (number,) = score.texts
+    assert number.get_text() == f"{100 * accuracies[-1]:.2f} %"
+    box, (left, bottom), (right, top) = number.get_window_extent(), score.bbox.min, score.bbox.max
+    assert left <= box.x0 < box.x1 <= right
+    assert bottom <= box.y0 < box.y1 <= top
+    for axes in (loss, score):
+        assert all(tick.get_text().isdecimal() for tick in axes.get_xticklabels())
+    written = [label for label in loss.get_yticklabels(which="both") if label.get_text()]
+    assert written
+    assert all(float(label.get_text()) == pytest.approx(label.get_position()[1]) for label in written)
+    title = figure._suptitle.get_window_extent()
+    assert 0 <= title.x0 < title.x1 <= figure.bbox.width
+    assert title.y1 <= figure.bbox.height
+    monkeypatch.undo()
+    curves.plt.close(figure)

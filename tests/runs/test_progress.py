@@ -12,6 +12,7 @@ from tensorboardX.proto import event_pb2
 
 from xception_flax.display import console
 from xception_flax.runs import curves, history, progress
+from xception_flax.text.errors import UserError
 
 
 def run(workdir, start_step=0, enabled=True):
@@ -82,7 +83,7 @@ def test_what_others_called_a_thing_is_shown_as_it_stands(tmp_path, monkeypatch,
             monkeypatch.setenv("FORCE_COLOR", "1")
         with console.waiting(name + "\x1b]0;"):
             pass
-        with console.counting(name + "\r", 10, "images") as advance:
+        with console.counting(name + "\r", 10, "image") as advance:
             advance(10)
         with run(tmp_path) as report:
             report.say(name + "\x07")
@@ -176,7 +177,7 @@ def test_a_full_disk_is_a_line_and_what_was_written_stays(tmp_path, file_size):
             file_size(path.stat().st_size + 9)
             report.train(20, {"loss": 1.0})
 
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} cannot be written: File too large\\.$"):
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))} cannot be written: File too large\\.$"):
         train_until_it_is_full()
     *_, whole, cut_off = path.read_bytes().splitlines(keepends=True)
     assert whole.endswith(b"\n")
@@ -185,7 +186,7 @@ def test_a_full_disk_is_a_line_and_what_was_written_stays(tmp_path, file_size):
     # To begin again takes room too; the file stays as it is.
     before = path.read_bytes()
     file_size(9)
-    with pytest.raises(ValueError, match=r"cannot be written: File too large\.$"):
+    with pytest.raises(UserError, match=r"cannot be written: File too large\.$"):
         run(tmp_path, start_step=10)
     assert path.read_bytes() == before
     assert not (tmp_path / "metrics.jsonl.partial").exists()
@@ -211,11 +212,39 @@ def test_what_the_disk_refuses_is_a_line(tmp_path, monkeypatch, number, name):
             report.train(10, {"loss": 1.0})
 
     message = rf"^{re.escape(str(tmp_path / name))}\S* cannot be written: {os.strerror(number)}\.$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         write()
     monkeypatch.undo()
     with pytest.raises(KeyError, match="another"):
         write(KeyError("another"))
+
+
+def test_the_time_left_does_not_jump_between_evaluations(tmp_path, monkeypatch, capsys):
+    """By a fake clock: 0.1 s a step, 10 s an evaluation of every 20 steps; on a terminal and as lines."""
+    for terminal in (False, True):
+        clock, told = [0.0], []
+        monkeypatch.setattr(progress.time, "monotonic", lambda clock=clock: clock[0])
+        if terminal:
+            monkeypatch.setenv("FORCE_COLOR", "1")
+        (tmp_path / str(terminal)).mkdir()
+        with run(tmp_path / str(terminal)) as report:
+            for step in range(1, 81):
+                clock[0] += 0.1
+                report.advance(step)
+                if step == 1:
+                    report.compiled(step)
+                if step % 5 == 0:
+                    report.train(step, {"loss": 1.0})
+                    told.append(report._bar.tasks[0].fields["state"].partition("%  ")[2])
+                if step % 20 == 0:
+                    with report.pause("evaluation"):
+                        clock[0] += 10
+                    report.evaluation(step, {"loss": 1.0, "count": 1}, "raw")
+        # After step 1, 19 steps and then 20 have one evaluation each.
+        seconds = [(0.1 + 10 * (n := (step - 1) // 20) / max(20 * n - 1, 1)) * (100 - step) for step in range(5, 81, 5)]
+        assert told == [f"{console.duration(left)} left" for left in seconds]
+        if not terminal:
+            assert [line.partition("%  ")[2] for line in capsys.readouterr().err.splitlines() if "step" in line] == told
 
 
 def test_other_hosts_write_nothing(tmp_path, capsys):
@@ -275,5 +304,7 @@ def test_all_of_the_time_is_recorded_once(tmp_path, monkeypatch, capsys):
     assert clock[0] - 100 == pytest.approx(60 + 10 * 0.1 + 8 + 2 + 30 + 10 * 0.1)
     shown = capsys.readouterr().err.splitlines()
     assert shown[0] == "step 11/100  loss 0.0000  100 images/s  MFU 40 %  input 25 %  0:09 left"
+    # 79 steps at 0.1 s, and 10 s for evaluation and checkpoint every 10 steps; profiling does not come again.
+    assert shown[-1] == "step 21/100  loss 0.0000  100 images/s  MFU 40 %  input 0 %  1:27 left"
     assert (11, "train/step_seconds", pytest.approx(0.1)) in events(tmp_path)
     assert (11, "checkpoint/blocking_seconds", 2.0) in events(tmp_path)

@@ -20,6 +20,7 @@ from xception_flax.data.sources import digits
 from xception_flax.runs import history
 from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import read_recipe
+from xception_flax.text.errors import UserError
 from xception_flax.weights import initial
 
 STEPS = (40, 79)
@@ -118,11 +119,11 @@ def test_without_averages_the_raw_weights_are_taken(old, tmp_path, one_device):
 def test_a_mistake_is_a_line(old, tmp_path, one_device):
     recipe = json.loads((old / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(recipe | {"step": recipe["step"] | {"ema_decay": 0.0}}))
-    with pytest.raises(ValueError, match=rf"^{tmp_path} keeps no averaged weights \(step\.ema_decay is 0\)"):
+    with pytest.raises(UserError, match=rf"^{tmp_path} keeps no averaged weights \(step\.ema_decay is 0\)"):
         restore(tmp_path, one_device, "latest", "ema")
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/checkpoints has no checkpoint yet\.$"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/checkpoints has no checkpoint yet\.$"):
         restore(tmp_path, one_device, "latest")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     (tmp_path / "config.json").write_text(json.dumps(recipe | {"data": recipe["data"] | {"image_size": 1}}))
-    with pytest.raises(ValueError, match=rf"^{tmp_path}/config\.json: Xception needs images of at least 32 x 32"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/config\.json: Xception needs images of at least 32 x 32"):
         restore(tmp_path, one_device, "latest")

@@ -43,7 +43,7 @@ def test_a_workdir_remembers_and_refuses_another_recipe(tmp_path):
     operational += ["--config.profile=3:4"]
     check_workdir(tmp_path / "w", reading.load(DIGITS, [*operational, "--config.checkpoint.keep_latest=5"]))
     other = reading.load(DIGITS, ["--config.optimizer.learning_rate=0.1", "--config.seed=3"])
-    with pytest.raises(ValueError, match=r"(?s)another recipe.*optimizer.learning_rate: 0.003 -> 0.1.*seed: 0 -> 3"):
+    with pytest.raises(UserError, match=r"(?s)another recipe.*optimizer.learning_rate: 0.003 -> 0.1.*seed: 0 -> 3"):
         check_workdir(tmp_path / "w", other)
     assert (tmp_path / "w" / "config.json").read_bytes() == before
 
@@ -61,13 +61,13 @@ def test_how_to_train_on_is_said_where_it_is_possible(tmp_path):
         f"\nTo train its weights for more epochs, take a new workdir and --config.init.weights='{workdir}': that run "
         "begins with them (the averaged ones, where there are), its optimizer, schedule and steps anew."
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(changed)}$"):
+    with pytest.raises(UserError, match=f"^{re.escape(changed)}$"):
         check_workdir(workdir, longer)
     (workdir / "checkpoints" / "20").mkdir(parents=True)
-    with pytest.raises(ValueError, match=f"^{re.escape(changed + advice)}$"):
+    with pytest.raises(UserError, match=f"^{re.escape(changed + advice)}$"):
         check_workdir(workdir, longer)
     for override in ("model.width=0.5", "normalize.mean=(0.0,)"):
-        with pytest.raises(ValueError, match=r"^((?!To train its weights)[\s\S])*$"):
+        with pytest.raises(UserError, match=r"^((?!To train its weights)[\s\S])*$"):
             check_workdir(workdir, reading.load(DIGITS, ["--config.epochs=72", f"--config.{override}"]))
 
 
@@ -84,18 +84,40 @@ def test_folders_that_are_no_runs_are_refused(tmp_path, monkeypatch):
         (".", "this program's folder"),
         ("tests/..", "this program's folder"),
     ]:
-        with pytest.raises(ValueError, match=f"^workdir '{path}' is {what}; take a folder that is for this run alone"):
+        with pytest.raises(UserError, match=f"^workdir '{path}' is {what}; take a folder that is for this run alone"):
             check_workdir(Path(path), config)
     assert not any((tmp_path / "home").iterdir())
     check_workdir(tmp_path / "home" / "run", config)
     check_workdir(Path("runs"), config)
     photos = reading.load(DIGITS, ["--config.data.source=folder", f"--config.data.data_dir={tmp_path}/photos"])
     for within in ("photos", "photos/run", "photos/../photos/a/b"):
-        with pytest.raises(ValueError, match=r"^workdir .* lies in the folder of the images, .*/photos; take one"):
+        with pytest.raises(UserError, match=r"^workdir .* lies in the folder of the images, .*/photos; take one"):
             check_workdir(tmp_path / within, photos)
     check_workdir(tmp_path / "photos2", photos)
     remember(tmp_path / "home", config)  # a run that was begun there goes on
     check_workdir(tmp_path / "home", config)
+
+
+def test_a_folder_of_others_is_refused(tmp_path):
+    """A folder that a run was killed in, or where only file managers and disks left something, is free to use."""
+    config, workdir = reading.load(DIGITS), tmp_path / "w"
+    for name in (".lock", ".DS_Store", "config.json.partial"):
+        workdir.mkdir(exist_ok=True)
+        (workdir / name).touch()
+    (workdir / "lost+found").mkdir()
+    check_workdir(workdir, config)
+    (workdir / "thesis.tex").touch()
+    end = "and no config.json: not a run of this program, or a damaged one. Nothing was changed; take another workdir."
+    with pytest.raises(UserError, match=f"^{re.escape(f'workdir {workdir} has thesis.tex {end}')}$"):
+        check_workdir(workdir, config)
+    for name in "abc":
+        (workdir / name).mkdir()
+    before = sorted(workdir.iterdir())
+    with pytest.raises(UserError, match=f"^{re.escape(f'workdir {workdir} has a, b, c and 1 more {end}')}$"):
+        check_workdir(workdir, config)
+    assert sorted(workdir.iterdir()) == before
+    remember(workdir, config)
+    check_workdir(workdir, config)
 
 
 def test_no_run_begins_among_the_files_of_another(tmp_path):
@@ -147,28 +169,28 @@ def test_a_folder_that_cannot_be_searched_is_a_line(tmp_path, monkeypatch):
 def test_bad_workdirs_are_refused(tmp_path):
     config = reading.load(DIGITS)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"workdir .*file is a file; expected a folder, or a name that is free"):
+    with pytest.raises(UserError, match=r"workdir .*file is a file; expected a folder, or a name that is free"):
         check_workdir(tmp_path / "file", config)
-    with pytest.raises(ValueError, match=r"workdir .*file/a/b lies in .*file, which is a file"):
+    with pytest.raises(UserError, match=r"workdir .*file/a/b lies in .*file, which is a file"):
         check_workdir(tmp_path / "file" / "a" / "b", config)
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(ValueError, match=r"workdir .*link is a link to nothing; expected a folder, or a name that is"):
+    with pytest.raises(UserError, match=r"workdir .*link is a link to nothing; expected a folder, or a name that is"):
         check_workdir(tmp_path / "link", config)
-    with pytest.raises(ValueError, match=r"workdir .*link/a lies in .*link, which is a link to nothing"):
+    with pytest.raises(UserError, match=r"workdir .*link/a lies in .*link, which is a link to nothing"):
         check_workdir(tmp_path / "link" / "a", config)
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         check_workdir(Path("/proc/nothing"), config)
     (tmp_path / "w" / "checkpoints" / "236" / "raw").mkdir(parents=True)
     (tmp_path / "w" / "config.json").touch()
     within = (
         rf"/raw is no workdir of a run: it has no config\.json: this is within one; give {tmp_path}/w and 236 as its"
     )
-    with pytest.raises(ValueError, match=within):
+    with pytest.raises(UserError, match=within):
         read_recipe(tmp_path / "w" / "checkpoints" / "236" / "raw")
-    with pytest.raises(ValueError, match=r"is no workdir of a run: it has no config\.json\.$"):
+    with pytest.raises(UserError, match=r"is no workdir of a run: it has no config\.json\.$"):
         read_recipe(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is damaged: Expecting"):
+    with pytest.raises(UserError, match=r"config\.json is damaged: Expecting"):
         read_recipe(tmp_path)
 
 
@@ -195,12 +217,12 @@ def test_an_odd_config_json_is_a_line_for_all_who_read_it(tmp_path, one_device, 
     (tmp_path / "checkpoints" / "8").mkdir(parents=True)
     path = tmp_path / "config.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
         read_recipe(tmp_path)
     assert str(raised.value).startswith(str(path))
-    with pytest.raises(ValueError, match=re.escape(str(raised.value))):
+    with pytest.raises(UserError, match=re.escape(str(raised.value))):
         check_workdir(tmp_path, reading.load(DIGITS))
-    with pytest.raises(ValueError, match=re.escape(str(raised.value))):
+    with pytest.raises(UserError, match=re.escape(str(raised.value))):
         restore(tmp_path, one_device, "latest")
     assert path.read_bytes() == content
 
@@ -215,7 +237,7 @@ def test_what_is_in_the_way_of_a_runs_files_is_refused(tmp_path, monkeypatch, na
     if expected == "folder":
         path.rmdir()
         path.write_text("")
-    with pytest.raises(ValueError, match=rf"^{path} is {other}, expected a {expected} or nothing; move it away\.$"):
+    with pytest.raises(UserError, match=rf"^{path} is {other}, expected a {expected} or nothing; move it away\.$"):
         check_workdir(workdir, config)
     shutil.rmtree(workdir)
 
@@ -224,7 +246,7 @@ def test_what_is_in_the_way_of_a_runs_files_is_refused(tmp_path, monkeypatch, na
     path.unlink(missing_ok=True)
     path.symlink_to(tmp_path / "nowhere")
     message = rf"^{path} is a link to nothing, expected a {expected} or nothing; move it away\.$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check_workdir(workdir, config)
     assert not (tmp_path / "nowhere").exists()
     path.unlink()
@@ -233,7 +255,7 @@ def test_what_is_in_the_way_of_a_runs_files_is_refused(tmp_path, monkeypatch, na
     monkeypatch.setattr(os, "access", lambda at, mode: Path(at) != path)  # for root every file is accessible
     needed = "read" if name in ("config.json", "metrics.jsonl") else "read and written"  # those two are replaced
     message = rf"^{path} cannot be {needed} by this user; change its permissions or its owner\.$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check_workdir(workdir, config)
 
 
@@ -246,19 +268,19 @@ def test_a_workdir_that_is_gone_is_noticed(tmp_path):
     with claim(workdir, config):
         check_claim(workdir)
         workdir.rename(tmp_path / "renamed")
-        with pytest.raises(ValueError, match=gone):
+        with pytest.raises(UserError, match=gone):
             check_claim(workdir)
         workdir.mkdir()  # by another run, with another lock
         (workdir / ".lock").write_text("process 1 on elsewhere")
         with pytest.raises(
-            ValueError, match=rf"^workdir {workdir} now belongs to process 1 on elsewhere, by its \.lock;"
+            UserError, match=rf"^workdir {workdir} now belongs to process 1 on elsewhere, by its \.lock;"
         ):
             check_claim(workdir)
         shutil.rmtree(workdir)
         (tmp_path / "renamed").rename(workdir)
         check_claim(workdir)
         shutil.rmtree(workdir)
-        with pytest.raises(ValueError, match=gone):
+        with pytest.raises(UserError, match=gone):
             check_claim(workdir)
 
 
@@ -275,14 +297,14 @@ with workdir.claim(pathlib.Path({str(tmp_path)!r}), reading.load({DIGITS!r})):
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=rf"is in use by process {other.pid} on .* \(it holds .*/\.lock\)"):
+        with pytest.raises(UserError, match=rf"is in use by process {other.pid} on .* \(it holds .*/\.lock\)"):
             claim(tmp_path, config).__enter__()
         other.kill()
-    with claim(tmp_path, config), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
+    with claim(tmp_path, config), pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
         claim(tmp_path, config).__enter__()
     # Another run may have begun and ended between the check and the claim.
     with (
-        pytest.raises(ValueError, match=r"(?s)another recipe.*seed: 0 -> 3"),
+        pytest.raises(UserError, match=r"(?s)another recipe.*seed: 0 -> 3"),
         claim(tmp_path, reading.load(DIGITS, ["--config.seed=3"])),
     ):
         pass
@@ -306,7 +328,7 @@ def test_infinite_epochs_between_two_are_at_the_end_alone(tmp_path):
     assert json.loads(text, parse_constant=pytest.fail)["eval_every_epochs"] == largest
     (tmp_path / "config.json").write_text(text.replace(str(largest), "Infinity"))
     assert differences(read_recipe(tmp_path), config) == []
-    with pytest.raises(ValueError, match="'eval_every_epochs' must be a finite number, got nan"):
+    with pytest.raises(UserError, match="'eval_every_epochs' must be a finite number, got nan"):
         reading.load(DIGITS, ["--config.eval_every_epochs=nan"])
 
 

@@ -16,6 +16,7 @@ from xception_flax.data.sources import tfds
 from xception_flax.recipes import reading
 from xception_flax.runs.workdir import read_recipe
 from xception_flax.text import naming
+from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint
 
 BYTE = os.fsdecode(b"caf\xe9")  # of a Latin-1 file system: no UTF-8
@@ -193,5 +194,5 @@ def test_tfds_takes_only_unicode(tmp_path, monkeypatch):
     source = tfds.tfds("train+val", data_dir=str(tmp_path / "b c" / "of" / "1.0.0"))
     assert (len(source), source.class_names) == (72, tuple(names))
     os.rename(tmp_path / "b c", there)
-    with pytest.raises(ValueError, match=r"\\xe9/of/1.0.0: TFDS takes no name of a folder that is not UTF-8; rename"):
+    with pytest.raises(UserError, match=r"\\xe9/of/1.0.0: TFDS takes no name of a folder that is not UTF-8; rename"):
         tfds.tfds("train", data_dir=str(there / "of" / "1.0.0"))

@@ -9,6 +9,7 @@ import pytest
 from jax.typing import DTypeLike
 
 from xception_flax.text import values
+from xception_flax.text.errors import UserError
 from xception_flax.text.values import Endless
 
 LARGEST = 2.0**128 - 2.0**104  # of float32
@@ -65,7 +66,7 @@ def test_a_text_is_read_by_the_type(text, annotation, value):
     ],
 )
 def test_a_value_of_another_type_is_refused(value, annotation, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         values.check("key", value, annotation)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint, sharding
 from xception_flax.training.state import TrainState
 
@@ -77,7 +78,7 @@ def test_variables_alone(tmp_path, one_device):
     with open_manager(tmp_path, read_only=True) as manager:
         variables = checkpoint.restore_variables(manager, template, "raw", 3)
         np.testing.assert_array_equal(variables["params"]["conv"]["kernel"], state.params["conv"]["kernel"])
-        with pytest.raises(ValueError, match="checkpoints/3 cannot be used"):
+        with pytest.raises(UserError, match="checkpoints/3 cannot be used"):
             checkpoint.restore_variables(manager, template, "ema", 3)
 
 
@@ -92,16 +93,16 @@ def test_latest_and_best_are_kept(tmp_path, one_device):
         assert checkpoint.find_step(manager, "latest") == 5
         assert checkpoint.find_step(manager, "4") == 4
         for which in ("3", "newest", "-1"):
-            with pytest.raises(ValueError, match=rf"no checkpoint '{which}' .*a step of: 2, 4, 5"):
+            with pytest.raises(UserError, match=rf"no checkpoint '{which}' .*a step of: 2, 4, 5"):
                 checkpoint.find_step(manager, which)
 
 
 def test_no_checkpoint_and_no_evaluation(tmp_path, one_device):
     with open_manager(tmp_path) as manager:
-        with pytest.raises(ValueError, match="has no checkpoint yet"):
+        with pytest.raises(UserError, match="has no checkpoint yet"):
             checkpoint.find_step(manager, "latest")
         checkpoint.save(manager, make_state(one_device, 1), META, None)
-    with open_manager(tmp_path) as manager, pytest.raises(ValueError, match=r"no checkpoint .* has been evaluated"):
+    with open_manager(tmp_path) as manager, pytest.raises(UserError, match=r"no checkpoint .* has been evaluated"):
         checkpoint.find_step(manager, "best")
 
 
@@ -127,7 +128,7 @@ def test_a_flipped_bit_is_seen(tmp_path, one_device):
     largest.write_bytes(content)
     with open_manager(tmp_path) as manager:
         with pytest.raises(
-            ValueError, match=r"checkpoints/1 cannot be used: .*; move this folder away to go on from step 2"
+            UserError, match=r"checkpoints/1 cannot be used: .*; move this folder away to go on from step 2"
         ):
             checkpoint.restore_state(manager, abstract(state), 1)
         assert_equal(checkpoint.restore_state(manager, abstract(state), 2), make_state(one_device, 2))
@@ -144,7 +145,7 @@ def test_values_that_decode_and_are_wrong_are_seen(tmp_path, one_device):
     meta.write_text(json.dumps(content))
     with (
         open_manager(tmp_path) as manager,
-        pytest.raises(ValueError, match=r"the values of raw\['params'\]\['bias'\] have changed on disk"),
+        pytest.raises(UserError, match=r"the values of raw\['params'\]\['bias'\] have changed on disk"),
     ):
         checkpoint.restore_state(manager, abstract(state), 1)
 
@@ -156,10 +157,10 @@ def test_truncated_and_missing_files_are_seen(tmp_path, one_device):
     for path in (tmp_path / "checkpoints" / "1" / "optimizer").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with open_manager(tmp_path) as manager, pytest.raises(ValueError, match=r"cannot be used: .*; there is no other"):
+    with open_manager(tmp_path) as manager, pytest.raises(UserError, match=r"cannot be used: .*; there is no other"):
         checkpoint.restore_state(manager, abstract(state), 1)
     (tmp_path / "checkpoints" / "1" / "meta" / "metadata").unlink()
-    with open_manager(tmp_path) as manager, pytest.raises(ValueError, match="cannot be used"):
+    with open_manager(tmp_path) as manager, pytest.raises(UserError, match="cannot be used"):
         checkpoint.read_meta(manager, 1)
 
 
@@ -169,7 +170,7 @@ def test_another_network_is_refused(tmp_path, one_device):
         checkpoint.save(manager, state, META, None)
     other = abstract(state)
     kernel = jax.ShapeDtypeStruct((512, 255), jnp.float32, sharding=other.step.sharding)
-    with open_manager(tmp_path) as manager, pytest.raises(ValueError, match="cannot be used"):
+    with open_manager(tmp_path) as manager, pytest.raises(UserError, match="cannot be used"):
         checkpoint.restore_state(manager, other.replace(params=other.params | {"conv": {"kernel": kernel}}), 1)
 
 
@@ -190,7 +191,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_read(tmp_path, one_de
     what = rf"values of {item}\['{collection}'\]\['{array}'\] are not finite"
     with open_manager(tmp_path) as manager:
         checkpoint.save(manager, state, META, None)
-        with pytest.raises(ValueError, match=rf"^{what} after step 2; checkpoints from before it are kept\. Lower"):
+        with pytest.raises(UserError, match=rf"^{what} after step 2; checkpoints from before it are kept\. Lower"):
             checkpoint.save(manager, bad.replace(step=jnp.int32(2)), META, None)
         assert manager.all_steps() == [1]
         monkeypatch.setattr(checkpoint, "WEIGHTS", ())
@@ -198,10 +199,10 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_read(tmp_path, one_de
     monkeypatch.undo()
     with open_manager(tmp_path) as manager:
         refused = rf"/checkpoints/2 cannot be used: {what}; move this folder away to go on from step 1\.$"
-        with pytest.raises(ValueError, match=refused):
+        with pytest.raises(UserError, match=refused):
             checkpoint.restore_state(manager, abstract(state), 2)
         variables = abstract(state).variables(item)
-        with pytest.raises(ValueError, match=refused):
+        with pytest.raises(UserError, match=refused):
             checkpoint.restore_variables(manager, variables, item, 2)
         assert_equal(checkpoint.restore_state(manager, abstract(state), 1), state)
 
@@ -229,7 +230,7 @@ def test_what_fails_at_the_end_hides_no_reason(tmp_path, monkeypatch):
                 raise other_error
 
     failed = rf"^a checkpoint could not be written to {tmp_path}/checkpoints: RESOURCE_EXHAUSTED: no room; "
-    with pytest.raises(ValueError, match=failed):
+    with pytest.raises(UserError, match=failed):
         close()
     monkeypatch.undo()
     with pytest.raises(KeyError, match="another"):
@@ -237,7 +238,7 @@ def test_what_fails_at_the_end_hides_no_reason(tmp_path, monkeypatch):
 
 
 def test_bad_options_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"checkpoint\.keep_latest must be at least 1, got 0"):
+    with pytest.raises(UserError, match=r"checkpoint\.keep_latest must be at least 1, got 0"):
         open_manager(tmp_path, keep_latest=0)
 
 
@@ -263,7 +264,7 @@ def test_a_folder_of_any_name_keeps_its_checkpoints(tmp_path, one_device, name):
         assert checkpoint.find_step(manager, "best") == 1
         assert_equal(checkpoint.restore_state(manager, abstract(state), 2), state)
         (workdir / "checkpoints" / "2" / "meta" / "metadata").unlink()
-        with pytest.raises(ValueError, match=r"to go on from step 1\.$") as error:
+        with pytest.raises(UserError, match=r"to go on from step 1\.$") as error:
             checkpoint.read_meta(manager, 2)
     assert str(error.value).startswith(f"checkpoint {workdir}/checkpoints/2 cannot be used: ")
     assert "/proc/" not in str(error.value)
@@ -356,7 +357,7 @@ def test_a_step_that_is_not_kept_is_no_checkpoint(tmp_path, one_device, monkeypa
         if how == "other values" and step == 2:  # only reading all values would show it
             checkpoint.check_saves(manager, wait=True)
             return
-        with pytest.raises(ValueError, match=rf"a checkpoint could not be written to .*checkpoints: {reasons[how]}"):
+        with pytest.raises(UserError, match=rf"a checkpoint could not be written to .*checkpoints: {reasons[how]}"):
             checkpoint.check_saves(manager, wait=True)
     with open_manager(tmp_path, read_only=True) as manager:
         assert sorted(manager.all_steps()) == list(range(1, step))
@@ -403,9 +404,9 @@ def test_what_is_damaged_is_named(tmp_path, two_steps, one_device, monkeypatch, 
     line = f"checkpoint {step} cannot be used: {reason.format(step=step)}; move this folder away to go on from step 1."
     state = make_state(one_device, 2)
     exactly = f"^{re.escape(line)}$"
-    with pytest.raises(ValueError, match=exactly), open_manager(tmp_path) as manager:
+    with pytest.raises(UserError, match=exactly), open_manager(tmp_path) as manager:
         checkpoint.restore_state(manager, abstract(state), manager.latest_step())
-    with pytest.raises(ValueError, match=exactly):
+    with pytest.raises(UserError, match=exactly):
         read(tmp_path, "latest", state)
     shutil.rmtree(step)
     assert read(tmp_path, "latest", state)[0] == 1
@@ -422,15 +423,15 @@ def test_a_renamed_step_is_not_believed(tmp_path, two_steps, one_device):
         "move this folder away to go on from step 1."
     )
     exactly = f"^{re.escape(line)}$"
-    with pytest.raises(ValueError, match=exactly):
+    with pytest.raises(UserError, match=exactly):
         read(tmp_path, "300", state)
     with open_manager(tmp_path) as manager:
-        with pytest.raises(ValueError, match=exactly):
+        with pytest.raises(UserError, match=exactly):
             checkpoint.read_meta(manager, manager.latest_step())
         meta = json.loads((renamed / "meta" / "metadata").read_text())
         assert meta.pop("step") == 2
         (renamed / "meta" / "metadata").write_text(json.dumps(meta))
-        with pytest.raises(ValueError, match=exactly):
+        with pytest.raises(UserError, match=exactly):
             checkpoint.restore_state(manager, abstract(state), 300)
 
 
@@ -468,7 +469,7 @@ def test_a_reader_looks_again_where_its_step_is_removed(tmp_path, two_steps, one
         step, _, variables = read(workdir, "latest", state)
         assert (step, chosen) == (3, [2, 3])
         np.testing.assert_array_equal(variables["params"]["bias"], state.params["bias"])
-        with pytest.raises(ValueError, match=r"no checkpoint '5' .*; take latest, best or a step of: "):
+        with pytest.raises(UserError, match=r"no checkpoint '5' .*; take latest, best or a step of: "):
             read(workdir, "5", state)
 
 
@@ -494,7 +495,7 @@ def test_a_failed_save_leaves_no_thread(tmp_path, one_device, monkeypatch):
             mkdir(path, *args, **options)
 
         monkeypatch.setattr(os, "mkdir", refuse)
-        with pytest.raises(ValueError, match=r"could not be written to .*Permission denied.*; checkpoints kept: 1\.$"):
+        with pytest.raises(UserError, match=r"could not be written to .*Permission denied.*; checkpoints kept: 1\.$"):
             checkpoint.save(manager, make_state(one_device, 2), META, None)
         for thread in set(threading.enumerate()) - before:
             thread.join(timeout=5)
@@ -505,7 +506,7 @@ def test_a_folder_that_cannot_be_read_or_made_is_named(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     for attempt in (lambda folder: checkpoint.open_manager(folder, best_metric="top1"), checkpoint.has_steps):
         with pytest.raises(
-            ValueError, match=rf"the checkpoints in {tmp_path}/checkpoints cannot be read: Not a directory"
+            UserError, match=rf"the checkpoints in {tmp_path}/checkpoints cannot be read: Not a directory"
         ):
             attempt(tmp_path / "checkpoints")
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from xception_flax.text.errors import UserError
 from xception_flax.training.length import MAX_STEPS, RunLength, create_length
 
 
@@ -12,7 +13,7 @@ def test_a_run_has_whole_steps_and_at_least_one():
     assert create_length(100.0, 1536, 1_281_167) == RunLength(1536, 1_281_167, 83_409)
     assert [create_length(epochs, 10, 100).total_steps for epochs in (0.049, 0.1, 0.251)] == [1, 1, 3]
     assert create_length(float(MAX_STEPS), 1, 1).total_steps == MAX_STEPS
-    with pytest.raises(ValueError, match=r"are 2\.15e\+09 steps of batch_size=1; .* up to 2,147,483,647"):
+    with pytest.raises(UserError, match=r"are 2\.15e\+09 steps of batch_size=1; .* up to 2,147,483,647"):
         create_length(float(MAX_STEPS + 1), 1, 1)
 
 

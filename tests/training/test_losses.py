@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xception_flax.text.errors import UserError
 from xception_flax.training import losses
 
 
@@ -24,7 +25,7 @@ def test_soft_labels_are_for_floating_types(rng):
     loss = losses.create_loss("softmax", label_smoothing=0.2)
     expected = -np.sum((0.8 * soft + 0.05) * np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)), -1)
     np.testing.assert_allclose(loss.example(jnp.asarray(logits), jnp.asarray(soft)), expected, rtol=1e-5)
-    with pytest.raises(ValueError, match="takes one label an image"):
+    with pytest.raises(UserError, match="takes one label an image"):
         loss.example(jnp.asarray(logits), jnp.ones((3, 4), jnp.uint8))
 
 
@@ -37,5 +38,5 @@ def test_soft_labels_are_for_floating_types(rng):
     ],
 )
 def test_bad_losses_are_refused(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         call()

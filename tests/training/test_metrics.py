@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xception_flax.text.errors import UserError
 from xception_flax.training import metrics
 
 
@@ -106,16 +107,16 @@ def test_map_leaves_out_images_without_labels(tmp_path):
 
 
 def test_bad_class_weights_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no readable \.npy file"):
+    with pytest.raises(UserError, match=r"no readable \.npy file"):
         metrics.create_metrics("multi_label", class_weights=str(tmp_path / "nothing.npy"))
     np.save(tmp_path / "negative.npy", np.array([-1.0, 1.0]))
-    with pytest.raises(ValueError, match="finite weights that are not negative"):
+    with pytest.raises(UserError, match="finite weights that are not negative"):
         metrics.create_metrics("multi_label", class_weights=str(tmp_path / "negative.npy"))
-    with pytest.raises(ValueError, match=r"metrics\.k must be at least 1, got 0"):
+    with pytest.raises(UserError, match=r"metrics\.k must be at least 1, got 0"):
         metrics.create_metrics("multi_label", k=0)
     np.save(tmp_path / "two.npy", np.array([1.0, 1.0]))
     compute = metrics.create_metrics("multi_label", class_weights=str(tmp_path / "two.npy"))
-    with pytest.raises(ValueError, match=r"one weight for each of the 3 classes, got shape \(2,\)"):
+    with pytest.raises(UserError, match=r"one weight for each of the 3 classes, got shape \(2,\)"):
         compute(jnp.zeros((1, 3)), jnp.zeros((1, 3)), jnp.ones(1))
 
 

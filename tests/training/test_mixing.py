@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from xception_flax.data.batch import Batch
+from xception_flax.text.errors import UserError
 from xception_flax.training import mixing, sharding
 
 COLLECTIVES = re.compile(r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter")
@@ -140,13 +141,13 @@ def test_soft_labels():
     ],
 )
 def test_values_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         mixing.make_mixing(**options)
 
 
 def test_an_odd_batch_is_refused():
     mix = mixing.make_mixing(mixup_alpha=1.0)
-    with pytest.raises(ValueError, match="mix needs an even number of images, got a batch of 3"):
+    with pytest.raises(UserError, match="mix needs an even number of images, got a batch of 3"):
         mix(jax.random.key(0), jax.tree.map(jnp.asarray, batch(3)))
     assert mixing.make_mixing() is None
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from xception_flax.text.errors import UserError
 from xception_flax.training.length import RunLength
 from xception_flax.training.optimizers import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule, decay_mask
 
@@ -73,7 +74,7 @@ def test_cosine_with_warmup():
     ],
 )
 def test_bad_schedules_are_refused(name, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         create_schedule(name, run=RunLength(10, 100, 100), **options)
 
 
@@ -139,7 +140,7 @@ def test_clipping_shortens_the_whole_gradient():
     params = {"kernel": jnp.zeros(1), "bias": jnp.zeros(1)}
     updates, _ = tx.update({"kernel": jnp.array([3.0]), "bias": jnp.array([4.0])}, tx.init(params), params)
     assert (float(updates["kernel"][0]), float(updates["bias"][0])) == pytest.approx((-0.6, -0.8))
-    with pytest.raises(ValueError, match=r"clip_norm \(None: no clipping\) must be positive, got 0.0"):
+    with pytest.raises(UserError, match=r"clip_norm \(None: no clipping\) must be positive, got 0.0"):
         create_optimizer("sgd", 1.0, schedule=constant, clip_norm=0.0)
 
 
@@ -166,7 +167,7 @@ def test_a_backbone_factor_is_one_of_the_learning_rate(name):
     np.testing.assert_allclose(backbone, slow, rtol=1e-6)
     np.testing.assert_array_equal(classifier, fast)
     np.testing.assert_array_equal(run(0.01, backbone_factor=0.0)[0], [1, 2, 3])
-    with pytest.raises(ValueError, match=r"backbone_factor must be 0 or positive, got -1"):
+    with pytest.raises(UserError, match=r"backbone_factor must be 0 or positive, got -1"):
         run(0.01, backbone_factor=-1)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from xception_flax.text.errors import UserError
 from xception_flax.training import sharding
 
 
@@ -29,7 +30,7 @@ def test_mesh_covers_all_devices(sizes, shape):
     ],
 )
 def test_bad_meshes_are_refused(sizes, advice):
-    with pytest.raises(ValueError, match=f"must cover the 8 devices exactly; {advice}"):
+    with pytest.raises(UserError, match=f"must cover the 8 devices exactly; {advice}"):
         sharding.create_mesh(**sizes)
 
 
@@ -44,7 +45,7 @@ def test_bad_meshes_are_refused(sizes, advice):
     ],
 )
 def test_batch_that_does_not_divide_is_refused(batch_size, accumulation_steps, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         sharding.check_batch_size(batch_size, sharding.create_mesh(), accumulation_steps)
 
 
@@ -67,7 +68,7 @@ def test_a_state_that_fits_no_device_is_refused(monkeypatch):
     split, whole = sharding.create_mesh(fsdp=2), sharding.create_mesh()
     sharding.check_state_fits(split, state(split))
     with pytest.raises(
-        ValueError, match=r"take 0\.00105 GB on each device, which has 0\.001 GB; .*model\.width.*mesh\.fsdp"
+        UserError, match=r"take 0\.00105 GB on each device, which has 0\.001 GB; .*model\.width.*mesh\.fsdp"
     ):
         sharding.check_state_fits(whole, state(whole))
 

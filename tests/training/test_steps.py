@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from xception_flax import create_model
 from xception_flax.models import layers, ops
+from xception_flax.text.errors import UserError
 from xception_flax.training import losses, mixing, sharding, steps
 from xception_flax.training.metrics import create_metrics
 from xception_flax.training.optimizers import OPTIMIZERS, create_optimizer
@@ -271,7 +272,7 @@ def test_averages_follow_tensorflows_rule(one_device):
     assert state.variables("ema")["params"] is state.ema_params
     assert state.variables("raw")["params"] is state.params
     plain, _, _ = build(one_device)
-    with pytest.raises(ValueError, match="the recipe keeps no average"):
+    with pytest.raises(UserError, match="the recipe keeps no average"):
         plain.variables("ema")
 
 
@@ -303,9 +304,9 @@ def test_normalizer(rng):
     )
     per_channel = steps.create_normalizer((1.0, 2.0, 3.0), (1.0, 2.0, 4.0))
     np.testing.assert_allclose(per_channel(images), (images - np.array([1, 2, 3])) / np.array([1, 2, 4]), rtol=1e-6)
-    with pytest.raises(ValueError, match="mean has 3 values, but the images have 1 channels"):
+    with pytest.raises(UserError, match="mean has 3 values, but the images have 1 channels"):
         per_channel(images[..., :1])
-    with pytest.raises(ValueError, match=r"normalize\.std must be positive, got 0\.0"):
+    with pytest.raises(UserError, match=r"normalize\.std must be positive, got 0\.0"):
         steps.create_normalizer((0.0,), (0.0,))
 
 
@@ -313,7 +314,7 @@ def test_normalizer(rng):
     ("options", "message"), [({"ema_decay": 1.0}, "ema_decay"), ({"accumulation_steps": 0}, "accumulation_steps")]
 )
 def test_bad_step_options_are_refused(one_device, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build(one_device, **options)
 
 

@@ -25,6 +25,7 @@ from xception_flax import create_model
 from xception_flax.recipes import reading
 from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import read_recipe
+from xception_flax.text.errors import UserError
 from xception_flax.training import sharding, state
 from xception_flax.weights import fetching, initial, timm
 from xception_flax.weights import keras as keras_weights
@@ -158,7 +159,7 @@ def test_timms_formats(one_device, tmp_path, network, name):
     assert set(found.random) == set(CLASSIFIER)
     if network == "legacy_xception":  # the same shapes, and another network
         wrong = r"set --config\.model\.bn_epsilon=1e-05 --config\.model\.padding=SYMMETRIC$"
-        with pytest.raises(ValueError, match=wrong):
+        with pytest.raises(UserError, match=wrong):
             load(tmp_path / name, model.clone(padding="SAME", bn_epsilon=1e-3), one_device)
 
 
@@ -282,7 +283,7 @@ def test_a_run_is_weights_to_begin_with(run, model, one_device):
         ),
         (dict(checkpoint="7"), r"no checkpoint '7' in .*; take latest, best or a step of: 1, 2"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             load(workdir, **dict(model=model, mesh=one_device) | options)
 
 
@@ -305,7 +306,7 @@ def test_the_normalization_of_ones_own_file_is_the_recipes(model, keras_file, on
     published = (("", hashlib.md5(keras_file.read_bytes()).hexdigest()),)
     monkeypatch.setitem(fetching.KERAS_FILES, "xception", published)
     with pytest.raises(
-        ValueError, match=r"set --config\.normalize\.mean=\(127\.5,\) --config\.normalize\.std=\(127\.5,\)$"
+        UserError, match=r"set --config\.normalize\.mean=\(127\.5,\) --config\.normalize\.std=\(127\.5,\)$"
     ):
         load(keras_file, model, one_device, mean=(0.0,), std=(255.0,))
     assert "taken to be" not in str(load(keras_file, model, one_device))
@@ -322,7 +323,7 @@ def test_the_published_weights_are_found_where_keras_keeps_them(model, keras_fil
     files = (("full.h5", ""), ("notop.h5", hashlib.md5(keras_file.read_bytes()).hexdigest()))
     monkeypatch.setitem(fetching.KERAS_FILES, "xception", files)
     assert len(load("keras", model, one_device).arrays) == 234
-    with pytest.raises(ValueError, match=r"init\.weights: unknown network that Keras publishes 'lenet'; there are"):
+    with pytest.raises(UserError, match=r"init\.weights: unknown network that Keras publishes 'lenet'; there are"):
         load("keras", create_model("lenet", num_classes=4), one_device)
 
 
@@ -356,7 +357,7 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
         ),
         (keras_file, dict(model=create_model("lenet", num_classes=4)), r"h5 has weights of Xception, and this re"),
     ]:  # fmt: skip
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             load(weights, **dict(model=model, mesh=one_device) | options)
 
 
@@ -399,7 +400,7 @@ def test_a_folder_that_is_no_workdir_is_named(model, one_device, tmp_path):
         "run/checkpoints/236/raw": f": this is within one; give {run} and 236 as its checkpoint",
     }.items():
         expected = f"init.weights: {tmp_path / folder} is no workdir of a run: it has no config.json{message}."
-        with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
             load(tmp_path / folder, model, one_device)
 
 
@@ -415,13 +416,13 @@ def test_weights_that_are_not_finite_are_refused(one_device, tmp_path, value, fi
     np.savez(tmp_path / "w.npz", **arrays)
     dtype = fields.get("param_dtype", "float32")
     message = rf"^{tmp_path}/w\.npz: values of {'/'.join(place)} are not finite \(in {dtype}\); take another file"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load(tmp_path / "w.npz", model, one_device)
 
 
 def test_a_mistake_writes_nothing(photos, tmp_path):
     small = ["--config.batch_size=8", "--config.model.middle_repeats=0", "--config.data.image_size=71"]
     config = reading.load(f"{FINETUNE}:{photos}", [f"--config.init.weights={tmp_path / 'no.h5'}", *small])
-    with pytest.raises(ValueError, match=r"no\.h5 is neither a file nor a folder"):
+    with pytest.raises(UserError, match=r"no\.h5 is neither a file nor a folder"):
         train.train(config, tmp_path / "w")
     assert not (tmp_path / "w").exists()

@@ -15,6 +15,7 @@ from golden.seeded import structured_images
 from tests.weights.test_initial import without_names, write_as_published
 from tests.weights.test_keras import MAX_DIFFERENCE, MIN_SPREAD, copy_to_keras, narrow_keras_model, random_variables
 from xception_flax import create_model
+from xception_flax.text.errors import UserError
 from xception_flax.weights import keras_graph, keras_models, reading
 from xception_flax.weights.pretrained import Pretrained
 from xception_flax.weights.reader.room import Contents
@@ -351,17 +352,17 @@ def test_another_network_is_refused_by_its_first_difference(backbone):
         contents = contents_of(backbone)
         parts = contents.config["config"]["config"]["layers"]
         next(part for part in parts if part["name"] == layer)["config"].update(options)
-        with pytest.raises(ValueError, match=expected):
+        with pytest.raises(UserError, match=expected):
             keras_models.recognize(contents, Path("file"))
 
 
 def test_a_part_of_a_network_is_refused(backbone):
     part = keras.Model(backbone.input, backbone.get_layer("block13_sepconv2_act").output)
     with pytest.raises(
-        ValueError, match=r"^file: the model has no whole Xception or Inception V3 .* 31 SeparableConv2D"
+        UserError, match=r"^file: the model has no whole Xception or Inception V3 .* 31 SeparableConv2D"
     ):
         recognize(part)
-    with pytest.raises(ValueError, match=r"it has nothing for block13_sepconv2, .*block14_sepconv2_bn of xception"):
+    with pytest.raises(UserError, match=r"it has nothing for block13_sepconv2, .*block14_sepconv2_bn of xception"):
         recognize(part, config={})
 
 
@@ -370,13 +371,13 @@ def test_two_networks_are_refused(backbone, tmp_path):
     other = keras.Model.from_config(backbone.get_config())
     other.name = "other"
     model = keras.Model(image, layers.Add()([backbone(image), other(image)]))
-    with pytest.raises(ValueError, match=r"^file: it has several networks, xception, xception; expected one\.$"):
+    with pytest.raises(UserError, match=r"^file: it has several networks, xception, xception; expected one\.$"):
         recognize(model)
-    with pytest.raises(ValueError, match=r"it has several networks"):
+    with pytest.raises(UserError, match=r"it has several networks"):
         recognize(model, config={})
     model.save_weights(tmp_path / "two.weights.h5")
     without_names(tmp_path / "two.weights.h5")
-    with pytest.raises(ValueError, match=r"it has several networks"):
+    with pytest.raises(UserError, match=r"it has several networks"):
         read(tmp_path / "two.weights.h5")
 
 
@@ -391,13 +392,13 @@ def test_a_network_that_is_called_twice_is_one(backbone):
 def test_arrays_that_do_not_fit_are_listed_ten_at_most(backbone):
     entries = contents_of(backbone).entries
     cut = [(name, [array[..., :5] for array in arrays] if "_bn" in name else arrays) for name, arrays in entries]
-    with pytest.raises(ValueError, match=r"must have shape .*, got \(5,\)") as caught:
+    with pytest.raises(UserError, match=r"must have shape .*, got \(5,\)") as caught:
         recognize(backbone, entries=cut)
     lines = str(caught.value).splitlines()
     assert len(lines) == 10
     assert lines[-1] == "and 135 more such differences."
     without = [(name, arrays) for name, arrays in entries if name != "block9_sepconv1"]
-    with pytest.raises(ValueError, match=r"no Keras layer for params/block9_sepconv1/depthwise/kernel"):
+    with pytest.raises(UserError, match=r"no Keras layer for params/block9_sepconv1/depthwise/kernel"):
         recognize(backbone, entries=without)
     found = recognize(backbone, entries=[*entries, ("more", [np.zeros(3)])])
     assert found.left_out == ("arrays of more, which the configuration does not have",)
@@ -407,16 +408,16 @@ def test_a_foreign_file_is_refused():
     def of(*names: str, config: object = None) -> None:
         keras_models.recognize(Contents([(n, [np.zeros(3)]) for n in names], {"config": config}), Path("file"))
 
-    with pytest.raises(ValueError, match=r"^file has no layers with weights in it"):
+    with pytest.raises(UserError, match=r"^file has no layers with weights in it"):
         of()
     with pytest.raises(
-        ValueError, match=r"^file: it has not the layers of Keras' Xception or Inception V3; it has a, b\.$"
+        UserError, match=r"^file: it has not the layers of Keras' Xception or Inception V3; it has a, b\.$"
     ):
         of("a", "b")
-    with pytest.raises(ValueError, match=r"^file: it has not the layers .*; it has /layers/dense\.$"):
+    with pytest.raises(UserError, match=r"^file: it has not the layers .*; it has /layers/dense\.$"):
         of("/layers/dense")
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
-    with pytest.raises(ValueError, match=r"^file: the model has no whole Xception .* 0 SeparableConv2D"):
+    with pytest.raises(UserError, match=r"^file: the model has no whole Xception .* 0 SeparableConv2D"):
         recognize(model)
 
 
@@ -438,7 +439,7 @@ BROKEN = {
 @pytest.mark.parametrize("config", BROKEN)
 def test_a_broken_configuration_is_refused(config):
     contents = Contents([("d", [np.zeros(3)])], {"config": {"class_name": "Functional", "config": BROKEN[config]}})
-    with pytest.raises(ValueError, match=r"^file: its configuration is not as Keras writes it: "):
+    with pytest.raises(UserError, match=r"^file: its configuration is not as Keras writes it: "):
         keras_models.recognize(contents, Path("file"))
 
 

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from golden.seeded import disturbed, draw, sample, structured_images
 from xception_flax import create_model
+from xception_flax.text.errors import UserError
 from xception_flax.weights import timm
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "timm.npz")
@@ -109,15 +110,15 @@ def test_conversion_there_and_back(name):
 def test_what_does_not_match_is_refused():
     template = shapes_of(create_model("xception41", width=0.1, middle_repeats=1))
     state = seeded_state(template)
-    with pytest.raises(ValueError, match=r"the timm model has no 'head.fc.bias' for params/predictions/bias"):
+    with pytest.raises(UserError, match=r"the timm model has no 'head.fc.bias' for params/predictions/bias"):
         timm.from_timm({n: a for n, a in state.items() if n != "head.fc.bias"}, template)
-    with pytest.raises(ValueError, match=r"our network has no place for blocks.99.norm.weight of the timm model"):
+    with pytest.raises(UserError, match=r"our network has no place for blocks.99.norm.weight of the timm model"):
         timm.from_timm(state | {"blocks.99.norm.weight": np.zeros(1)}, template)
-    with pytest.raises(ValueError, match=r"'stem.0.bn.bias' of the timm model: .* must have shape \(8,\), got \(9,\)"):
+    with pytest.raises(UserError, match=r"'stem.0.bn.bias' of the timm model: .* must have shape \(8,\), got \(9,\)"):
         timm.from_timm(state | {"stem.0.bn.bias": np.zeros(9)}, template)
-    with pytest.raises(ValueError, match="legacy_xception has 8 blocks in its middle flow"):
+    with pytest.raises(UserError, match="legacy_xception has 8 blocks in its middle flow"):
         timm.timm_names(shapes_of(create_model("xception", width=0.1, middle_repeats=1)))
-    with pytest.raises(ValueError, match="timm's networks have no layer like 'conv1'"):
+    with pytest.raises(UserError, match="timm's networks have no layer like 'conv1'"):
         timm.timm_names(shapes_of(create_model("lenet")))
     counted = state | {"stem.0.bn.num_batches_tracked": np.zeros((), np.int64)}
     timm.from_timm(counted, template)

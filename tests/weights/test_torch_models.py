@@ -101,12 +101,12 @@ def test_of_several_networks_the_whole_one_or_none():
     assert_equal(found.variables, variables)
     assert found.origin["prefix"] == "teacher."
     assert found.origin["rather_than"] == ["student."]
-    with pytest.raises(ValueError, match=r"weights.pth has 2 whole networks, below student\., teacher\., and does not"):
+    with pytest.raises(UserError, match=r"weights.pth has 2 whole networks, below student\., teacher\., and does not"):
         recognize(below("student.", state) | below("teacher.", state), {}, PATH)
-    with pytest.raises(ValueError, match=r"of 2 networks, the one below 'student\.': by its names it is legacy_xcep"):
+    with pytest.raises(UserError, match=r"of 2 networks, the one below 'student\.': by its names it is legacy_xcep"):
         recognize(below("student.", part) | below("teacher.", part), {}, PATH)
     many = {f"{i}.{name}": array for i in range(9) for name, array in state.items()}
-    with pytest.raises(ValueError, match=r"has 9 networks, below 0\., 1\., .* and 4 more; expected one"):
+    with pytest.raises(UserError, match=r"has 9 networks, below 0\., 1\., .* and 4 more; expected one"):
         recognize(many, {}, PATH)
 
 

@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import jax
 from absl import logging as absl_logging
@@ -33,6 +33,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help shows what there is.")
+
+    def print_help(self, file: TextIO | None = None) -> None:
+        print(self.format_help(), end="", file=file, flush=True)  # argparse's own ignores that a disk is full
 
 
 def directory(text: str) -> Path:
@@ -209,7 +212,7 @@ def _outcome(main: Callable[[list[str]], int], argv: list[str]) -> tuple[int, st
     except BrokenPipeError:
         if not _nobody_reads(sys.stdout.fileno()):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the rest can be flushed
+        _drop_what_stdout_cannot_take()
         return 128 + signal.SIGPIPE, ""
     except UserError as error:
         if _wants_traceback():
@@ -218,9 +221,18 @@ def _outcome(main: Callable[[list[str]], int], argv: list[str]) -> tuple[int, st
     except OSError as error:
         if error.errno not in DISK_ERRORS or _wants_traceback():
             raise
+        _drop_what_stdout_cannot_take()
         return 2, _complaint(f"{error.filename or 'a file or standard output'}: {error.strerror}.")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT, "\ninterrupted"
+
+
+def _drop_what_stdout_cannot_take() -> None:
+    """Python flushes standard output once more at its exit; if that fails, it prints a traceback and exits with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _wants_traceback() -> bool:

@@ -6,6 +6,7 @@ from xception_flax.commands import cli
 from xception_flax.display import console
 from xception_flax.runs.restore import Run
 from xception_flax.text import naming
+from xception_flax.text.counting import counted
 from xception_flax.training import sharding
 from xception_flax.weights import source, writing
 
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     pretrained = source.from_run(found) if isinstance(found, Run) else found
     written = writing.write(pretrained, arguments.output)
     rows = {
-        "network": f"{pretrained.model['name']}, {pretrained.model.get('num_classes', 0):,} classes",
+        "network": f"{pretrained.model['name']}, {counted(pretrained.model.get('num_classes', 0), 'class')}",
         **({"left out": "; ".join(pretrained.left_out)} if pretrained.left_out else {}),
         "written": naming.shown(written.path),
         **({"note": "; ".join(written.notes)} if written.notes else {}),

@@ -19,6 +19,7 @@ from xception_flax.recipes.comparing import alike
 from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import mistakes_picture, read_recipe
 from xception_flax.text import naming
+from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.training import sharding
 from xception_flax.training.evaluation import evaluate
@@ -136,7 +137,7 @@ def _evaluate_checkpoint(
     results = evaluate(eval_step, run.variables, split, mesh, on_batch=mistakes)
     rows = {
         "checkpoint": f"step {run.step}, {run.weights} weights",
-        "data": f"{config.data.source}, split {config.data.eval_split!r}, {results['count']:,} images",
+        "data": f"{config.data.source}, split {config.data.eval_split!r}, {counted(results['count'], 'image')}",
         **({"not read": unread} if (unread := data.unread_of([split.source], whole=False)) else {}),
         **({"16 bits": dark} if dark else {}),
         **({"bad images": f"{results['bad_images']:,}, left out"} if "bad_images" in results else {}),
@@ -149,9 +150,7 @@ def _evaluate_checkpoint(
         wrong, drawn = mistakes.count, len(mistakes.images)
         right = (results["count"] - wrong) / results["count"]
         which = f"the first {drawn} in" if drawn < wrong else "see"
-        rows["wrong"] = (
-            f"{wrong:,} {'image' if wrong == 1 else 'images'}, {which} {naming.shown(picture)}" if wrong else "no image"
-        )
+        rows["wrong"] = f"{counted(wrong, 'image')}, {which} {naming.shown(picture)}" if wrong else "no image"
         title = (
             f"{wrong:,} of {results['count']:,} wrong ({console.percent(right)} right)"
             + (f", the first {drawn}" if drawn < wrong else "")

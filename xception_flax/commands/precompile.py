@@ -37,6 +37,7 @@ from xception_flax.planning.report import (
 )
 from xception_flax.recipes import reading
 from xception_flax.text import naming
+from xception_flax.text.counting import counted
 from xception_flax.training.length import create_length
 
 EXAMPLES = """\
@@ -106,7 +107,8 @@ def _show_costs(config: ConfigDict, where: slices.Slice, result: dict[str, Any])
         "run": "its length needs --num-images",
     }
     if "steps" in result:
-        rows["run"] = f"{result['steps']:,} steps, {config.epochs:g} epochs: {result['hours']:,.2f} h (estimate)"
+        epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs:g} epochs"
+        rows["run"] = f"{counted(result['steps'], 'step')}, {epochs}: {result['hours']:,.2f} h (estimate)"
     console.show_table("a step of a chip, and the run", rows)
 
 
@@ -134,7 +136,7 @@ def main(argv: list[str]) -> int:
     def at(batch_size: int) -> Report | DoesNotFit:
         changed = config.copy_and_resolve_references()
         changed.batch_size = batch_size
-        with console.waiting(f"compiling for {where.name}, {batch_size:,} images"):
+        with console.waiting(f"compiling for {where.name}, {counted(batch_size, 'image')}"):
             try:
                 # In a thread, so that this one can handle Ctrl-C while the compiler runs.
                 with concurrent.futures.ThreadPoolExecutor(1) as thread:

@@ -24,6 +24,7 @@ from xception_flax.display import console
 from xception_flax.host import files
 from xception_flax.prepare import check, folder, imagenet, records
 from xception_flax.text import naming
+from xception_flax.text.counting import counted
 
 EXAMPLES = """\
   xception-flax prepare imagenet --tars downloads --data-dir /data/tfds --hashes
@@ -155,7 +156,7 @@ def _prepare(
     num_classes = info.features["label"].num_classes
     empty = num_classes - len({image.label for image in next(iter(splits.values()))})
     classes = f"{num_classes:,}" + (f", {empty:,} without an image" if empty else "")
-    rows = {split: f"{len(images):,} images" for split, images in splits.items()} | {"classes": classes}
+    rows = {split: counted(len(images), "image") for split, images in splits.items()} | {"classes": classes}
     console.show_table(
         naming.shown(layout.directory),
         rows
@@ -173,13 +174,14 @@ def _prepare(
 
 
 def check_data_set(arguments: argparse.Namespace) -> int:
-    splits = check.open_splits(arguments.dataset.expanduser().absolute(), arguments.val_fraction)
+    directory = arguments.dataset.expanduser().absolute()
+    splits = check.open_splits(directory, arguments.val_fraction)
     of_training = {split: source for split, source in splits.items() if split in ("train", "val")} or splits
     class_names = folder.common_classes(arguments.dataset, of_training)
     if arguments.json is not None:
         files.check_writable(arguments.json)  # before hours of reading, not after
     total = sum(map(len, splits.values()))
-    with console.counting(f"reading {arguments.dataset.name}", total, "images") as advance:
+    with console.counting(f"reading {arguments.dataset.name}", total, "image") as advance:
         images = check.read_all(splits, arguments.num_threads, advance)
     report = {split: check.describe(found, splits[split].class_names) for split, found in images.items()}
     repeated = check.repeated(images)
@@ -193,7 +195,10 @@ def check_data_set(arguments: argparse.Namespace) -> int:
     other = [split for split, source in splits.items() if source.class_names != class_names]
     if other:  # training does not use these splits, but `evaluate` would refuse them
         print(f"\nother classes than training's: split {', '.join(other)}")
-    return 1 if other or any(described["undecodable"] for described in report.values()) else 0
+    refused = check.mistakes(directory, splits, arguments.val_fraction)
+    for mistake in refused:
+        print(f"\ntraining refuses it: {naming.harmless(mistake)}")
+    return 1 if other or refused or any(described["undecodable"] for described in report.values()) else 0
 
 
 def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]]) -> None:
@@ -202,17 +207,18 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
         least, most = min(counts), max(counts)
         rows = {
             "images": f"{described['images']:,}",
-            "classes": f"{len(counts):,}, with {least:,} "
-            + ("images each" if least == most else f"to {most:,} images"),
+            "classes": f"{len(counts):,}, with "
+            + (f"{counted(most, 'image')} each" if least == most else f"{least:,} to {counted(most, 'image')}"),
         }
         if 0 in counts:
-            rows["without an image"] = f"{counts.count(0):,} classes"
+            rows["without an image"] = counted(counts.count(0), "class")
         rows["undecodable"] = f"{len(described['undecodable']):,}"
         for what in ("bytes", "pixels"):
             low, middle, high = described[what]
-            rows[what] = f"{low:,} to {high:,}, median {middle:,}"
+            if high:  # else there is no image
+                rows[what] = f"{low:,} to {high:,}, median {middle:,}"
         if wide := described["sixteen_bits"]:
-            rows["16 bits"] = f"{wide['images']:,} images, of values up to {wide['largest']:,}"
+            rows["16 bits"] = f"{counted(wide['images'], 'image')}, of values up to {wide['largest']:,}"
         console.show_table(split, rows)
     found = [wide for split in report.values() if (wide := split["sixteen_bits"])]
     largest = max((wide["largest"] for wide in found), default=0)
@@ -220,8 +226,9 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
         print(f"\nno value in the upper half of 16 bits: train by --config.data.max_value={decoding.white(largest)}")
     elif dark := sum(wide["dark"] for wide in found):
         number = sum(wide["images"] for wide in found)
+        has = "has" if dark == 1 else "have"
         print(
-            f"\n{dark:,} of {number:,} images of 16 bits have no value in the upper half; is white less than "
+            f"\n{dark:,} of {counted(number, 'image')} of 16 bits {has} no value in the upper half; is white less than "
             f"{decoding.WHITE} there?"
         )
 
@@ -229,12 +236,13 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
         return len({name.partition(": ")[0] for name in names}) > 1
 
     across = sum(map(is_across, repeated))
-    print(f"\n{len(repeated):,} files are there more than once, {across:,} of them in more than one split")
+    are = "is" if len(repeated) == 1 else "are"
+    print(f"\n{counted(len(repeated), 'file')} {are} there more than once, {across:,} of them in more than one split")
     for names in sorted(repeated, key=is_across, reverse=True)[:10]:  # those in several splits first
         print(f"  {' = '.join(map(naming.shown, names[:5]))}{' ...' if len(names) > 5 else ''}")
     undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
     if undecodable:
-        print(f"\n{len(undecodable):,} image{'s' * (len(undecodable) > 1)} cannot be read or decoded")
+        print(f"\n{counted(len(undecodable), 'image')} cannot be read or decoded")
         for name in undecodable[:20]:
             print(f"  {naming.shown(name)}")
         if len(undecodable) > 20:

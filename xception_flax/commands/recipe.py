@@ -4,9 +4,11 @@ A * marks a value that is not the default. KEY=VALUE is written as train.py take
 Values are checked as far as they can be without the data and the devices of a run.
 """
 
+import os
 import shlex
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +19,15 @@ from xception_flax.display import console
 from xception_flax.recipes import reading, trial
 from xception_flax.recipes.groups import PARTS
 from xception_flax.recipes.signatures import Key
+from xception_flax.runs.workdir import CONFIG, read_recipe
 from xception_flax.text import naming, values
 
 EXAMPLES = """\
   xception-flax recipe configs/digits.py
   xception-flax recipe configs/digits.py --config.model.name=lenet
   xception-flax recipe configs/imagenet.py | grep -A2 decay
-  xception-flax recipe configs/imagenet.py --json"""
+  xception-flax recipe configs/imagenet.py --json
+  xception-flax recipe runs/digits"""
 
 WIDTH = 100  # of a line, in terminal cells; only long values exceed it
 TYPE_COLUMN = 46
@@ -60,11 +64,15 @@ class Row(NamedTuple):
 
 def main(argv: list[str]) -> int:
     parser = cli.parser("xception-flax recipe", __doc__, EXAMPLES, hosts=False)
-    parser.add_argument("config", metavar="FILE[:ARG]", help="the recipe, and its argument")
+    parser.add_argument("config", metavar="FILE[:ARG]|WORKDIR", help="the recipe, and its argument; or that of a run")
     parser.add_argument("--json", action="store_true", help="print a line of JSON instead: an object with every key")
     cli.add_overrides(parser)
     arguments, overrides = parser.parse_known_args(argv)
-    config = reading.load(arguments.config, overrides)
+    workdir = Path(arguments.config)
+    if arguments.config and os.path.isfile(workdir / CONFIG):
+        config = reading.override(read_recipe(workdir), overrides, groups=None)
+    else:
+        config = reading.load(arguments.config, overrides)
     jax.config.update("jax_platforms", "cpu")  # the check needs no accelerator, which may be busy
     trial.check_values(config)
     if arguments.json:

@@ -19,6 +19,7 @@ from xception_flax.display import console, pictures
 from xception_flax.host import files
 from xception_flax.recipes import reading
 from xception_flax.text import naming
+from xception_flax.text.counting import counted
 from xception_flax.training import mixing
 
 EXAMPLES = """\
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     shown = []
     with (
         contextlib.closing(batches(config, split)) as loaded,
-        console.counting("reading", number, "batches") as advance,
+        console.counting("reading", number, "batch") as advance,
     ):
         for batch in itertools.islice(loaded, number):
             shown.append(first_images(batch, arguments.images))
@@ -58,11 +59,11 @@ def main(argv: list[str]) -> int:
         np.concatenate([b["images"] for b in shown]),
         [caption for b in shown for caption in captions(b, split.class_names)],
         f"{naming.shown(arguments.config)}, {'training' if train else 'evaluation'}: the first images of "
-        f"{len(shown)} batches of {config.batch_size}\n"
+        f"{counted(len(shown), 'batch')} of {config.batch_size}\n"
         + (config.data.train_transforms if train else config.data.eval_transforms),
         arguments.output,
     )
-    print(f"{naming.shown(arguments.output)}: {sum(len(b['images']) for b in shown)} images")
+    print(f"{naming.shown(arguments.output)}: {counted(sum(len(b['images']) for b in shown), 'image')}")
     return 0
 
 

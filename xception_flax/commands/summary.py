@@ -21,6 +21,8 @@ from xception_flax.display import console
 from xception_flax.models.summary import Row, Shape, fold, summarize, totals, trace_network
 from xception_flax.recipes import checking, reading
 from xception_flax.text import naming
+from xception_flax.text.counting import counted
+from xception_flax.text.lookup import written
 
 EXAMPLES = """\
   xception-flax summary xception
@@ -74,7 +76,7 @@ def _show_rows(title: str, rows: Sequence[Row], *, by: str) -> None:
 
 
 def _classes(config: ConfigDict) -> str:
-    return f"{config.num_classes:,} classes" if config.num_classes else "no classifier"
+    return counted(config.num_classes, "class") if config.num_classes else "no classifier"
 
 
 def _record(config: ConfigDict, image_shape: Shape, totals: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -149,6 +151,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--num-classes", type=int, metavar="N", help="0: no classifier; default: 1000, or the recipe's")
     cli.add_overrides(parser, "model.KEY", "set a field of the network, as in a recipe")
     arguments, overrides = parser.parse_known_args(argv)
+    if overrides and not overrides[0].startswith("-"):
+        parser.error(f"one NAME only, got {written(overrides[0])} too; --all compares all networks")
     if arguments.all and arguments.layers:
         parser.error("argument --layers: not allowed with argument --all, which has one row per network")
     if arguments.num_classes is not None:

@@ -9,6 +9,7 @@ from xception_flax.data.sources import SOURCES
 from xception_flax.data.transforms import Transform, parse_transforms
 from xception_flax.data.transforms.geometry import MAX_SIDE
 from xception_flax.host import allocator
+from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup, suggest, written
 from xception_flax.text.naming import composed
@@ -73,7 +74,9 @@ def load(
     """
     function = lookup(SOURCES, source, "source")
     if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes.")
+        raise UserError(
+            f"batch_size={batch_size} must be a positive multiple of the {counted(process_count, 'process')}."
+        )
     chains = check_options(
         image_size=image_size,
         channels=channels,
@@ -96,7 +99,7 @@ def load(
         raise UserError(f"source {source!r}: split {train_split if train else eval_split!r} has no images.")
     if train and batch_size > len(examples):  # a batch would have images twice, and a step would be more than an epoch
         raise UserError(
-            f"batch_size={batch_size} is more than the {len(examples)} images of split {train_split!r}; "
+            f"batch_size={batch_size} is more than the {counted(len(examples), 'image')} of split {train_split!r}; "
             f"take at most {len(examples)}."
         )
     num_threads, num_workers = choose_threads(num_threads, num_workers, usable_cpus(processes_per_host))
@@ -175,8 +178,8 @@ def check_class_names(expected: Sequence[str], split: Split) -> None:
             "" if missing or extra or not moved else f"; another order: {moved[0][1]} where {moved[0][0]} is expected"
         )
         raise UserError(
-            f"the data of {'training' if split.train else 'evaluation'} has {len(split.class_names)} classes, and not "
-            f"the {len(expected)} that are expected"
+            f"the data of {'training' if split.train else 'evaluation'} has "
+            f"{counted(len(split.class_names), 'class')}, and not the {len(expected)} that are expected"
             + (f"; missing: {', '.join(missing)}" if missing else "")
             + (f"; not expected: {', '.join(extra)}" if extra else "")
             + order

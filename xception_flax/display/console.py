@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xception_flax.text import naming
+from xception_flax.text.counting import counted, plural
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ def counting(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Cal
     Args:
       what: the name of the work.
       total: the whole amount.
-      unit: of the amount: 'bytes', or what is counted.
+      unit: of the amount: 'bytes', or what is counted, such as 'image'.
       done: the amount done by an earlier start.
 
     Yields:
@@ -89,8 +90,8 @@ def counting(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Cal
     console, begun, lock = stderr_console(), time.monotonic(), threading.Lock()
     now_done, told, what = done, begun, naming.harmless(what)
 
-    def amount(number: float) -> str:
-        return f"{number / 1e9:.2f} GB" if unit == "bytes" else f"{number:,.0f} {unit}"
+    def amount(number: int) -> str:
+        return f"{number / 1e9:.2f} GB" if unit == "bytes" else counted(number, unit)
 
     def advance(number: int) -> None:
         nonlocal now_done, told
@@ -98,7 +99,7 @@ def counting(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Cal
             now_done += number
             rate = (now_done - done) / max(time.monotonic() - begun, 1e-9)
             if console.is_terminal:
-                per_second = f"{rate / 1e6:,.0f} MB/s" if unit == "bytes" else f"{rate:,.0f} {unit}/s"
+                per_second = f"{rate / 1e6:,.0f} MB/s" if unit == "bytes" else f"{rate:,.0f} {plural(unit)}/s"
                 bar.update(task, completed=now_done, state=f"{amount(now_done)}  {per_second}  left")
             elif time.monotonic() - told > 30:
                 told = time.monotonic()

@@ -18,6 +18,7 @@ from xception_flax.inference import class_names as known_names
 from xception_flax.inference import preprocessing as preprocessings
 from xception_flax.inference.preprocessing import Image, Preprocessing
 from xception_flax.runs.restore import Run
+from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 from xception_flax.training import sharding, state, steps
@@ -250,7 +251,9 @@ def from_pretrained(
 
 def _checked_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
     if names is not None and len(names) != num_classes:
-        raise UserError(f"there are {len(names):,} names of classes, and {num_classes:,} logits; give a name for each.")
+        raise UserError(
+            f"got {counted(len(names), 'name')} of classes for {counted(num_classes, 'logit')}; give a name for each."
+        )
     if names is not None and len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise UserError(f"two classes are named {written(twice)}; give each a name of its own.")

@@ -1,6 +1,7 @@
 """Reads every image of a data set and describes what it finds."""
 
 import collections
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
@@ -58,6 +59,17 @@ def open_splits(directory: Path, val_fraction: float | None) -> dict[str, source
     if splits:
         return {split: sources.folder.folder(split, data_dir=str(directory)) for split in splits}
     return sources.folder.split_by_names(sources.folder.classes_in(directory), fraction)
+
+
+def mistakes(directory: Path, splits: Mapping[str, sources.Source], val_fraction: float | None) -> list[str]:
+    """Returns what training will refuse of the splits that `open_splits` returned."""
+    train, val = splits.get("train"), splits.get("val")
+    if not (isinstance(train, sources.folder.Files) and isinstance(val, sources.folder.Files)) or train.splits:
+        return []  # splits that are fixed
+    whole = dataclasses.replace(train, paths=train.paths + val.paths, labels=train.labels + val.labels)
+    fraction = val_fraction or sources.folder.VAL_FRACTION
+    found = (sources.folder.split_mistake(directory, whole, fraction, split) for split in splits)
+    return [mistake for mistake in found if mistake]
 
 
 def read_all(

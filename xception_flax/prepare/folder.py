@@ -101,9 +101,11 @@ def splits_there(directory: Path, val_fraction: float | None) -> tuple[tuple[str
     """Returns the splits that have folders, and the share of 'val' if none has.
 
     Raises:
-      UserError: splits have folders, and a share is given too.
+      UserError: splits have folders, and a share is given too; or 'val' is a folder without images of classes.
     """
     there = sources.folder.folder_splits(str(directory))
+    if there and "val" not in there and (directory / "val").is_dir():
+        sources.folder.folder("val", data_dir=str(directory))  # says what is wrong there, as training does
     if there and val_fraction is not None:
         raise UserError(f"{directory} has folders of splits ({', '.join(there)}) already; leave out --val-fraction.")
     return there, val_fraction or sources.folder.VAL_FRACTION

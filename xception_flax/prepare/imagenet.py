@@ -15,6 +15,7 @@ from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_build
 
 from xception_flax.data.decoding import decode
 from xception_flax.prepare.records import EncodedImage
+from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 
 
@@ -105,7 +106,9 @@ def list_images(
     }
     for split, tar in TARS.items():
         if len(images[split]) != tar.num_images and not subset:
-            raise UserError(f"{paths[split]} has {len(images[split]):,} images, and {tar.num_images:,} are published.")
+            raise UserError(
+                f"{paths[split]} has {counted(len(images[split]), 'image')}, and {tar.num_images:,} are published."
+            )
     return images
 
 

@@ -33,8 +33,8 @@ def load(path_and_argument: str, overrides: Sequence[str] = (), groups: Sequence
     return resolve(_run_recipe(path_and_argument), overrides, groups)
 
 
-def override(config: ConfigDict, overrides: Sequence[str], groups: Sequence[str]) -> ConfigDict:
-    """Returns a resolved recipe with overrides applied; they may only touch `groups`.
+def override(config: ConfigDict, overrides: Sequence[str], groups: Sequence[str] | None) -> ConfigDict:
+    """Returns a resolved recipe with overrides applied; they may only touch `groups`, None for all.
 
     Raises:
       UserError: a key is unknown or of another group, or a value is wrong.

@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from xception_flax.display.lettering import Lettering
 from xception_flax.host.files import file_errors
@@ -37,10 +38,18 @@ def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) ->
     _plot(loss, records, "eval/loss", EVAL_COLOR, "evaluation")
     loss.set(title="loss (nats)", xlabel="step", yscale="log")
     _plot(score, records, f"train/{quality.best}", TRAIN_COLOR, "training", scale=100)
-    last = _plot(score, records, f"eval/{quality.best}", EVAL_COLOR, "evaluation", scale=100)
-    if last is not None:
+    evaluated = _plot(score, records, f"eval/{quality.best}", EVAL_COLOR, "evaluation", scale=100)
+    score.margins(y=0.15)  # room for the number, above or below all points
+    if evaluated:
+        above = evaluated[-1][1] >= evaluated[-2:][0][1]  # off its own line, which comes from the left
         score.annotate(
-            f"{last[1]:.2f} %", last, xytext=(-4, -14), textcoords="offset points", ha="right", color=EVAL_COLOR
+            f"{evaluated[-1][1]:.2f} %",
+            evaluated[-1],
+            xytext=(0, 5 if above else -5),
+            textcoords="offset points",
+            ha="right",
+            va="bottom" if above else "top",
+            color=EVAL_COLOR,
         )
     score.set(title=f"{quality.title} (%)", xlabel="step")
     _plot(rate, records, "train/learning_rate", RATE_COLOR, None)
@@ -49,11 +58,16 @@ def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) ->
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # of a short run too
+    low, high = loss.get_ylim()
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
     for axes in (loss, score):
         if axes.lines:
             axes.legend(frameon=False)
     lettering = Lettering([title])
     lines = lettering.wrap(lettering.drawable(title), 12 * 72, 12)
+    figure.set_size_inches(13, 3.8 + 0.2 * (len(lines) - 1))
     lettering.write(figure.suptitle, "\n".join(lines), 12)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -61,10 +75,9 @@ def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) ->
 
 def _plot(
     axes: Axes, records: Sequence[Mapping[str, Any]], key: str, color: str, label: str | None, scale: float = 1.0
-) -> tuple[float, float] | None:
-    """Plots one key and returns its last point; None if no record has the key."""
+) -> list[tuple[float, float]]:
+    """Plots one key and returns its points; none if no record has the key."""
     points = [(r["step"], scale * r[key]) for r in records if r.get(key) is not None]
-    if not points:
-        return None
-    axes.plot(*zip(*points, strict=True), color=color, label=label, marker="o" if len(points) < 40 else None, ms=3)
-    return points[-1]
+    if points:
+        axes.plot(*zip(*points, strict=True), color=color, label=label, marker="o" if len(points) < 40 else None, ms=3)
+    return points

@@ -13,7 +13,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeRemainingColumn,
 )
 
 from xception_flax.display.console import duration, percent, stderr_console
@@ -37,6 +36,9 @@ class RunProgress:
     waited for a batch. Training stands still for `eval/seconds` and `checkpoint/blocking_seconds` (a checkpoint's files
     are written in the background). The host runs a few steps ahead of the devices, so times are means over the steps
     between two records. At a record the devices have finished all steps.
+
+    The time that is left counts the steps to come at the mean time of a step, and evaluations and checkpoints in
+    proportion to those so far: it does not rise at each of them and fall until the next.
     """
 
     def __init__(
@@ -73,6 +75,9 @@ class RunProgress:
         self._input_wait_seconds = 0.0
         self._pauses: Counter[str] = Counter()  # seconds by reason, until they are recorded
         self._paused_seconds = 0.0  # of all reasons, since the last record of training
+        self._step, self._paused_step = start_step, start_step  # done, and when the last evaluation or checkpoint was
+        self._left_out_seconds = self._repeated_seconds = 0.0  # of all pauses; of evaluations and checkpoints
+        self._shown = "compiling"
         if not enabled:
             return
         self._console = stderr_console()
@@ -88,12 +93,11 @@ class RunProgress:
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(compact=True),
             console=self._console,
             disable=not self._console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("training", total=total_steps, completed=start_step, state="compiling")
+        self._task = self._bar.add_task("training", total=total_steps, completed=start_step, state=self._shown)
         self._bar.start()
         if strange:
             lines = (
@@ -125,8 +129,9 @@ class RunProgress:
 
     def advance(self, step: int) -> None:
         """Moves the bar. This takes no time to speak of."""
+        self._step = step
         if self._enabled:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, state=self._state())
 
     def compiled(self, step: int) -> None:
         """Starts the clock of the rate. The time until now, at the end of `step`, was compilation."""
@@ -134,6 +139,8 @@ class RunProgress:
         self._first_step_seconds = now - then - self._paused_seconds
         self._began = self._last = (now, step)
         self._paused_seconds = self._input_wait_seconds = 0.0
+        self._left_out_seconds = self._repeated_seconds = 0.0
+        self._shown = ""
         if self._enabled:
             self._bar.update(self._task, state="")
 
@@ -156,6 +163,10 @@ class RunProgress:
         seconds = time.monotonic() - begin
         self._pauses[reason] += seconds
         self._paused_seconds += seconds
+        self._left_out_seconds += seconds
+        if reason in ("evaluation", "checkpoint"):
+            self._repeated_seconds += seconds
+            self._paused_step = self._step
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records the training metrics of the steps since the last record, with the rate and the times."""
@@ -163,6 +174,7 @@ class RunProgress:
         seconds, steps = max(now - then - self._paused_seconds, 1e-9), step - last_step
         rate, input_wait_seconds = steps * self._batch_size / seconds, self._input_wait_seconds
         self._last, self._paused_seconds, self._input_wait_seconds = (now, step), 0.0, 0.0
+        self._step = step
         if not self._enabled:
             return
         record, shown = {f"train/{k}": v for k, v in metrics.items()}, f"loss {metrics['loss']:.4f}"
@@ -178,11 +190,21 @@ class RunProgress:
                 shown += f"  MFU {100 * record['train/mfu']:.0f} %"
             shown += f"  input {100 * input_wait_seconds / seconds:.0f} %"
         self._record(step, record)
-        self._bar.update(self._task, completed=step, state=f"{shown}  left")
+        self._shown = shown
+        self._bar.update(self._task, completed=step, state=self._state())
         if not self._console.is_terminal:
-            began, first_step = self._began  # includes evaluations and checkpoints, since more will come
-            left = (self._total_steps - step) * (now - began) / max(step - first_step, 1)
-            self.say(f"step {step}/{self._total_steps}  {shown}" + (f"  {duration(left)} left" if left else ""))
+            self.say(f"step {step}/{self._total_steps}  {self._state()}")
+
+    def _state(self) -> str:
+        """Returns what the last record had, and the time that is left."""
+        began, first_step = self._began
+        steps = self._step - first_step
+        if not self._shown or steps < 1:
+            return self._shown
+        seconds = (time.monotonic() - began - self._left_out_seconds) / steps
+        seconds += self._repeated_seconds / max(self._paused_step - first_step, 1)
+        left = seconds * (self._total_steps - self._step)
+        return f"{self._shown}  {duration(left)} left" if left else self._shown
 
     def evaluation(self, step: int, metrics: Mapping[str, float], weights: str) -> None:
         """Records an evaluation of the `weights` 'raw' or 'ema'."""

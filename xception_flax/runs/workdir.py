@@ -116,19 +116,28 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     for name in FILES + FOLDERS:
         access = os.R_OK if name in REPLACED else os.R_OK | os.W_OK
         check_kind(workdir / name, folder=name in FOLDERS, access=access)
-    if not (workdir / CONFIG).is_file():
-        foreign = [name for name in (CHECKPOINTS, HISTORY, CURVES) if (workdir / name).exists()]
-        if foreign:
-            raise UserError(
-                f"workdir {workdir} has {', '.join(foreign)} and no {CONFIG}: not a run of this program, or a "
-                "damaged one. Nothing was changed; take another workdir."
-            )
+    if not (workdir / CONFIG).is_file() and (foreign := _foreign(workdir)):
+        more = f" and {len(foreign) - 3:,} more" if len(foreign) > 3 else ""
+        raise UserError(
+            f"workdir {workdir} has {', '.join(foreign[:3])}{more} and no {CONFIG}: not a run of this program, or a "
+            "damaged one. Nothing was changed; take another workdir."
+        )
     if (workdir / CONFIG).is_file() and (changed := differences(read_recipe(workdir), config)):
         raise UserError(
             f"{workdir} holds a run of another recipe; nothing was changed. Take a new workdir, or the old values:\n  "
             + "\n  ".join(changed)
             + (f"\n{how_to_train_on(workdir)}" if _could_train_on(workdir, changed) else "")
         )
+
+
+def _foreign(workdir: Path) -> list[str]:
+    """Returns the names in a folder that has no `CONFIG`, without what we, file managers or disks put there unasked."""
+    try:
+        return sorted(name for name in os.listdir(workdir) if not name.startswith((".", CONFIG, "lost+found")))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _not_writable(workdir, error) from None
 
 
 def _check_place(workdir: Path, config: ConfigDict) -> None:

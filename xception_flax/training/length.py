@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 
 MAX_STEPS = 2**31 - 1  # a step is counted in 32 bits
@@ -37,7 +38,7 @@ def create_length(epochs: float, batch_size: int, num_images: int) -> RunLength:
     total_steps = max(1, round(epochs * num_images / batch_size))
     if total_steps > MAX_STEPS:
         raise UserError(
-            f"epochs={epochs:g} of {num_images:,} images are {total_steps:.3g} steps of batch_size={batch_size:,}; "
-            f"a step is counted in 32 bits, up to {MAX_STEPS:,}."
+            f"epochs={epochs:g} of {counted(num_images, 'image')} are {total_steps:.3g} steps of "
+            f"batch_size={batch_size:,}; a step is counted in 32 bits, up to {MAX_STEPS:,}."
         )
     return RunLength(batch_size, num_images, total_steps)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from xception_flax.models.layers import is_classifier
+from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup
 from xception_flax.text.ranges import check_range
@@ -87,7 +88,7 @@ def cosine(run: RunLength, /, warmup_epochs: float = 0.0, final_factor: float = 
     warmup_steps = round(warmup_epochs * run.num_images / run.batch_size)
     if warmup_steps >= run.total_steps:
         raise UserError(
-            f"schedule 'cosine': warmup_epochs={warmup_epochs:g} are {warmup_steps} steps, "
+            f"schedule 'cosine': warmup_epochs={warmup_epochs:g} are {counted(warmup_steps, 'step')}, "
             f"but the whole run has {run.total_steps}; train longer, or set --config.schedule.warmup_epochs=0."
         )
     return optax.warmup_cosine_decay_schedule(

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xception_flax.data.batch import Batch, Shapes
 from xception_flax.host import allocator
+from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import check_range
 
@@ -51,7 +52,7 @@ def create_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] 
             advice = f"mesh.{other} must divide their number: take {' or '.join(divisors)}"
         else:
             advice = "set one of them, and only one, to -1: it takes the rest"
-        raise UserError(f"mesh: data={data} x fsdp={fsdp} must cover the {_devices(count)} exactly; {advice}.")
+        raise UserError(f"mesh: data={data} x fsdp={fsdp} must cover the {counted(count, 'device')} exactly; {advice}.")
     return jax.make_mesh(tuple(sizes.values()), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
@@ -60,7 +61,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -
     check_range("step.accumulation_steps", accumulation_steps, 1)
     parts = mesh.size * accumulation_steps
     if batch_size < 1 or batch_size % parts:
-        factors = _devices(mesh.size) + (
+        factors = counted(mesh.size, "device") + (
             f" x step.accumulation_steps={accumulation_steps}" if accumulation_steps > 1 else ""
         )
         lower = batch_size // parts * parts
@@ -69,10 +70,6 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -
         raise UserError(
             f"batch_size={batch_size} does not divide over {factors}; it must be {multiple} of {parts}: take {near}."
         )
-
-
-def _devices(number: int) -> str:
-    return f"{number} device" if number == 1 else f"{number} devices"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -9,6 +9,7 @@ import pytest
 
 from xception_flax.data import sources
 from xception_flax.host import allocator
+from xception_flax.text.errors import UserError
 
 
 def test_mistakes_in_arrays_are_refused(tmp_path):
@@ -52,7 +53,7 @@ def test_mistakes_in_arrays_are_refused(tmp_path):
         (dict(train_images=images, train_labels=np.array(1)), "with a label each, got .* and labels \\(\\)"),
         (dict(train_images=images, train_labels=np.array([0, None, 2])), "train_labels is an array of Python objects"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             sources.arrays.arrays("train", path=write(**content))
 
     file = io.BytesIO()
@@ -64,7 +65,7 @@ def test_mistakes_in_arrays_are_refused(tmp_path):
     np.save(plain, images)
     for content in (b"", b"garbage" * 9, b"PK\x03\x04" + bytes(9), whole[:200], bytes(flipped), plain.getvalue()):
         (tmp_path / "a.npz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"a\.npz is not a readable \.npz file \([^\n]+\)\.$"):
+        with pytest.raises(UserError, match=r"a\.npz is not a readable \.npz file \([^\n]+\)\.$"):
             sources.arrays.arrays("train", path=str(tmp_path / "a.npz"))
 
 
@@ -117,14 +118,14 @@ def test_an_npz_file_is_believed_before_it_is_read(tmp_path, monkeypatch):
         ((-4, 8, 8), bytes(256), "by its header, -256 bytes, and has 256"),
     ]:
         write(shape, content)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             sources.arrays.arrays("train", path=str(path))
     write((2**28, 8, 8), b"")
     with zipfile.ZipFile(path, "a") as archive:  # the archive's directory claims it too
         archive.writestr("more", b"")
         archive.filelist[0].file_size += 2**34
     with pytest.raises(
-        ValueError, match=r"holds 16\.0 GiB by its header, in \d\d\d bytes, as no images do; it is damaged"
+        UserError, match=r"holds 16\.0 GiB by its header, in \d\d\d bytes, as no images do; it is damaged"
     ):
         sources.arrays.arrays("train", path=str(path))
     write((4, 1000, 1000), bytes(4_000_000))
@@ -133,5 +134,5 @@ def test_an_npz_file_is_believed_before_it_is_read(tmp_path, monkeypatch):
     assert allocator.free_memory_bytes() > 2**27
     monkeypatch.setattr(allocator, "free_memory_bytes", lambda: 2**21)
     monkeypatch.setattr(np, "load", None)
-    with pytest.raises(ValueError, match=r"a\.npz holds 0\.0 GiB by its header, but 0\.0 GiB of memory are free; data"):
+    with pytest.raises(UserError, match=r"a\.npz holds 0\.0 GiB by its header, but 0\.0 GiB of memory are free; data"):
         sources.arrays.arrays("train", path=str(path))

@@ -8,38 +8,39 @@ import numpy as np
 import pytest
 
 from xception_flax.data import sources
+from xception_flax.text.errors import UserError
 
 
 def test_mistakes_in_idx_files_are_refused(prepared, tmp_path):
     with pytest.raises(
-        ValueError, match=r"train-images-idx3-ubyte is missing, plain or as \.gz; .*apt install dataset-fashion-mnist"
+        UserError, match=r"train-images-idx3-ubyte is missing, plain or as \.gz; .*apt install dataset-fashion-mnist"
     ):
         sources.fashion_mnist.fashion_mnist("train", data_dir=str(tmp_path))
     for path in Path(prepared["fashion_mnist"]["data_dir"]).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     images = tmp_path / "train-images-idx3-ubyte.gz"
     images.write_bytes(images.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz: not a readable IDX file"):
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz: not a readable IDX file"):
         sources.fashion_mnist.fashion_mnist("train", data_dir=str(tmp_path))
     whole = gzip.compress(bytes(1000))
     images.write_bytes(whole[:12] + bytes([whole[12] ^ 255]) + whole[13:])
-    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz: not a readable IDX file"):
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz: not a readable IDX file"):
         sources.fashion_mnist.fashion_mnist("train", data_dir=str(tmp_path))
     images.write_bytes(gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2, 2, 2) + b"0123456"))
-    with pytest.raises(ValueError, match=r"expected 8 bytes of \(2, 2, 2\), got 7; it has been cut"):
+    with pytest.raises(UserError, match=r"expected 8 bytes of \(2, 2, 2\), got 7; it has been cut"):
         sources.fashion_mnist.fashion_mnist("train", data_dir=str(tmp_path))
     images.write_bytes(gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2, 2, 2) + bytes(10**7)))
-    with pytest.raises(ValueError, match=r"expected 8 bytes of \(2, 2, 2\), got more\.$"):
+    with pytest.raises(UserError, match=r"expected 8 bytes of \(2, 2, 2\), got more\.$"):
         sources.fashion_mnist.fashion_mnist("train", data_dir=str(tmp_path))
     images.write_bytes(gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2**31, 2**31, 2) + b"abc"))
-    with pytest.raises(ValueError, match=r"ubyte\.gz holds 8,589,934,592\.0 GiB by its header, but"):
+    with pytest.raises(UserError, match=r"ubyte\.gz holds 8,589,934,592\.0 GiB by its header, but"):
         sources.fashion_mnist.fashion_mnist("train", data_dir=str(tmp_path))
     images.write_bytes(gzip.compress(struct.pack(">HBBI", 0, 8, 1, 3) + b"abc"))
-    with pytest.raises(ValueError, match="expected an IDX file of bytes with 3 dimensions"):
+    with pytest.raises(UserError, match="expected an IDX file of bytes with 3 dimensions"):
         sources.fashion_mnist.fashion_mnist("train", data_dir=str(tmp_path))
     labels = tmp_path / "t10k-labels-idx1-ubyte"  # EMNIST has letters in files of this kind
     labels.write_bytes(labels.read_bytes()[:-1] + bytes([26]))
-    with pytest.raises(ValueError, match="the t10k labels go up to 26, but Fashion-MNIST has 10 classes; other data"):
+    with pytest.raises(UserError, match="the t10k labels go up to 26, but Fashion-MNIST has 10 classes; other data"):
         sources.fashion_mnist.fashion_mnist("test", data_dir=str(tmp_path))
 
 

@@ -15,17 +15,18 @@ import pytest
 
 from xception_flax import data
 from xception_flax.data import decoding, sources
+from xception_flax.text.errors import UserError
 
 
 def test_mistakes_in_a_folder_are_refused(prepared, tmp_path):
     root = prepared["folder"]["data_dir"]
-    with pytest.raises(ValueError, match=r"no folder for split 'val'; there are: test, train"):
+    with pytest.raises(UserError, match=r"no folder for split 'val'; there are: test, train"):
         sources.folder.folder("val", data_dir=root)
     (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match=r"has no folders of classes in it; expected .*train/CLASS"):
+    with pytest.raises(UserError, match=r"has no folders of classes in it; expected .*train/CLASS"):
         sources.folder.folder("train", data_dir=str(tmp_path))
     (tmp_path / "train" / "cat").mkdir()
-    with pytest.raises(ValueError, match="cat has no image"):
+    with pytest.raises(UserError, match="cat has no image"):
         sources.folder.folder("train", data_dir=str(tmp_path))
 
 
@@ -67,25 +68,32 @@ def test_mistakes_in_a_folder_of_classes_are_refused(tmp_path):
     def load(split, **options):
         sources.folder.folder(split, data_dir=str(tmp_path), **options)
 
-    with pytest.raises(ValueError, match=r"unknown split of a folder of classes 'test'; there are: train, val"):
+    with pytest.raises(UserError, match=r"unknown split of a folder of classes 'test'; there are: train, val"):
         load("test")
-    with pytest.raises(ValueError, match=r"data\.val_fraction must be in \(0, 1\), got 1\.0\."):
+    with pytest.raises(UserError, match=r"data\.val_fraction must be in \(0, 1\), got 1\.0\."):
         load("train", val_fraction=1.0)
     with pytest.raises(
-        ValueError, match=r"cat: by their names all 1 images are of split 'val' \(data\.val_fraction=0\.999"
+        UserError, match=r"cat: by its name the only image is of split 'val' \(data\.val_fraction=0\.999\); no fraction"
     ):
         load("train", val_fraction=0.999)
+    with pytest.raises(UserError, match=r"no image is of split 'val' by the hash of its name.*folders train/CLASS and"):
+        load("val", val_fraction=0.001)
+    (tmp_path / "cat" / "c.jpg").touch()
+    least = min(hashlib.sha256(name.encode()).hexdigest() for name in ("a.jpg", "b.jpg", "c.jpg"))
+    fraction = (int(least[:8], 16) * 1000 // 2**32 + 1) / 1000  # the next thousandth: one image is of 'val'
     with pytest.raises(
-        ValueError, match=r"no image is of split 'val' by the hash of its name.*folders train/CLASS and"
+        UserError, match=rf"\(data\.val_fraction=0\.001\); take {fraction}, or make folders train/CLASS"
     ):
         load("val", val_fraction=0.001)
+    for split in ("train", "val"):
+        load(split, val_fraction=fraction)
     (tmp_path / "bird").mkdir()
-    with pytest.raises(ValueError, match=r"bird has no image"):
+    with pytest.raises(UserError, match=r"bird has no image"):
         load("train")
     (tmp_path / "bird" / "more").mkdir()  # neither one layout nor the other
     for split in ("cat", "dog", "train"):
         with pytest.raises(
-            ValueError, match=r"images in cat, dog, and a folder in bird \(more\); expected either CLASS"
+            UserError, match=r"images in cat, dog, and a folder in bird \(more\); expected either CLASS"
         ):
             load(split)
 
@@ -95,12 +103,12 @@ def test_a_folder_in_a_class_is_named(tmp_path):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     for call in (sources.folder.folder_splits, lambda data_dir: sources.folder.folder("train", data_dir=data_dir)):
-        with pytest.raises(ValueError, match=r"images in cat, dog, and a folder in cat \(c\.jpg\); expected either"):
+        with pytest.raises(UserError, match=r"images in cat, dog, and a folder in cat \(c\.jpg\); expected either"):
             call(str(tmp_path))
     for i in range(9):
         (tmp_path / f"{i}").mkdir()
         (tmp_path / f"{i}" / "a.jpg").touch()
-    with pytest.raises(ValueError, match=r"images in 0, 1, 2, 3, 4 and 6 more, and a folder in cat"):
+    with pytest.raises(UserError, match=r"images in 0, 1, 2, 3, 4 and 6 more, and a folder in cat"):
         sources.folder.folder_splits(str(tmp_path))
 
 
@@ -114,7 +122,7 @@ def test_links_to_images_are_followed_and_broken_ones_named(tmp_path):
     paths = sources.folder.folder("train", data_dir=str(tmp_path)).paths
     assert [Path(path).name for path in paths] == ["a.jpg", "b.jpg"]
     (tmp_path / "elsewhere").unlink()
-    with pytest.raises(ValueError, match=r"cat/b\.jpg is a link to .*elsewhere, which is not there; remove or mend it"):
+    with pytest.raises(UserError, match=r"cat/b\.jpg is a link to .*elsewhere, which is not there; remove or mend it"):
         sources.folder.folder("train", data_dir=str(tmp_path))
 
 
@@ -168,11 +176,11 @@ def test_what_is_not_read_is_counted_and_named(tmp_path):
         for path in (tmp_path / name).glob("*.jpg"):
             path.unlink()
     with pytest.raises(
-        ValueError, match=r"neither CLASS/\*\.jpg nor train/.* \.pnm\. 18 of 18 files are not .*9 \.heic"
+        UserError, match=r"neither CLASS/\*\.jpg nor train/.* \.pnm\. 18 of 18 files are not .*9 \.heic"
     ):
         sources.folder.folder("train", data_dir=str(tmp_path))
     touch(tmp_path, "dog/0.jpg")
-    with pytest.raises(ValueError, match=r"cat has no image .*its folder must go\. 12 of 12 files are not .*9 \.heic"):
+    with pytest.raises(UserError, match=r"cat has no image .*its folder must go\. 12 of 12 files are not .*9 \.heic"):
         sources.folder.folder("train", data_dir=str(tmp_path))
 
 
@@ -224,18 +232,18 @@ def test_a_folder_without_classes_beside_splits_is_not_read(tmp_path):
     assert [len(split) for split in splits] == [2, 2]
     expected = "4 of 8 files are not read: 3 outside of a class (test/e.jpg), 1 .xml (1/g.xml)."
     assert data.unread_of(splits) == expected
-    with pytest.raises(ValueError, match=r"test has images, and no folders that say of which class they are; expected"):
+    with pytest.raises(UserError, match=r"test has images, and no folders that say of which class they are; expected"):
         sources.folder.folder("test", data_dir=str(tmp_path))
     touch(tmp_path, "train/i.jpg")  # a class called train, with a folder in it?
     for call in (sources.folder.folder_splits, lambda data_dir: sources.folder.folder("val", data_dir=data_dir)):
-        with pytest.raises(ValueError, match=r"images in train, and a folder in train \(cat\); expected either"):
+        with pytest.raises(UserError, match=r"images in train, and a folder in train \(cat\); expected either"):
             call(str(tmp_path))
 
 
 def test_other_names_of_splits_are_read_where_they_are_asked_for(tmp_path):
     touch(tmp_path, "training/cat/a.jpg", "testing/cat/b.jpg")
     assert [len(sources.folder.folder(split, data_dir=str(tmp_path))) for split in ("training", "testing")] == [1, 1]
-    with pytest.raises(ValueError, match="folders in testing, training, none of which is called train"):
+    with pytest.raises(UserError, match="folders in testing, training, none of which is called train"):
         sources.folder.folder("train", data_dir=str(tmp_path))
 
 
@@ -276,9 +284,7 @@ def test_a_copy_with_decomposed_names_is_the_same_data(tmp_path):
     assert len(sources.folder.folder("entra\xeenement", data_dir=str(tmp_path / "split"))) == 1
     assert sources.folder.folder_splits(str(tmp_path / "split"), "entra\xeenement") == ("entra\xeenement",)
     touch(tmp_path / "NFC", "cafe\u0301/a.jpg")
-    with pytest.raises(
-        ValueError, match=r"two folders of the name caf\xe9, written 'cafe\\u0301' and 'caf\\xe9'; make"
-    ):
+    with pytest.raises(UserError, match=r"two folders of the name caf\xe9, written 'cafe\\u0301' and 'caf\\xe9'; make"):
         sources.folder.folder("train", data_dir=str(tmp_path / "NFC"))
 
 

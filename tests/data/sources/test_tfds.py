@@ -10,6 +10,7 @@ import pytest
 from datasets import prepare_tfds
 from xception_flax import data
 from xception_flax.data import sources
+from xception_flax.text.errors import UserError
 
 LOAD = dict(image_size=32, channels=1, train_transforms="random_affine(max_shift=0.2) | resize")
 
@@ -65,7 +66,7 @@ def test_mistakes_with_tfds_are_refused(prepared, tmp_path):
             "is not prepared in .*--config.data.data_dir=DATA",
         ),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             sources.tfds.tfds(keywords.pop("split"), **keywords)
 
 
@@ -83,7 +84,7 @@ def test_a_number_of_classes_that_cannot_be_is_refused(prepared, tmp_path, numbe
     label.pop("numClasses")
     label |= {} if number is None else {"numClasses": str(number)}
     (directory / "features.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         sources.tfds.tfds("train", data_dir=str(directory))
 
 
@@ -93,5 +94,5 @@ def test_tfds_in_a_format_without_random_access_is_refused(prepared, tmp_path):
     shutil.copytree(prepared["tfds"]["data_dir"], directory)
     info = directory / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(ValueError, match="holds file format 'tfrecord', which has no random access; prepare"):
+    with pytest.raises(UserError, match="holds file format 'tfrecord', which has no random access; prepare"):
         sources.tfds.tfds("train", data_dir=str(directory))

@@ -14,6 +14,7 @@ from xception_flax import data
 from xception_flax.data import transforms
 from xception_flax.data.transforms import colors, geometry, rand_augment, resampling
 from xception_flax.data.transforms.crops import SAMPLINGS
+from xception_flax.text.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -149,7 +150,7 @@ def test_random_crop_with_padding_shifts_by_at_most_the_padding(rng):
         padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
         np.testing.assert_array_equal(crop, padded[2 + top : 34 + top, 2 + left : 34 + left])
     assert shifts == {(y, x) for y in range(-2, 3) for x in range(-2, 3)}
-    with pytest.raises(ValueError, match=r"cannot take 32 x 32 pixels of an image of 20 x 20; put a resize before"):
+    with pytest.raises(UserError, match=r"cannot take 32 x 32 pixels of an image of 20 x 20; put a resize before"):
         geometry.random_crop_with_padding(image[:20, :20], rng, image_size=32)
 
 
@@ -356,7 +357,7 @@ def test_chains_are_parsed():
     ],
 )
 def test_bad_chains_are_refused(text, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         transforms.parse_transforms(text, 24)
 
 
@@ -396,5 +397,5 @@ def test_values_of_every_type_are_parsed():
     ],
 )
 def test_wrong_values_are_refused_when_the_recipe_is_read(text, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         transforms.parse_transforms(text, 24)

@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 
 from xception_flax.models import ops
 from xception_flax.planning.hlo import Collective, Hlo
+from xception_flax.text.errors import UserError
 from xception_flax.training import sharding
 
 
@@ -206,7 +207,7 @@ def test_lowering_is_chosen_by_platform():
 
 
 def test_unknown_lowering_is_refused():
-    with pytest.raises(ValueError, match=r"unknown lowering 'stok'; did you mean 'stock'\?"), ops.lowering("stok"):
+    with pytest.raises(UserError, match=r"unknown lowering 'stok'; did you mean 'stock'\?"), ops.lowering("stok"):
         pass
 
 
@@ -246,7 +247,7 @@ def test_convolution(rng, padding, stride, dilation, groups):
 
 
 def test_unknown_padding_is_refused():
-    with pytest.raises(ValueError, match=r"unknown padding 'SAMME'; did you mean 'SAME'\?"):
+    with pytest.raises(UserError, match=r"unknown padding 'SAMME'; did you mean 'SAME'\?"):
         ops.convolution(jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 2, 2)), padding="SAMME")
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from xception_flax.data.sources.source import Example, Source, existing_directory
 from xception_flax.text import naming
+from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup, suggest
 from xception_flax.text.naming import canonical
@@ -120,19 +121,35 @@ def folder(split: str, /, data_dir: str, val_fraction: float = VAL_FRACTION) -> 
         )
     lookup({"train": 0, "val": 1}, split, "split of a folder of classes")
     files = classes_in(directory)
+    if mistake := split_mistake(directory, files, val_fraction, split):
+        raise UserError(mistake)
+    return split_by_names(files, val_fraction)[split]
+
+
+def split_mistake(directory: Path, files: Files, val_fraction: float, split: str) -> str:
+    """Returns what is wrong with a split by the names of files, and what to do; '' if nothing is."""
     chosen = split_by_names(files, val_fraction)[split]
     none = set(files.labels) - set(chosen.labels)
     if split == "train" and none:
-        raise UserError(
-            f"{directory / files.class_names[min(none)]}: by their names all {files.labels.count(min(none))} images "
-            f"are of split 'val' (data.val_fraction={val_fraction:g}); take a smaller fraction, or add images."
-        )
-    if not len(chosen):
-        raise UserError(
-            f"{directory}: no image is of split 'val' by the hash of its name (data.val_fraction={val_fraction:g}); "
-            "take a larger fraction, or make folders train/CLASS and val/CLASS."
-        )
-    return chosen
+        number = files.labels.count(min(none))
+        all_of_it = "by its name the only image is" if number == 1 else f"by their names all {number:,} images are"
+        wrong = f"{directory / files.class_names[min(none)]}: {all_of_it} of split 'val'"
+    elif not len(chosen):
+        wrong = f"{directory}: no image is of split 'val' by the hash of its name"
+    else:
+        return ""
+    fits = _fractions(files)
+    advice = f"take {min(fits, key=lambda f: abs(f - val_fraction)):g}" if fits else "no fraction does; add images"
+    return f"{wrong} (data.val_fraction={val_fraction:g}); {advice}, or make folders train/CLASS and val/CLASS."
+
+
+def _fractions(files: Files) -> list[float]:
+    """Returns the fractions, by thousandths, that give 'val' some images and leave 'train' some of each class."""
+    hashes = [_hash(os.path.basename(path)) for path in files.paths]
+    largest: dict[int, float] = {}
+    for label, value in zip(files.labels, hashes, strict=True):
+        largest[label] = max(value, largest.get(label, 0.0))
+    return [n / 1000 for n in range(1, 1000) if min(hashes) < n / 1000 <= min(largest.values())]
 
 
 def split_by_names(files: Files, val_fraction: float) -> dict[str, Files]:
@@ -335,10 +352,10 @@ def describe_unread(unread: Iterable[Unread], num_images: int | None) -> str:
         parts.append(f"{count:,} {naming.shown(why)} ({naming.shown(example)})")
     if kinds[MAX_KINDS:]:
         parts.append(f"{sum(count for _, count in kinds[MAX_KINDS:]):,} of other kinds")
-    are = "are" if len(places) > 1 else "is"
-    of_all = "" if num_images is None else f" of {len(places) + num_images:,}"
-    files = "file" if num_images is None and len(places) == 1 else "files"
-    return f"{len(places):,}{of_all} {files} {are} not read: {', '.join(parts)}."
+    total = len(places) if num_images is None else len(places) + num_images
+    are = "is" if len(places) == 1 else "are"
+    of_all = "" if num_images is None else f"{len(places):,} of "
+    return f"{of_all}{counted(total, 'file')} {are} not read: {', '.join(parts)}."
 
 
 def unread_of(read: Iterable[Source], *, whole: bool = True) -> str:

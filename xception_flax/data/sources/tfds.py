@@ -9,6 +9,7 @@ import numpy as np
 
 from xception_flax.data.sources.source import Example, InputError, check_num_classes, distinct, existing_directory
 from xception_flax.text import naming
+from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest
 
@@ -39,7 +40,9 @@ class TfdsSource:
         label, num_classes = record[self.label_key], len(self.class_names)
         for number in np.atleast_1d(label).tolist():
             if not 0 <= number < num_classes:
-                raise InputError(f"record {index} has the label {number}, which is none of {num_classes} classes.")
+                raise InputError(
+                    f"record {index} has the label {number}, which is none of {counted(num_classes, 'class')}."
+                )
         if self.multi_label:
             row = np.zeros(num_classes, np.uint8)
             row[np.asarray(label, np.int64)] = 1

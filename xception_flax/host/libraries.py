@@ -1,0 +1,27 @@
+"""What must be installed. Like `signals` it imports very little: it runs before the imports that would fail."""
+
+import importlib.util
+import sys
+
+# The dependencies of pyproject.toml, as they are imported.
+LIBRARIES = (
+    "jax", "flax", "optax", "orbax", "grain", "numpy", "ml_collections", "absl", "array_record", "cv2", "h5py",
+    "huggingface_hub", "importlib_resources", "matplotlib", "PIL", "pooch", "rich", "safetensors", "simplejpeg",
+    "tensorboardX", "tensorflow_datasets",
+)  # fmt: skip
+
+
+def check_libraries() -> None:
+    """Ends the process with code 2 and a line on standard error if a library is missing.
+
+    Most often another Python runs than the one that has them.
+    """
+    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        print(
+            f"error: {sys.executable} lacks {', '.join(missing[:3])}{more}; activate the environment that has them "
+            "(source .venv/bin/activate), or: pip install -r requirements.txt",
+            file=sys.stderr,
+        )
+        sys.exit(2)
