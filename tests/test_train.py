@@ -628,11 +628,12 @@ def test_mistakes_in_both_splits_are_shown_at_once(tmp_path, monkeypatch, capsys
 
 def test_a_foreign_folder_is_no_workdir(tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.jsonl").write_text("mine\n")
+    (tmp_path / "slurm-7.out").touch()  # the log of this very run is not foreign
     code, _, err = run(monkeypatch, capsys, train.main, "--config", DIGITS, "--workdir", tmp_path)
     assert code == 2
     assert "has metrics.jsonl and no config.json" in err
     assert (tmp_path / "metrics.jsonl").read_text() == "mine\n"
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_mistake_from_the_shell_is_no_traceback(tmp_path):

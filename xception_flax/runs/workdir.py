@@ -131,9 +131,10 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
 
 
 def _foreign(workdir: Path) -> list[str]:
-    """Returns the names in a folder that has no `CONFIG`, without what we, file managers or disks put there unasked."""
+    """Returns the names in a folder that has no `CONFIG`, without logs and what we, file managers or disks put there."""
+    ours = (".", CONFIG, "lost+found"), (".log", ".out", ".err")  # such as nohup's and Slurm's, of this very run
     try:
-        return sorted(name for name in os.listdir(workdir) if not name.startswith((".", CONFIG, "lost+found")))
+        return sorted(n for n in os.listdir(workdir) if not (n.startswith(ours[0]) or n.endswith(ours[1])))
     except FileNotFoundError:
         return []
     except OSError as error:
