@@ -81,6 +81,34 @@ def recognize(contents: Contents, path: Path) -> Pretrained:
         raise UserError(f"{path}: {error}") from None
 
 
+def variables_of(contents: Contents, model: Mapping[str, Any], channels: int, path: Path) -> dict[str, Any]:
+    """Returns the variables of a network that `writing` wrote for Keras, as its description says it.
+
+    Args:
+      contents: of the file, whole model or weights alone.
+      model: keywords of `models.create_model`.
+      channels: of the images.
+      path: of the file, for messages.
+
+    Raises:
+      UserError: the file has other layers than the network.
+    """
+    try:
+        entries = [(name, arrays) for name, arrays in contents.entries if arrays]
+        by_place = any(name.startswith("/") for name, _ in entries)
+        found = (_by_place if by_place else _by_name)(entries)
+        head = found.others
+        if by_place:  # Keras numbers the Dense layers in the order of their creation
+            ranked = [(_PLACE.fullmatch(place), arrays) for place, arrays in head]
+            head = sorted(((int(match["rank"] or 0) if match else 0), i) for i, (match, _) in enumerate(ranked))
+            head = [found.others[i] for _, i in head]
+            names = [*(f"fc{i}" for i in range(1, len(head))), "predictions"]
+            head = [(name, arrays) for name, (_, arrays) in zip(names, head, strict=False)]
+        return keras.from_keras([*found.layers, *head], shapes_of(model, channels))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def _pretrained(
     name: str, layers: Entries, head: Head, bn_epsilon: float, before: Before, left_out: Sequence[str]
 ) -> Pretrained:
