@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import h5py
 import jax
 import jax.numpy as jnp
 import keras
@@ -16,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from golden.seeded import structured_images
 from xception_flax import create_model
 from xception_flax.text.errors import UserError
-from xception_flax.weights import description, source, writing
+from xception_flax.weights import description, keras_models, reading, source, writing
 from xception_flax.weights.pretrained import Pretrained
 from xception_flax.weights.shapes import shapes_of
 
@@ -50,6 +51,16 @@ def random_network(channels: int = 3, **model: object) -> Pretrained:
         "center_crop(fraction=0.9, kernel=bicubic)",
         {"mean": (0.0,), "std": (255.0,)},
         "sigmoid",
+        class_descriptions=tuple(f"what class {i} is" for i in range(model["num_classes"])),
+        measured={
+            "top1": 0.9,
+            "loss": 0.25,
+            "count": 180,
+            "source": "folder",
+            "split": "val",
+            "step": 157,
+            "date": "x",
+        },
     )
 
 
@@ -122,7 +133,11 @@ def test_the_hubs_folder_is_timms(tmp_path):
     card = (tmp_path / "folder" / "README.md").read_text()
     assert card.startswith('---\ntags: ["image-classification", "timm", "xception"]\nlibrary_name: "timm"\n---\n')
     assert "| values, of 0 to 255 | (x - 0) / 255 |" in card
-    assert "| accuracy | not measured |" in card
+    assert config["label_descriptions"]["class 1"] == "what class 1 is"
+    words = "top1 90.00 %, loss 0.25, on 180 images, of folder, split 'val', by the run itself at step 157, x"
+    assert f"| accuracy | {words} |" in card
+    writing.write(network._replace(measured={}), tmp_path / "other")
+    assert "| accuracy | not measured |" in (tmp_path / "other" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["m.keras", "m.weights.h5"])
@@ -144,10 +159,40 @@ def test_keras_computes_the_same(tmp_path, full, name):
     theirs = np.log(theirs / (1 - theirs))
     assert np.ptp(theirs) > 0.1
     assert np.abs(theirs - logits).max() < 1e-5 * max(np.ptp(theirs), np.abs(theirs).max())
-    if name.endswith(".keras"):
-        found = source.read_file(tmp_path / name)
-        assert_same_arrays(found, full)
-        assert (found.activation, found.image_size, found.framework) == ("sigmoid", 71, "keras")
+    found = source.read_file(tmp_path / name)  # whole, by our description, of which Keras takes no notice
+    assert_same_arrays(found, full)
+    assert found._replace(variables=None, origin={}) == full._replace(variables=None, origin={})
+    model.save(again := tmp_path / "again.keras")
+    found = source.read_file(again)  # Keras' own, without it
+    assert_same_arrays(found, full)
+    assert (found.activation, found.image_size, found.framework) == ("sigmoid", 71, "keras")
+    assert (found.class_names, found.measured) == ((), {})
+
+
+@pytest.mark.parametrize("name", ["m.keras", "m.weights.h5"])
+def test_a_description_beside_the_arrays_of_another_network(tmp_path, full, name):
+    """It is compared with the arrays, as in every format. Files of a Keras that wrote no names are read by order."""
+    writing.write(full, tmp_path / name)
+    form = "keras" if name == "m.keras" else "hdf5"
+    contents = reading.read(tmp_path / name, form)
+    said = contents.config["xception_flax"]
+    assert said == json.loads(json.dumps(description.describe(full)))
+    with pytest.raises(UserError, match=r"m\..*predictions/kernel must have shape \(8, 4\), got \(8, 3\)"):
+        keras_models.variables_of(contents, FULL | {"num_classes": 4}, 3, tmp_path / name)
+    with pytest.raises(UserError, match=r"m\..*our network has no params/fc1/kernel"):
+        keras_models.variables_of(contents, FULL | {"fc_layers": ()}, 3, tmp_path / name)
+    if form == "hdf5":
+        with h5py.File(tmp_path / name, "a") as file:
+            file.visititems(lambda _, group: group.attrs.pop("name", None) and None)
+        nameless = reading.read(tmp_path / name, form)
+        assert {entry[:1] for entry, arrays in nameless.entries if arrays} == {"/"}
+        assert_same_arrays(source.read_file(tmp_path / name), full)
+        with h5py.File(tmp_path / name, "a") as file:
+            file.attrs["xception_flax"] = "[" * 9
+        with pytest.raises(
+            UserError, match=r"m\.weights\.h5 cannot be read as weights of Keras: xception_flax is no JSON"
+        ):
+            source.read_file(tmp_path / name)
 
 
 def test_keras_own_inception_v3(tmp_path):
@@ -184,6 +229,12 @@ def test_what_does_not_fit_is_refused(tmp_path, full):
         ({"model": {"name": "xception", "num_classes": 5, "width": 0.02}}, r"predictions.* must have shape \(\d+,|fc"),
         ({"model": None}, r"its description \(xception_flax\) is damaged: TypeError"),
         ({"activation": "tanh"}, r"is damaged: KeyError 'tanh'"),
+        (
+            {"measured": {"top1": "0.9"}},
+            r"is damaged: TypeError top1 in what was measured is '0\.9'; expected a number",
+        ),
+        ({"measured": {"date": 1}}, r"is damaged: TypeError date in what was measured is 1; expected a text"),
+        ({"measured": [1]}, r"is damaged: AttributeError"),
         ({"channels": 1}, r"block1_conv1/kernel must have shape \(3, 3, 1, 8\), got \(3, 3, 3, 8\)"),
     ],
 )

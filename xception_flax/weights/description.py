@@ -74,7 +74,7 @@ def checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
         models.create_model(**description["model"])
         said = {
             "framework": str(description["framework"]),
-            "model": dict(description["model"]),
+            "model": {key: tuple(v) if isinstance(v, list) else v for key, v in description["model"].items()},
             "class_names": tuple(map(str, description["class_names"])),
             "class_descriptions": tuple(map(str, description.get("class_descriptions", ()))),  # older files lack it
             "image_size": None if description["image_size"] is None else int(description["image_size"]),

@@ -67,7 +67,7 @@ def test_mistakes_in_a_folder_of_classes_are_refused(tmp_path):
     def load(split, **options):
         sources.folder.folder(split, data_dir=str(tmp_path), **options)
 
-    with pytest.raises(ValueError, match=r"unknown split of a folder of classes 'test'; there are: train, val"):
+    with pytest.raises(ValueError, match=r"unknown split of a folder of classes 'test'; there are: all, train, val"):
         load("test")
     with pytest.raises(ValueError, match=r"data\.val_fraction must be in \(0, 1\), got 1\.0\."):
         load("train", val_fraction=1.0)
