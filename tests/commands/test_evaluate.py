@@ -90,7 +90,8 @@ def test_no_picture_loses_the_results(whole, tmp_path, monkeypatch, capsys):
 
 def test_a_folder_stands_for_other_data(whole, tmp_path, monkeypatch, capsys):
     """All images of CLASS/*.png, with the recipe's transforms: the same digits, the same result."""
-    for i, (image, label) in enumerate(zip(*vars(digits.digits("validation")).values(), strict=False)):
+    validation = digits.digits("validation")
+    for i, (image, label) in enumerate(zip(validation.images, validation.labels, strict=True)):
         (tmp_path / "digits" / str(label)).mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(image).save(tmp_path / "digits" / str(label) / f"{i:03}.png")
     results = []

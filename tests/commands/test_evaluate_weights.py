@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -300,3 +302,31 @@ def test_mistakes(arguments, message, named, photos, tmp_path, monkeypatch, caps
     assert (code, out) == (2, "")
     assert re.search(f"error: .*{message}", err), err
     assert {path.name for path in tmp_path.iterdir()} == {"backbone.npz"}
+
+
+def test_two_hosts_are_one(network, photos, tmp_path, monkeypatch, capsys):
+    """Each reads a file of its own, the same, and puts its share of the arrays on its device."""
+    paths = [tmp_path / "w.npz", tmp_path / "same.npz", tmp_path / "other.npz"]
+    for path, size in zip(paths, (71, 71, 75), strict=True):
+        writing.write(network._replace(image_size=size), path)
+    shutil.copyfile(paths[0], paths[1])
+
+    def together(*paths):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        command = ["-m", "xception_flax", "evaluate"]
+        hosts = [*("--config.mesh.fsdp=2", "--coordinator", address, "--num-processes", "2", "--process-id")]
+        started = [shell.start(*command, path, photos, *hosts, i, devices=1) for i, path in enumerate(paths)]
+        return [shell.finish(process) for process in started]
+
+    alone, _, _ = scored(monkeypatch, capsys, paths[0], photos)
+    (code, out, err), (other_code, other_out, _) = together(*paths[:2])
+    assert (code, other_code) == (0, 0), err
+    assert "top1" not in other_out  # where Gloo alone has something to say
+    found = json.loads(out.splitlines()[-1])
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert found | {"loss": 0} == alone | {"loss": 0}
+    for code, out, err in together(paths[0], paths[2]):
+        assert (code, "top1" in out) == (2, False)
+        assert "the processes of this run are not alike: the weights (SHA-256)" in err

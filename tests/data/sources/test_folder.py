@@ -15,6 +15,7 @@ import pytest
 
 from xception_flax import data
 from xception_flax.data import decoding, sources
+from xception_flax.text.errors import UserError
 
 
 def test_mistakes_in_a_folder_are_refused(prepared, tmp_path):
@@ -57,6 +58,21 @@ def test_a_folder_of_classes_alone_is_split_by_names(tmp_path):
     (tmp_path / "b" / "cat" / "new.jpg").touch()
     old = {name for name, _ in split(tmp_path / "b", "val")} - {"new.jpg"}
     assert old == {name for name, _ in val}
+
+
+def test_all_images_of_a_folder_of_classes(tmp_path):
+    """Both splits together, those below too; not of a folder of splits."""
+    for name in ("cat/a.jpg", "cat/more/b.jpg", "dog/c.jpg"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).touch()
+    found = sources.folder.folder("all", data_dir=str(tmp_path / "photos"))
+    assert [Path(path).name for path in found.paths] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert (found.labels, found.class_names) == ((0, 0, 1), ("cat", "dog"))
+    (tmp_path / "photos").rename(tmp_path / "train")
+    with pytest.raises(UserError, match="has folders of splits, train; expected the folders CLASS"):
+        sources.folder.folder("all", data_dir=str(tmp_path))
+    (tmp_path / "train").rename(tmp_path / "all")
+    assert sources.folder.folder("all", data_dir=str(tmp_path)).split == "all"  # a folder of this name is that split
 
 
 def test_mistakes_in_a_folder_of_classes_are_refused(tmp_path):
