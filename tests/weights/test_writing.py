@@ -226,7 +226,10 @@ def test_what_does_not_fit_is_refused(tmp_path, full):
     ("change", "message"),
     [
         ({"model": {"name": "resnet", "num_classes": 4}}, r"of a network that is not here: unknown model 'resnet'"),
-        ({"model": {"name": "xception", "num_classes": 5, "width": 0.02}}, r"predictions.* must have shape \(\d+,|fc"),
+        (
+            {"model": dict(NARROW, num_classes=5), "class_names": [], "class_descriptions": []},
+            r"predictions/bias must have shape \(5,\), got \(4,\)|predictions/kernel must have shape \(40, 5\)",
+        ),
         ({"model": None}, r"its description \(xception_flax\) is damaged: TypeError"),
         ({"activation": "tanh"}, r"is damaged: KeyError 'tanh'"),
         (
@@ -234,6 +237,8 @@ def test_what_does_not_fit_is_refused(tmp_path, full):
             r"is damaged: TypeError top1 in what was measured is '0\.9'; expected a number",
         ),
         ({"measured": {"date": 1}}, r"is damaged: TypeError date in what was measured is 1; expected a text"),
+        ({"class_names": ["a"]}, r"is damaged: ValueError 1 names and 4 descriptions of 4 classes"),
+        ({"class_descriptions": ["a"]}, r"is damaged: ValueError 4 names and 1 descriptions of 4 classes"),
         ({"measured": [1]}, r"is damaged: AttributeError"),
         ({"channels": 1}, r"block1_conv1/kernel must have shape \(3, 3, 1, 8\), got \(3, 3, 3, 8\)"),
     ],

@@ -53,8 +53,12 @@ class Run(NamedTuple):
             if (record["step"], record.get("eval/weights")) == (self.step, self.weights):
                 values = {name.removeprefix("eval/"): v for name, v in record.items() if name.startswith("eval/")}
                 kept = {name: v for name, v in values.items() if name not in ("seconds", "weights") and v is not None}
-                data = {"source": self.recipe.data.source, "split": self.recipe.data.eval_split}
-                return kept | data | {"step": self.step, "weights": self.weights} | dict(self.meta.get("saved") or {})
+                data = self.recipe.data
+                name = f"{data.source} {data.name}" if data.get("name") else data.source
+                saved = self.meta.get("saved")  # older checkpoints lack it
+                saved = {key: str(v) for key, v in saved.items()} if isinstance(saved, dict) else {}
+                how = {"source": name, "split": data.eval_split, "step": self.step, "weights": self.weights}
+                return saved | kept | how
         return {}
 
     @property

@@ -71,7 +71,7 @@ def checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
       UserError: the description is damaged, or of a network that is not here.
     """
     try:
-        models.create_model(**description["model"])
+        network = models.create_model(**description["model"])
         said = {
             "framework": str(description["framework"]),
             "model": {key: tuple(v) if isinstance(v, list) else v for key, v in description["model"].items()},
@@ -84,6 +84,9 @@ def checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
             "activation": {"softmax": "softmax", "sigmoid": "sigmoid"}[description["activation"]],
             "measured": {name: _measured(name, value) for name, value in description.get("measured", {}).items()},
         }
+        names, texts = (len(said[key]) for key in ("class_names", "class_descriptions"))
+        if names not in (0, network.num_classes) or texts not in (0, names):
+            raise ValueError(f"{names} names and {texts} descriptions of {network.num_classes} classes")
         return int(description["channels"]), said
     except UserError as error:
         raise UserError(f"{path}: its description is of a network that is not here: {error}") from None
