@@ -51,7 +51,6 @@ def random_network(channels: int = 3, **model: object) -> Pretrained:
         "center_crop(fraction=0.9, kernel=bicubic)",
         {"mean": (0.0,), "std": (255.0,)},
         "sigmoid",
-        class_descriptions=tuple(f"what class {i} is" for i in range(model["num_classes"])),
         measured={
             "top1": 0.9,
             "loss": 0.25,
@@ -64,6 +63,11 @@ def random_network(channels: int = 3, **model: object) -> Pretrained:
     )
 
 
+def described(network: Pretrained) -> Pretrained:
+    """The same network, whose classes are in words too."""
+    return network._replace(class_descriptions=tuple(f"what {name} is" for name in network.class_names))
+
+
 def assert_same_arrays(found: Pretrained, expected: Pretrained) -> None:
     found, expected = flatten_dict(found.variables), flatten_dict(expected.variables)
     assert found.keys() == expected.keys()
@@ -73,7 +77,7 @@ def assert_same_arrays(found: Pretrained, expected: Pretrained) -> None:
 
 @pytest.fixture(scope="module")
 def full() -> Pretrained:
-    return random_network(**FULL)
+    return described(random_network(**FULL))
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.npz", "folder"])
@@ -83,7 +87,7 @@ def full() -> Pretrained:
 def test_our_own_files_are_the_same_network(tmp_path, name, model):
     """Every array, and every word that is said about them."""
     model = {k: v for k, v in model.items() if (model["name"], k) != ("lenet", "width")}
-    network = random_network(channels=3 if model["name"] != "lenet" else 1, **model)
+    network = described(random_network(channels=3 if model["name"] != "lenet" else 1, **model))
     output = tmp_path / name
     assert writing.write(network, output).path == output
     found = source.open_source(str(output), None)
@@ -118,7 +122,7 @@ def test_timms_names(tmp_path, suffix, model):
 
 def test_the_hubs_folder_is_timms(tmp_path):
     """The keys that timm 1.0 reads of config.json (`load_model_config_from_hf`), with their values."""
-    network = random_network(**LEGACY)
+    network = described(random_network(**LEGACY))
     writing.write(network, tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     cfg = config["pretrained_cfg"]
@@ -227,7 +231,7 @@ def test_what_does_not_fit_is_refused(tmp_path, full):
     [
         ({"model": {"name": "resnet", "num_classes": 4}}, r"of a network that is not here: unknown model 'resnet'"),
         (
-            {"model": dict(NARROW, num_classes=5), "class_names": [], "class_descriptions": []},
+            {"model": dict(NARROW, num_classes=5), "class_names": []},
             r"predictions/bias must have shape \(5,\), got \(4,\)|predictions/kernel must have shape \(40, 5\)",
         ),
         ({"model": None}, r"its description \(xception_flax\) is damaged: TypeError"),
@@ -237,7 +241,7 @@ def test_what_does_not_fit_is_refused(tmp_path, full):
             r"is damaged: TypeError top1 in what was measured is '0\.9'; expected a number",
         ),
         ({"measured": {"date": 1}}, r"is damaged: TypeError date in what was measured is 1; expected a text"),
-        ({"class_names": ["a"]}, r"is damaged: ValueError 1 names and 4 descriptions of 4 classes"),
+        ({"class_names": ["a"]}, r"is damaged: ValueError 1 names and 0 descriptions of 4 classes"),
         ({"class_descriptions": ["a"]}, r"is damaged: ValueError 4 names and 1 descriptions of 4 classes"),
         ({"measured": [1]}, r"is damaged: AttributeError"),
         ({"channels": 1}, r"block1_conv1/kernel must have shape \(3, 3, 1, 8\), got \(3, 3, 3, 8\)"),
