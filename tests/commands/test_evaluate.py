@@ -5,12 +5,14 @@ import re
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 from shell import ROOT
 from shell import call as run
 from workdirs import evaluations, records
 from xception_flax.commands import evaluate
+from xception_flax.data.sources import digits
 from xception_flax.text.errors import UserError
 from xception_flax.training.metrics import create_metrics
 
@@ -87,6 +89,24 @@ def test_no_picture_loses_the_results(whole, tmp_path, monkeypatch, capsys):
     assert re.match(r"error: .*full\.png cannot be written: No space left on device; name another file\.", err)
 
 
+def test_a_folder_stands_for_other_data(whole, tmp_path, monkeypatch, capsys):
+    """All images of CLASS/*.png, with the recipe's transforms: the same digits, the same result."""
+    validation = digits.digits("validation")
+    for i, (image, label) in enumerate(zip(validation.images, validation.labels, strict=True)):
+        (tmp_path / "digits" / str(label)).mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image).save(tmp_path / "digits" / str(label) / f"{i:03}.png")
+    results = []
+    for arguments in ([whole], [whole, tmp_path / "digits"], ["--workdir", whole, tmp_path / "digits"]):
+        picture = ["--picture", tmp_path / "m.png"] if len(arguments) > 1 else []
+        code, out, err = run(monkeypatch, capsys, evaluate.main, *arguments, *picture)
+        assert code == 0, err
+        results.append(json.loads(out.splitlines()[-1]))
+    assert results[0].pop("loss") == pytest.approx(results[1].pop("loss"), rel=1e-5)
+    assert results[0] | {"split": "all"} == results[1]
+    assert results[2].items() > results[1].items()
+    assert "folder, split 'all', 180 images" in out
+
+
 def test_evaluate_by_choice(whole, monkeypatch, capsys):
     def result(*arguments):
         code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, *arguments)
@@ -116,6 +136,7 @@ def test_evaluate_by_choice(whole, monkeypatch, capsys):
         (["--batch-size", "0"], "--batch-size: must be a positive integer, got '0'"),
         (["--picture", "/nowhere/m.png"], "/nowhere/m.png cannot be written: No such file .*name another file"),
         (["--batch-size", "12"], "batch_size=12 does not divide over 8 devices"),
+        (["--mean", "1", "--std", "1"], "mean, std: .* is a run, which says this itself; leave it out"),
         (["--config.model.width=1"], "--config.model.width cannot be changed here"),
         (["--bath-size", "8"], "unknown argument '--bath-size'"),
     ],

@@ -1,8 +1,10 @@
 """`predict` prints what the network computes for images, and names files that are not images."""
 
 import csv
+import datetime
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,12 +16,15 @@ import pytest
 import shell
 import train
 from tests.weights.test_writing import random_network
+from workdirs import records
+from xception_flax import __version__
 from xception_flax.commands import convert, embed, evaluate, predict
 from xception_flax.data import sources
 from xception_flax.inference import predictor
 from xception_flax.recipes import reading
 from xception_flax.runs.restore import restore
 from xception_flax.weights import source, writing
+from xception_flax.weights.word import told
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
 
@@ -150,6 +155,17 @@ def test_weights_from_elsewhere_predict(weights, digits, tmp_path, monkeypatch, 
     assert {"0", "1", "2", "3"} == json.loads(out.splitlines()[0])["classes"].keys()
 
 
+def test_codes_of_classes_are_in_words_in_the_table(weights, digits, tmp_path, monkeypatch, capsys):
+    network = source.open_source(str(weights), None)
+    codes = {"class_names": ("n0", "n1", "n2", "n3"), "class_descriptions": ("tench", "goldfish", "crane", "crane")}
+    writing.write(network._replace(**codes), tmp_path / "w.npz")
+    file = digits[0] / "000.png"
+    _, out, _ = run(monkeypatch, capsys, tmp_path / "w.npz", file)
+    assert sorted(re.findall("[a-z]+(?= [0-9.]+ %)", out)) == ["crane", "crane", "goldfish", "tench"]
+    _, out, _ = run(monkeypatch, capsys, tmp_path / "w.npz", file, "--json")
+    assert sorted(json.loads(out)["classes"]) == ["n0", "n1", "n2", "n3"]
+
+
 def test_features_are_written_with_the_files_names(weights, workdir, digits, tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.png").write_text("no image")
     output = tmp_path / "features.npy"
@@ -209,3 +225,53 @@ def test_a_run_is_converted_and_predicts_the_same(workdir, digits, tmp_path, mon
         2,
         f"error: {tmp_path}/w.safetensors is there already; nothing was written. Remove it, or take another name.\n",
     )
+
+
+def test_what_is_said_is_written(weights, digits, tmp_path, monkeypatch, capsys):
+    """The user's word about a file goes with its weights: nothing is to be said again, to us or to timm."""
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
+    word = ["--class-names", tmp_path / "names.txt", "--mean", 10, "--std", 200, "--image-size", 40]
+    word += ["--transforms", "center_crop(fraction=0.5)"]
+    files = [digits[0] / f"{i:03}.png" for i in range(0, 8, 2)]
+    expected = run(monkeypatch, capsys, weights, *files, "--json", *word)
+    for name in ("w.safetensors", "folder"):
+        assert shell.call(monkeypatch, capsys, convert.main, weights, "--output", tmp_path / name, *word)[0] == 0
+        assert run(monkeypatch, capsys, tmp_path / name, *files, "--json") == expected
+    said = json.loads((tmp_path / "folder" / "config.json").read_text())["xception_flax"]
+    assert (said["class_names"], said["image_size"]) == (["a", "b", "c", "d"], 40)
+    assert (said["normalize"], said["transforms"]) == ({"mean": [10], "std": [200]}, "center_crop(fraction=0.5)")
+    assert "measured" in said
+    card = (tmp_path / "folder" / "README.md").read_text()
+    for words in ("4: a, b, c, d", "40 x 40 pixels", "(x - 10) / 200", "`center_crop(fraction=0.5)`", "not measured"):
+        assert f"| {words} |" in card
+    network = source.open_source(str(weights), None)
+    assert network.measured
+    assert told(network, class_names="abcd").measured == network.measured
+    assert told(network, image_size=40).measured == {}
+
+
+def test_the_card_says_what_the_run_measured(workdir, tmp_path, monkeypatch, capsys):
+    """Of the weights at a step that it evaluated, by its history; of others nothing."""
+    record = [line for line in records(workdir) if "eval/top1" in line][-1]
+    folder, raw = tmp_path / "hub", tmp_path / "raw.npz"
+    assert shell.call(monkeypatch, capsys, convert.main, workdir, "--output", folder)[0] == 0
+    today, count = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}", record["eval/count"]
+    assert count == 180
+    how = f"on {count} images, of digits, split 'validation', by the run itself at step 118, ema weights, {today}, "
+    shares = f"top1 {100 * record['eval/top1']:.2f} %, top5 {100 * record['eval/top5']:.2f} %"
+    card = (folder / "README.md").read_text()
+    assert f"| accuracy | {shares}, loss {record['eval/loss']:.4g}, {how}xception_flax {__version__} |" in card
+    found = source.open_source(str(folder), None).measured
+    assert found["top1"] == record["eval/top1"]
+    assert (found["date"], found["step"]) == (today, 118)
+    assert shell.call(monkeypatch, capsys, convert.main, workdir, "--output", raw, "--weights", "raw")[0] == 0
+    assert source.open_source(str(raw), None).measured == {}
+    digits = ["--config.data.source=digits", "--split", "validation", "--picture", tmp_path / "m.png"]
+    code, out, _ = shell.call(monkeypatch, capsys, evaluate.main, folder, "--config.data.max_value=4095", *digits)
+    assert code == 0
+    assert f"{shares}, loss" in out
+    assert json.loads(out.splitlines()[-1])["top1"] == pytest.approx(record["eval/top1"], abs=1e-9)
+    code, _, err = shell.call(
+        monkeypatch, capsys, convert.main, workdir, "--output", tmp_path / "no.npz", "--mean", 1, "--std", 2
+    )
+    assert (code, err) == (2, f"error: mean, std: the recipe of {workdir} says this; leave it out.\n")

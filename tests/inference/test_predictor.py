@@ -16,6 +16,7 @@ from tests.weights.test_writing import random_network
 from xception_flax.inference import predictor, preprocessing
 from xception_flax.text.errors import UserError
 from xception_flax.weights import writing
+from xception_flax.weights.word import told
 
 NARROW = dict(name="xception", num_classes=4, width=0.02)
 
@@ -121,16 +122,20 @@ def test_what_a_source_does_not_say_is_assumed_and_named(network, one_device):
     )
     assert found.class_names == ("0", "1", "2", "3")
     options = dict(image_size=71, transforms="resize", mean=(1.0, 2.0, 3.0), std=(4.0,) * 3, class_names="abcd")
-    found = predictor.from_pretrained(silent, one_device, **options)
+    found = predictor.from_pretrained(told(silent, **options), one_device)
     assert found.preprocessing == preprocessing.Preprocessing(71, 3, "resize", (1.0, 2.0, 3.0), (4.0,) * 3)
     assert (found.notes, found.class_names) == ((), tuple("abcd"))
     for wrong, message in [
         (dict(class_names="abc"), "got 3 names of classes for 4 logits; give"),
+        (dict(class_names="abca"), "two classes are named 'a'; give each a name of its own"),
         (dict(mean=(1.0,)), "mean and std go together"),
+        (dict(mean=(1.0, 2.0), std=(1.0, 2.0)), "mean has 2 values, and images have 3 channels"),
+        (dict(mean=(1.0,), std=(0.0,)), "normalize.std"),
+        (dict(image_size=10**6), "image_size must be in"),
         (dict(transforms="resiz"), "unknown transform 'resiz'; did you mean 'resize'"),
     ]:
         with pytest.raises(UserError, match=message):
-            predictor.from_pretrained(silent, one_device, **wrong)
+            told(silent, **wrong)
 
 
 def test_the_whole_image_as_keras_has_it(network, one_device, photos, tmp_path):
@@ -146,7 +151,7 @@ def test_the_whole_image_as_keras_has_it(network, one_device, photos, tmp_path):
         assert np.abs(ours - np.asarray(theirs)).max() < 0.01
         assert np.abs(ours - np.round(ours)).max() > 0.1
     silent = network._replace(framework="keras", transforms=None)
-    chosen = predictor.from_pretrained(silent, one_device, transforms="resize(kernel=bicubic, antialias=True)")
+    chosen = predictor.from_pretrained(told(silent, transforms="resize(kernel=bicubic, antialias=True)"), one_device)
     assert chosen.preprocessing.prepare(photos[0]).dtype == np.uint8  # what PIL scales
 
 

@@ -342,6 +342,36 @@ def test_config_for_other_channels_and_classes():
     assert timm_config.read(CONFIG | {"label_names": "cow"}, 3, 3).left_out[0].startswith("its label_names, 'cow'")
 
 
+def test_descriptions_of_classes():
+    """timm has them by name (`label_descriptions`), transformers' `TimmWrapperConfig` in the order of the names."""
+
+    def read(**labels):
+        return timm_config.read(CONFIG | labels, 3, 3)
+
+    texts = {"dog": "a dog", "cat": "a cat", "cow": "a cow"}
+    for found in (texts, ["a cat", "a cow", "a dog"]):
+        assert read(label_descriptions=found).class_names == ("cat", "cow", "dog")
+        assert read(label_descriptions=found).class_descriptions == ("a cat", "a cow", "a dog")
+    inner = {
+        "label_names": None,
+        "pretrained_cfg": {"label_names": ["x", "y", "z"], "label_descriptions": ["X", "Y", "Z"]},
+    }
+    assert read(**inner).class_descriptions == ("X", "Y", "Z")
+    for found in ({"dog": "a dog"}, ["a cat"], "cat", [1, 2, 3]):
+        use = read(label_descriptions=found)
+        assert (use.class_names, use.class_descriptions) == (("cat", "cow", "dog"), ())
+        assert use.left_out[0].startswith("its label_descriptions, ")
+    use = read(label_names=["crane", "crane", "dog"], label_descriptions=["a", "b", "c"])
+    assert (use.class_names, use.class_descriptions) == ((), ())
+    assert use.left_out == ("its label_names, two of which are 'crane'",)
+    _, state = state_of("xception65", num_classes=3)
+    assert recognize(state, CONFIG | {"label_descriptions": texts}, PATH).class_descriptions == (
+        "a cat",
+        "a cow",
+        "a dog",
+    )
+
+
 def test_other_networks_of_timm_are_refused():
     _, state = state_of("legacy_xception")
     config = {"model_args": {"act_layer": "gelu"}}

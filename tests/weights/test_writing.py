@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import h5py
 import jax
 import jax.numpy as jnp
 import keras
@@ -16,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from golden.seeded import structured_images
 from xception_flax import create_model
 from xception_flax.text.errors import UserError
-from xception_flax.weights import description, source, writing
+from xception_flax.weights import description, keras_models, reading, source, writing
 from xception_flax.weights.pretrained import Pretrained
 from xception_flax.weights.shapes import shapes_of
 
@@ -50,7 +51,21 @@ def random_network(channels: int = 3, **model: object) -> Pretrained:
         "center_crop(fraction=0.9, kernel=bicubic)",
         {"mean": (0.0,), "std": (255.0,)},
         "sigmoid",
+        measured={
+            "top1": 0.9,
+            "loss": 0.25,
+            "count": 180,
+            "source": "folder",
+            "split": "val",
+            "step": 157,
+            "date": "x",
+        },
     )
+
+
+def described(network: Pretrained) -> Pretrained:
+    """The same network, whose classes are in words too."""
+    return network._replace(class_descriptions=tuple(f"what {name} is" for name in network.class_names))
 
 
 def assert_same_arrays(found: Pretrained, expected: Pretrained) -> None:
@@ -62,7 +77,7 @@ def assert_same_arrays(found: Pretrained, expected: Pretrained) -> None:
 
 @pytest.fixture(scope="module")
 def full() -> Pretrained:
-    return random_network(**FULL)
+    return described(random_network(**FULL))
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.npz", "folder"])
@@ -72,7 +87,7 @@ def full() -> Pretrained:
 def test_our_own_files_are_the_same_network(tmp_path, name, model):
     """Every array, and every word that is said about them."""
     model = {k: v for k, v in model.items() if (model["name"], k) != ("lenet", "width")}
-    network = random_network(channels=3 if model["name"] != "lenet" else 1, **model)
+    network = described(random_network(channels=3 if model["name"] != "lenet" else 1, **model))
     output = tmp_path / name
     assert writing.write(network, output).path == output
     found = source.open_source(str(output), None)
@@ -107,7 +122,7 @@ def test_timms_names(tmp_path, suffix, model):
 
 def test_the_hubs_folder_is_timms(tmp_path):
     """The keys that timm 1.0 reads of config.json (`load_model_config_from_hf`), with their values."""
-    network = random_network(**LEGACY)
+    network = described(random_network(**LEGACY))
     writing.write(network, tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     cfg = config["pretrained_cfg"]
@@ -122,7 +137,11 @@ def test_the_hubs_folder_is_timms(tmp_path):
     card = (tmp_path / "folder" / "README.md").read_text()
     assert card.startswith('---\ntags: ["image-classification", "timm", "xception"]\nlibrary_name: "timm"\n---\n')
     assert "| values, of 0 to 255 | (x - 0) / 255 |" in card
-    assert "| accuracy | not measured |" in card
+    assert config["label_descriptions"]["class 1"] == "what class 1 is"
+    words = "top1 90.00 %, loss 0.25, on 180 images, of folder, split 'val', by the run itself at step 157, x"
+    assert f"| accuracy | {words} |" in card
+    writing.write(network._replace(measured={}), tmp_path / "other")
+    assert "| accuracy | not measured |" in (tmp_path / "other" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["m.keras", "m.weights.h5"])
@@ -144,10 +163,40 @@ def test_keras_computes_the_same(tmp_path, full, name):
     theirs = np.log(theirs / (1 - theirs))
     assert np.ptp(theirs) > 0.1
     assert np.abs(theirs - logits).max() < 1e-5 * max(np.ptp(theirs), np.abs(theirs).max())
-    if name.endswith(".keras"):
-        found = source.read_file(tmp_path / name)
-        assert_same_arrays(found, full)
-        assert (found.activation, found.image_size, found.framework) == ("sigmoid", 71, "keras")
+    found = source.read_file(tmp_path / name)  # whole, by our description, of which Keras takes no notice
+    assert_same_arrays(found, full)
+    assert found._replace(variables=None, origin={}) == full._replace(variables=None, origin={})
+    model.save(again := tmp_path / "again.keras")
+    found = source.read_file(again)  # Keras' own, without it
+    assert_same_arrays(found, full)
+    assert (found.activation, found.image_size, found.framework) == ("sigmoid", 71, "keras")
+    assert (found.class_names, found.measured) == ((), {})
+
+
+@pytest.mark.parametrize("name", ["m.keras", "m.weights.h5"])
+def test_a_description_beside_the_arrays_of_another_network(tmp_path, full, name):
+    """It is compared with the arrays, as in every format. Files of a Keras that wrote no names are read by order."""
+    writing.write(full, tmp_path / name)
+    form = "keras" if name == "m.keras" else "hdf5"
+    contents = reading.read(tmp_path / name, form)
+    said = contents.config["xception_flax"]
+    assert said == json.loads(json.dumps(description.describe(full)))
+    with pytest.raises(UserError, match=r"m\..*predictions/kernel must have shape \(8, 4\), got \(8, 3\)"):
+        keras_models.variables_of(contents, FULL | {"num_classes": 4}, 3, tmp_path / name)
+    with pytest.raises(UserError, match=r"m\..*our network has no params/fc1/kernel"):
+        keras_models.variables_of(contents, FULL | {"fc_layers": ()}, 3, tmp_path / name)
+    if form == "hdf5":
+        with h5py.File(tmp_path / name, "a") as file:
+            file.visititems(lambda _, group: group.attrs.pop("name", None) and None)
+        nameless = reading.read(tmp_path / name, form)
+        assert {entry[:1] for entry, arrays in nameless.entries if arrays} == {"/"}
+        assert_same_arrays(source.read_file(tmp_path / name), full)
+        with h5py.File(tmp_path / name, "a") as file:
+            file.attrs["xception_flax"] = "[" * 9
+        with pytest.raises(
+            UserError, match=r"m\.weights\.h5 cannot be read as weights of Keras: xception_flax is no JSON"
+        ):
+            source.read_file(tmp_path / name)
 
 
 def test_keras_own_inception_v3(tmp_path):
@@ -181,9 +230,20 @@ def test_what_does_not_fit_is_refused(tmp_path, full):
     ("change", "message"),
     [
         ({"model": {"name": "resnet", "num_classes": 4}}, r"of a network that is not here: unknown model 'resnet'"),
-        ({"model": {"name": "xception", "num_classes": 5, "width": 0.02}}, r"predictions.* must have shape \(\d+,|fc"),
+        (
+            {"model": dict(NARROW, num_classes=5), "class_names": []},
+            r"predictions/bias must have shape \(5,\), got \(4,\)|predictions/kernel must have shape \(40, 5\)",
+        ),
         ({"model": None}, r"its description \(xception_flax\) is damaged: TypeError"),
         ({"activation": "tanh"}, r"is damaged: KeyError 'tanh'"),
+        (
+            {"measured": {"top1": "0.9"}},
+            r"is damaged: TypeError top1 in what was measured is '0\.9'; expected a number",
+        ),
+        ({"measured": {"date": 1}}, r"is damaged: TypeError date in what was measured is 1; expected a text"),
+        ({"class_names": ["a"]}, r"is damaged: ValueError 1 names and 0 descriptions of 4 classes"),
+        ({"class_descriptions": ["a"]}, r"is damaged: ValueError 4 names and 1 descriptions of 4 classes"),
+        ({"measured": [1]}, r"is damaged: AttributeError"),
         ({"channels": 1}, r"block1_conv1/kernel must have shape \(3, 3, 1, 8\), got \(3, 3, 3, 8\)"),
     ],
 )

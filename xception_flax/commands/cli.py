@@ -108,17 +108,6 @@ def add_overrides(
 LOWER_BATCH_SIZE = "Take a smaller --batch-size; the result does not depend on it."
 
 
-def add_run(parser: argparse.ArgumentParser, *, checkpoint: str) -> None:
-    """Adds the arguments that choose a run, one of its checkpoints, and its weights; see `runs.restore`.
-
-    Args:
-      parser: of the command.
-      checkpoint: the default, 'latest' or 'best'.
-    """
-    parser.add_argument("--workdir", type=directory, required=True, help="folder of a run of train.py")
-    add_checkpoint(parser, checkpoint)
-
-
 def start(arguments: argparse.Namespace) -> None:
     """Connects the hosts, enables the compilation cache, sets the allocator and quiets the libraries.
 

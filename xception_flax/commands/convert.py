@@ -2,18 +2,19 @@
 
 from pathlib import Path
 
-from xception_flax.commands import cli
+from xception_flax.commands import cli, images
 from xception_flax.display import console
 from xception_flax.runs.restore import Run
 from xception_flax.text import naming
 from xception_flax.text.counting import counted
 from xception_flax.training import sharding
 from xception_flax.weights import source, writing
+from xception_flax.weights.word import told
 
 EXAMPLES = """\
   xception-flax convert keras:xception --output xception.safetensors
   xception-flax convert runs/photos --output photos.keras
-  xception-flax convert model.pth --output hub_folder/"""
+  xception-flax convert mine.keras --class-names classes.txt --output hub_folder"""
 
 
 def main(argv: list[str]) -> int:
@@ -27,10 +28,13 @@ def main(argv: list[str]) -> int:
         metavar="FILE|DIR",
         help="; ".join(f"{suffix or 'no suffix'}: {form.meaning}" for suffix, form in writing.FORMATS.items()),
     )
+    images.add_word(parser)
     arguments = parser.parse_args(argv)
+    word = images.word(arguments)
     writing.check_output(arguments.output)
     cli.start(arguments)
     found = source.open_source(arguments.source, sharding.create_mesh(), arguments.checkpoint, arguments.weights)
+    found = told(found, **word)
     pretrained = source.from_run(found) if isinstance(found, Run) else found
     written = writing.write(pretrained, arguments.output)
     rows = {

@@ -4,35 +4,49 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from xception_flax.commands import cli
 from xception_flax.data.sources import folder
 from xception_flax.display import console
 from xception_flax.inference import predictor
-from xception_flax.inference.predictor import Predictor
+from xception_flax.inference.predictor import BATCH_SIZE, Predictor
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
+
+SOURCE = "workdir of a run, file or folder of weights, keras:NETWORK, timm:NAME, hf:OWNER/NAME"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the network, the images, and what says how an image becomes what the network takes."""
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="workdir of a run, file or folder of weights, keras:NETWORK, timm:NAME, hf:OWNER/NAME",
-    )
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE)
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="a file, or a folder with files in it")
     parser.add_argument("--workdir", type=cli.directory, help="instead of SOURCE: folder of a run of train.py")
     cli.add_checkpoint(parser)
-    parser.add_argument("--batch-size", type=cli.positive, default=32, metavar="N", help="images at a time (32)")
+    parser.add_argument(
+        "--batch-size", type=cli.positive, default=BATCH_SIZE, metavar="N", help=f"images at a time ({BATCH_SIZE})"
+    )
+    add_word(parser)
+
+
+def add_word(parser: argparse.ArgumentParser) -> None:
+    """Adds what the user says of weights from elsewhere; `word` reads it."""
     said = parser.add_argument_group("of weights from elsewhere, where they do not say it themselves")
     said.add_argument("--class-names", type=Path, metavar="FILE", help="names of the classes, a line each")
     said.add_argument("--image-size", type=cli.positive, metavar="N", help="pixels a side of what the network takes")
     said.add_argument("--transforms", metavar="CHAIN", help="as data.eval_transforms of a recipe, such as center_crop")
     said.add_argument("--mean", type=float, nargs="+", metavar="X", help="of 0 to 255; a value a channel, or one")
     said.add_argument("--std", type=float, nargs="+", metavar="X", help="the same")
+
+
+def word(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns what the user says of the network, as keywords of `weights.word.told`."""
+    names = ("image_size", "transforms", "mean", "std")
+    return {"class_names": _class_names(arguments.class_names)} | {name: getattr(arguments, name) for name in names}
 
 
 def given(arguments: argparse.Namespace) -> tuple[str, list[Path]]:
@@ -49,17 +63,17 @@ def given(arguments: argparse.Namespace) -> tuple[str, list[Path]]:
     return source, list(_files(paths))
 
 
-def load(source: str, arguments: argparse.Namespace) -> Predictor:
-    """Returns the network, and says on standard error what was assumed of it and left out.
+def load(source: str, arguments: argparse.Namespace, mesh: Mesh | None = None) -> Predictor:
+    """Returns the network, on all devices or on `mesh`, and says on standard error what was assumed and left out.
 
     Raises:
       UserError: there is no such network, or an argument is wrong.
     """
-    names = ("checkpoint", "weights", "image_size", "transforms", "mean", "std", "batch_size")
-    options = {name: getattr(arguments, name) for name in names}
-    found = predictor.load(source, class_names=_class_names(arguments.class_names), **options)
-    for note in found.notes:
-        print(note, file=sys.stderr)
+    options = {name: getattr(arguments, name) for name in ("checkpoint", "weights", "batch_size")}
+    found = predictor.load(source, mesh=mesh, **word(arguments), **options)
+    if jax.process_index() == 0:
+        for note in found.notes:
+            print(note, file=sys.stderr)
     return found
 
 

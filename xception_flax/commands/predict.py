@@ -34,6 +34,8 @@ def main(argv: list[str]) -> int:
     with cli.out_of_memory(cli.LOWER_BATCH_SIZE):
         predictor = images.load(source, arguments)
         width = min(max(cell_len(naming.shown(path)) for path in paths), MAX_WIDTH)
+        names = predictor.class_names  # in the table codes are in words
+        words = dict(zip(names, predictor.class_descriptions or names, strict=True))
         rows = csv.writer(sys.stdout, lineterminator="\r\n")  # RFC 4180
         readable, unreadable, dark = 0, [], []
         # Each result is printed at once, so that an error with a later image does not lose it.
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
             else:
                 if not readable:
                     console.show_title(images.title(source, predictor))
-                row = "  ".join(f"{naming.shown(name)} {console.percent(p)}" for name, p in best.items())
+                row = "  ".join(f"{naming.shown(words[name])} {console.percent(p)}" for name, p in best.items())
                 console.show_row(naming.shown(path), row, width)
             readable += 1
     if dark:

@@ -16,7 +16,7 @@ class Batch(TypedDict, Generic[_Array]):
     the function named at each.
 
     Attributes:
-      images: `[N, H, W, C]` uint8.
+      images: `[N, H, W, C]` uint8; float32 where resizing does not round (`pipeline.Split.rounded`).
       labels: `[N]` int32, or `[N, num_classes]` uint8, rows of 0 and 1, if an image may have several labels. For two
         mixed images, the label of the one with the larger share.
       mask: `[N]` float32: 0 for padding and for images that cannot be decoded, which loss, gradient and metrics
@@ -35,7 +35,14 @@ class Batch(TypedDict, Generic[_Array]):
     weight: NotRequired[_Array]
 
 
-def shapes(batch_size: int, image_shape: tuple[int, int, int], label_shape: tuple[int, ...], *, masked: bool) -> Shapes:
+def shapes(
+    batch_size: int,
+    image_shape: tuple[int, int, int],
+    label_shape: tuple[int, ...],
+    *,
+    masked: bool,
+    rounded: bool = True,
+) -> Shapes:
     """Returns shape and type of each array that a data set makes.
 
     Args:
@@ -43,9 +50,10 @@ def shapes(batch_size: int, image_shape: tuple[int, int, int], label_shape: tupl
       image_shape: `(H, W, C)`.
       label_shape: `()`, or `(num_classes,)` if an image may have several labels.
       masked: whether some images do not count.
+      rounded: whether pixels are whole numbers.
     """
     made = {
-        "images": ((batch_size, *image_shape), np.dtype(np.uint8)),
+        "images": ((batch_size, *image_shape), np.dtype(np.uint8 if rounded else np.float32)),
         "labels": ((batch_size, *label_shape), label_dtype(label_shape)),
     }
     return made | ({"mask": ((batch_size,), np.dtype(np.float32))} if masked else {})

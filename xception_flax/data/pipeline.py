@@ -63,6 +63,7 @@ class Split:
       min_decoded_side: see `decoding.decode`; with 0 images are decoded whole.
       on_bad_image: 'stop' or 'replace'.
       max_value: see `decoding.decode`.
+      rounded: see `prepare_image`.
     """
 
     source: Source
@@ -78,6 +79,7 @@ class Split:
     min_decoded_side: int = 0
     on_bad_image: str = "stop"
     max_value: int | None = None
+    rounded: bool = True
 
     @property
     def num_images(self) -> int:
@@ -103,7 +105,7 @@ class Split:
             label = _label(self.source[0])
         except OSError as error:
             raise InputError(f"the data cannot be read: {error}.") from error
-        return shapes(self.batch_size, self.image_shape, label.shape, masked=self.masked)
+        return shapes(self.batch_size, self.image_shape, label.shape, masked=self.masked, rounded=self.rounded)
 
     def identity(self) -> dict[str, Any]:
         """Returns values by which hosts can check that they have the same data.
@@ -217,6 +219,7 @@ class Split:
             self.min_decoded_side,
             self.max_value,
             replace=self.on_bad_image == "replace",
+            rounded=self.rounded,
         )
         examples = examples.random_map(prepare)
         # The hosts' shares are taken after the random map, since an example's randomness comes from its place in the
@@ -243,9 +246,9 @@ class Split:
                 except InputError as error:  # from a worker process it comes with the tracebacks of both
                     raise InputError(str(error)) from None
                 except BadImageError as error:
+                    removing = " Removing it changes the data, which needs a new workdir." if self.train else ""
                     raise InputError(
-                        f"{error} Repair it, or go on without it by --config.data.on_bad_image=replace. Removing it "
-                        "changes the data, which needs a new workdir."
+                        f"{error} Repair it, or go on without it by --config.data.on_bad_image=replace.{removing}"
                     ) from None
                 except OSError as error:
                     raise InputError(f"the data cannot be read: {error}.") from error
@@ -355,18 +358,26 @@ class _Prepare(grain.transforms.RandomMap):
         max_value: int | None,
         *,
         replace: bool,
+        rounded: bool,
     ) -> None:
         self._transforms = transforms
         self._image_shape = image_shape
         self._min_side = min_side
         self._max_value = max_value
         self._replace = replace
+        self._rounded = rounded
 
     def random_map(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
         prepared = {"labels": _label(example), "mask": example.get("mask", np.float32(1))}
         try:
             image = prepare_image(
-                example["image"], self._transforms, self._image_shape, self._min_side, rng, self._max_value
+                example["image"],
+                self._transforms,
+                self._image_shape,
+                self._min_side,
+                rng,
+                self._max_value,
+                rounded=self._rounded,
             )
         except BadImageError as error:
             if self._replace:

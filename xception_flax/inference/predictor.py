@@ -18,12 +18,11 @@ from xception_flax.inference import class_names as known_names
 from xception_flax.inference import preprocessing as preprocessings
 from xception_flax.inference.preprocessing import Image, Preprocessing
 from xception_flax.runs.restore import Run
-from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import written
 from xception_flax.training import sharding, state, steps
 from xception_flax.weights.pretrained import Pretrained
 from xception_flax.weights.source import open_source
+from xception_flax.weights.word import told
 
 BATCH_SIZE = 32
 
@@ -42,6 +41,10 @@ class Predictor:
       origin: what the weights are, as JSON.
       notes: what was assumed and left out, in words.
       batch_size: images at a time.
+      class_descriptions: the classes in words, where `class_names` are codes; () where nobody says them.
+      names_assumed: whether `class_names` are ImageNet's, or numbers, for want of others.
+      measured: as of `Pretrained`.
+      mesh: the devices.
     """
 
     def __init__(
@@ -56,12 +59,16 @@ class Predictor:
         origin: Mapping[str, Any] = {},
         notes: Sequence[str] = (),
         batch_size: int = BATCH_SIZE,
+        class_descriptions: Sequence[str] = (),
+        names_assumed: bool = False,
+        measured: Mapping[str, Any] = {},
     ) -> None:
+        self.class_descriptions, self.names_assumed = tuple(class_descriptions), names_assumed
+        self.measured, self.mesh = dict(measured), mesh
         self.model, self.variables = model, variables
         self.class_names, self.preprocessing = tuple(class_names), preprocessing
         self.activation, self.origin, self.notes = activation, dict(origin), tuple(notes)
         self.batch_size = -(-batch_size // mesh.size) * mesh.size  # each device as many
-        self._mesh = mesh
         self._normalize = steps.create_normalizer(preprocessing.mean, preprocessing.std)
         self._forward = jax.jit(self._outputs, static_argnames="names")
 
@@ -115,7 +122,7 @@ class Predictor:
                     yield image, found if finite else UserError("the network's output for it is not finite.")
 
     def _outputs(self, variables: Mapping[str, Any], images: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
-        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):  # each device computes its own images
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # each device computes its own images
             inputs = self._normalize(images)
             outputs = dict(self.model.apply(variables, inputs, train=False, method="endpoints"))
         activation = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[self.activation]
@@ -131,7 +138,7 @@ class Predictor:
         for i, pixels in enumerate(prepared):
             if not isinstance(pixels, UserError):
                 batch[i] = pixels
-        images = sharding.global_batch(self._mesh, {"images": batch})["images"]
+        images = sharding.global_batch(self.mesh, {"images": batch})["images"]
         return {name: np.asarray(values) for name, values in self._forward(self.variables, images, names).items()}
 
     def _prepared(self, image: Image) -> tuple[np.ndarray | UserError, bool]:
@@ -185,22 +192,17 @@ def load(
     """
     mesh = mesh or sharding.create_mesh()
     found = open_source(str(source), mesh, checkpoint, weights)
-    given = {"image_size": image_size, "transforms": transforms, "mean": mean, "std": std}
-    if isinstance(found, Run):
-        if said := [name for name, value in given.items() if value is not None]:
-            raise UserError(f"{', '.join(said)}: the recipe of {source} says this; leave it out.")
-        return from_run(found, mesh, class_names=class_names, batch_size=batch_size)
-    return from_pretrained(found, mesh, class_names=class_names, batch_size=batch_size, **given)
+    found = told(found, class_names=class_names, image_size=image_size, transforms=transforms, mean=mean, std=std)
+    create = from_run if isinstance(found, Run) else from_pretrained
+    return create(found, mesh, batch_size=batch_size)
 
 
-def from_run(
-    run: Run, mesh: Mesh, *, class_names: Sequence[str] | None = None, batch_size: int = BATCH_SIZE
-) -> Predictor:
+def from_run(run: Run, mesh: Mesh, *, batch_size: int = BATCH_SIZE) -> Predictor:
     """Returns a run, restored to `mesh`, ready to be asked; arguments as of `load`."""
     return Predictor(
         run.model,
         run.variables,
-        _checked_names(class_names, len(run.class_names)) or run.class_names,
+        run.class_names,
         preprocessings.of_recipe(run.recipe),
         mesh=mesh,
         activation=run.activation,
@@ -209,24 +211,12 @@ def from_run(
     )
 
 
-def from_pretrained(
-    pretrained: Pretrained,
-    mesh: Mesh,
-    *,
-    class_names: Sequence[str] | None = None,
-    image_size: int | None = None,
-    transforms: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    batch_size: int = BATCH_SIZE,
-) -> Predictor:
+def from_pretrained(pretrained: Pretrained, mesh: Mesh, *, batch_size: int = BATCH_SIZE) -> Predictor:
     """Returns a network from elsewhere ready to be asked; arguments as of `load`."""
-    preprocessing, assumed = preprocessings.of_pretrained(
-        pretrained, image_size=image_size, resizing=transforms, mean=mean, std=std
-    )
+    preprocessing, assumed = preprocessings.of_pretrained(pretrained)
     model = models.create_model(**pretrained.model)
     notes = [f"left out: {part}" for part in pretrained.left_out]
-    names = _checked_names(class_names, model.num_classes) or pretrained.class_names
+    names = pretrained.class_names
     if not names and model.num_classes:
         names = known_names.of(model.num_classes)
         assumed = (*assumed, f"classes are {known_names.describe(model.num_classes)}")
@@ -235,7 +225,7 @@ def from_pretrained(
     size = preprocessing.image_size
     shapes = flatten_dict(state.abstract_variables(model, (size, size, preprocessing.channels), mesh))
     values = flatten_dict(dict(pretrained.variables))
-    placed = {place: jax.device_put(values[place].astype(leaf.dtype), leaf.sharding) for place, leaf in shapes.items()}
+    placed = {place: _placed(values[place].astype(leaf.dtype), leaf.sharding) for place, leaf in shapes.items()}
     return Predictor(
         model,
         unflatten_dict(placed),
@@ -246,15 +236,12 @@ def from_pretrained(
         origin=pretrained.origin,
         notes=notes,
         batch_size=batch_size,
+        class_descriptions=pretrained.class_descriptions,
+        names_assumed=not pretrained.class_names,
+        measured=pretrained.measured,
     )
 
 
-def _checked_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    if names is not None and len(names) != num_classes:
-        raise UserError(
-            f"got {counted(len(names), 'name')} of classes for {counted(num_classes, 'logit')}; give a name for each."
-        )
-    if names is not None and len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise UserError(f"two classes are named {written(twice)}; give each a name of its own.")
-    return tuple(names or ())
+def _placed(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array on the devices; of several hosts each puts there its own part."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

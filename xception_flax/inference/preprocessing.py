@@ -1,7 +1,6 @@
 """How an image becomes what a network takes."""
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +13,10 @@ from xception_flax.data.decoding import BadImageError, is_dark, largest_value
 from xception_flax.data.pipeline import prepare_image
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
-from xception_flax.weights.pretrained import Pretrained
+from xception_flax.weights.pretrained import IMAGE_SIZE, Pretrained
 
 # What the libraries do with an image where its network does not say. Keras: `image_dataset_from_directory` and
 # `preprocess_input`. timm: `resolve_data_config`, by the network's `default_cfgs`, all with mean and std 0.5.
-IMAGE_SIZE = 299  # of all these networks
 MEAN = STD = (127.5,)
 KERAS_TRANSFORMS = "resize"  # the whole image, bilinear, without antialiasing
 TIMM_CROPS = {"xception": 0.8975, "inception_v3": 0.875, "xception41p": 0.94, "xception65p": 0.94, "xception65": 0.94}
@@ -109,44 +107,29 @@ def of_recipe(recipe: ConfigDict) -> Preprocessing:
     )
 
 
-def of_pretrained(
-    pretrained: Pretrained,
-    *,
-    image_size: int | None = None,
-    resizing: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> tuple[Preprocessing, tuple[str, ...]]:
+def of_pretrained(pretrained: Pretrained) -> tuple[Preprocessing, tuple[str, ...]]:
     """Returns the preprocessing of a network from elsewhere, and what was assumed of it, in words.
 
-    Args:
-      pretrained: the network. What it says itself counts less than the other arguments, and more than what its
-        library does where nothing is said.
-      image_size: as of `Preprocessing`.
-      resizing: the same, `transforms`.
-      mean, std: the same; both or neither.
+    What the network does not say is what its library does.
 
     Raises:
-      UserError: one of `mean` and `std` is missing, or the transforms are wrong.
+      UserError: the transforms are wrong.
     """
-    if (mean is None) != (std is None):
-        raise UserError("mean and std go together; give both or neither.")
     keras, rounded = pretrained.framework == "keras", True
     assumed = []
-    if image_size is None and (image_size := pretrained.image_size) is None:
+    image_size, resizing, normalize = pretrained.image_size, pretrained.transforms, pretrained.normalize
+    if image_size is None:
         image_size = IMAGE_SIZE
         assumed.append(f"images of {image_size} x {image_size} pixels")
-    if resizing is None and (resizing := pretrained.transforms) is None:
+    if resizing is None:
         resizing, rounded = (KERAS_TRANSFORMS, False) if keras else (_timm_crop(pretrained, image_size), True)
         assumed.append(f"resized as {'Keras' if keras else 'timm'} does, by '{resizing}'")
-    if mean is None and pretrained.normalize is not None:
-        mean, std = pretrained.normalize["mean"], pretrained.normalize["std"]
-    elif mean is None:
-        mean, std = MEAN, STD
+    if normalize is None:
+        normalize = {"mean": MEAN, "std": STD}
         assumed.append("values in [-1, 1]")
     transforms.parse_transforms(resizing, image_size)
-    preprocessing = Preprocessing(image_size, pretrained.channels, resizing, tuple(mean), tuple(std), rounded)
-    return preprocessing, tuple(assumed)
+    mean, std = (tuple(normalize[name]) for name in ("mean", "std"))
+    return Preprocessing(image_size, pretrained.channels, resizing, mean, std, rounded), tuple(assumed)
 
 
 def _timm_crop(pretrained: Pretrained, image_size: int) -> str:

@@ -38,18 +38,21 @@ def resolve(
     return ConfigDict(resolved, convert_dict=True)
 
 
-def resolve_group(name: str, given: Mapping[str, Any], arguments: Sequence[str] = ()) -> ConfigDict:
+def resolve_group(
+    name: str, given: Mapping[str, Any], arguments: Sequence[str] = (), groups: Sequence[str] | None = None
+) -> ConfigDict:
     """Returns one group, resolved as it would be in a recipe.
 
     Args:
       name: a key of `GROUPS`.
       given: keys of the group, such as `{"name": "xception"}`.
-      arguments: overrides; they may only touch this group.
+      arguments: overrides.
+      groups: those that the overrides may touch; None for this one.
 
     Raises:
       UserError: a key is of another group, unknown or missing, or a value is wrong.
     """
-    texts = overrides.split(arguments, (name,))
+    texts = overrides.split(arguments, groups or (name,))
     return ConfigDict(_complete(f"{name}.", GROUPS[name], given, texts[name]), convert_dict=True)
 
 

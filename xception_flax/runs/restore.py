@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from xception_flax import models
-from xception_flax.runs.workdir import CHECKPOINTS, CONFIG, read_recipe
+from xception_flax.runs import history
+from xception_flax.runs.workdir import CHECKPOINTS, CONFIG, HISTORY, read_recipe
 from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint as checkpoints
 from xception_flax.training import metrics, program, state
@@ -25,6 +26,7 @@ class Run(NamedTuple):
       step: of the checkpoint.
       weights: which weights of the checkpoint `variables` are: 'raw' or 'ema'.
       meta: all JSON values of the checkpoint; see `training.checkpoint`.
+      workdir: of the run.
     """
 
     recipe: ConfigDict
@@ -34,6 +36,30 @@ class Run(NamedTuple):
     step: int
     weights: str
     meta: dict[str, Any]
+    workdir: Path
+
+    def measured(self) -> dict[str, Any]:
+        """Returns what the run itself measured of these weights at this step, and how; {} where it did not.
+
+        Metrics and 'loss' by their names, 'count' (images); of the data 'source' and 'split'; 'step' and 'weights' of
+        the checkpoint, and where it says them the 'date' of UTC and the 'version' of this program.
+
+        Raises:
+          UserError: the history cannot be read.
+        """
+        path = self.workdir / HISTORY
+        records = history.read_metrics(path) if path.is_file() else []
+        for record in reversed(records):
+            if (record["step"], record.get("eval/weights")) == (self.step, self.weights):
+                values = {name.removeprefix("eval/"): v for name, v in record.items() if name.startswith("eval/")}
+                kept = {name: v for name, v in values.items() if name not in ("seconds", "weights") and v is not None}
+                data = self.recipe.data
+                name = f"{data.source} {data.name}" if data.get("name") else data.source
+                saved = self.meta.get("saved")  # older checkpoints lack it
+                saved = {key: str(v) for key, v in saved.items()} if isinstance(saved, dict) else {}
+                how = {"source": name, "split": data.eval_split, "step": self.step, "weights": self.weights}
+                return saved | kept | how
+        return {}
 
     @property
     def activation(self) -> str:
@@ -77,4 +103,4 @@ def restore(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None = No
     step, meta, variables = checkpoints.read_variables(
         workdir / CHECKPOINTS, checkpoint, weights, abstract_variables, best_metric=best_metric
     )
-    return Run(recipe, model, variables, tuple(meta["class_names"]), step, weights, meta)
+    return Run(recipe, model, variables, tuple(meta["class_names"]), step, weights, meta, workdir)

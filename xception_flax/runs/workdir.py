@@ -131,7 +131,7 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
 
 
 def _foreign(workdir: Path) -> list[str]:
-    """Returns the names in a folder that has no `CONFIG`, without logs and what we, file managers or disks put there."""
+    """Returns the names in a folder that has no `CONFIG`, but for logs and what we, disks or file managers put."""
     ours = (".", CONFIG, "lost+found"), (".log", ".out", ".err")  # such as nohup's and Slurm's, of this very run
     try:
         return sorted(n for n in os.listdir(workdir) if not (n.startswith(ours[0]) or n.endswith(ours[1])))

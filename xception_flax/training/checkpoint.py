@@ -1,12 +1,13 @@
 """Checkpoints by Orbax: a folder for each step, verified when it is written and when it is read.
 
 A folder `STEP/` has the items `raw` (parameters and batch statistics), `ema` (their averages, if the recipe keeps
-them), `optimizer` and `meta` (JSON: class names, number of images, initial weights, step, a checksum of each array).
-Evaluation reads only `raw` or `ema`. The step is also the position in the data. Older checkpoints have the recipe in
-`meta` too, which is not read: the workdir has it.
+them), `optimizer` and `meta` (JSON: class names, number of images, initial weights, step, date and version, a checksum
+of each array). Evaluation reads only `raw` or `ema`. The step is also the position in the data. Older checkpoints have
+the recipe in `meta` too, which is not read: the workdir has it.
 """
 
 import asyncio
+import datetime
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from xception_flax import __version__
 from xception_flax.host import files
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
@@ -275,7 +277,8 @@ def save(
                 "optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir."
             )
     args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-    args["meta"] = ocp.args.JsonSave(naming.stored(meta | {"step": step, "checksums": sums}))
+    saved = {"date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}", "version": __version__}
+    args["meta"] = ocp.args.JsonSave(naming.stored(meta | {"step": step, "checksums": sums, "saved": saved}))
     manager.expect(items)
     try:
         manager.save(step, args=ocp.args.Composite(**args), metrics=metrics)

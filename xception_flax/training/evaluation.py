@@ -16,6 +16,12 @@ from xception_flax.training import checksums, metrics, sharding
 
 BatchCallback = Callable[[Batch[np.ndarray], jax.Array], None]
 
+# Where a run's loss is not finite.
+RUN_ADVICE = (
+    "Checkpoints from before it are kept. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a "
+    "new workdir."
+)
+
 
 def evaluate(
     eval_step: Callable[..., tuple[dict[str, metrics.Sum], jax.Array]],
@@ -23,6 +29,7 @@ def evaluate(
     split: data.Split,
     mesh: Mesh,
     on_batch: BatchCallback | None = None,
+    advice: str = RUN_ADVICE,
 ) -> dict[str, float]:
     """Returns the mean of each metric over all images of the split, and their `count`.
 
@@ -34,6 +41,7 @@ def evaluate(
       split: loaded with `train=False`.
       mesh: the mesh of the variables.
       on_batch: called with each local batch and the global logits.
+      advice: what to do where the loss is not finite.
 
     Raises:
       data.InputError: none of the images can be decoded.
@@ -58,8 +66,7 @@ def evaluate(
                 if wrong
                 else "the weights are finite, the network's output is not"
             )
-            + ". Checkpoints from before it are kept. Lower optimizer.learning_rate or clip gradients "
-            "(optimizer.clip_norm), in a new workdir."
+            + f". {advice}"
         )
     bad = {"bad_images": split.num_images - count} if split.on_bad_image == "replace" else {}
     return means | {"count": count} | bad

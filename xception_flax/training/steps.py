@@ -237,17 +237,20 @@ def make_eval_step(
     metrics: MetricFunction,
     normalize: Callable[[jax.Array], jax.Array],
     mesh: Mesh,
+    *,
+    head: Callable[[jax.Array], jax.Array] = lambda logits: logits,
 ) -> Callable[[PyTree, Batch[jax.Array]], tuple[Sums, jax.Array]]:
     """Returns the compiled `eval_step(variables, batch) -> (metrics, logits)`.
 
     `variables` are those of `TrainState.variables`. A batch (`data.batch.Batch`) must have a `mask`. The loss has no
-    smoothing and no penalty. Logits are `[N, num_classes]`, on the devices of their images.
+    smoothing and no penalty. Logits are `[N, num_classes]`, on the devices of their images; `head` makes them of what
+    the network returns.
     """
 
     def eval_step(variables: PyTree, batch: Batch[jax.Array]) -> tuple[Sums, jax.Array]:
         variables = jax.lax.with_sharding_constraint(variables, sharding.replicated(mesh))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # as in `_make_gradient`
-            logits = model.apply(variables, normalize(batch["images"]), train=False)
+            logits = head(model.apply(variables, normalize(batch["images"]), train=False))
         sums = metrics(logits, batch["labels"], batch["mask"])
         sums["loss"] = masked_sum(loss.plain(logits, batch["labels"]), batch["mask"])
         return sums, logits

@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xception_flax.text import naming
+from xception_flax.training.metrics import SHARES
 from xception_flax.weights.description import DESCRIPTION, describe
-from xception_flax.weights.pretrained import Pretrained, formula
+from xception_flax.weights.pretrained import IMAGE_SIZE, Pretrained, formula
 
 NUM_FEATURES = 2048  # of the pooled features of every network that timm has
 
@@ -28,7 +29,7 @@ def config(pretrained: Pretrained, architecture: str | None) -> dict[str, Any]:
         return ours
     hidden = bool(pretrained.model.get("fc_layers"))
     num_classes = 0 if hidden else pretrained.model["num_classes"]
-    size = pretrained.image_size or 299
+    size = pretrained.image_size or IMAGE_SIZE
     normalize = pretrained.normalize or {"mean": (127.5,), "std": (127.5,)}
     mean, std = ([v / 255 for v in _per_channel(normalize[k], pretrained.channels)] for k in ("mean", "std"))
     classifier, first_conv = _ENDS.get(architecture, _ALIGNED_ENDS)
@@ -37,7 +38,7 @@ def config(pretrained: Pretrained, architecture: str | None) -> dict[str, Any]:
         "num_classes": num_classes,
         "num_features": NUM_FEATURES,
         "global_pool": "avg",
-        **({"label_names": list(map(naming.shown, pretrained.class_names))} if pretrained.class_names else {}),
+        **_labels(pretrained),
         "model_args": {"in_chans": pretrained.channels} if pretrained.channels != 3 else {},
         "pretrained_cfg": {
             "input_size": [pretrained.channels, size, size],
@@ -51,6 +52,13 @@ def config(pretrained: Pretrained, architecture: str | None) -> dict[str, Any]:
         },
         **ours,
     }
+
+
+def _labels(pretrained: Pretrained) -> dict[str, Any]:
+    """Returns timm's names of the classes, and their descriptions by name."""
+    names, texts = (list(map(naming.shown, of)) for of in (pretrained.class_names, pretrained.class_descriptions))
+    described = {"label_descriptions": dict(zip(names, texts, strict=True))} if texts else {}
+    return {"label_names": names} | described if names else {}
 
 
 def _crop(transforms: str, image_size: int) -> dict[str, Any]:
@@ -86,7 +94,7 @@ def model_card(pretrained: Pretrained, architecture: str | None, notes: Sequence
         "values, of 0 to 255": taken,
         "resizing": f"`{pretrained.transforms}`" if pretrained.transforms else "not recorded",
         "weights from": origin,
-        "accuracy": _record(pretrained),
+        "accuracy": record(pretrained.measured) or "not measured",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     remarks = "".join(f"\n- {note}" for note in notes)
@@ -122,8 +130,24 @@ def model_card(pretrained: Pretrained, architecture: str | None, notes: Sequence
     )
 
 
-def _record(pretrained: Pretrained) -> str:
-    results = pretrained.origin.get("results")
-    if not results:
-        return "not measured"
-    return ", ".join(f"{key} {value:g}" for key, value in results.items())
+def record(measured: Mapping[str, Any]) -> str:
+    """Returns what was measured of a network in words; '' where nothing was.
+
+    Args:
+      measured: as of `Pretrained`: metrics by name, and how they were measured.
+    """
+    shares = [f"{name} {100 * measured[name]:.2f} %" for name in measured if name in SHARES]
+    if not shares:
+        return ""
+    loss = [f"loss {measured['loss']:.4g}"] if "loss" in measured else []
+    said = {
+        "count": "on {:,} images",
+        "source": "of {}",
+        "split": "split '{}'",
+        "step": "by the run itself at step {:,}",
+        "weights": "{} weights",
+        "date": "{}",
+        "version": "xception_flax {}",
+    }
+    how = [text.format(measured[key]) for key, text in said.items() if key in measured]
+    return naming.harmless(", ".join([*shares, *loss, *how]))

@@ -9,11 +9,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xception_flax import models
 from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import written
 from xception_flax.weights import timm
 from xception_flax.weights.pretrained import Pretrained
+from xception_flax.weights.reader.room import DESCRIPTION
 from xception_flax.weights.shapes import shapes_of
-
-DESCRIPTION = "xception_flax"  # the key of the description, in the metadata of a file or in config.json
 
 
 def describe(pretrained: Pretrained) -> dict[str, Any]:
@@ -23,10 +23,12 @@ def describe(pretrained: Pretrained) -> dict[str, Any]:
         "model": dict(pretrained.model),
         "channels": pretrained.channels,
         "class_names": list(pretrained.class_names),
+        "class_descriptions": list(pretrained.class_descriptions),
         "image_size": pretrained.image_size,
         "transforms": pretrained.transforms,
         "normalize": pretrained.normalize and {name: list(values) for name, values in pretrained.normalize.items()},
         "activation": pretrained.activation,
+        "measured": dict(pretrained.measured),
     }
 
 
@@ -41,7 +43,7 @@ def read(description: Any, arrays: Mapping[str, np.ndarray], path: Path) -> Pret
     Raises:
       UserError: the description is damaged, or the arrays are not those of its network.
     """
-    channels, said = _checked(description, path)
+    channels, said = checked(description, path)
     flat = flatten_dict(shapes_of(said["model"], channels))
     ours = {place: arrays[name] for place in flat if (name := "/".join(place)) in arrays}
     theirs = {name: array for name, array in arrays.items() if name.partition("/")[0] not in ("params", "batch_stats")}
@@ -62,20 +64,29 @@ def read(description: Any, arrays: Mapping[str, np.ndarray], path: Path) -> Pret
     return Pretrained(variables=unflatten_dict(ours), **said)
 
 
-def _checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
-    """Returns the images' channels, and keywords of `Pretrained`."""
+def checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
+    """Returns the channels of the images, and all keywords of `Pretrained` but the variables.
+
+    Raises:
+      UserError: the description is damaged, or of a network that is not here.
+    """
     try:
-        models.create_model(**description["model"])
+        network = models.create_model(**description["model"])
         said = {
             "framework": str(description["framework"]),
-            "model": dict(description["model"]),
+            "model": {key: tuple(v) if isinstance(v, list) else v for key, v in description["model"].items()},
             "class_names": tuple(map(str, description["class_names"])),
+            "class_descriptions": tuple(map(str, description.get("class_descriptions", ()))),  # older files lack it
             "image_size": None if description["image_size"] is None else int(description["image_size"]),
             "transforms": None if description["transforms"] is None else str(description["transforms"]),
             "normalize": description["normalize"]
             and {name: tuple(map(float, description["normalize"][name])) for name in ("mean", "std")},
             "activation": {"softmax": "softmax", "sigmoid": "sigmoid"}[description["activation"]],
+            "measured": {name: _measured(name, value) for name, value in description.get("measured", {}).items()},
         }
+        names, texts = (len(said[key]) for key in ("class_names", "class_descriptions"))
+        if names not in (0, network.num_classes) or texts not in (0, names):
+            raise ValueError(f"{names} names and {texts} descriptions of {network.num_classes} classes")
         return int(description["channels"]), said
     except UserError as error:
         raise UserError(f"{path}: its description is of a network that is not here: {error}") from None
@@ -83,3 +94,13 @@ def _checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
         raise UserError(
             f"{path}: its description ({DESCRIPTION}) is damaged: {type(error).__name__} {error}."
         ) from None
+
+
+def _measured(name: str, value: Any) -> str | float:
+    """A value of what was measured; see `runs.restore.Run.measured`."""
+    is_text = name in ("source", "split", "weights", "date", "version")
+    if isinstance(value, bool) or not isinstance(value, str if is_text else int | float):
+        raise TypeError(
+            f"{name} in what was measured is {written(value)}; expected a {'text' if is_text else 'number'}"
+        )
+    return value

@@ -67,8 +67,7 @@ def recognize(contents: Contents, path: Path) -> Pretrained:
     Raises:
       UserError: it has neither network, or two, or only a part of one; or arrays of other shapes.
     """
-    # Keras on Windows wrote places with backslashes.
-    entries = [(name.replace("\\", "/"), arrays) for name, arrays in contents.entries if arrays]
+    entries = _entries(contents)
     if not entries:
         raise UserError(f"{path} has no layers with weights in it; expected a file of Keras' model.save_weights().")
     config, metadata = contents.config.get("config"), contents.config.get("metadata", {})
@@ -79,6 +78,42 @@ def recognize(contents: Contents, path: Path) -> Pretrained:
         return _from_weights(entries)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def variables_of(contents: Contents, model: Mapping[str, Any], channels: int, path: Path) -> dict[str, Any]:
+    """Returns the variables of a network that `writing` wrote for Keras, as its description says it.
+
+    Args:
+      contents: of the file, whole model or weights alone.
+      model: keywords of `models.create_model`.
+      channels: of the images.
+      path: of the file, for messages.
+
+    Raises:
+      UserError: the file has other layers than the network.
+    """
+    try:
+        entries = _entries(contents)
+        by_place = any(name.startswith("/") for name, _ in entries)
+        found = (_by_place if by_place else _by_name)(entries)
+        head = found.others
+        if by_place:  # they are numbered in the order in which `writing` made them
+            names = [*(f"fc{i}" for i in range(1, len(head))), "predictions"]
+            head = [(name, arrays) for name, (_, arrays) in zip(names, sorted(head, key=_rank), strict=False)]
+        return keras.from_keras([*found.layers, *head], shapes_of(model, channels))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _entries(contents: Contents) -> Entries:
+    """The layers with arrays; Keras on Windows wrote places with backslashes."""
+    return [(name.replace("\\", "/"), arrays) for name, arrays in contents.entries if arrays]
+
+
+def _rank(entry: tuple[str, Arrays]) -> int:
+    """The number of a layer among those of its class, by its place."""
+    match = _PLACE.fullmatch(entry[0])
+    return int(match["rank"] or 0) if match else 0
 
 
 def _pretrained(

@@ -14,6 +14,8 @@ def formula(mean: Sequence[float], std: Sequence[float]) -> str:
     return f"(x - {average}) / {deviation}"
 
 
+IMAGE_SIZE = 299  # pixels a side that all these networks are published for
+
 FIRST_LAYERS = ("block1_conv1", "stem_conv1", "conv1")  # of each network, which meet the images
 
 
@@ -26,12 +28,14 @@ class Pretrained(NamedTuple):
       model: keywords of `models.create_model`; `name` too.
       variables: what `model.apply` takes: 'params' and 'batch_stats', NumPy arrays.
       class_names: of the logits, in their order; () where the source does not say.
+      class_descriptions: the same in words, where the names are codes such as 'n01440764'; () where unsaid.
       image_size: pixels a side of the images it was trained on; None where the source does not say.
       transforms: how an image becomes one of that size, as `data.eval_transforms`; None where unsaid.
       normalize: `mean` and `std` on the scale 0 to 255, a value a channel or one for all; None where unsaid.
       activation: 'softmax' (one label an image) or 'sigmoid' (several): from logits to probabilities.
       left_out: what else the source has and this network has no place for, in words, a part each.
       origin: what the weights are, as JSON: {'file': path, 'sha256': ...}.
+      measured: how good it is and how that was measured, as JSON, as of `runs.restore.Run.measured`; {} where unsaid.
     """
 
     framework: str
@@ -44,6 +48,8 @@ class Pretrained(NamedTuple):
     activation: str = "softmax"
     left_out: tuple[str, ...] = ()
     origin: Mapping[str, Any] = MappingProxyType({})
+    class_descriptions: tuple[str, ...] = ()
+    measured: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def channels(self) -> int:

@@ -55,6 +55,15 @@ def open_source(source: str, mesh: Mesh, checkpoint: str = "best", weights: str 
     return read_file(path)
 
 
+def is_workdir(source: str) -> bool:
+    """Whether a source is the workdir of a run. It fetches nothing."""
+    path = Path(source)
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # of names that are none; `open_source` says so
+        path = path.expanduser()
+        return (path / CONFIG).is_file() and _hub_folder(path) is None
+    return False
+
+
 def _located(source: str) -> Path:
     """Returns the file or folder that a source stands for, fetched where it is elsewhere."""
     if fetching.is_remote(source):
@@ -120,7 +129,10 @@ def read_file(path: Path, config: Mapping[str, Any] = MappingProxyType({})) -> P
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
-    if form in KERAS_FORMS:
+    if form in KERAS_FORMS and DESCRIPTION in contents.config:  # `writing` put it there
+        channels, said = description.checked(contents.config[DESCRIPTION], path)
+        pretrained = Pretrained(variables=keras_models.variables_of(contents, said["model"], channels, path), **said)
+    elif form in KERAS_FORMS:
         pretrained = keras_models.recognize(contents, path)
         if is_published:
             pretrained = pretrained._replace(normalize=PUBLISHED_NORMALIZE)
@@ -154,6 +166,7 @@ def from_run(run: Run) -> Pretrained:
         normalize={name: tuple(run.recipe.normalize[name]) for name in ("mean", "std")},
         activation=run.activation,
         origin={"step": run.step, "weights": run.weights},
+        measured=run.measured(),
     )
 
 

@@ -31,6 +31,7 @@ class Use(NamedTuple):
     fields: Mapping[str, Any]
     pooling: str
     class_names: tuple[str, ...]
+    class_descriptions: tuple[str, ...]
     image_size: int | None
     transforms: str | None
     normalize: dict[str, tuple[float, ...]] | None
@@ -64,10 +65,12 @@ def read(config: Mapping[str, Any], channels: int, num_classes: int) -> Use:
         if type(value) not in (int, float):
             raise UserError(f"{name} in model_args of its config.json must be a number, got {written(value)}.")
     image_size, transforms = _preprocessing(use, left_out)
+    class_names = _class_names(config, use, num_classes, left_out)
     return Use(
         fields=fields,
         pooling=str(arguments.get("global_pool") or config.get("global_pool") or "avg"),
-        class_names=_class_names(config, use, num_classes, left_out),
+        class_names=class_names,
+        class_descriptions=_class_descriptions(config, use, class_names, left_out),
         image_size=image_size,
         transforms=transforms,
         normalize=_normalize(use, channels, left_out),
@@ -135,4 +138,23 @@ def _class_names(
     if len(names) != num_classes:
         left_out.append(f"its {len(names)} label_names, for {num_classes} classes")
         return ()
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        left_out.append(f"its label_names, two of which are {written(twice)}")
+        return ()
     return tuple(names)
+
+
+def _class_descriptions(
+    config: Mapping[str, Any], use: Mapping[str, Any], class_names: Sequence[str], left_out: list[str]
+) -> tuple[str, ...]:
+    """Returns the classes in words: timm writes them by name, transformers in the order of the names."""
+    found = config.get("label_descriptions") or use.get("label_descriptions")
+    if not found or not class_names:
+        return ()
+    texts = [found.get(name) for name in class_names] if isinstance(found, Mapping) else found
+    is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
+    if not is_list or len(texts) != len(class_names) or not all(isinstance(text, str) for text in texts):
+        left_out.append(f"its label_descriptions, {written(found)}; expected a text for each of its label_names")
+        return ()
+    return tuple(texts)

@@ -153,6 +153,7 @@ def _network(arrays: Arrays, config: Mapping[str, Any]) -> Pretrained:
         model,
         variables,
         class_names=use.class_names,
+        class_descriptions=use.class_descriptions,
         image_size=use.image_size,
         transforms=use.transforms,
         normalize=use.normalize,

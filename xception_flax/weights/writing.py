@@ -26,7 +26,7 @@ from xception_flax.text.lookup import suggest
 from xception_flax.weights import cards, timm
 from xception_flax.weights import keras as keras_names
 from xception_flax.weights.description import DESCRIPTION, describe
-from xception_flax.weights.pretrained import Pretrained
+from xception_flax.weights.pretrained import IMAGE_SIZE, Pretrained
 from xception_flax.weights.shapes import shapes_of
 
 
@@ -72,9 +72,17 @@ def check_output(output: Path) -> None:
 
 
 def _write_keras(pretrained: Pretrained, path: Path) -> list[str]:
-    """Whole, as `.keras`, or the weights alone, as `.weights.h5`."""
-    model = _keras_model(pretrained)
-    (model.save_weights if path.name.endswith(".weights.h5") else model.save)(path)
+    """Whole, as `.keras`, or the weights alone, as `.weights.h5`; with our description where Keras does not look."""
+    model, ours = _keras_model(pretrained), json.dumps(describe(pretrained))
+    if path.name.endswith(".weights.h5"):
+        import h5py
+
+        model.save_weights(path)
+        with h5py.File(path, "a") as file:
+            file.attrs[DESCRIPTION] = ours
+    else:
+        model.save(path)
+        _add_description(path, ours)
     return _differences(pretrained, {"name": pretrained.model["name"]}, "Keras")
 
 
@@ -89,7 +97,7 @@ def _keras_model(pretrained: Pretrained) -> Any:
     except ImportError as error:
         raise UserError(f"Keras writes this format, and cannot be imported: {error}; pip install keras") from None
     constructor = {"xception": keras.applications.Xception, "inception_v3": keras.applications.InceptionV3}[name]
-    size = pretrained.image_size or 299
+    size = pretrained.image_size or IMAGE_SIZE
     hidden, classes = tuple(getattr(fields, "fc_layers", ())), fields.num_classes
     options = {
         "include_top": classes > 0 and not hidden,
@@ -175,9 +183,14 @@ def _write_npz(pretrained: Pretrained, path: Path) -> list[str]:
     """By our names, and beside the arrays, in the archive, our description."""
     with path.open("wb") as file:
         np.savez(file, **_our_arrays(pretrained.variables))
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(f"{DESCRIPTION}.json", json.dumps(describe(pretrained)))
+    _add_description(path, json.dumps(describe(pretrained)))
     return []
+
+
+def _add_description(path: Path, text: str) -> None:
+    """Adds our description to an archive, as a member of its own."""
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"{DESCRIPTION}.json", text)
 
 
 def _write_hub(pretrained: Pretrained, folder: Path) -> list[str]:

@@ -60,6 +60,21 @@ def test_a_folder_of_classes_alone_is_split_by_names(tmp_path):
     assert old == {name for name, _ in val}
 
 
+def test_all_images_of_a_folder_of_classes(tmp_path):
+    """Both splits together, those below too; not of a folder of splits."""
+    for name in ("cat/a.jpg", "cat/more/b.jpg", "dog/c.jpg"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).touch()
+    found = sources.folder.folder("all", data_dir=str(tmp_path / "photos"))
+    assert [Path(path).name for path in found.paths] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert (found.labels, found.class_names) == ((0, 0, 1), ("cat", "dog"))
+    (tmp_path / "photos").rename(tmp_path / "train")
+    with pytest.raises(UserError, match="has folders of splits, train; expected the folders CLASS"):
+        sources.folder.folder("all", data_dir=str(tmp_path))
+    (tmp_path / "train").rename(tmp_path / "all")
+    assert sources.folder.folder("all", data_dir=str(tmp_path)).split == "all"  # a folder of this name is that split
+
+
 def test_mistakes_in_a_folder_of_classes_are_refused(tmp_path):
     for path in ("cat/a.jpg", "dog/b.jpg"):
         (tmp_path / path).parent.mkdir()
@@ -68,7 +83,7 @@ def test_mistakes_in_a_folder_of_classes_are_refused(tmp_path):
     def load(split, **options):
         sources.folder.folder(split, data_dir=str(tmp_path), **options)
 
-    with pytest.raises(UserError, match=r"unknown split of a folder of classes 'test'; there are: train, val"):
+    with pytest.raises(UserError, match=r"unknown split of a folder of classes 'test'; there are: all, train, val"):
         load("test")
     with pytest.raises(UserError, match=r"data\.val_fraction must be in \(0, 1\), got 1\.0\."):
         load("train", val_fraction=1.0)

@@ -31,6 +31,8 @@ _SYSTEM_FOLDERS = ("__macosx", "lost+found", "@eadir", "$recycle.bin", "system v
 
 VAL_FRACTION = 0.1
 
+ALL = "all"  # the split that every image of a folder of classes belongs to
+
 MAX_KINDS = 8  # of files that are not read, in a message
 
 
@@ -85,12 +87,12 @@ def folder(split: str, /, data_dir: str, val_fraction: float = VAL_FRACTION) -> 
     """A folder of images, with one folder a class; classes are numbered in the order of their names.
 
     The layout is `data_dir/split/CLASS/image.jpg` or `data_dir/CLASS/image.jpg`. The second has the splits 'train' and
-    'val'. A hash of a file's name decides its split, so a file keeps its split when others come or go and when it moves
-    to another class. Names that begin with '.' are left out. Names are hashed, sorted and compared in Unicode's
-    composed form, so that copies on other systems are the same data.
+    'val', and 'all', which is both. A hash of a file's name decides its split, so a file keeps its split when others
+    come or go and when it moves to another class. Names that begin with '.' are left out. Names are hashed, sorted and
+    compared in Unicode's composed form, so that copies on other systems are the same data.
 
     Args:
-      split: name of a folder, or 'train' or 'val'.
+      split: name of a folder, or 'train', 'val' or 'all'.
       data_dir: the folder of images: CLASS/*.jpg, or SPLIT/CLASS/*.jpg.
       val_fraction: share of 'val', if splits have no folders.
 
@@ -99,7 +101,10 @@ def folder(split: str, /, data_dir: str, val_fraction: float = VAL_FRACTION) -> 
     """
     directory = existing_directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
     check_range("data.val_fraction", val_fraction, 0, 1, above=True, below=True)
-    splits, places = folder_splits(data_dir, split), {canonical(p.name): p for p in _folders(directory)}
+    places = {canonical(p.name): p for p in _folders(directory)}
+    if split == ALL and ALL not in places:
+        return _all(directory, places)
+    splits = folder_splits(data_dir, split)
     place = places.get(canonical(split))
     if splits:
         if place is None:
@@ -119,7 +124,7 @@ def folder(split: str, /, data_dir: str, val_fraction: float = VAL_FRACTION) -> 
             f"{directory} has neither CLASS/*.jpg nor {split}/CLASS/*.jpg in it; images are files that end in "
             f"{', '.join(IMAGE_SUFFIXES)}.{there and f' {there}'}"
         )
-    lookup({"train": 0, "val": 1}, split, "split of a folder of classes")
+    lookup(dict.fromkeys(("train", "val", ALL)), split, "split of a folder of classes")
     files = classes_in(directory)
     if mistake := split_mistake(directory, files, val_fraction, split):
         raise UserError(mistake)
@@ -150,6 +155,14 @@ def _fractions(files: Files) -> list[float]:
     for label, value in zip(files.labels, hashes, strict=True):
         largest[label] = max(value, largest.get(label, 0.0))
     return [n / 1000 for n in range(1, 1000) if min(hashes) < n / 1000 <= min(largest.values())]
+
+
+def _all(directory: Path, places: dict[str, Path]) -> Files:
+    """Returns all images in a folder of classes, unless its folders are splits."""
+    if "train" in places and _folders(places["train"]):
+        splits = ", ".join(folder_splits(str(directory)))
+        raise UserError(f"{directory} has folders of splits, {splits}; expected the folders CLASS/*.jpg, or one split.")
+    return classes_in(directory)
 
 
 def split_by_names(files: Files, val_fraction: float) -> dict[str, Files]:

@@ -51,6 +51,33 @@ class Arrays:
         return {"image": self.images[index], "label": self.labels[index]}
 
 
+@dataclasses.dataclass(frozen=True)
+class Renumbered:
+    """The examples of a source, with a network's numbers of the classes.
+
+    Attributes:
+      source: the examples.
+      numbers: the new number of each of its classes.
+      class_names: by the new numbers.
+    """
+
+    source: Source
+    numbers: tuple[int, ...]
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.source[index]
+        label = np.asarray(example["label"])
+        if not label.ndim:
+            return example | {"label": self.numbers[int(label)]}
+        row = np.zeros(len(self.class_names), label.dtype)
+        row[list(self.numbers)] = label
+        return example | {"label": row}
+
+
 def distinct(names: Iterable[str], what: str) -> tuple[str, ...]:
     """Returns names of classes in Unicode's composed form.
 

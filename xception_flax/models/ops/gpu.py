@@ -1,4 +1,4 @@
-"""Lowerings for NVIDIA GPUs: Triton kernels for the depthwise convolution, and what XLA or cuDNN would do in more passes.
+"""Lowerings for NVIDIA GPUs: Triton kernels for the depthwise convolution, and what XLA and cuDNN do in more passes.
 
 cuDNN's grouped convolution with one channel a group is slow, most of all the gradient of its kernel. A depthwise
 convolution does only nine multiply-adds for each number that it reads, so at best it takes the time to read `x` and

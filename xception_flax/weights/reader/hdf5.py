@@ -9,7 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from xception_flax.weights.reader.room import MAX_CONFIG, Contents, Room, native, parsed, printable
+from xception_flax.weights.reader.room import DESCRIPTION, MAX_CONFIG, Contents, Room, native, parsed, printable
 
 
 def _child(group: Any, name: str) -> Any:
@@ -114,10 +114,15 @@ def _is_counter(group: h5py.Group, name: str) -> bool:
 
 
 def _config(file: h5py.File) -> dict[str, Any]:
-    """Returns what `model.save()` writes beside the weights; {} if only weights were saved."""
+    """Returns what `model.save()` writes beside the weights, and what we do; {} if only weights were saved."""
+    ours = {DESCRIPTION: _object(file, DESCRIPTION)} if DESCRIPTION in file.attrs else {}
     if "model_config" not in file.attrs:
-        return {}
-    if file.attrs.get_id("model_config").get_storage_size() > MAX_CONFIG:
-        raise ValueError(f"model_config has more than {MAX_CONFIG:,} bytes; expected less")
+        return ours
     versions = {name: printable(file.attrs[name]) for name in ("keras_version", "backend") if name in file.attrs}
-    return {"config": parsed("model_config", file.attrs["model_config"]), "metadata": versions}
+    return {"config": _object(file, "model_config"), "metadata": versions} | ours
+
+
+def _object(file: h5py.File, attribute: str) -> dict[str, Any]:
+    if file.attrs.get_id(attribute).get_storage_size() > MAX_CONFIG:
+        raise ValueError(f"{attribute} has more than {MAX_CONFIG:,} bytes; expected less")
+    return parsed(attribute, file.attrs[attribute])

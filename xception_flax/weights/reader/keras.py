@@ -6,7 +6,7 @@ from pathlib import Path
 import h5py
 
 from xception_flax.weights.reader import archives, hdf5
-from xception_flax.weights.reader.room import MAX_CONFIG, Contents, Room, parsed
+from xception_flax.weights.reader.room import DESCRIPTION, MAX_CONFIG, Contents, Room, parsed
 
 WEIGHTS = "model.weights.h5"
 COPIES = 4  # the weights, what an optimizer keeps of each, and some to spare
@@ -18,7 +18,7 @@ def read(path: Path, room: Room) -> Contents:
         members = archives.members(archive)
         config = {
             name: parsed(f"{name}.json", archives.data(archive, members[f"{name}.json"], MAX_CONFIG))
-            for name in ("config", "metadata")
+            for name in ("config", "metadata", DESCRIPTION)
             if f"{name}.json" in members
         }
         if "config" not in config or WEIGHTS not in members:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+DESCRIPTION = "xception_flax"  # where a file has our own description: a key, an attribute, or a member with `.json`
+
 MAX_ANSWER = 2**24  # bytes of the line that describes the arrays
 MAX_CONFIG = 2**21  # bytes of a configuration; that of Xception takes 120,000
 MAX_DEPTH = 100  # of lists and dicts in a configuration; models in models take about 7 each
@@ -21,7 +23,8 @@ class Contents(NamedTuple):
         float32 or float64.
       config: what else the file says, {} if nothing. Of a whole Keras model {'config': ..., 'metadata': ...}: the
         model's configuration, as of `model.to_json()`, and at least 'keras_version', if there. Of safetensors its
-        '__metadata__'. Of torch the numbers and texts beside the arrays. These texts may have any characters.
+        '__metadata__'. Of torch the numbers and texts beside the arrays. Of our own files `DESCRIPTION` too, as text or
+        read. These texts may have any characters.
     """
 
     entries: list[tuple[str, list[np.ndarray]]]

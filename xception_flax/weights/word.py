@@ -1,0 +1,77 @@
+"""The user's word about a trained network: what its source does not say, or says otherwise."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import flax.linen as nn
+
+from xception_flax import models
+from xception_flax.data import transforms as chains
+from xception_flax.data.transforms.geometry import MAX_SIDE
+from xception_flax.runs.restore import Run
+from xception_flax.text.counting import counted
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import written
+from xception_flax.text.ranges import check_range
+from xception_flax.training.steps import create_normalizer
+from xception_flax.weights.pretrained import IMAGE_SIZE, Pretrained
+
+Network = TypeVar("Network", Pretrained, Run)
+
+
+def told(
+    network: Network,
+    *,
+    class_names: Sequence[str] | None = None,
+    image_size: int | None = None,
+    transforms: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Network:
+    """Returns a network with what the user says of it, which counts more than what its source says.
+
+    Args:
+      network: from `source.open_source`.
+      class_names: of the logits, in their order.
+      image_size, transforms, mean, std: as of `Pretrained`; of a run its recipe says them. What was measured of a
+        network was measured with its own, and is left out where they are given.
+
+    Raises:
+      UserError: a value is wrong, or it is not the user's to say.
+    """
+    given = {"image_size": image_size, "transforms": transforms, "mean": mean, "std": std}
+    said = [name for name, value in given.items() if value is not None]
+    if isinstance(network, Run):
+        if said:
+            raise UserError(f"{', '.join(said)}: the recipe of {network.workdir} says this; leave it out.")
+        return network if class_names is None else network._replace(class_names=_names(class_names, network.model))
+    if class_names is not None:
+        names = _names(class_names, models.create_model(**network.model))
+        network = network._replace(class_names=names, class_descriptions=())
+    if (mean is None) != (std is None):
+        raise UserError("mean and std go together; give both or neither.")
+    if mean is not None:
+        create_normalizer(mean, std)
+        if len(mean) not in (1, network.channels):
+            raise UserError(
+                f"mean has {len(mean)} values, and images have {network.channels} channels; give 1 or each."
+            )
+        network = network._replace(normalize={"mean": tuple(map(float, mean)), "std": tuple(map(float, std))})
+    if image_size is not None:
+        check_range("image_size", image_size, 1, MAX_SIDE)
+        network = network._replace(image_size=image_size)
+    if transforms is not None:
+        chains.parse_transforms(transforms, image_size or network.image_size or IMAGE_SIZE)
+        network = network._replace(transforms=transforms)
+    return network._replace(measured={}) if said else network
+
+
+def _names(names: Sequence[str], model: nn.Module) -> tuple[str, ...]:
+    if len(names) != model.num_classes:
+        raise UserError(
+            f"got {counted(len(names), 'name')} of classes for {counted(model.num_classes, 'logit')}; give each a name."
+        )
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise UserError(f"two classes are named {written(twice)}; give each a name of its own.")
+    return tuple(names)
