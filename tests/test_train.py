@@ -454,7 +454,7 @@ def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
         (["--config.data.image_size=31"], "at least 32 x 32 pixels, got 31 x 31; give larger ones"),
         (["--config.model.num_classes=7"], "model.num_classes is 7, but the data has 10 classes"),
         (["--config.mesh.fsdp=3"], "mesh: data=-1 x fsdp=3 must cover the 8 devices exactly; .* take 1 or 2 or 4 or 8"),
-        (["--config.batch_size=1264"], "batch_size=1264 is more than the 1257 images of split 'train'; take at most"),
+        (["--config.batch_size=1264"], "batch_size=1264 is more than the 1,257 images of split 'train'; take at most"),
         # Of two mistakes, that of the workdir is reported.
         (["--workdir", "/proc/nothing", "--config.mesh.fsdp=3"], "workdir /proc/nothing cannot be written"),
         (["--workdir", __file__, "--config.mesh.fsdp=3"], "workdir .*test_train.py is a file; expected a folder"),
