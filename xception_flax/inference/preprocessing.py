@@ -22,7 +22,7 @@ IMAGE_SIZE = 299  # of all these networks
 MEAN = STD = (127.5,)
 KERAS_TRANSFORMS = "resize"  # the whole image, bilinear, without antialiasing
 TIMM_CROPS = {"xception": 0.8975, "inception_v3": 0.875, "xception41p": 0.94, "xception65p": 0.94, "xception65": 0.94}
-TIMM_CROP = 0.903  # of the others
+TIMM_CROP = 0.903  # of the others, and of those that it has from DeepLab (xception65.tf_in1k)
 
 Image = str | Path | bytes | np.ndarray | PIL.Image.Image
 
@@ -151,5 +151,6 @@ def of_pretrained(
 
 def _timm_crop(pretrained: Pretrained, image_size: int) -> str:
     """The chain of timm's evaluation: the shorter side to `image_size / crop`, rounded down, then the centre."""
-    crop = TIMM_CROPS.get(pretrained.model["name"], TIMM_CROP)
+    deeplab = pretrained.framework == "deeplab"
+    crop = TIMM_CROP if deeplab else TIMM_CROPS.get(pretrained.model["name"], TIMM_CROP)
     return f"resize_center_crop(resize_size={int(image_size / crop)}, kernel=bicubic, antialias=True)"
