@@ -339,8 +339,16 @@ def test_a_reader_ends_with_its_caller(tmp_path, number):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("model.ckpt", b"x" * 99 + reading.TABLE_MAGIC, "a checkpoint of TensorFlow; load it into the model with"),
-        ("model.ckpt.data-00000-of-00001", b"abc", "part of a checkpoint of TensorFlow; load it into the model with"),
+        (
+            "model.ckpt",
+            b"x" * 99 + reading.TABLE_MAGIC,
+            "a table of TensorFlow; of its checkpoints those are read that",
+        ),
+        (
+            "model.ckpt.data-00000-of-00001",
+            b"abc",
+            "part of a checkpoint of TensorFlow; its .index belongs beside",
+        ),
         (
             "model.ckpt",
             b"\x80\x02\x8a\nl",

@@ -33,6 +33,7 @@ _AVERAGE = "/ExponentialMovingAverage"  # behind the name of the weight that it 
 
 # By the blocks of the entry flow and those of the middle flow.
 _DEPTHS = {(3, 8): "xception41", (3, 16): "xception65", (5, 16): "xception71"}
+_ENTRY_BLOCKS = {name: entry for (entry, _), name in _DEPTHS.items()}
 
 _LEAVES = {
     "kernel": "weights",
@@ -96,7 +97,7 @@ def _network(arrays: Arrays) -> Pretrained:
     channels, num_classes = kernel.shape[2], len(arrays.get("logits/biases", np.zeros(0)).reshape(-1))
     model: dict[str, Any] = {"name": name, "num_classes": num_classes}
     template = shapes_of(model, channels)
-    names = deeplab_names(template)
+    names = deeplab_names(template, name)
     widths = [
         (leaf.shape[-1], arrays[names[place]].shape[-1])
         for place, leaf in flatten_dict(template).items()
@@ -131,19 +132,18 @@ def _architecture(arrays: Arrays) -> str:
         ) from None
 
 
-def deeplab_names(template: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
+def deeplab_names(template: Mapping[str, Any], name: str) -> dict[tuple[str, ...], str]:
     """Returns DeepLab's name of each of our arrays, in the scope of the network.
 
     'exit_flow/block2/unit_1/xception_module/separable_conv1_pointwise/weights' at
     `('params', 'block21_sepconv1_pointwise', 'kernel')`, in Xception 65.
 
     Args:
-      template: variables of Aligned Xception without pre-activation, or their shapes.
+      template: variables of the network, or their shapes.
+      name: of the network, such as 'xception65'.
     """
-    flat = flatten_dict(template)
-    shortcuts = {int(match[1]) for place in flat if (match := re.match(r"block(\d+)_residual$", place[1]))}
+    flat, entry = flatten_dict(template), _ENTRY_BLOCKS[name]
     last = max(int(match[1]) for place in flat if (match := re.match(r"block(\d+)_", place[1])))
-    entry = len(shortcuts) - 1  # those of the entry flow and the last but one have a convolution in their shortcut
 
     def scope(layer: str) -> str:
         match = re.fullmatch(r"block(\d+)_(?:(conv|sepconv)(\d)(?:_(\w+))?|residual)", layer)
@@ -183,7 +183,7 @@ def from_deeplab(arrays: Arrays, template: Mapping[str, Any], name: str) -> dict
     Raises:
       UserError: arrays are missing, are superfluous or have other shapes; the message lists up to `MAX_LINES`.
     """
-    names, variables, wrong = deeplab_names(template), {}, []
+    names, variables, wrong = deeplab_names(template, name), {}, []
     for place, leaf in flatten_dict(template).items():
         theirs = names[place]
         if theirs not in arrays:

@@ -35,8 +35,6 @@ _DATA = re.compile(r"(.+)\.data-\d{5}-of-\d{5}", re.DOTALL)
 NEWEST = "checkpoint"
 _NEWEST_PATH = re.compile(r'^model_checkpoint_path: "(.+)"$', re.MULTILINE)
 
-MAX_STATE = 2**16  # letters of the file in which TensorFlow names its checkpoints
-
 MAX_BYTES = 2**31  # of all arrays of a file: the largest network in float64, with a training's averages beside
 
 
@@ -89,23 +87,6 @@ def _located(source: str) -> Path:
     )
 
 
-def _checkpoint_in(folder: Path) -> Path | None:
-    """Returns the index of the checkpoint of TensorFlow in a folder: the one that `checkpoint` there names, or the only one.
-
-    Raises:
-      UserError: there are several, and nothing says which one counts.
-    """
-    indices = sorted(folder.glob("*.index"))
-    with contextlib.suppress(OSError, ValueError):
-        state = (folder / "checkpoint").read_text("utf-8")[:MAX_STATE]
-        named = re.search(r'^model_checkpoint_path: "(.+)"$', state, re.MULTILINE)
-        if named and (index := folder / f"{Path(named[1]).name}.index") in indices:
-            return index
-    if len(indices) > 1:
-        raise UserError(f"{folder} has {len(indices)} checkpoints of TensorFlow; give one, such as {indices[-1]}.")
-    return indices[0] if indices else None
-
-
 class HubFolder(NamedTuple):
     """The files of a folder as the Hugging Face hub has it."""
 
@@ -141,8 +122,8 @@ def _newest_index(folder: Path) -> Path | None:
             return newest
         if indices:
             raise UserError(
-                f"{folder / NEWEST} says that the newest checkpoint is {naming.shown(newest.stem)}, which is not there; "
-                f"give one that is, such as {indices[0]}."
+                f"{folder / NEWEST} says that the newest checkpoint is {naming.shown(newest.stem)}, which is not "
+                f"there; give one that is, such as {indices[0]}."
             )
     return indices[0] if len(indices) == 1 else None
 

@@ -20,12 +20,8 @@ def crc32c(data: bytes | memoryview) -> int:
         return _by_byte(bytes(data), 0xFFFFFFFF) ^ 0xFFFFFFFF
     # The register starts with ones; that is the same as inverting the first four bytes.
     first = bytes(byte ^ 0xFF for byte in bytes(data[:4]))
-    if len(data) < 2 * _ROW_BYTES[0]:
-        message = first + bytes(data[4:])
-    else:
-        message = _folded(first, data, _ROW_BYTES[0])
-    if len(message) >= 2 * _ROW_BYTES[1]:
-        message = _folded(message[:4], message, _ROW_BYTES[1])
+    message = _folded(first, data, _ROW_BYTES[0])
+    message = _folded(message[:4], message, _ROW_BYTES[1])
     return _by_byte(message, 0) ^ 0xFFFFFFFF
 
 
@@ -37,6 +33,8 @@ def masked(crc: int) -> int:
 def _folded(first: bytes, data: bytes | memoryview, row_bytes: int) -> bytes:
     """Returns a message of the same remainder, shorter than two rows; `first` is in place of the first four bytes."""
     rows = len(data) // row_bytes
+    if rows < 2:
+        return first + bytes(data[4:])
     words = np.frombuffer(data, "<u4", rows * row_bytes // 4).reshape(rows, -1)
     low, high = _moved_on(row_bytes)
     total = words[0].copy()
