@@ -35,7 +35,7 @@ def test_logits_are_those_of_deeplab(folder, name):
     found = open_source(str(folder / name), create_mesh())
     ours = name.replace("_", "")
     classes = 0 if name == "xception_41" else 7
-    assert (width := found.model["width"]) == pytest.approx({"xception_71": 0.047}.get(name, 0.02), abs=1e-3)
+    width = {"xception_71": 0.048}.get(name, 0.02)  # the shortest number that makes 0.047's channels
     assert found.model == {"name": ours, "num_classes": classes, "width": width}
     assert found.framework == "deeplab"
     assert found.origin["scope"] == f"{name}/"

@@ -371,7 +371,7 @@ def test_a_reader_ends_with_its_caller(tmp_path, number):
 def test_what_is_not_read_is_named_by_its_content(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
-    formats = ".h5 or .keras (Keras), .pth, .safetensors or .npz (timm, torch), or a workdir"
+    formats = ".h5 or .keras (Keras), .pth, .safetensors or .npz (timm, torch), .index (DeepLab), or a workdir"
     said = f"{path} must be {formats}; this is {message}"
     with pytest.raises(UserError, match=f"^{re.escape(said)}"):
         reading.recognize(path)
