@@ -31,7 +31,7 @@ def arrays(folder):
 
 @pytest.mark.parametrize("name", ["xception_41", "xception_65", "xception_71"])
 def test_logits_are_those_of_deeplab(folder, name):
-    """The largest difference is 1e-4 of their spread over the images, in float32; measured: 2e-5."""
+    """The largest difference is 1e-4 of their spread over the images, in float32; measured: 5e-5."""
     found = open_source(str(folder / name), create_mesh())
     ours = name.replace("_", "")
     classes = 0 if name == "xception_41" else 7
