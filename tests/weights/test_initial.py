@@ -333,7 +333,8 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
     (tmp_path / "text.npz").write_text("no weights")
     with h5py.File(tmp_path / "empty.h5", "w"):
         pass
-    (tmp_path / "tf.ckpt.index").write_bytes(b"")
+    (tmp_path / "tf").mkdir()
+    (tmp_path / "tf" / "model.ckpt.index").write_bytes(b"")
     (tmp_path / "unread.ckpt").write_bytes(b"\x80\x02")
     for weights, options, message in [
         ("kears", {}, r"init\.weights: kears is neither a file nor a folder; .*, or keras:NETWORK, timm:NAME, hf"),
@@ -344,7 +345,7 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
         (tmp_path / "text.safetensors", {}, r"text\.safetensors cannot be read as a safetensors file: "),
         (tmp_path / "text.npz", {}, r"text\.npz cannot be read as an \.npz archive of arrays: "),
         (tmp_path / "unread.ckpt", {}, r"must be \.h5 or \.keras \(Keras\).*; with torch, torch\.save\("),
-        (tmp_path / "tf.ckpt", {}, r"this is empty; it was never written"),
+        (tmp_path / "tf" / "model.ckpt", {}, r"model\.ckpt\.index .*; this is empty; it was never written"),
         ("a" * 5000, {}, r"^init\.weights: 'a+ \.\.\. a+' cannot be opened: File name too long"),
         ("~no one/w.h5", {}, r"^init\.weights: '~no one/w\.h5' cannot be opened: "),
         (keras_file, dict(model=model.clone(padding="SYMMETRIC")), r"set --config\.model\.padding=SAME$"),
