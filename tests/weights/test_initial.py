@@ -334,7 +334,8 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
     (tmp_path / "text.npz").write_text("no weights")
     with h5py.File(tmp_path / "empty.h5", "w"):
         pass
-    (tmp_path / "tf.ckpt.index").write_bytes(b"")
+    (tmp_path / "tf").mkdir()
+    (tmp_path / "tf" / "model.ckpt.index").write_bytes(b"")
     (tmp_path / "unread.ckpt").write_bytes(b"\x80\x02")
     for weights, options, message in [
         ("kears", {}, r"init\.weights: kears is neither a file nor a folder; .*, or keras:NETWORK, timm:NAME, hf"),
@@ -345,7 +346,7 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
         (tmp_path / "text.safetensors", {}, r"text\.safetensors cannot be read as a safetensors file: "),
         (tmp_path / "text.npz", {}, r"text\.npz cannot be read as an \.npz archive of arrays: "),
         (tmp_path / "unread.ckpt", {}, r"must be \.h5 or \.keras \(Keras\).*; with torch, torch\.save\("),
-        (tmp_path / "tf.ckpt", {}, r"tf\.ckpt is a checkpoint of TensorFlow \(tf\.ckpt\.index\), and is not read"),
+        (tmp_path / "tf" / "model.ckpt", {}, r"model\.ckpt\.index .*; this is empty; it was never written"),
         ("a" * 5000, {}, r"^init\.weights: 'a+ \.\.\. a+' cannot be opened: File name too long"),
         ("~no one/w.h5", {}, r"^init\.weights: '~no one/w\.h5' cannot be opened: "),
         (keras_file, dict(model=model.clone(padding="SYMMETRIC")), r"set --config\.model\.padding=SAME$"),
@@ -381,7 +382,6 @@ def test_a_folder_that_is_no_workdir_is_named(model, one_device, tmp_path):
     run = tmp_path / "run"
     for file in (
         "saved/saved_model.pb",
-        "tf/model.index",
         "orbax/_METADATA",
         "hub/model.safetensors",
         "run/config.json",
@@ -392,7 +392,6 @@ def test_a_folder_that_is_no_workdir_is_named(model, one_device, tmp_path):
     for folder, message in {
         "": "",
         "saved": f"; this is a SavedModel of TensorFlow: {rewrite}",
-        "tf": f"; this has a checkpoint of TensorFlow: {rewrite}",
         "orbax": "; this is a checkpoint of Orbax, and not of such a run",
         "hub": f"; it has a file of weights: give {tmp_path}/hub/model.safetensors",
         "run/checkpoints": f": this is within one; give {run}",

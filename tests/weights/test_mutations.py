@@ -19,7 +19,7 @@ import safetensors.numpy
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MUTATIONS = int(os.environ.get("MUTATIONS", "60"))
-CHECKED = {"keras", "npz", "npz, compressed", "torch"}  # archives: they have checksums
+CHECKED = {"keras", "npz", "npz, compressed", "tensorflow", "torch"}  # they have checksums
 
 # Forks a reader for each file, as starting so many processes would take minutes, and does with its answer what
 # `reading.read` does. So it must have no threads, and no JAX.
@@ -80,10 +80,21 @@ def original(kind: str) -> tuple[str, bytes]:
             name, member, form = "keras_files", "float32.keras", "keras"
         case "hdf5, whole model":
             name, member, form = "keras_files", "float32.h5", "hdf5"
+        case "tensorflow":
+            name, member, form = "deeplab", "xception_41/model.ckpt.index", "tensorflow"
         case _:
             name, member, form = "keras_files", "float32.weights.h5", "hdf5"
+    return form, golden(name, member)
+
+
+def golden(name: str, member: str) -> bytes:
     with tarfile.open(GOLDEN / f"{name}.tar.xz") as archive:
-        return form, archive.extractfile(member).read()
+        return archive.extractfile(member).read()
+
+
+def numbers(kind: str) -> bytes | None:
+    """The second file of a format that has its numbers in one of their own."""
+    return golden("deeplab", "xception_41/model.ckpt.data-00000-of-00001") if kind == "tensorflow" else None
 
 
 def mutated(content: bytes, seed: int) -> bytes:
@@ -107,18 +118,37 @@ def mutated(content: bytes, seed: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "kind", ["hdf5", "hdf5, whole model", "keras", "npz", "npz, compressed", "safetensors", "torch", "torch, older"]
+    "kind",
+    [
+        "hdf5",
+        "hdf5, whole model",
+        "keras",
+        "npz",
+        "npz, compressed",
+        "safetensors",
+        "tensorflow",
+        "torch",
+        "torch, older",
+    ],
 )
 def test_a_changed_file_ends_in_a_sentence(tmp_path, kind):
     """Or is read, and then with the same numbers where the format has checksums. Time and memory have their bounds."""
     form, content = original(kind)
+    beside = numbers(kind)
     paths, same = [tmp_path / "original"], [True]
     paths[0].write_bytes(content)
+    if beside is not None:
+        (tmp_path / "original.data-00000-of-00001").write_bytes(beside)
     for seed in range(MUTATIONS):
         paths.append(tmp_path / f"{seed}")
-        changed = mutated(content, seed)
+        in_numbers = beside is not None and seed // 4 % 2 == 1
+        changed = content if in_numbers else mutated(content, seed)
         paths[-1].write_bytes(changed)
         same.append(changed == content)
+        if beside is not None:
+            changed = mutated(beside, seed) if in_numbers else beside
+            (tmp_path / f"{seed}.data-00000-of-00001").write_bytes(changed)
+            same[-1] &= changed == beside
     command = [sys.executable, "-c", PROGRAM, form, "5", *map(str, paths)]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(

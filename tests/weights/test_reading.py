@@ -339,8 +339,16 @@ def test_a_reader_ends_with_its_caller(tmp_path, number):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("model.ckpt", b"x" * 99 + reading.TABLE_MAGIC, "a checkpoint of TensorFlow; load it into the model with"),
-        ("model.ckpt.data-00000-of-00001", b"abc", "part of a checkpoint of TensorFlow; load it into the model with"),
+        (
+            "model.ckpt",
+            b"x" * 99 + reading.TABLE_MAGIC,
+            "a table of TensorFlow; of its checkpoints those are read that",
+        ),
+        (
+            "model.ckpt.data-00000-of-00001",
+            b"abc",
+            "part of a checkpoint of TensorFlow; its .index belongs beside",
+        ),
         (
             "model.ckpt",
             b"\x80\x02\x8a\nl",
@@ -363,7 +371,7 @@ def test_a_reader_ends_with_its_caller(tmp_path, number):
 def test_what_is_not_read_is_named_by_its_content(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
-    formats = ".h5 or .keras (Keras), .pth, .safetensors or .npz (timm, torch), or a workdir"
+    formats = ".h5 or .keras (Keras), .pth, .safetensors or .npz (timm, torch), .index (DeepLab), or a workdir"
     said = f"{path} must be {formats}; this is {message}"
     with pytest.raises(UserError, match=f"^{re.escape(said)}"):
         reading.recognize(path)

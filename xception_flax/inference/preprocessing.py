@@ -20,7 +20,7 @@ from xception_flax.weights.pretrained import IMAGE_SIZE, Pretrained
 MEAN = STD = (127.5,)
 KERAS_TRANSFORMS = "resize"  # the whole image, bilinear, without antialiasing
 TIMM_CROPS = {"xception": 0.8975, "inception_v3": 0.875, "xception41p": 0.94, "xception65p": 0.94, "xception65": 0.94}
-TIMM_CROP = 0.903  # of the others
+TIMM_CROP = 0.903  # of the others, and of those that it has from DeepLab (xception65.tf_in1k)
 
 Image = str | Path | bytes | np.ndarray | PIL.Image.Image
 
@@ -134,5 +134,6 @@ def of_pretrained(pretrained: Pretrained) -> tuple[Preprocessing, tuple[str, ...
 
 def _timm_crop(pretrained: Pretrained, image_size: int) -> str:
     """The chain of timm's evaluation: the shorter side to `image_size / crop`, rounded down, then the centre."""
-    crop = TIMM_CROPS.get(pretrained.model["name"], TIMM_CROP)
+    deeplab = pretrained.framework == "deeplab"
+    crop = TIMM_CROP if deeplab else TIMM_CROPS.get(pretrained.model["name"], TIMM_CROP)
     return f"resize_center_crop(resize_size={int(image_size / crop)}, kernel=bicubic, antialias=True)"

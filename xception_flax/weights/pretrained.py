@@ -23,8 +23,8 @@ class Pretrained(NamedTuple):
     """A network with its weights, and what the source says of its use.
 
     Attributes:
-      framework: that trained it, 'keras', 'timm' or 'xception_flax': what it does with an image where the source does
-        not say is what this library does.
+      framework: that trained it, 'keras', 'timm', 'deeplab' or 'xception_flax': what it does with an image where the
+        source does not say is what this library does.
       model: keywords of `models.create_model`; `name` too.
       variables: what `model.apply` takes: 'params' and 'batch_stats', NumPy arrays.
       class_names: of the logits, in their order; () where the source does not say.

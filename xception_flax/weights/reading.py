@@ -36,13 +36,17 @@ FORMATS = {  # the modules of `weights.reader`
     "keras": "a Keras archive",
     "npz": "an .npz archive of arrays",
     "safetensors": "a safetensors file",
+    "tensorflow": "a checkpoint of TensorFlow",
     "torch": "a file of torch.save",
 }
 
 _SUFFIXES = {
     **{".h5": "hdf5", ".hdf5": "hdf5", ".keras": "keras", ".npz": "npz", ".safetensors": "safetensors"},
     **dict.fromkeys((".pth", ".pt", ".bin", ".ckpt"), "torch"),
+    ".index": "tensorflow",
 }
+
+_NO_ZIP = (".h5", ".hdf5", ".safetensors", ".index")  # whatever begins like a zip archive is not theirs
 
 # How files begin. HDF5 and NumPy files have the name of their format, a zip archive the name of its first member.
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -60,7 +64,7 @@ _BEGINNINGS = {
     rb"GGUF": ("GGUF, of quantized weights", "take the weights it was made from"),
 }
 _ENDINGS = {
-    r"\.(data-\d+-of-\d+|index)": ("part of a checkpoint of TensorFlow", REWRITE_KERAS),
+    r"\.data-\d+-of-\d+": ("part of a checkpoint of TensorFlow", "its .index belongs beside it, and is not there"),
     r"\.pb": ("a graph of TensorFlow", REWRITE_KERAS),
     r"\.onnx": ("a network of ONNX", "take the weights it was made from"),
     r"\.weights\.json": ("the index of weights that Keras wrote into several files", REWRITE_KERAS),
@@ -83,6 +87,8 @@ def recognize(path: Path) -> str:
         tail = file.read(len(TABLE_MAGIC))
     if head.startswith(HDF5_SIGNATURE):
         return "hdf5"
+    if tail == TABLE_MAGIC and path.suffix == ".index":
+        return "tensorflow"
     if head.startswith(b"PK\x03\x04"):
         first = head[30 : 30 + int.from_bytes(head[26:28], "little")]
         by_content = {
@@ -90,7 +96,7 @@ def recognize(path: Path) -> str:
             rb"metadata\.json|config\.json|model\.weights\.h5": "keras",
             rb"(.*/)?(data\.pkl|\.format_version|\.data/.*|code/.*|version|byteorder|constants\.pkl)": "torch",
         }
-        by_name = _SUFFIXES.get(path.suffix) if path.suffix not in (".h5", ".hdf5", ".safetensors") else None
+        by_name = _SUFFIXES.get(path.suffix) if path.suffix not in _NO_ZIP else None
         if form := next((form for start, form in by_content.items() if re.fullmatch(start, first)), by_name):
             return form
         what, advice = "a zip archive", "unpack it first"
@@ -99,7 +105,7 @@ def recognize(path: Path) -> str:
     elif head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
     elif tail == TABLE_MAGIC:
-        what, advice = "a checkpoint of TensorFlow", REWRITE_KERAS
+        what, advice = "a table of TensorFlow", "of its checkpoints those are read that have NAME.index and NAME.data-*"
     elif not size:
         what, advice = "empty", "it was never written, or its download went wrong"
     else:
@@ -109,8 +115,8 @@ def recognize(path: Path) -> str:
         if what == "something else" and path.suffix in _SUFFIXES:
             return _SUFFIXES[path.suffix]  # damaged: its reader says how
     raise UserError(
-        f"{path} must be .h5 or .keras (Keras), .pth, .safetensors or .npz (timm, torch), or a workdir; "
-        f"this is {what}; {advice}."
+        f"{path} must be .h5 or .keras (Keras), .pth, .safetensors or .npz (timm, torch), .index (DeepLab), or a "
+        f"workdir; this is {what}; {advice}."
     )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,18 +16,24 @@ from jax.sharding import Mesh
 
 from xception_flax.runs.restore import Run, restore
 from xception_flax.runs.workdir import CONFIG, run_around
+from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest, written
-from xception_flax.weights import description, fetching, keras_models, reading, torch_models
+from xception_flax.weights import deeplab, description, fetching, keras_models, reading, torch_models
 from xception_flax.weights.description import DESCRIPTION
 from xception_flax.weights.pretrained import Pretrained
 
 # What the files that Keras Applications publishes take: [-1, 1]. No file says it.
 PUBLISHED_NORMALIZE = {"mean": (127.5,), "std": (127.5,)}
 
-KERAS_FORMS = ("hdf5", "keras")  # of `reading.recognize`; all others have arrays by torch's names, or ours
+KERAS_FORMS = ("hdf5", "keras")  # of `reading.recognize`; in all others each name has one array
 
 SUFFIXES = (".h5", ".hdf5", ".keras", ".safetensors", ".npz", ".pth", ".pt", ".bin")  # of files of weights
+
+# Of a checkpoint of TensorFlow: the files of its numbers, and the file that says which one of a folder is the newest.
+_DATA = re.compile(r"(.+)\.data-\d{5}-of-\d{5}", re.DOTALL)
+NEWEST = "checkpoint"
+_NEWEST_PATH = re.compile(r'^model_checkpoint_path: "(.+)"$', re.MULTILINE)
 
 MAX_BYTES = 2**31  # of all arrays of a file: the largest network in float64, with a training's averages beside
 
@@ -36,7 +43,8 @@ def open_source(source: str, mesh: Mesh, checkpoint: str = "best", weights: str 
 
     Args:
       source: the workdir of a run; a file of Keras, torch or this project; a folder as the Hugging Face hub has it;
-        'keras:NETWORK', 'timm:NAME' or 'hf:OWNER/NAME', which `fetching` gets.
+        a checkpoint of DeepLab: what its files' names begin with, one of them, or its folder; 'keras:NETWORK',
+        'timm:NAME' or 'hf:OWNER/NAME', which `fetching` gets.
       mesh: where the variables of a run go; those of all else stay in NumPy arrays.
       checkpoint: of a run: 'latest', 'best' or the number of a step.
       weights: of a run: 'raw', 'ema', or None for 'ema' where it keeps them.
@@ -50,6 +58,8 @@ def open_source(source: str, mesh: Mesh, checkpoint: str = "best", weights: str 
             return read_file(hub.weights, hub.config)
         if (path / CONFIG).is_file():
             return restore(path, mesh, checkpoint, weights)
+        if (index := _newest_index(path)) is not None:
+            return read_file(index)
         found = run_around(path) or _other_library(path)
         raise UserError(f"{path} is no workdir of a run: it has no {CONFIG}{found}.")
     return read_file(path)
@@ -71,13 +81,10 @@ def _located(source: str) -> Path:
     try:
         path = Path(source).expanduser()
         if path.exists():
-            return path
+            part = _DATA.fullmatch(path.name)
+            return index if part and (index := path.with_name(f"{part[1]}.index")).is_file() else path
         if Path(f"{path}.index").is_file():
-            raise UserError(
-                f"{path} is a checkpoint of TensorFlow ({path.name}.index), and is not read; {reading.REWRITE_KERAS}."
-            )
-    except UserError:
-        raise
+            return Path(f"{path}.index")  # TensorFlow calls a checkpoint by what its files' names begin with
     except ValueError as error:
         raise UserError(f"{written(source)}: {error}.") from None
     except (OSError, RuntimeError) as error:  # the latter: ~ of nobody
@@ -110,6 +117,26 @@ def _hub_folder(path: Path) -> HubFolder | None:
     return HubFolder(weights, config)
 
 
+def _newest_index(folder: Path) -> Path | None:
+    """Returns the index of a folder's newest checkpoint of TensorFlow, or of its only one; None where none is."""
+    try:
+        indices = sorted(folder.glob("*.index"))
+        text = (folder / NEWEST).read_text("utf-8") if (folder / NEWEST).is_file() else ""
+    except (OSError, ValueError):  # nobody may look, or it is no text
+        return None
+    if named := _NEWEST_PATH.search(text):
+        # Of the path, which is of the machine that wrote it, the name alone counts.
+        newest = folder / f"{named[1].rpartition('/')[2]}.index"
+        if newest in indices:
+            return newest
+        if indices:
+            raise UserError(
+                f"{folder / NEWEST} says that the newest checkpoint is {naming.shown(newest.stem)}, which is not "
+                f"there; give one that is, such as {indices[0]}."
+            )
+    return indices[0] if len(indices) == 1 else None
+
+
 def read_file(path: Path, config: Mapping[str, Any] = MappingProxyType({})) -> Pretrained:
     """Returns the network in a file of weights; see `reading.recognize` for the formats.
 
@@ -129,7 +156,10 @@ def read_file(path: Path, config: Mapping[str, Any] = MappingProxyType({})) -> P
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
-    if form in KERAS_FORMS and DESCRIPTION in contents.config:  # `writing` put it there
+    arrays = {name: arrays[0] for name, arrays in contents.entries} if form not in KERAS_FORMS else {}
+    if form == "tensorflow":
+        pretrained = deeplab.recognize(arrays, path)
+    elif form in KERAS_FORMS and DESCRIPTION in contents.config:  # `writing` put it there
         channels, said = description.checked(contents.config[DESCRIPTION], path)
         pretrained = Pretrained(variables=keras_models.variables_of(contents, said["model"], channels, path), **said)
     elif form in KERAS_FORMS:
@@ -137,7 +167,6 @@ def read_file(path: Path, config: Mapping[str, Any] = MappingProxyType({})) -> P
         if is_published:
             pretrained = pretrained._replace(normalize=PUBLISHED_NORMALIZE)
     else:
-        arrays = {name: array for name, (array,) in contents.entries}
         config = contents.config | dict(config)
         if DESCRIPTION in config:
             pretrained = description.read(_parsed(config[DESCRIPTION], path), arrays, path)
@@ -184,8 +213,8 @@ def _other_library(folder: Path) -> str:
         return f"; it has a file of weights: give {folder / files[0]}"
     if "saved_model.pb" in names:
         return f"; this is a SavedModel of TensorFlow: {reading.REWRITE_KERAS}"
-    if any(name.endswith(".index") for name in names):
-        return f"; this has a checkpoint of TensorFlow: {reading.REWRITE_KERAS}"
+    if indices := sorted(name for name in names if name.endswith(".index")):
+        return f"; it has {len(indices)} checkpoints of TensorFlow: give one, such as {folder / indices[0]}"
     if names & {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"}:
         return "; this is a checkpoint of Orbax, and not of such a run"
     return ""

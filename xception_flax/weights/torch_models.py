@@ -15,9 +15,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import cut
 from xception_flax.text.naming import shown
 from xception_flax.weights import timm, timm_config
+from xception_flax.weights.left_out import listed, modules
 from xception_flax.weights.pretrained import Pretrained
 from xception_flax.weights.shapes import shapes_of, width_fields
 from xception_flax.weights.timm_config import Use
@@ -44,8 +44,6 @@ _HEADS = {"fc": ("fc.", "last_linear."), "head.fc": ("head.fc.",)}
 _AVERAGE = re.compile(r"(?:^|[._])ema(?:[._]|$)", re.IGNORECASE)
 
 MAX_NETWORKS = 8  # in a file
-MAX_NAMES = 5  # of arrays, in a line
-MAX_MODULES = 10  # that are left out, in words
 
 
 def recognize(arrays: Arrays, config: Mapping[str, Any], path: Path) -> Pretrained:
@@ -67,10 +65,10 @@ def recognize(arrays: Arrays, config: Mapping[str, Any], path: Path) -> Pretrain
     if not found:
         raise UserError(
             f"{path} has no network that is known here; expected the arrays of timm's {', '.join(timm.NETWORKS)} or of "
-            f"torchvision's inception_v3, behind any prefix; it has {_listed(arrays) or 'no arrays'}."
+            f"torchvision's inception_v3, behind any prefix; it has {listed(arrays) or 'no arrays'}."
         )
     if len(found) > MAX_NETWORKS:
-        raise UserError(f"{path} has {len(found)} networks, below {_listed(found)}; expected one.")
+        raise UserError(f"{path} has {len(found)} networks, below {listed(found)}; expected one.")
     networks, errors = {}, {}
     for prefix, below in found.items():
         try:
@@ -84,7 +82,7 @@ def recognize(arrays: Arrays, config: Mapping[str, Any], path: Path) -> Pretrain
     chosen = [prefix for prefix in networks if _AVERAGE.search(prefix)] or list(networks)
     if len(chosen) > 1:
         raise UserError(
-            f"{path} has {len(chosen)} whole networks, below {_listed(chosen)}, and does not say which one counts; "
+            f"{path} has {len(chosen)} whole networks, below {listed(chosen)}, and does not say which one counts; "
             "write a file with the arrays of one."
         )
     network = networks[chosen[0]]
@@ -92,7 +90,7 @@ def recognize(arrays: Arrays, config: Mapping[str, Any], path: Path) -> Pretrain
     outside = [name for name in arrays if not name.startswith(tuple(found)) and not _is_counter(name)]
     origin = dict(network.origin) | ({"prefix": chosen[0]} if chosen[0] else {})
     origin |= {"rather_than": rather_than} if rather_than else {}
-    return network._replace(origin=origin, left_out=(*network.left_out, *_modules(outside)))
+    return network._replace(origin=origin, left_out=(*network.left_out, *modules(outside)))
 
 
 def _below_prefixes(arrays: Arrays) -> dict[str, dict[str, np.ndarray]]:
@@ -139,8 +137,8 @@ def _network(arrays: Arrays, config: Mapping[str, Any]) -> Pretrained:
     state |= {f"{head}.{leaf}": array for leaf, array in classifier.items()}
 
     # A module of another name is beside the network, or the network is another one: who has the file knows.
-    modules = {name.partition(".")[0] for name in timm.timm_names(template).values()}
-    beside = [name for name in state if name.partition(".")[0] not in modules]
+    theirs = {name.partition(".")[0] for name in timm.timm_names(template).values()}
+    beside = [name for name in state if name.partition(".")[0] not in theirs]
     for name in beside:
         del state[name]
     try:
@@ -158,7 +156,7 @@ def _network(arrays: Arrays, config: Mapping[str, Any]) -> Pretrained:
         transforms=use.transforms,
         normalize=use.normalize,
         activation="sigmoid" if model["num_classes"] == 1 else "softmax",
-        left_out=(*left_out, *_modules(beside), *use.left_out),
+        left_out=(*left_out, *modules(beside), *use.left_out),
         origin={"architecture": architecture},
     )
 
@@ -205,7 +203,7 @@ def _classifier(theirs: Arrays) -> tuple[dict[str, np.ndarray], list[str]]:
     )
     if dense and len(layers) == 1:
         return {"weight": weight, "bias": bias}, []
-    return {}, [f"the classifier, which is not one dense layer: {_listed(theirs)}"] if theirs else []
+    return {}, [f"the classifier, which is not one dense layer: {listed(theirs)}"] if theirs else []
 
 
 def _widths(state: Arrays, template: Mapping[str, Any]) -> Iterable[tuple[int, int]]:
@@ -230,21 +228,3 @@ def _is_counter(name: str) -> bool:
 def _unsqueezed(name: str, array: np.ndarray) -> np.ndarray:
     """The oldest files have 1x1 kernels as `[features, C]`."""
     return array[:, :, None, None] if name.endswith("pointwise.weight") and array.ndim == 2 else array
-
-
-# Words ---------------------------------------------------------------------------------------------
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(cut(shown(name)) or "no prefix" for name in names[:MAX_NAMES]) + more
-
-
-def _modules(names: Iterable[str]) -> list[str]:
-    """What is left out, by the first part of its names."""
-    modules: dict[str, list[str]] = {}
-    for name in names:
-        modules.setdefault(name.partition(".")[0], []).append(name)
-    words = [f"{cut(shown(module))}: {_listed(found)}" for module, found in list(modules.items())[:MAX_MODULES]]
-    return words + ([f"{len(modules) - MAX_MODULES} more modules"] if len(modules) > MAX_MODULES else [])
