@@ -154,7 +154,7 @@ def test_it_counts_what_predict_says(kind, network, named, photos, tmp_path, mon
 
 def test_a_model_of_keras_scores_as_keras_says(photos, tmp_path, monkeypatch, capsys):
     """Keras' own file, its own resizing of whole images, its accuracy; the loss is the mean of its cross-entropy."""
-    model = writing._keras_model(balanced(random_network(**FULL))._replace(activation="softmax"))
+    model = writing.keras_model(balanced(random_network(**FULL))._replace(activation="softmax"))
     inputs = keras.Input((71, 71, 3))
     model = keras.Model(inputs, model(keras.layers.Rescaling(1 / 255)(inputs)))
     model.save(tmp_path / "mine.keras")

@@ -73,7 +73,7 @@ def check_output(output: Path) -> None:
 
 def _write_keras(pretrained: Pretrained, path: Path) -> list[str]:
     """Whole, as `.keras`, or the weights alone, as `.weights.h5`; with our description where Keras does not look."""
-    model, ours = _keras_model(pretrained), json.dumps(describe(pretrained))
+    model, ours = keras_model(pretrained), json.dumps(describe(pretrained))
     if path.name.endswith(".weights.h5"):
         import h5py
 
@@ -83,10 +83,10 @@ def _write_keras(pretrained: Pretrained, path: Path) -> list[str]:
     else:
         model.save(path)
         _add_description(path, ours)
-    return _differences(pretrained, {"name": pretrained.model["name"]}, "Keras")
+    return differences(pretrained, {"name": pretrained.model["name"]}, "Keras")
 
 
-def _keras_model(pretrained: Pretrained) -> Any:
+def keras_model(pretrained: Pretrained) -> Any:
     """Keras Applications' network with these weights; a classifier with hidden layers is built behind it."""
     name, fields = pretrained.model["name"], models.create_model(**pretrained.model)
     if name not in ("xception", "inception_v3"):
@@ -152,7 +152,7 @@ def _torch_arrays(pretrained: Pretrained) -> tuple[dict[str, np.ndarray], list[s
     hidden = bool(pretrained.model.get("fc_layers"))
     head = {place: value for place, value in flat.items() if hidden and _is_head(place)}
     backbone = unflatten_dict({place: value for place, value in flat.items() if place not in head})
-    notes = _differences(pretrained, timm.NETWORKS[architecture], "timm")
+    notes = differences(pretrained, timm.NETWORKS[architecture], "timm")
     if head:
         notes.append("timm has no hidden layers before a classifier; their arrays are there by our names")
     return timm.to_timm(backbone) | _our_arrays(unflatten_dict(head)), notes
@@ -238,7 +238,7 @@ def _format(output: Path) -> Format:
 UNSEEN = ("padding", "bn_epsilon", "mid_activation", "residual", "count_include_pad")
 
 
-def _differences(pretrained: Pretrained, theirs: Mapping[str, Any], library: str) -> list[str]:
+def differences(pretrained: Pretrained, theirs: Mapping[str, Any], library: str) -> list[str]:
     """Says which fields the library's network, ours of the keywords `theirs`, has otherwise: its logits then differ."""
     ours, other = models.create_model(**pretrained.model), models.create_model(**theirs)
     values = ", ".join(
