@@ -102,7 +102,7 @@ def test_a_bad_file_is_named_and_the_others_are_predicted(workdir, digits, tmp_p
     assert err.startswith(f"error: {bad}: the image cannot be decoded: 8 bytes that are no JPEG")
     for arguments, message in [
         ([tmp_path / "no.jpg"], r"no.jpg is not there; expected an image or a folder"),
-        ([empty], r".pnm). 1 of 1 files is not read: 1 .heic (empty/a.heic)."),
+        ([empty], r".pnm). 1 of 1 file is not read: 1 .heic (empty/a.heic)."),
         ([good, "--weights", "raw", "--checkpoint", "3"], "no checkpoint '3' in"),
         ([good, "--top", "0"], "must be a positive integer"),
     ]:
