@@ -20,7 +20,7 @@ from golden.seeded import structured_images
 from tests.weights.test_writing import FULL, random_network
 from xception_flax import create_model
 from xception_flax.commands import evaluate, predict
-from xception_flax.inference import evaluation
+from xception_flax.inference import class_names, evaluation
 from xception_flax.text.errors import UserError
 from xception_flax.weights import timm, writing
 from xception_flax.weights.pretrained import Pretrained
@@ -241,20 +241,32 @@ def test_classes_are_matched():
     assert match("bca", "abc")[:2] == (("b", "c", "a"), (2, 0, 1))
     assert match("bca", "ab").words == "by their names; no images of 1 of the network's 3: c"
     assert match(["e\u0301", "a"], ["a", "\xe9"]).numbers == (1, 0)  # the same letter, written in two ways
-    numbers = [str(i) for i in range(11)]  # folders are sorted as text, and so are the logits of who trained on them
-    assert match(numbers, sorted(numbers), names_assumed=True).numbers == tuple(range(11))
-    imagenet = evaluation.known_names.of(1000)
+    numbers = [str(i) for i in range(11)]  # as text, '10' comes before '2'
+    assert match(numbers[:10], "012", names_assumed=True).numbers == (0, 1, 2)
+    imagenet = class_names.of(1000)
     found = match(imagenet, ["tabby", "tench"], names_assumed=True)
     assert found.numbers == (281, 0)
-    assert found.words.startswith("by their names, of ImageNet; no images of 998 of the network's 1000: goldfish")
+    assert found.words.startswith("by their names, which are assumed; no images of 998 of the network's 1000: goldfish")
     synsets = [f"n{i:08}" for i in range(1000)]
     assert match(imagenet, synsets, names_assumed=True)[:2] == (tuple(synsets), tuple(range(1000)))
     many = [f"c{i}" for i in range(30)]
     for network, there, options, message in [
+        (
+            numbers,
+            sorted(numbers),
+            {"names_assumed": True},
+            r"classes are numbers \(0, 1, 10 and 8 more\), sorted as text",
+        ),
         ("abc", "abd", {}, r"^the data has classes that the network has not: d, and none of c\. Rename them, or name"),
         ("abc", many, {}, r"not: c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 and 20 more\. Rename"),
         (many, "ab", {}, r"not: a, b, and none of c0, c1, c2, c3, c4, c5, c6, c7 and 22 more\. Rename"),
         ("012", "ab", {"names_assumed": True}, r"has 2 classes \(a, b\), and the network 3, without names\. Name the"),
+        (
+            imagenet,
+            [name.lower() for name in imagenet],
+            {"names_assumed": True},
+            r"has classes that the network has not: ",
+        ),
         ("aba", "ab", {}, r"two classes of the network are named a; name all by --class-names FILE"),
         ("a", "bc", {"single_logit": True}, r"the network's one class is a; the data has b, c\."),
     ]:

@@ -56,8 +56,8 @@ def main(argv: list[str]) -> int:
 def _write_npy(path: Path, files: list[str], features: np.ndarray) -> None:
     content = io.BytesIO()
     np.save(content, features)
-    write_whole(path.with_suffix(".files.txt"), ["".join(f"{naming.harmless(name)}\n" for name in files).encode()])
     write_whole(path, [content.getbuffer()])
+    write_whole(path.with_suffix(".files.txt"), ["".join(f"{naming.harmless(name)}\n" for name in files).encode()])
 
 
 def _write_parquet(path: Path, files: list[str], features: np.ndarray) -> None:

@@ -105,7 +105,8 @@ def _class_names(path: Path | None) -> tuple[str, ...] | None:
     if path is None:
         return None
     try:
-        return tuple(line for line in path.read_text("utf-8").splitlines() if line.strip())
+        lines = path.read_text("utf-8-sig").splitlines()  # editors on Windows begin a text with a mark
+        return tuple(line.strip() for line in lines if line.strip())
     except UnicodeDecodeError:
         raise UserError(f"--class-names {path} is no text in UTF-8; expected a name in each line.") from None
     except OSError as error:

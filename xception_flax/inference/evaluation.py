@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from xception_flax import data
 from xception_flax.data.sources.source import Renumbered
-from xception_flax.inference import class_names as known_names
 from xception_flax.inference.predictor import Predictor
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import cut
@@ -124,7 +123,14 @@ def match(network: Sequence[str], there: Sequence[str], *, names_assumed: bool, 
         return _match_one(network[0], there, names_assumed=names_assumed)
     numbers = {name: i for i, name in enumerate(network)}
     extra = [name for name in there if name not in numbers]
-    if not names_assumed or (len(network) == known_names.IMAGENET and not extra):
+    some_known = len(extra) < len(there)
+    if names_assumed and some_known and network[0] == "0" and len(network) > 10:
+        raise UserError(
+            f"the data's classes are numbers ({_listed(there, 3)}), sorted as text, and nobody says whether so are the "
+            "network's logits; name them, in their order, by --class-names FILE."
+        )
+    # Names that nobody gave are ImageNet's or numbers. If some of the data's are among them, all are meant so.
+    if not names_assumed or some_known:
         if len(numbers) < len(network):
             twice = next(name for i, name in enumerate(network) if name in network[:i])
             raise UserError(f"two classes of the network are named {shown(twice)}; name all by --class-names FILE.")
@@ -136,7 +142,7 @@ def match(network: Sequence[str], there: Sequence[str], *, names_assumed: bool, 
                 f"the data has classes that the network has not: {_listed(extra)}{lacks}. Rename them, or name the "
                 "network's classes, in the order of its logits, by --class-names FILE."
             )
-        words = f"by their names{', of ImageNet' if names_assumed else ''}"
+        words = f"by their names{', which are assumed' if names_assumed else ''}"
         words += f"; no images of {len(missing)} of the network's {len(network)}: {_listed(missing)}" if missing else ""
         return Classes(network, tuple(numbers[name] for name in there), words)
     if len(there) != len(network):
