@@ -131,6 +131,7 @@ def test_what_a_source_does_not_say_is_assumed_and_named(network, one_device):
         (dict(mean=(1.0,)), "mean and std go together"),
         (dict(mean=(1.0, 2.0), std=(1.0, 2.0)), "mean has 2 values, and images have 3 channels"),
         (dict(mean=(1.0,), std=(0.0,)), "normalize.std"),
+        (dict(mean=(0.5,), std=(0.25,)), r"std=0\.25 is for values of 0 to 1, .* give mean=127\.5 and std=63\.75\."),
         (dict(image_size=10**6), "image_size must be in"),
         (dict(transforms="resiz"), "unknown transform 'resiz'; did you mean 'resize'"),
     ]:

@@ -145,8 +145,10 @@ def _fetch_hub(name: str) -> Path:
         raise UserError(f"a source on the hub must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION, got {written(name)}.")
     import huggingface_hub
     from huggingface_hub import errors
+    from huggingface_hub.utils import logging
 
     options: dict[str, Any] = {"revision": revision or None}
+    logging.set_verbosity_error()  # it warns of each try; the error below says it once
     try:
         folder = Path(huggingface_hub.hf_hub_download(repository, "config.json", **options)).parent
         for file in HUB_WEIGHTS:

@@ -137,7 +137,8 @@ def read(path: Path, form: str, max_bytes: int = MAX_BYTES) -> Contents:
     try:
         return _read(path, form, max_bytes)
     except ValueError as error:
-        raise UserError(f"{path} cannot be read as {FORMATS[form]}: {error}.") from None
+        reason = str(error).rstrip(".")
+        raise UserError(f"{path} cannot be read as {FORMATS[form]}: {reason}.") from None
 
 
 def _read(path: Path, form: str, max_bytes: int) -> Contents:

@@ -154,6 +154,8 @@ def read_file(path: Path, config: Mapping[str, Any] = MappingProxyType({})) -> P
         is_published = form in KERAS_FORMS and fetching.is_published(_digest(path, "md5"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
     arrays = {name: arrays[0] for name, arrays in contents.entries} if form not in KERAS_FORMS else {}

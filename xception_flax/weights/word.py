@@ -52,6 +52,12 @@ def told(
         raise UserError("mean and std go together; give both or neither.")
     if mean is not None:
         create_normalizer(mean, std)
+        if max(std) < 1:  # no library divides values of 0 to 255 by less
+            raise UserError(
+                f"std={','.join(map(str, std))} is for values of 0 to 1, and here they are 0 to 255; give "
+                f"mean={','.join(f'{255 * value:g}' for value in mean)} and "
+                f"std={','.join(f'{255 * value:g}' for value in std)}."
+            )
         if len(mean) not in (1, network.channels):
             raise UserError(
                 f"mean has {len(mean)} values, and images have {network.channels} channels; give 1 or each."
