@@ -249,6 +249,9 @@ def test_classes_are_matched():
     assert found.words.startswith("by their names, which are assumed; no images of 998 of the network's 1000: goldfish")
     synsets = [f"n{i:08}" for i in range(1000)]
     assert match(imagenet, synsets, names_assumed=True)[:2] == (tuple(synsets), tuple(range(1000)))
+    after = match(class_names.of(1001), synsets, names_assumed=True)  # as DeepLab has them
+    assert after[:2] == (("background", *synsets), tuple(range(1, 1001)))
+    assert match(class_names.of(1001), ["tabby"], names_assumed=True).numbers == (282,)
     many = [f"c{i}" for i in range(30)]
     for network, there, options, message in [
         (

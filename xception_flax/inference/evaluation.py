@@ -145,12 +145,14 @@ def match(network: Sequence[str], there: Sequence[str], *, names_assumed: bool, 
         words = f"by their names{', which are assumed' if names_assumed else ''}"
         words += f"; no images of {len(missing)} of the network's {len(network)}: {_listed(missing)}" if missing else ""
         return Classes(network, tuple(numbers[name] for name in there), words)
-    if len(there) != len(network):
+    first = len(network) - len(there)  # logit of the first class: 1 behind a background
+    if first and (first, network[0]) != (1, "background"):
         raise UserError(
             f"the data has {len(there):,} classes ({_listed(there)}), and the network {len(network):,}, without names. "
             "Name the network's, in the order of its logits, by --class-names FILE."
         )
-    return Classes(there, tuple(range(len(there))), "by their order, as the network has no names of them")
+    words = f"by their order{', after background' if first else ''}, as the network has no names of them"
+    return Classes((*network[:first], *there), tuple(range(first, len(network))), words)
 
 
 def _match_one(name: str, there: tuple[str, ...], *, names_assumed: bool) -> Classes:
