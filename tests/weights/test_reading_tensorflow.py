@@ -1,5 +1,7 @@
 """Checkpoints that TensorFlow wrote, their checksums, and which one of a folder counts."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -93,21 +95,45 @@ def test_every_name_of_a_checkpoint(folder):
         assert open_source(str(folder / name), create_mesh()).origin["file"] == str(folder / "model.ckpt.index")
 
 
+def varint(number: int) -> bytes:
+    parts = [number & 127]
+    while number := number >> 7:
+        parts[-1] |= 128
+        parts.append(number & 127)
+    return bytes(parts)
+
+
 def block(*entries: tuple[bytes, bytes], compression: int = 0) -> bytes:
-    """A block of a table of LevelDB, of short names and values."""
-    content = b"".join(bytes([0, len(key), len(value)]) + key + value for key, value in entries)
+    """A block of a table of LevelDB."""
+    content = b"".join(b"\0" + varint(len(key)) + varint(len(value)) + key + value for key, value in entries)
     content += bytes(4) + (1).to_bytes(4, "little") + bytes([compression])
     return content + masked(crc32c(content)).to_bytes(4, "little")
 
 
 def table(*entries: tuple[bytes, bytes], compression: int = 0) -> bytes:
     first = block(*entries, compression=compression)
-    second = block((b"z", bytes([0, len(first) - 5])))
-    footer = bytes([0, 0, len(first), len(second) - 5])
-    return first + second + footer + bytes(40 - len(footer)) + reading.TABLE_MAGIC
+    return with_handles(first, varint(0) + varint(len(first) - 5))
+
+
+def with_handles(blocks: bytes, *handles: bytes) -> bytes:
+    """A table of these blocks, by where its index says they are."""
+    index = block(*((b"z", handle) for handle in handles))
+    footer = varint(0) + varint(0) + varint(len(blocks)) + varint(len(index) - 5)
+    return blocks + index + footer + bytes(40 - len(footer)) + reading.TABLE_MAGIC
 
 
 HEADER = (b"", b"\x08\x01")
+FIRST, EMPTY = block(HEADER), block()
+
+
+def entry(size: int, offset: int, dtype: int = 1, numbers: bytes = b"") -> bytes:
+    """A message about an array of one dimension, with the checksum of its numbers."""
+    itemsize = {1: 4, 19: 2}[dtype]
+    dim = b"\x08" + varint(size)
+    shape = b"\x12" + varint(len(dim)) + dim
+    place = b"\x20" + varint(offset) + b"\x28" + varint(size * itemsize)
+    checksum = b"\x35" + masked(crc32c(numbers)).to_bytes(4, "little")
+    return b"\x08" + varint(dtype) + b"\x12" + varint(len(shape)) + shape + place + checksum
 
 
 @pytest.mark.parametrize(
@@ -126,6 +152,12 @@ HEADER = (b"", b"\x08\x01")
         (table(HEADER, (b"a", b"\x08")), "a number in its index is cut off"),
         (table(HEADER, (b"a", b"\x12\x7f")), "a part of its index is cut off"),
         (table(HEADER, (b"a\n", b"\x08\x07")), "expected text that can be printed"),
+        (table(HEADER, (b"a", entry(4, 0)), (b"b", entry(4, 15))), "b has numbers in common with another array"),
+        (table(HEADER, (b"a", bytes(1001))), "its index has 1,001 bytes about one array; expected at most 1,000"),
+        (table((b"", b"\x08\x01" + b"\x78\x00" * 500)), "its index has 1,002 bytes about one array"),
+        (with_handles(FIRST, *[b"\x00" + varint(len(FIRST) - 5)] * 2), "are not one after the other"),
+        (with_handles(EMPTY, b"\x00" + varint(len(EMPTY) - 5)), "a part of its index has no names"),
+        (bytes(2**22) + table(HEADER), "its index has more than 4,194,304 bytes"),
     ],
 )  # fmt: skip
 def test_other_tables_are_named(tmp_path, content, message):
@@ -133,3 +165,25 @@ def test_other_tables_are_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         reading.read(path, reading.recognize(path))
+
+
+def test_numbers_that_are_no_file_are_not_opened(folder):
+    """A pipe would keep the reader waiting for its 10 minutes."""
+    path = folder / "model.ckpt.data-00000-of-00001"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"its numbers are in model\.ckpt\.data-00000-of-00001, which is no file"):
+        reading.read(folder / "model.ckpt.index", "tensorflow")
+
+
+def test_the_limit_counts_what_is_read_and_not_what_is_stored(tmp_path):
+    """8 numbers of 16 bits are 32 bytes here; arrays side by side are read."""
+    path, numbers = tmp_path / "model.index", np.arange(16, dtype="<f2").tobytes()
+    halves = numbers[:16], numbers[16:]
+    entries = [(name, entry(8, 16 * i, 19, halves[i])) for i, name in enumerate((b"a", b"b"))]
+    path.write_bytes(table(HEADER, *entries))
+    (tmp_path / "model.data-00000-of-00001").write_bytes(numbers)
+    found = reading.read(path, "tensorflow", 64).entries
+    np.testing.assert_array_equal([array for _, (array,) in found], np.arange(16.0).reshape(2, 8))
+    with pytest.raises(ValueError, match=r"with b, of shape \(8,\), its arrays take more than 63 bytes"):
+        reading.read(path, "tensorflow", 63)

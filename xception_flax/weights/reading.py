@@ -129,7 +129,7 @@ def read(path: Path, form: str, max_bytes: int = MAX_BYTES) -> Contents:
     Args:
       path: of the file.
       form: from `recognize`.
-      max_bytes: limit of all arrays together, by the sizes that the file declares.
+      max_bytes: limit of all arrays together, as float32 or float64, by the shapes that the file declares.
 
     Raises:
       UserError: the file cannot be read.

@@ -35,7 +35,7 @@ class Room:
     """How much may be read. Each array is checked by its header, before it is read.
 
     Args:
-      max_bytes: limit of all arrays together.
+      max_bytes: limit of all arrays together, as `native` returns them.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -43,7 +43,7 @@ class Room:
         self._taken = 0
 
     def check(self, name: str, dtype: np.dtype, shape: tuple[int, ...] | None) -> int:
-        """Returns the size in bytes of an array that may be read.
+        """Returns the size in bytes, in the file, of an array that may be read.
 
         Raises:
           ValueError: it is not an array of real floating-point numbers, or there is no room for it.
@@ -53,13 +53,13 @@ class Room:
             raise ValueError(f"{name} has the type {dtype}; expected floating-point numbers of 16, 32 or 64 bits")
         if shape is None or any(n < 0 for n in shape):
             raise ValueError(f"{name} has the shape {shape}; expected an array")
-        size = math.prod(shape) * dtype.itemsize
-        self._taken += size
+        numbers = math.prod(shape)
+        self._taken += numbers * max(4, dtype.itemsize)  # `native` makes float32 of 16 bits
         if self._taken > self.max_bytes:
             raise ValueError(
                 f"with {name}, of shape {shape}, its arrays take more than {self.max_bytes:,} bytes; expected less"
             )
-        return size
+        return numbers * dtype.itemsize
 
 
 def native(array: np.ndarray) -> np.ndarray:

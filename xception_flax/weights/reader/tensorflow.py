@@ -21,11 +21,14 @@ from xception_flax.weights.reader.room import Contents, Room, native, printable
 MAGIC = bytes.fromhex("57fb808b247547db")  # at the end of the index
 FOOTER_BYTES, TRAILER_BYTES = 48, 5  # of a table; of a block: its compression, and its checksum
 
-MAX_INDEX = 2**24  # bytes; that of Xception 71 with its training's slots takes 300,000
+MAX_INDEX = 2**22  # bytes; that of Xception 71 with its training's slots takes 300,000
 MAX_NAMES = 2**16
+MAX_MESSAGE = 1000  # bytes about one array, which take about 30
 MAX_SHARDS = 256
 MAX_LETTERS = 1000  # of a name
 MAX_RANK = 8
+
+AVERAGE = "/ExponentialMovingAverage"  # behind the name of the array that it is of
 
 _TYPES = {1: np.dtype("<f4"), 2: np.dtype("<f8"), 14: np.dtype("V2"), 19: np.dtype("<f2")}  # DT_FLOAT, DT_DOUBLE, ...
 _INTEGERS, _STRING = {3: 4, 9: 8}, 7  # DT_INT32, DT_INT64 and their bytes; DT_STRING
@@ -34,7 +37,8 @@ _INTEGERS, _STRING = {3: 4, 9: 8}, 7  # DT_INT32, DT_INT64 and their bytes; DT_S
 def read(path: Path, room: Room) -> Contents:
     """Returns the arrays by their names, such as 'xception_65/logits/weights'.
 
-    Single integers, such as `global_step`, and texts, such as the graph of objects of TensorFlow 2, are skipped.
+    Single integers, such as `global_step`, and texts, such as the graph of objects of TensorFlow 2, are skipped. So is
+    what an optimizer keeps of an array, which has the array's name and one part more; averages are not.
 
     Args:
       path: of the index; the data are beside it.
@@ -45,16 +49,21 @@ def read(path: Path, room: Room) -> Contents:
     """
     if path.stat().st_size > MAX_INDEX:
         raise ValueError(f"its index has more than {MAX_INDEX:,} bytes; expected less")
-    entries = _entries(path.read_bytes())
-    shards = _num_shards(next(entries, (None, b"")))
-    opened: dict[int, mmap.mmap] = {}
-    arrays: dict[str, np.ndarray] = {}
-    for count, (key, value) in enumerate(entries):
-        if count == MAX_NAMES:
+    messages = _entries(path.read_bytes())
+    shards = _num_shards(next(messages, (None, b"")))
+    entries: dict[str, _Entry] = {}
+    for key, value in messages:
+        if len(entries) == MAX_NAMES:
             raise ValueError(f"it has more than {MAX_NAMES:,} names; expected less")
         name = printable(key)
-        entry = _entry(name, value)
+        entries[name] = _entry(name, value)
+    _check_apart(entries)
+    opened: dict[int, mmap.mmap] = {}
+    arrays: dict[str, np.ndarray] = {}
+    for name, entry in entries.items():
         if entry.dtype == _STRING or (entry.dtype in _INTEGERS and entry.shape == ()):
+            continue
+        if _is_slot(name, entries):
             continue
         if entry.dtype not in _TYPES:
             raise ValueError(f"{name} has the type {entry.dtype} of TensorFlow; expected floating-point numbers")
@@ -74,12 +83,29 @@ def read(path: Path, room: Room) -> Contents:
     return Contents([(name, [array]) for name, array in arrays.items()], {})
 
 
+def _is_slot(name: str, entries: dict[str, "_Entry"]) -> bool:
+    """Whether an optimizer keeps it of an array, or it is the average of such a thing."""
+    whose = name.rpartition("/")[0]
+    return whose in entries and (not name.endswith(AVERAGE) or _is_slot(whose, entries))
+
+
+def _check_apart(entries: dict[str, "_Entry"]) -> None:
+    """Checks that no two arrays have numbers in common, by which a small file would become large arrays."""
+    end = (0, 0)
+    for shard, offset, size, name in sorted((e.shard, e.offset, e.size, name) for name, e in entries.items() if e.size):
+        if (shard, offset) < end:
+            raise ValueError(f"{name} has numbers in common with another array")
+        end = (shard, offset + size)
+
+
 def _data(index: Path, shard: int, shards: int) -> Path:
     return index.with_name(f"{index.name.removesuffix('.index')}.data-{shard:05d}-of-{shards:05d}")
 
 
 def _opened(index: Path, shard: int, shards: int) -> mmap.mmap:
     path = _data(index, shard, shards)
+    if path.exists() and not path.is_file():  # opening a pipe would wait for who writes into it
+        raise ValueError(f"its numbers are in {printable(path.name)}, which is no file")
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -98,13 +124,19 @@ def _entries(table: bytes) -> Iterator[tuple[bytes, bytes]]:
         raise ValueError("it does not end as an index of TensorFlow")
     footer = table[-FOOTER_BYTES:]
     _, _, index = _handle(footer, 0)  # of the block about other blocks, which has nothing
-    previous = None
+    previous, end = None, 0
     for _, handle in _block(table, *_handle(footer, index)[:2]):
-        for key, value in _block(table, *_handle(handle, 0)[:2]):
+        offset, size, _ = _handle(handle, 0)
+        if offset < end:
+            raise ValueError("the parts of its index are not one after the other")
+        begin, end = previous, offset + size + TRAILER_BYTES
+        for key, value in _block(table, offset, size):
             if previous is not None and key <= previous:
                 raise ValueError("its names are not in their order")
             previous = key
             yield key, value
+        if previous is begin:
+            raise ValueError("a part of its index has no names")
 
 
 def _block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
@@ -124,6 +156,8 @@ def _block(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]
         length, place = _varint(block, place)
         if shared > len(key) or shared + more > MAX_LETTERS or place + more + length > end:
             raise ValueError("a part of its index is damaged")
+        if length > MAX_MESSAGE:
+            raise ValueError(f"its index has {length:,} bytes about one array; expected at most {MAX_MESSAGE:,}")
         key = key[:shared] + block[place : place + more]
         yield key, block[place + more : place + more + length]
         place += more + length
