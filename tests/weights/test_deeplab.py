@@ -62,7 +62,9 @@ def test_segmentation_is_the_backbone_by_its_averages(folder):
 def test_slots_of_an_optimizer_are_no_weights(folder):
     contents = reading.read(folder / "xception_65" / "model.ckpt.index", "tensorflow")
     names = {name for name, _ in contents.entries}
-    assert "xception_65/logits/weights/Momentum" in names
+    content = (folder / "xception_65" / "model.ckpt.index").read_bytes()
+    assert b"/Momentum" in content
+    assert {name for name in names if name.endswith("/Momentum")} == set()  # not even read
     assert "global_step" not in names
     assert open_source(str(folder / "xception_65" / "model.ckpt.index"), create_mesh()).left_out == ()
 
@@ -92,13 +94,20 @@ def test_every_array_has_a_name_of_its_own(name):
     assert names["params", "predictions", "bias"] == "logits/biases"
 
 
-def test_averages_of_some_weights_are_not_taken(arrays):
-    """As a part of a network is not rather than a whole one."""
-    name = "xception_71/entry_flow/conv1_1/weights"
+def test_of_each_weight_its_average_is_taken_if_it_has_one(arrays):
+    """As TensorFlow's `ExponentialMovingAverage.variables_to_restore` maps names; `origin` says which they are."""
+    assert "weights" not in deeplab.recognize(arrays, PATH).origin
+    name, other = (f"xception_71/entry_flow/conv1_{i}/weights" for i in (1, 2))
     found = deeplab.recognize(arrays | {f"{name}/ExponentialMovingAverage": arrays[name] + 1}, PATH)
-    np.testing.assert_array_equal(found.variables["params"]["block1_conv1"]["kernel"], arrays[name])
-    assert "weights" not in found.origin
+    kernels = [found.variables["params"][f"block1_conv{i}"]["kernel"] for i in (1, 2)]
+    np.testing.assert_array_equal(kernels[0], arrays[name] + 1)
+    np.testing.assert_array_equal(kernels[1], arrays[other])
+    said = f"ExponentialMovingAverage of 1 of {len(arrays)} arrays: entry_flow/conv1_1/weights"
+    assert found.origin["weights"] == said
     assert found.left_out == ()
+    momentum = f"{name}/Momentum"
+    more = {f"{momentum}/ExponentialMovingAverage": arrays[name], momentum: arrays[name]}
+    assert "weights" not in deeplab.recognize(arrays | more, PATH).origin
 
 
 def test_scopes_are_seen_through(arrays):

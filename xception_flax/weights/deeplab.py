@@ -20,6 +20,7 @@ from xception_flax.text.naming import shown
 from xception_flax.weights import reading
 from xception_flax.weights.left_out import listed, modules
 from xception_flax.weights.pretrained import Pretrained
+from xception_flax.weights.reader.tensorflow import AVERAGE
 from xception_flax.weights.shapes import shapes_of, width_fields
 
 Arrays = Mapping[str, np.ndarray]
@@ -28,8 +29,8 @@ NORMALIZE = {"mean": (127.5,), "std": (127.5,)}  # [-1, 1]: DeepLab's `_preproce
 MAX_LINES = 10  # of a message about arrays that do not fit
 
 _FIRST = "entry_flow/conv1_1/weights"
+_STATISTICS = ("/moving_mean", "/moving_variance")
 _MARK = re.compile(rf"(?P<scope>|.*/){_FIRST}")
-_AVERAGE = "/ExponentialMovingAverage"  # behind the name of the weight that it is of
 
 # By the blocks of the entry flow and those of the middle flow.
 _DEPTHS = {(3, 8): "xception41", (3, 16): "xception65", (5, 16): "xception71"}
@@ -45,8 +46,8 @@ _LEAVES = {
 def recognize(arrays: Arrays, path: Path) -> Pretrained:
     """Returns the network in a checkpoint, and what is known of its use.
 
-    Averages of the weights are taken rather than these, if all of them have one. What optimizers keep of an array is
-    behind its name, and is no weight.
+    Of a weight that has an average the average is taken, as by TensorFlow's `variables_to_restore`; 'weights' of
+    `origin` says of which. What optimizers keep of an array is behind its name, and is no weight.
 
     Args:
       arrays: by name, `'xception_65/entry_flow/conv1_1/weights'`.
@@ -68,15 +69,18 @@ def recognize(arrays: Arrays, path: Path) -> Pretrained:
     scope = scopes[0]
     weights = {name: array for name, array in arrays.items() if not _is_slot(name, arrays)}
     inside = {name.removeprefix(scope): array for name, array in weights.items() if name.startswith(scope)}
-    averages = {name: array for name in inside if (array := arrays.get(f"{scope}{name}{_AVERAGE}")) is not None}
-    averaged = all(name in averages for name in inside if not name.endswith(("/moving_mean", "/moving_variance")))
+    averages = {name: array for name in inside if (array := arrays.get(f"{scope}{name}{AVERAGE}")) is not None}
     try:
-        network = _network(inside | (averages if averaged else {}))
+        network = _network(inside | averages)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     outside = [name for name in weights if not name.startswith(scope)]
     origin = {"architecture": scope.rstrip("/").rpartition("/")[2] or network.model["name"], "scope": scope}
-    origin |= {"weights": _AVERAGE.strip("/")} if averaged else {}
+    if averages:
+        # Moving statistics are averages themselves, and most trainings keep none of them.
+        others = [name for name in inside.keys() - averages.keys() if not name.endswith(_STATISTICS)]
+        part = f" of {len(averages)} of {len(inside)} arrays: {listed(averages)}" if others else ""
+        origin["weights"] = AVERAGE.strip("/") + part
     return network._replace(origin=origin, left_out=tuple(modules(outside, "/")))
 
 
