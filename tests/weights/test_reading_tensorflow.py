@@ -106,7 +106,12 @@ def varint(number: int) -> bytes:
 def block(*entries: tuple[bytes, bytes], compression: int = 0) -> bytes:
     """A block of a table of LevelDB."""
     content = b"".join(b"\0" + varint(len(key)) + varint(len(value)) + key + value for key, value in entries)
-    content += bytes(4) + (1).to_bytes(4, "little") + bytes([compression])
+    return signed(content + bytes(4) + (1).to_bytes(4, "little"), compression)
+
+
+def signed(content: bytes, compression: int = 0) -> bytes:
+    """A block of this content, with its checksum."""
+    content += bytes([compression])
     return content + masked(crc32c(content)).to_bytes(4, "little")
 
 
