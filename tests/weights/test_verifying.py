@@ -64,6 +64,19 @@ def test_the_first_stage_that_differs_is_named():
         assert found.first == stage
         assert values in verifying.reason(changed, stage)
     assert verifying.reason(plain, "stage1").startswith("the order of the channels")
+    # Arrays in each other's place are none of the reasons: both networks have them so.
+    assert verifying.reason(plain, "stage3").endswith("or pooling, or a layer that only one of them has")
+
+
+def test_arrays_in_each_others_place_are_not_seen():
+    """As the page says: the library's network is built of the arrays as they were read."""
+    plain = random_network("xception", "keras", 75)
+    params = plain.variables["params"]
+    layers = [f"block{i}_sepconv1" for i in (5, 6)]
+    swapped = params | {layer: params[other] for layer, other in zip(layers, layers[::-1], strict=True)}
+    found = verifying.verify(plain._replace(variables=plain.variables | {"params": swapped}))
+    assert found.first is None
+    assert max(found.differences.values()) < 5e-5
 
 
 def test_differences_by_hand():

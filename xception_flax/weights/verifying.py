@@ -98,7 +98,7 @@ def reason(pretrained: Pretrained, stage: str) -> str:
         "stage1": "the order of the channels, the range of the images, or the epsilon of the normalization",
         "pooled": "how the last features are averaged",
         "logits": "the classifier: its arrays, or layers that only one of them has",
-    }.get(stage, "the padding of strided layers or pooling, or arrays of two layers that have the same shape")
+    }.get(stage, "the padding of strided layers or pooling, or a layer that only one of them has")
 
 
 def _of_keras(pretrained: Pretrained, images: np.ndarray) -> tuple[str, dict[str, np.ndarray]]:
