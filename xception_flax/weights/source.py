@@ -196,6 +196,8 @@ def from_run(run: Run) -> Pretrained:
         activation=run.activation,
         origin={"step": run.step, "weights": run.weights},
         measured=run.measured(),
+        min_decoded_side=run.recipe.data.min_decoded_side,
+        max_value=run.recipe.data.max_value,
     )
 
 
