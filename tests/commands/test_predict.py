@@ -20,9 +20,10 @@ from workdirs import records
 from xception_flax import __version__
 from xception_flax.commands import convert, embed, evaluate, predict
 from xception_flax.data import sources
-from xception_flax.inference import predictor
+from xception_flax.inference import predictor, preprocessing
 from xception_flax.recipes import reading
 from xception_flax.runs.restore import restore
+from xception_flax.runs.workdir import read_recipe
 from xception_flax.weights import source, writing
 from xception_flax.weights.word import told
 
@@ -32,7 +33,7 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """Some steps on digits: better than chance, far from perfect."""
-    small = ["data.image_size=32", "batch_size=64", "epochs=6", "data.max_value=4095"]
+    small = ["data.image_size=32", "batch_size=64", "epochs=6", "data.max_value=4095", "data.min_decoded_side=16"]
     small += ["schedule.warmup_epochs=0.2", "step.ema_decay=0.5", "eval_every_epochs=6", "checkpoint_every_epochs=6"]
     folder = tmp_path_factory.mktemp("run")
     assert train.train(reading.load(f"{DIGITS}:lenet", [f"--config.{text}" for text in small]), folder) == 0
@@ -212,14 +213,17 @@ def test_mistakes_with_weights_from_elsewhere(weights, workdir, digits, tmp_path
 
 
 def test_a_run_is_converted_and_predicts_the_same(workdir, digits, tmp_path, monkeypatch, capsys):
-    """With its classes, its size, its normalization: nothing is to be said again."""
+    """With its classes, its size, its normalization, its white of 16 bits: nothing is to be said again."""
     code, out, _ = shell.call(monkeypatch, capsys, convert.main, workdir, "--output", tmp_path / "w.safetensors")
     assert code == 0
     assert "lenet, 10 classes" in out
-    files = [digits[0] / f"{i:03}.png" for i in range(0, 8, 2)]
+    files = [digits[0] / f"{i:03}.png" for i in range(8)]
     expected = run(monkeypatch, capsys, workdir, *files, "--json")
     assert run(monkeypatch, capsys, tmp_path / "w.safetensors", *files, "--json") == expected
     assert expected[0] == 0
+    converted, _ = preprocessing.of_pretrained(source.open_source(str(tmp_path / "w.safetensors"), None))
+    assert converted == preprocessing.of_recipe(read_recipe(workdir))
+    assert (converted.max_value, converted.min_decoded_side) == (4095, 16)
     code, _, err = shell.call(monkeypatch, capsys, convert.main, workdir, "--output", tmp_path / "w.safetensors")
     assert (code, err) == (
         2,

@@ -9,6 +9,7 @@ from golden.archives import unpacked
 from xception_flax.training.sharding import create_mesh
 from xception_flax.weights import reading
 from xception_flax.weights.reader.crc32c import crc32c, masked
+from xception_flax.weights.reader.room import MAX_CONFIG
 from xception_flax.weights.source import open_source
 
 
@@ -87,6 +88,10 @@ def test_of_several_checkpoints_the_one_that_the_folder_names(folder):
     with pytest.raises(
         ValueError, match=r"the newest checkpoint is model\.ckpt-8, which is not there; give one that is"
     ):
+        open_source(str(folder), create_mesh())
+    # A file too long for one that says this is not read to its end, and says nothing.
+    (folder / "checkpoint").write_text(state.format(7) + " " * MAX_CONFIG)
+    with pytest.raises(ValueError, match=r"; it has 2 checkpoints of TensorFlow: give one"):
         open_source(str(folder), create_mesh())
 
 

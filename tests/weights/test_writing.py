@@ -1,6 +1,9 @@
 """Weights that leave: every format is read back bit for bit, and by Keras itself to the same logits."""
 
+import hashlib
 import json
+import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +22,7 @@ from xception_flax import create_model
 from xception_flax.text.errors import UserError
 from xception_flax.weights import description, keras_models, reading, source, writing
 from xception_flax.weights.pretrained import Pretrained
+from xception_flax.weights.reader.room import MAX_CONFIG
 from xception_flax.weights.shapes import shapes_of
 
 NARROW = dict(name="xception", num_classes=4, width=0.02)
@@ -64,8 +68,9 @@ def random_network(channels: int = 3, **model: object) -> Pretrained:
 
 
 def described(network: Pretrained) -> Pretrained:
-    """The same network, whose classes are in words too."""
-    return network._replace(class_descriptions=tuple(f"what {name} is" for name in network.class_names))
+    """The same network, whose classes are in words too, of images of 12 bits."""
+    words = tuple(f"what {name} is" for name in network.class_names)
+    return network._replace(class_descriptions=words, min_decoded_side=80, max_value=4095)
 
 
 def assert_same_arrays(found: Pretrained, expected: Pretrained) -> None:
@@ -137,11 +142,46 @@ def test_the_hubs_folder_is_timms(tmp_path):
     card = (tmp_path / "folder" / "README.md").read_text()
     assert card.startswith('---\ntags: ["image-classification", "timm", "xception"]\nlibrary_name: "timm"\n---\n')
     assert "| values, of 0 to 255 | (x - 0) / 255 |" in card
+    assert "| white, of 16 bits | 4095 |" in card
     assert config["label_descriptions"]["class 1"] == "what class 1 is"
     words = "top1 90.00 %, loss 0.25, on 180 images, of folder, split 'val', by the run itself at step 157, x"
     assert f"| accuracy | {words} |" in card
     writing.write(network._replace(measured={}), tmp_path / "other")
     assert "| accuracy | not measured |" in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_the_card_names_the_file_and_no_folder(tmp_path):
+    """Whatever the names are, the card is a table of UTF-8; where the file was is of nobody's business."""
+    network = random_network(**NARROW)._replace(
+        class_names=("a|b", "c\nd", "é", "e"), transforms="resize | center_crop"
+    )
+    file = tmp_path / os.fsdecode(b"caf\xe9|.npz")
+    writing.write(network, file)
+    writing.write(source.open_source(str(file), None), tmp_path / "folder")
+    content = (tmp_path / "folder" / "README.md").read_bytes()
+    rows = content.decode("utf-8").splitlines()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert rf"| weights from | file caf\xe9\|.npz, sha256 {digest} |" in rows
+    assert r"| logits | 4: a\|b, c\nd, é, e |" in rows
+    assert r"| resizing | `resize \| center_crop` |" in rows
+    assert os.fsencode(tmp_path) not in content
+    assert os.fsencode(tmp_path) not in (tmp_path / "folder" / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": [' + "{}," * (MAX_CONFIG // 3) + "{}]}", r"it has more than 2,097,152 bytes; expected less\."),
+        ('{"a":' * 101 + "1" + "}" * 101, r"it has more than 100 levels; expected less\."),
+        ("[1]", r"it is a list; expected an object of JSON\."),
+        ("{", r"it is no JSON: Expecting property name"),
+    ],
+)
+def test_a_hub_folders_configuration_is_read_to_a_limit(tmp_path, text, message):
+    writing.write(random_network(**NARROW), tmp_path / "folder")
+    (tmp_path / "folder" / "config.json").write_text(text)
+    with pytest.raises(UserError, match=rf"folder/config\.json cannot be read: {message}"):
+        source.open_source(str(tmp_path / "folder"), None)
 
 
 @pytest.mark.parametrize("name", ["m.keras", "m.weights.h5"])
@@ -235,27 +275,63 @@ def test_what_does_not_fit_is_refused(tmp_path, full):
             r"predictions/bias must have shape \(5,\), got \(4,\)|predictions/kernel must have shape \(40, 5\)",
         ),
         ({"model": None}, r"its description \(xception_flax\) is damaged: TypeError"),
-        ({"activation": "tanh"}, r"is damaged: KeyError 'tanh'"),
-        (
-            {"measured": {"top1": "0.9"}},
-            r"is damaged: TypeError top1 in what was measured is '0\.9'; expected a number",
-        ),
-        ({"measured": {"date": 1}}, r"is damaged: TypeError date in what was measured is 1; expected a text"),
-        ({"class_names": ["a"]}, r"is damaged: ValueError 1 names and 0 descriptions of 4 classes"),
-        ({"class_descriptions": ["a"]}, r"is damaged: ValueError 4 names and 1 descriptions of 4 classes"),
-        ({"measured": [1]}, r"is damaged: AttributeError"),
+        ({"model": {"name": {}}}, r"its description \(xception_flax\) is damaged: TypeError"),
+        ({"framework": [1]}, r"is damaged: framework must be a text, got \[1\]"),
+        ({"activation": "tanh"}, r"is damaged: activation must be 'softmax' or 'sigmoid', got 'tanh'"),
+        ({"image_size": math.inf}, r"is damaged: image_size must be an integer or null, got inf"),
+        ({"image_size": 75.9}, r"is damaged: image_size must be an integer or null, got 75\.9"),
+        ({"image_size": -5}, r"is damaged: image_size must be in \[1, 10,000\], got -5"),
+        ({"image_size": 10**9}, r"is damaged: image_size must be in \[1, 10,000\], got 1000000000"),
+        ({"channels": 0}, r"is damaged: channels must be in \[1, 4\], got 0"),
+        ({"channels": True}, r"is damaged: channels must be an integer, got True"),
+        ({"transforms": 1}, r"is damaged: transforms must be a text or null, got 1"),
+        ({"normalize": {"mean": [10**400], "std": [1]}}, r"mean of normalize must be at most 3\.4e\+38"),
+        ({"normalize": {"mean": [math.nan], "std": [1]}}, r"mean of normalize must be a finite number, got nan"),
+        ({"normalize": {"mean": "123", "std": [1]}}, r"is damaged: mean must be a list, got '123'"),
+        ({"normalize": {"mean": [1, 2], "std": [1]}}, r"mean of normalize must be a number a channel, or one for all"),
+        ({"normalize": {"mean": [1], "std": [0]}}, r"std of normalize must be positive, got 0"),
+        ({"normalize": {"mean": [1]}}, r"is damaged: std must be a list, got None"),
+        ({"max_value": 254}, r"is damaged: max_value must be in \[255, 65,535\], got 254"),
+        ({"min_decoded_side": None}, r"is damaged: min_decoded_side must be an integer, got None"),
+        ({"min_decoded_side": -1}, r"is damaged: min_decoded_side must be in \[0, 10,000\], got -1"),
+        ({"measured": {"top1": "0.9"}}, r"is damaged: top1 in what was measured is '0\.9'; expected a number"),
+        ({"measured": {"date": 1}}, r"is damaged: date in what was measured is 1; expected a text"),
+        ({"measured": {"top1": math.nan}}, r"is damaged: top1 in what was measured must be a finite number, got nan"),
+        ({"measured": {"top1": 1.5}}, r"is damaged: top1 in what was measured must be in \[0, 1\], got 1\.5"),
+        ({"measured": {"loss": 10**400}}, r"is damaged: loss in what was measured must be at most 3\.4e\+38"),
+        ({"measured": {"step": 1.5}}, r"is damaged: step in what was measured is 1\.5; expected an integer"),
+        ({"measured": {"count": -1}}, r"is damaged: count in what was measured must be in \[0, .*got -1"),
+        ({"measured": [1]}, r"is damaged: measured must be names and values, got \[1\]"),
+        ({"class_names": ["a"]}, r"is damaged: class_names are 1 and class_descriptions 0, of 4 classes"),
+        ({"class_names": "abcd"}, r"is damaged: class_names must be a list, got 'abcd'"),
+        ({"class_names": ["a", "b", "c", 4]}, r"is damaged: class_names must be texts, got 4"),
+        ({"class_names": ["a", "b", "c", "b"]}, r"is damaged: class_names has 'b' twice; expected a name of its own"),
+        ({"class_descriptions": ["a"]}, r"is damaged: class_names are 4 and class_descriptions 1, of 4 classes"),
         ({"channels": 1}, r"block1_conv1/kernel must have shape \(3, 3, 1, 8\), got \(3, 3, 3, 8\)"),
     ],
 )
 def test_a_description_that_was_changed(tmp_path, change, message):
     network = random_network(**NARROW)
     arrays = {"/".join(place): value for place, value in flatten_dict(network.variables).items()}
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"^w\.npz: .*(?:{message})"):
         description.read(description.describe(network) | change, arrays, Path("w.npz"))
     for wrong in ({"params/more": np.zeros(1)}, None):
         others = dict(list(arrays.items())[1:]) if wrong is None else arrays | wrong
         with pytest.raises(UserError, match=r"has no place for params/more|has no params/|has no batch_stats/"):
             description.read(description.describe(network), others, Path("w.npz"))
+
+
+def test_descriptions_of_older_files():
+    """They lack the keys that came later, whose defaults are what was done then; all others must be there."""
+    network = random_network(**NARROW)
+    said = description.describe(described(network))
+    later = ("class_descriptions", "measured", "min_decoded_side", "max_value")
+    older = {key: value for key, value in said.items() if key not in later}
+    _, found = description.checked(older, Path("w.npz"))
+    assert [found[key] for key in later] == [(), {}, 0, None]
+    for key in older:
+        with pytest.raises(UserError, match=rf"^w\.npz: its description \(xception_flax\) is damaged: .*{key}"):
+            description.checked({name: value for name, value in older.items() if name != key}, Path("w.npz"))
 
 
 def test_a_description_that_is_no_json(tmp_path):

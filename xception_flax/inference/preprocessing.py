@@ -129,7 +129,8 @@ def of_pretrained(pretrained: Pretrained) -> tuple[Preprocessing, tuple[str, ...
         assumed.append("values in [-1, 1]")
     transforms.parse_transforms(resizing, image_size)
     mean, std = (tuple(normalize[name]) for name in ("mean", "std"))
-    return Preprocessing(image_size, pretrained.channels, resizing, mean, std, rounded), tuple(assumed)
+    decoding = (pretrained.min_decoded_side, pretrained.max_value)
+    return Preprocessing(image_size, pretrained.channels, resizing, mean, std, rounded, *decoding), tuple(assumed)
 
 
 def _timm_crop(pretrained: Pretrained, image_size: int) -> str:

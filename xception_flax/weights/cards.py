@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from xception_flax.text import naming
@@ -85,7 +86,9 @@ def model_card(pretrained: Pretrained, architecture: str | None, notes: Sequence
     normalize = pretrained.normalize
     taken = formula(**normalize) if normalize else "not recorded"
     classes = ", ".join(map(naming.shown, pretrained.class_names)) or "their names are not recorded"
-    origin = ", ".join(f"{key} {value}" for key, value in pretrained.origin.items()) or "not recorded"
+    # Of the file its name alone: the folders are of the machine that wrote this, and nobody's business.
+    origin = dict(pretrained.origin)
+    origin |= {"file": naming.shown(Path(origin["file"]).name)} if "file" in origin else {}
     rows = {
         "network": name + (f" ({architecture} in timm)" if architecture and architecture != name else ""),
         "logits": f"{pretrained.model['num_classes']}: {classes}",
@@ -93,10 +96,12 @@ def model_card(pretrained: Pretrained, architecture: str | None, notes: Sequence
         "image": size,
         "values, of 0 to 255": taken,
         "resizing": f"`{pretrained.transforms}`" if pretrained.transforms else "not recorded",
-        "weights from": origin,
+        "weights from": ", ".join(f"{key} {value}" for key, value in origin.items()) or "not recorded",
         "accuracy": record(pretrained.measured) or "not measured",
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    if pretrained.max_value is not None:
+        rows["white, of 16 bits"] = str(pretrained.max_value)
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
     remarks = "".join(f"\n- {note}" for note in notes)
     use = ["```python", "import xception_flax", 'network = xception_flax.load("THIS FOLDER")']
     use += ['network.predict(["photo.jpg"])  # probabilities [1, classes]', "```"]
@@ -128,6 +133,11 @@ def model_card(pretrained: Pretrained, architecture: str | None, notes: Sequence
             "",
         ]
     )
+
+
+def _cell(text: str) -> str:
+    """Returns text as it stands in a cell of Markdown's tables, in code too."""
+    return naming.harmless(text).replace("|", "\\|")
 
 
 def record(measured: Mapping[str, Any]) -> str:

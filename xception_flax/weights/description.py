@@ -1,6 +1,7 @@
 """What our own files say of a network beside its arrays: `Pretrained` without variables, as JSON."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,22 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xception_flax import models
+from xception_flax.data.decoding import WHITE
+from xception_flax.data.transforms.geometry import MAX_SIDE
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
+from xception_flax.text.ranges import check_number, check_range
+from xception_flax.training.metrics import SHARES
 from xception_flax.weights import timm
 from xception_flax.weights.pretrained import Pretrained
 from xception_flax.weights.reader.room import DESCRIPTION
 from xception_flax.weights.shapes import shapes_of
+
+MAX_CHANNELS = 4  # of an image
+LARGEST_COUNT = 2**63 - 1  # of images and steps
+
+# Keys that files of every version have.
+_REQUIRED = ("framework", "channels", "class_names", "image_size", "transforms", "normalize", "activation")
 
 
 def describe(pretrained: Pretrained) -> dict[str, Any]:
@@ -27,6 +38,8 @@ def describe(pretrained: Pretrained) -> dict[str, Any]:
         "image_size": pretrained.image_size,
         "transforms": pretrained.transforms,
         "normalize": pretrained.normalize and {name: list(values) for name, values in pretrained.normalize.items()},
+        "min_decoded_side": pretrained.min_decoded_side,
+        "max_value": pretrained.max_value,
         "activation": pretrained.activation,
         "measured": dict(pretrained.measured),
     }
@@ -72,35 +85,101 @@ def checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
     """
     try:
         network = models.create_model(**description["model"])
-        said = {
-            "framework": str(description["framework"]),
-            "model": {key: tuple(v) if isinstance(v, list) else v for key, v in description["model"].items()},
-            "class_names": tuple(map(str, description["class_names"])),
-            "class_descriptions": tuple(map(str, description.get("class_descriptions", ()))),  # older files lack it
-            "image_size": None if description["image_size"] is None else int(description["image_size"]),
-            "transforms": None if description["transforms"] is None else str(description["transforms"]),
-            "normalize": description["normalize"]
-            and {name: tuple(map(float, description["normalize"][name])) for name in ("mean", "std")},
-            "activation": {"softmax": "softmax", "sigmoid": "sigmoid"}[description["activation"]],
-            "measured": {name: _measured(name, value) for name, value in description.get("measured", {}).items()},
-        }
-        names, texts = (len(said[key]) for key in ("class_names", "class_descriptions"))
-        if names not in (0, network.num_classes) or texts not in (0, names):
-            raise ValueError(f"{names} names and {texts} descriptions of {network.num_classes} classes")
-        return int(description["channels"]), said
     except UserError as error:
         raise UserError(f"{path}: its description is of a network that is not here: {error}") from None
-    except (TypeError, ValueError, KeyError, AttributeError) as error:  # whatever a hand may write
-        raise UserError(
-            f"{path}: its description ({DESCRIPTION}) is damaged: {type(error).__name__} {error}."
-        ) from None
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:  # whatever a hand may write
+        raise _damaged(path, error) from None
+    try:
+        if missing := [key for key in _REQUIRED if key not in description]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        found = partial(_found, description)
+        channels = found("channels", int)
+        check_range("channels", channels, 1, MAX_CHANNELS)
+        said = {
+            "framework": found("framework", str),
+            "model": {key: tuple(v) if isinstance(v, list) else v for key, v in description["model"].items()},
+            "class_names": _texts("class_names", found("class_names", list)),
+            "class_descriptions": _texts("class_descriptions", found("class_descriptions", list, [])),
+            "image_size": found("image_size", int, None),
+            "transforms": found("transforms", str, None),
+            "normalize": _normalize(found("normalize", dict, None), channels),
+            "min_decoded_side": found("min_decoded_side", int, 0),
+            "max_value": found("max_value", int, None),
+            "activation": found("activation", str),
+            "measured": {name: _measured(name, value) for name, value in found("measured", dict, {}).items()},
+        }
+        for name, low, high in [
+            ("image_size", 1, MAX_SIDE),
+            ("min_decoded_side", 0, MAX_SIDE),
+            ("max_value", 255, WHITE),
+        ]:
+            if said[name] is not None:
+                check_range(name, said[name], low, high)
+        if said["activation"] not in ("softmax", "sigmoid"):
+            raise ValueError(f"activation must be 'softmax' or 'sigmoid', got {written(said['activation'])}")
+        names, texts = (len(said[key]) for key in ("class_names", "class_descriptions"))
+        if names not in (0, network.num_classes) or texts not in (0, names):
+            raise ValueError(
+                f"class_names are {names} and class_descriptions {texts}, of {network.num_classes} classes"
+            )
+        if len(set(said["class_names"])) < names:
+            twice = next(name for i, name in enumerate(said["class_names"]) if name in said["class_names"][:i])
+            raise ValueError(f"class_names has {written(twice)} twice; expected a name of its own for each class")
+    except ValueError as error:  # of `UserError` too
+        raise _damaged(path, error) from None
+    return channels, said
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
+    return UserError(f"{path}: its description ({DESCRIPTION}) is damaged: {kind}{str(error).rstrip('.')}.")
+
+
+_KINDS = {int: "an integer", str: "a text", list: "a list", dict: "names and values"}
+
+
+def _found(description: Mapping[str, Any], key: str, kind: type, *default: Any) -> Any:
+    """The value of a key, of exactly this type; the default where there is none, and what the default is too."""
+    value = description.get(key, *default)
+    if type(value) is not kind and not (value is None and default == (None,)):
+        none = " or null" if default == (None,) else ""
+        raise ValueError(f"{key} must be {_KINDS[kind]}{none}, got {written(value)}")
+    return value
+
+
+def _texts(key: str, values: list[Any]) -> tuple[str, ...]:
+    if wrong := [value for value in values if not isinstance(value, str)]:
+        raise ValueError(f"{key} must be texts, got {written(wrong[0])}")
+    return tuple(values)
+
+
+def _normalize(values: dict[str, Any] | None, channels: int) -> dict[str, tuple[float, ...]] | None:
+    """`mean` and `std`: a number a channel, or one for all."""
+    if values is None:
+        return None
+    for name in ("mean", "std"):
+        numbers = _found(values, name, list)
+        if len(numbers) not in (1, channels) or not all(type(number) in (int, float) for number in numbers):
+            raise ValueError(f"{name} of normalize must be a number a channel, or one for all, got {written(numbers)}")
+        for number in numbers:
+            check_number(f"{name} of normalize", number)
+            if name == "std":
+                check_range("std of normalize", number, 0, above=True)
+    return {name: tuple(map(float, values[name])) for name in ("mean", "std")}
 
 
 def _measured(name: str, value: Any) -> str | float:
     """A value of what was measured; see `runs.restore.Run.measured`."""
-    is_text = name in ("source", "split", "weights", "date", "version")
-    if isinstance(value, bool) or not isinstance(value, str if is_text else int | float):
-        raise TypeError(
-            f"{name} in what was measured is {written(value)}; expected a {'text' if is_text else 'number'}"
-        )
+    if name in ("source", "split", "weights", "date", "version"):
+        kinds, expected = (str,), "a text"
+    elif name in ("count", "step"):
+        kinds, expected = (int,), "an integer"
+    else:
+        kinds, expected = (int, float), "a number"
+    if type(value) not in kinds:
+        raise ValueError(f"{name} in what was measured is {written(value)}; expected {expected}")
+    if not isinstance(value, str):
+        check_number(f"{name} in what was measured", value)
+        if name in SHARES or name in ("count", "step"):
+            check_range(f"{name} in what was measured", value, 0, 1 if name in SHARES else LARGEST_COUNT)
     return value

@@ -22,6 +22,7 @@ from xception_flax.text.lookup import suggest, written
 from xception_flax.weights import deeplab, description, fetching, keras_models, reading, torch_models
 from xception_flax.weights.description import DESCRIPTION
 from xception_flax.weights.pretrained import Pretrained
+from xception_flax.weights.reader.room import MAX_CONFIG, parsed
 
 # What the files that Keras Applications publishes take: [-1, 1]. No file says it.
 PUBLISHED_NORMALIZE = {"mean": (127.5,), "std": (127.5,)}
@@ -109,19 +110,24 @@ def _hub_folder(path: Path) -> HubFolder | None:
     if weights is None or not (path / CONFIG).is_file():
         return None
     try:
-        config = json.loads((path / CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return HubFolder(weights, parsed("it", _beginning(path / CONFIG)))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path / CONFIG} cannot be read: {error}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path / CONFIG} is no description of a network; expected keys and values in braces.")
-    return HubFolder(weights, config)
+
+
+def _beginning(path: Path) -> bytes:
+    """Returns the content of a small file; of a larger one just enough to tell, since anybody may have written it."""
+    with path.open("rb") as file:
+        return file.read(MAX_CONFIG + 1)
 
 
 def _newest_index(folder: Path) -> Path | None:
     """Returns the index of a folder's newest checkpoint of TensorFlow, or of its only one; None where none is."""
     try:
         indices = sorted(folder.glob("*.index"))
-        text = (folder / NEWEST).read_text("utf-8") if (folder / NEWEST).is_file() else ""
+        text = _beginning(folder / NEWEST).decode() if (folder / NEWEST).is_file() else ""
+        if len(text) > MAX_CONFIG:
+            return None
     except (OSError, ValueError):  # nobody may look, or it is no text
         return None
     if named := _NEWEST_PATH.search(text):
@@ -198,6 +204,8 @@ def from_run(run: Run) -> Pretrained:
         activation=run.activation,
         origin={"step": run.step, "weights": run.weights},
         measured=run.measured(),
+        min_decoded_side=run.recipe.data.min_decoded_side,
+        max_value=run.recipe.data.max_value,
     )
 
 

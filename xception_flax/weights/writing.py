@@ -197,8 +197,10 @@ def _write_hub(pretrained: Pretrained, folder: Path) -> list[str]:
     """A folder as the hub has it: config.json as timm's where timm has the network, the weights, and a model card."""
     folder.mkdir()
     notes = _write_safetensors(pretrained, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(cards.config(pretrained, architecture_of(pretrained)), indent=2))
-    (folder / "README.md").write_text(cards.model_card(pretrained, architecture_of(pretrained), notes))
+    architecture = architecture_of(pretrained)
+    config = json.dumps(cards.config(pretrained, architecture), indent=2)
+    (folder / "config.json").write_text(config, encoding="utf-8")
+    (folder / "README.md").write_text(cards.model_card(pretrained, architecture, notes), encoding="utf-8")
     return notes
 
 
