@@ -262,6 +262,8 @@ def _elsewhere(source: str, arguments: argparse.Namespace, config: ConfigDict) -
     )
     config.data.image_size, config.data.channels = preprocessing.image_size, preprocessing.channels
     config.data.eval_transforms = preprocessing.transforms
+    for name in ("min_decoded_side", "max_value"):  # what the user says of the data counts more
+        config.data[name] = config.data[name] or getattr(preprocessing, name)
     split, rows = _data(config, mesh, batch_size, arguments)
     prepared = evaluations.prepare(predictor, split)
     size, recorded = preprocessing.image_size, cards.record(predictor.measured)

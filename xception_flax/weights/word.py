@@ -65,10 +65,10 @@ def told(
         network = network._replace(normalize={"mean": tuple(map(float, mean)), "std": tuple(map(float, std))})
     if image_size is not None:
         check_range("image_size", image_size, 1, MAX_SIDE)
-        network = network._replace(image_size=image_size)
+        network = network._replace(image_size=image_size, min_decoded_side=0)
     if transforms is not None:
         chains.parse_transforms(transforms, image_size or network.image_size or IMAGE_SIZE)
-        network = network._replace(transforms=transforms)
+        network = network._replace(transforms=transforms, min_decoded_side=0)
     return network._replace(measured={}) if said else network
 
 
