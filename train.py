@@ -7,7 +7,6 @@ metrics.jsonl, tensorboard/, checkpoints/, curves.png. The same command resumes 
 import signal
 
 from xception_flax.host import libraries, signals
-from xception_flax.text.counting import counted
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
@@ -44,6 +43,7 @@ from xception_flax.runs.workdir import (
     remember,
 )
 from xception_flax.text import naming
+from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint, metrics, sharding
 from xception_flax.training.evaluation import evaluate

@@ -575,7 +575,7 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
     assert content["class_names"] == ["x", "\xe9"]
     meta.write_text(json.dumps(content | {"class_names": ["x", "e\u0301"]}))
     code, out, _ = command("a")
-    assert (code, "this run is finished (1 steps); nothing to do." in out) == (0, True)
+    assert (code, "this run is finished (1 step); nothing to do." in out) == (0, True)
     (tmp_path / "a" / "stray.txt").touch()
     code, out, _ = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path / "w")
     assert code == 0
