@@ -83,7 +83,10 @@ def _write_keras(pretrained: Pretrained, path: Path) -> list[str]:
     else:
         model.save(path)
         _add_description(path, ours)
-    return differences(pretrained, {"name": pretrained.model["name"]}, "Keras")
+    notes = differences(pretrained, {"name": pretrained.model["name"]}, "Keras")
+    if path.suffix == ".keras" and pretrained.model.get("num_classes"):  # also where the source's last layer was linear
+        notes.append(f"the model ends in a {pretrained.activation}, so that it gives probabilities, not logits")
+    return notes
 
 
 def keras_model(pretrained: Pretrained) -> Any:
