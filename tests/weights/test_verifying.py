@@ -45,7 +45,7 @@ STAGES = ["stage1", "stage2", "stage3", "stage4", "stage5", "pooled", "logits"]
 def test_it_agrees_with_keras(name, size):
     found = verifying.verify(random_network(name, "keras", size))
     print(found)
-    assert found.library.startswith("Keras 3.")
+    assert found.against.startswith("Keras 3.")
     assert list(found.differences) == STAGES
     assert found.first is None
     assert 0 < max(found.differences.values()) < 5e-5  # float32

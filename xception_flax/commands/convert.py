@@ -66,5 +66,5 @@ def _verify(name: str, pretrained: Pretrained) -> bool:
     rows["agree"] = f"yes, to {verifying.MAX_DIFFERENCE:.0e}" if first is None else f"not from {first} on"
     if first is not None:
         rows["maybe"] = verifying.reason(pretrained, first)
-    console.show_table(f"{naming.shown(Path(name))} and {found.library}", rows)
+    console.show_table(f"{naming.shown(Path(name))} and {found.against}", rows)
     return first is None

@@ -29,12 +29,12 @@ class Verification(NamedTuple):
     """How far a network is from another library's.
 
     Attributes:
-      library: its name and version.
+      against: that library's name and version.
       differences: of each stage by name, in the order of the computation: the largest difference of two values, as a
         share of what an image changes.
     """
 
-    library: str
+    against: str
     differences: dict[str, float]
 
     @property
