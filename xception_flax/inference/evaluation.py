@@ -12,7 +12,7 @@ from xception_flax.data.sources.source import Renumbered
 from xception_flax.inference.predictor import Predictor
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import cut
-from xception_flax.text.naming import composed, shown
+from xception_flax.text.naming import composed, repeated, shown
 from xception_flax.training import losses, metrics, steps
 
 ADVICE = "Take other weights, or say how images are scaled (--mean, --std)."  # where the loss is not finite
@@ -131,10 +131,10 @@ def match(network: Sequence[str], there: Sequence[str], *, names_assumed: bool, 
         )
     # Names that nobody gave are ImageNet's or numbers. If some of the data's are among them, all are meant so.
     if not names_assumed or some_known:
-        if len(numbers) < len(network):
-            twice = next(name for i, name in enumerate(network) if name in network[:i])
+        if (twice := repeated(network)) is not None:
             raise UserError(f"two classes of the network are named {shown(twice)}; name all by --class-names FILE.")
-        missing = [name for name in network if name not in set(there)]
+        present = set(there)
+        missing = [name for name in network if name not in present]
         if extra:
             room = MAX_LISTED - len(extra)
             lacks = f", and none of {_listed(missing, room)}" if missing and room > 0 else ""

@@ -11,7 +11,8 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 _SURROGATE = r"\ud800-\udfff"
@@ -44,6 +45,11 @@ def composed(name: str) -> str:
     file names in the other form. To open a file, use its own name.
     """
     return unicodedata.normalize("NFC", name)
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """Returns a name that is there more than once; None where all differ."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def canonical(name: str | os.PathLike[str]) -> str:

@@ -13,6 +13,7 @@ from xception_flax.data.decoding import WHITE
 from xception_flax.data.transforms.geometry import MAX_SIDE
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
+from xception_flax.text.naming import repeated
 from xception_flax.text.ranges import check_number, check_range
 from xception_flax.training.metrics import SHARES
 from xception_flax.weights import timm
@@ -122,8 +123,7 @@ def checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
             raise ValueError(
                 f"class_names are {names} and class_descriptions {texts}, of {network.num_classes} classes"
             )
-        if len(set(said["class_names"])) < names:
-            twice = next(name for i, name in enumerate(said["class_names"]) if name in said["class_names"][:i])
+        if (twice := repeated(said["class_names"])) is not None:
             raise ValueError(f"class_names has {written(twice)} twice; expected a name of its own for each class")
     except ValueError as error:  # of `UserError` too
         raise _damaged(path, error) from None

@@ -9,6 +9,7 @@ from xception_flax.data.transforms.geometry import MAX_SIDE
 from xception_flax.data.transforms.resampling import KERNELS
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
+from xception_flax.text.naming import repeated
 
 # timm's, where its configuration does not say otherwise.
 CROP_PCT = 0.875
@@ -138,8 +139,7 @@ def _class_names(
     if len(names) != num_classes:
         left_out.append(f"its {len(names)} label_names, for {num_classes} classes")
         return ()
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
+    if (twice := repeated(names)) is not None:
         left_out.append(f"its label_names, two of which are {written(twice)}")
         return ()
     return tuple(names)

@@ -12,6 +12,7 @@ from xception_flax.runs.restore import Run
 from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
+from xception_flax.text.naming import repeated
 from xception_flax.text.ranges import check_range
 from xception_flax.training.steps import create_normalizer
 from xception_flax.weights.pretrained import IMAGE_SIZE, Pretrained
@@ -77,7 +78,6 @@ def _names(names: Sequence[str], model: nn.Module) -> tuple[str, ...]:
         raise UserError(
             f"got {counted(len(names), 'name')} of classes for {counted(model.num_classes, 'logit')}; give each a name."
         )
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
+    if (twice := repeated(names)) is not None:
         raise UserError(f"two classes are named {written(twice)}; give each a name of its own.")
     return tuple(names)

@@ -65,11 +65,11 @@ def test_kernels_with_a_normalization(rng, dtype, relu):
 
 def test_plans():
     """What the middle flow of 128 images has: a warp walks over half an image; and of one image: over one tile."""
-    plan = gpu._Plan.backward((128, 19, 19, 728), gpu.NORMALIZED_BACKWARD)
+    plan = gpu._Plan.of((128, 19, 19, 728), gpu.NORMALIZED_BACKWARD)
     assert (plan.row_tiles, plan.column_tiles, plan.grid) == (5, 10, (6, 2, 128))
-    plan = gpu._Plan.forward((128, 19, 19, 728))
+    plan = gpu._Plan.of((128, 19, 19, 728), gpu.FORWARD)
     assert (plan.row_tiles, plan.column_tiles, plan.grid) == (1, 4, (6, 5, 128))
-    plan = gpu._Plan.forward((1, 19, 19, 728))
+    plan = gpu._Plan.of((1, 19, 19, 728), gpu.FORWARD)
     assert (plan.row_tiles, plan.column_tiles, plan.grid) == (1, 1, (6, 20, 1))
 
 
@@ -78,7 +78,7 @@ def test_strips_are_those_of_an_image(rng, monkeypatch, wave):
     """Programs with all ten tiles of rows; with some of them, the last beyond the image; with one tile."""
     monkeypatch.setattr(gpu, "_WAVE", wave)
     rows = {1: 10, 64: 1, 10_000: 1}
-    assert gpu._Plan.backward((2, 19, 6, 8), gpu.BACKWARD).row_tiles == rows[wave]
+    assert gpu._Plan.of((2, 19, 6, 8), gpu.BACKWARD).row_tiles == rows[wave]
     function = partial(gpu.triton_depthwise, interpret=True)
     assert_equals_stock(rng, function, (2, 19, 6, 8), (3, 3, 1, 8), "float32", **SAME)
 

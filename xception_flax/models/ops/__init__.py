@@ -235,7 +235,8 @@ def normalized_max_pool(
       window, strides, padding: see `max_pool`.
 
     Returns:
-      `[N, H', W', C]` in the type of `x`.
+      `[N, H', W', C]` in the type of `x`. Where a scale is 0 all pixels of a window are equal; the gradient of that
+      scale is then by the largest `x`, and with 'stock' by the first.
     """
     functions = dict(cpu=pooling.normalized_max_pool, cuda=gpu.normalized_max_pool, stock=stock.normalized_max_pool)
     return lower(x, jnp.stack([scale, shift]), **functions, window=window, strides=strides, padding=padding)

@@ -85,10 +85,9 @@ def convolution(
     x: jax.Array, kernel: jax.Array, *, strides: tuple[int, int], padding: str, dilation: tuple[int, int]
 ) -> jax.Array:
     """`ops.convolution`; of as few channels as an image has, for which cuDNN has no fast kernel, as a product."""
-    options = (strides, padding, dilation)
     if x.shape[-1] > _FEW_CHANNELS or math.prod(kernel.shape[:3]) > _LARGEST_PATCH:
         return stock.convolution(x, kernel, strides=strides, padding=padding, dilation=dilation)
-    return _product_of_patches(x, kernel, *options)
+    return _product_of_patches(x, kernel, strides, padding, dilation)
 
 
 _FEW_CHANNELS, _LARGEST_PATCH = 4, 64
@@ -188,16 +187,17 @@ class Tile(NamedTuple):
       columns: of pixels.
       warps: of 32 threads, each with 4 channels of an image. So the weights, the results and, backward, the sums stay
         in registers, and 8 bytes are read at a time.
+      sums: whether the kernel writes sums for each strip of tiles over which a warp walks. Then a strip is several
+        tiles high, as many as lets one wave of warps do all; else one.
     """
 
     rows: int
     columns: int
     warps: int = 1
+    sums: bool = True
 
 
-# A warp walks over a strip of tiles. Forward, that is a row of tiles; backward it is several rows, because it writes
-# sums of the kernel's gradient for each strip. These are as high as lets one wave of warps do all.
-FORWARD = Tile(rows=4, columns=5)
+FORWARD = Tile(rows=4, columns=5, sums=False)
 BACKWARD = Tile(rows=2, columns=3)
 # With a normalization, 2 x 3 pixels take 252 of a thread's 255 registers; 2 x 2 take 168.
 NORMALIZED_BACKWARD = Tile(rows=2, columns=2)
@@ -221,29 +221,23 @@ class _Plan(NamedTuple):
     grid: tuple[int, int, int]
 
     @classmethod
-    def forward(cls, shape: tuple[int, ...]) -> "_Plan":
-        return cls._of(shape, FORWARD, lambda tiles, warps: 1)
-
-    @classmethod
-    def backward(cls, shape: tuple[int, ...], tile: Tile) -> "_Plan":
-        def row_tiles(tiles: int, warps: int) -> int:
-            return max(1, tiles // 32) if shape[1] > _HIGH else pl.cdiv(tiles, max(1, _WAVE // warps))
-
-        return cls._of(shape, tile, row_tiles)
-
-    @classmethod
-    def _of(cls, shape: tuple[int, ...], tile: Tile, row_tiles_of: Callable[[int, int], int]) -> "_Plan":
-        """`row_tiles_of` takes the tiles of rows of an image, and the warps if a strip had them all."""
+    def of(cls, shape: tuple[int, ...], tile: Tile) -> "_Plan":
         n, height, width, channels = shape
         channel_block = min(_CHANNELS, pl.next_power_of_2(channels))
         image_block = min(tile.warps * _CHANNELS // channel_block, pl.next_power_of_2(n))
         rows, columns = min(tile.rows, height), min(tile.columns, width)
         blocks = pl.cdiv(channels, channel_block), pl.cdiv(n, image_block)
         tiles, column_tiles = pl.cdiv(height, rows), pl.cdiv(width, columns)
-        row_tiles = row_tiles_of(tiles, blocks[0] * blocks[1] * tile.warps)
+        warps = blocks[0] * blocks[1] * tile.warps  # if a strip had all rows
+        if not tile.sums:
+            row_tiles = 1
+        elif height > _HIGH:
+            row_tiles = max(1, tiles // 32)
+        else:
+            row_tiles = pl.cdiv(tiles, max(1, _WAVE // warps))
         row_strips = pl.cdiv(tiles, row_tiles)
-        # Few images leave most of a GPU idle: then a strip is a tile.
-        column_strips = column_tiles if blocks[0] * blocks[1] * row_strips * tile.warps < _WAVE // 4 else 1
+        # Few images leave most of a GPU idle: then a strip is a tile wide.
+        column_strips = column_tiles if warps * row_strips < _WAVE // 4 else 1
         grid = (blocks[0], row_strips * column_strips, blocks[1])
         column_tiles = pl.cdiv(column_tiles, column_strips)
         return cls(rows, columns, image_block, channel_block, row_tiles, column_tiles, column_strips, tile.warps, grid)
@@ -265,7 +259,7 @@ def triton_depthwise(
     Returns:
       `[N, H, W, C]` in the type of `x`.
     """
-    options = dict(plan=_Plan.forward(x.shape), relu=relu, interpret=interpret)
+    options = dict(plan=_Plan.of(x.shape, FORWARD), relu=relu, interpret=interpret)
     return _call(_forward_kernel, x, _weights(kernel), affine, out_shape=x, **options)
 
 
@@ -282,7 +276,7 @@ triton_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _gradients(x, kernel, affine, dy, relu, interpret):
-    plan = _Plan.backward(x.shape, BACKWARD if affine is None else NORMALIZED_BACKWARD)
+    plan = _Plan.of(x.shape, BACKWARD if affine is None else NORMALIZED_BACKWARD)
     sums = jax.ShapeDtypeStruct((*plan.grid[:0:-1], 9 if affine is None else 11, x.shape[-1]), jnp.float32)
     options = dict(plan=plan, relu=relu, interpret=interpret)
     dx, sums = _call(_backward_kernel, x, dy, _weights(kernel), affine, out_shape=(x, sums), **options)
