@@ -77,6 +77,7 @@ def test_a_picture_for_each_image(source, photos, tmp_path, monkeypatch, capsys)
 
 
 def test_mistakes_are_named(source, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     many = tmp_path / "many"
     many.mkdir()
     for i in range(31):
@@ -95,7 +96,7 @@ def test_mistakes_are_named(source, photos, tmp_path, monkeypatch, capsys):
             "31 images do not fit into one picture, 30 do; for a picture of each give a folder: --output explained",
         ),
         ([photos, "--neighbours", tmp_path / "nowhere"], "nowhere is not there"),
-        ([photos, "--neighbours", tmp_path / "file"], "no image"),
+        ([photos, "--neighbours", tmp_path / "file"], "file is no folder; expected one with images"),
         ([], "there is no image"),
     ]:
         code, out, err = run(monkeypatch, capsys, source, *arguments)

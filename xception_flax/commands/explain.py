@@ -41,7 +41,7 @@ class Row(NamedTuple):
 def main(argv: list[str]) -> int:
     arguments = _arguments(argv)
     source, paths = images.given(arguments)
-    gallery = list(images.files([arguments.neighbours])) if arguments.neighbours else []
+    gallery = _gallery(arguments.neighbours)
     in_one = _check_output(arguments.output, len(paths))
     cli.start(arguments)
     rows, unreadable, count = [], [], 0
@@ -101,6 +101,14 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each image, not the table")
     return parser.parse_args(argv)
+
+
+def _gallery(folder: Path | None) -> list[Path]:
+    if folder is None:
+        return []
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--neighbours {folder} is no folder; expected one with images.")
+    return list(images.files([folder]))
 
 
 def _check_output(output: Path, count: int) -> bool:
