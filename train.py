@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from xception_flax import data
 from xception_flax.commands import cli
+from xception_flax.data import sampling
 from xception_flax.display import console
 from xception_flax.host import allocator, processes
 from xception_flax.models import costs
@@ -47,6 +49,8 @@ from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint, metrics, sharding
 from xception_flax.training.evaluation import evaluate
+from xception_flax.training.length import RunLength
+from xception_flax.training.patience import Patience
 from xception_flax.training.program import Program, create_program
 from xception_flax.training.state import TrainState
 from xception_flax.weights import initial
@@ -94,9 +98,11 @@ def train(config: ConfigDict, workdir: Path) -> int:
     mesh = sharding.create_mesh(**config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
     train_data, eval_data = load_data(config, begun)
-    program = create_program(config, mesh, train_data.image_shape, train_data.num_images)
+    shares = class_shares(config, train_data)
+    program = create_program(config, mesh, train_data.image_shape, train_data.num_images, shares)
     length, total_steps, weights = program.length, program.length.total_steps, program.weights
     profiled = steps_to_profile(config, total_steps)
+    patience = Patience(config.metrics.name, config.patience_metric, config.patience_epochs, length)
     abstract_batch = check_program(program, mesh, train_data, eval_data)
     notes = [data.unread_of((train_data.source, eval_data.source))]
     notes += [] if begun else [split.check_max_value() for split in (train_data, eval_data)]
@@ -114,8 +120,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
         start_step, meta = find_start(manager, workdir, train_data, pretrained)
         if first_host:
             remember(workdir, config)  # the mesh or the data's folder may have changed
-        if start_step >= total_steps:
-            return already_finished(workdir, total_steps)
+        if start_step:
+            patience.add_history(history.read_metrics(workdir / HISTORY), start_step)
+        if start_step >= total_steps or patience.is_over:
+            return already_finished(workdir, start_step)
         # The step is compiled while the state is created or read.
         background = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         compiling = background.submit(program.train_step.lower(program.abstract_state, abstract_batch).compile)
@@ -164,14 +172,16 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 with report.pause("evaluation"):
                     results = evaluate(program.eval_step, train_state.variables(weights), eval_data, mesh)
                 report.evaluation(step, results, weights)
-            if saving:
+                patience.add(step, results)
+                last = last or patience.is_over
+            if saving or last:
                 with report.pause("checkpoint"):
                     if first_host:
                         check_claim(workdir)  # an evaluation may have taken an hour
                     report.sync()
                     checkpoint.save(manager, train_state, meta, results)
                 report.checkpoint(step)
-            if stopping and not last:
+            if last or stopping:
                 break
 
         # Finish.
@@ -179,6 +189,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
         if not last:
             report.say(f"stopped at step {step}, checkpoint written; the same command goes on from there")
             return 128 + (stop.signal or signal.SIGTERM)  # perhaps only another process received it
+        if step < total_steps:
+            report.say(describe_end(patience, length))
     if first_host:
         show_results(config, workdir, results, weights)
     return 0
@@ -224,6 +236,22 @@ def load_data(config: ConfigDict, begun: bool) -> tuple[data.Split, data.Split]:
             f"set --config.model.num_classes={there}."
         )
     return train_data, eval_data
+
+
+def class_shares(config: ConfigDict, train_data: data.Split) -> np.ndarray | None:
+    """Returns the share of the images that has each class, if the loss balances them.
+
+    Raises:
+      UserError: the data set does not know it without reading all images.
+    """
+    if config.loss.class_weights != "balanced":
+        return None
+    if (shares := sampling.class_shares(train_data.source)) is None:
+        raise UserError(
+            f"loss.class_weights=balanced: source {config.data.source!r} does not know how many images each class has; "
+            "give a number for each class."
+        )
+    return shares
 
 
 def check_program(
@@ -331,8 +359,7 @@ def open_report(
         start_step=start_step,
         **program.length._asdict(),
         enabled=jax.process_index() == 0,
-        # The peak is for whole steps, so it is left out where the backbone has no backward pass.
-        peak_images_per_second=peak if config.optimizer.backbone_factor else None,
+        peak_images_per_second=None if program.frozen else peak,  # the peak is for whole steps
     )
 
 
@@ -353,10 +380,19 @@ def count_masked(totals: metrics.Accumulator, batch_size: int) -> int:
     return round(steps * batch_size - totals.count("loss"))
 
 
-def already_finished(workdir: Path, total_steps: int) -> int:
+def describe_end(patience: Patience, length: RunLength) -> str:
+    """Returns a line about a run that ended early."""
+    epoch = patience.best_step * length.batch_size / length.num_images
+    return (
+        f"ended early: {patience.metric} has not become better since epoch {epoch:.1f}, step {patience.best_step:,} "
+        "(patience_epochs)"
+    )
+
+
+def already_finished(workdir: Path, steps: int) -> int:
     """Prints that there is nothing to do and how to train for longer; returns the exit code."""
     if jax.process_index() == 0:
-        print(f"{naming.shown(workdir)}: this run is finished ({counted(total_steps, 'step')}); nothing to do.")
+        print(f"{naming.shown(workdir)}: this run is finished ({counted(steps, 'step')}); nothing to do.")
         print(naming.harmless(how_to_train_on(workdir)))
         curves.draw_run(workdir)
     return 0

@@ -677,6 +677,40 @@ def test_help_is_worth_reading(command):
         assert word in result.stdout
 
 
+def test_a_run_without_progress_ends_early(tmp_path, monkeypatch, capsys):
+    """At a learning rate of 0 the first evaluation stays the best. What stopped in between ends where a whole run does.
+
+    Class weights and balanced sampling go along: the digits have 125 or so images of each class.
+    """
+    overrides = [*LENET, "--config.optimizer.learning_rate=0", "--config.patience_epochs=1", "--config.epochs=9"]
+    overrides += [
+        "--config.step.ema_decay=0",
+        "--config.loss.class_weights=balanced",
+        "--config.data.sampling=balanced",
+    ]
+    command = ["--config", f"{DIGITS}:lenet", *overrides, "--workdir"]
+    code, out, err = run(monkeypatch, capsys, train.main, *command, tmp_path / "whole")
+    assert code == 0
+    # Evaluations after 40, 79 and 118 steps; an epoch has 78.6. The one after step 118 is not a whole epoch later.
+    assert "ended early: top1 has not become better since epoch 0.5, step 40 (patience_epochs)" in err
+    assert "finished" in out
+    expected = evaluations(tmp_path / "whole")
+    assert [record["step"] for record in expected] == [40, 79, 118, 157]
+    assert len({record["eval/loss"] for record in expected}) == 1
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["loss"]["class_weights"] == "balanced"
+    code, out, _ = run(monkeypatch, capsys, train.main, *command, tmp_path / "whole")
+    assert (code, "this run is finished (157 steps); nothing to do" in out) == (0, True)
+    part = tmp_path / "part"
+    shutil.copytree(tmp_path / "whole", part)
+    for step in (118, 138, 157):  # as if it had been killed after the checkpoint of step 99
+        shutil.rmtree(part / "checkpoints" / str(step), ignore_errors=True)
+    left = sorted(int(path.name) for path in (part / "checkpoints").iterdir() if path.name.isdigit())
+    assert max(left, default=0) < 118
+    code, _, err = run(monkeypatch, capsys, train.main, *command, part)
+    assert (code, "ended early: top1" in err) == (0, True)
+    assert evaluations(part) == expected
+
+
 def test_divergence_stops_before_it_is_saved(tmp_path, monkeypatch, capsys):
     overrides = [*LENET, "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e30"]
     arguments = ["--config", f"{DIGITS}:lenet", "--workdir", tmp_path, *overrides]

@@ -30,6 +30,7 @@ from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import check_range
 from xception_flax.training import checkpoint, losses, metrics, mixing, optimizers, sharding, steps
 from xception_flax.training.length import RunLength
+from xception_flax.training.patience import Patience
 from xception_flax.training.program import create_program
 from xception_flax.training.state import abstract_variables
 from xception_flax.weights import initial
@@ -67,7 +68,7 @@ ACCEPTED = {
         *("optimizer.beta1", "optimizer.beta2", "optimizer.backbone_factor", "schedule.warmup_epochs"),
         *("schedule.final_factor", "mix.mixup_alpha", "mix.cutmix_alpha", "mix.probability", "mix.switch_probability"),
     ),
-    "inf": ("eval_every_epochs", "checkpoint_every_epochs"),  # at the end alone
+    "inf": ("eval_every_epochs", "checkpoint_every_epochs", "patience_epochs"),  # at the end alone
     # A seed, a backbone without classifier, no middle flow, off, none.
     "0": (
         *("seed", "model.num_classes", "model.middle_repeats", "data.num_workers", "data.min_decoded_side"),
@@ -77,13 +78,16 @@ ACCEPTED = {
     # Never, all, or a seed as good as another.
     "2147483648": ("seed", "log_every_steps", "metrics.k", "checkpoint.keep_latest", "checkpoint.keep_best"),
     "()": ("model.fc_layers",),
+    "(1.0, -0.0)": ("loss.class_weights",),  # a class that does not count
     "None": (
         *("model.mid_activation", "model.towers", "metrics.class_weights", "optimizer.clip_norm"),
+        "loss.class_weights",
         "schedule.every_images",  # every_epochs is given
         "data.max_value",  # 16 bits as they are
     ),
-    # No profile; a checkpoint's name is not looked at if no workdir is named.
-    "''": ("profile", "init.checkpoint"),
+    # No profile, the metric of the best checkpoint, no other factors. A checkpoint's name is not looked at if no
+    # workdir is named.
+    "''": ("profile", "patience_metric", "optimizer.layer_factors", "init.checkpoint"),
     **{repr(text): ("init.checkpoint",) for text in ("a\nb", LONG_NAME, "~nobody")},
 }
 
@@ -115,7 +119,8 @@ def finite(tree: Any) -> None:
 def try_loop(config: ConfigDict, mesh: Mesh) -> None:
     sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
     split = data.load(**config.data, batch_size=config.batch_size, seed=config.seed, train=True)
-    create_program(config, mesh, split.image_shape, split.num_images)
+    length = create_program(config, mesh, split.image_shape, split.num_images).length
+    Patience(config.metrics.name, config.patience_metric, config.patience_epochs, length)
 
 
 def try_model(config: ConfigDict, mesh: Mesh) -> None:

@@ -48,6 +48,7 @@ def test_every_default_is_filled_in():
         "nesterov": False,
         "decoupled_weight_decay": 0.0,
         "backbone_factor": 1.0,
+        "layer_factors": "",
         "clip_norm": None,
     }
     assert config.schedule.name == "constant"
@@ -175,6 +176,7 @@ def test_another_choice_drops_the_keys_of_the_old_one():
         "nesterov": False,
         "decoupled_weight_decay": 0.05,
         "backbone_factor": 1.0,
+        "layer_factors": "",
         "clip_norm": None,
     }
     cosine_gone = reading.load(DIGITS, ["--config.schedule.name=constant"])

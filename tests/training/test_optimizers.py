@@ -8,7 +8,14 @@ import pytest
 
 from xception_flax.text.errors import UserError
 from xception_flax.training.length import RunLength
-from xception_flax.training.optimizers import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule, decay_mask
+from xception_flax.training.optimizers import (
+    OPTIMIZERS,
+    SCHEDULES,
+    create_optimizer,
+    create_schedule,
+    decay_mask,
+    factors_of,
+)
 
 IMAGENET = RunLength(batch_size=1536, num_images=1_281_167, total_steps=83_409)
 
@@ -169,6 +176,49 @@ def test_a_backbone_factor_is_one_of_the_learning_rate(name):
     np.testing.assert_array_equal(run(0.01, backbone_factor=0.0)[0], [1, 2, 3])
     with pytest.raises(UserError, match=r"backbone_factor must be 0 or positive, got -1"):
         run(0.01, backbone_factor=-1)
+
+
+def test_layers_have_factors_of_their_own():
+    """The first pattern that fits counts, then `backbone_factor`; a factor scales the whole update, 0 freezes."""
+    names = ("block1_conv1", "block13_sepconv1", "block14_sepconv2_bn", "block2_sepconv1", "fc1", "predictions")
+    params = {name: {"kernel": jnp.ones(2), "bias": jnp.ones(1)} for name in names}
+
+    def factors(rules, backbone_factor=0.5):
+        found = factors_of(params, backbone_factor, rules)
+        assert all(arrays["kernel"] == arrays["bias"] for arrays in found.values())
+        return [found[name]["kernel"] for name in names]
+
+    assert factors("") == [0.5, 0.5, 0.5, 0.5, 1, 1]
+    assert factors("block1[34]_: 0.1; block: 0") == [0, 0.1, 0.1, 0, 1, 1]
+    assert factors("block1_:0") == [0, 0.5, 0.5, 0.5, 1, 1]
+    assert factors("fc: 2 ; .*_bn:3", 0.0) == [0, 0, 3, 0, 2, 1]
+    assert factors("(?i)BLOCK(?:1|2)_: 1e-3", 1.0) == [1e-3, 1, 1, 1e-3, 1, 1]
+
+    def update(**options):
+        tx, _ = create_optimizer("sgd", 0.1, schedule=constant, decoupled_weight_decay=0.01, **options)
+        return tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)[0]
+
+    plain, scaled = update(), update(layer_factors="block1[34]_: 0.25; block: 0")
+    for name, factor in zip(names, (0, 0.25, 0.25, 0, 1, 1), strict=True):
+        np.testing.assert_array_equal(scaled[name]["kernel"], factor * plain[name]["kernel"])
+    for rules, message in [
+        (
+            "block",
+            r"must be PATTERN: NUMBER; PATTERN: NUMBER; ..., such as 'block1\[34\]_: 0.1; block: 0', got 'block'",
+        ),
+        ("block: x", "must be PATTERN: NUMBER"),
+        (": 1", "must be PATTERN: NUMBER"),
+        ("block: 1;", "must be PATTERN: NUMBER"),
+        ("block: -1", "each number, must be 0 or positive, got -1"),
+        ("block: inf", "each number, must be"),
+        ("block(: 1", r"'block\(' is no regular expression: missing \)"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            create_optimizer("sgd", 0.1, schedule=constant, layer_factors=rules)
+    with pytest.raises(
+        UserError, match="no layer begins with 'conv'; layers are block13_sepconv1, block14_sepconv2_bn"
+    ):
+        factors("conv: 1")
 
 
 RATES = {"sgd": 0.02, "rmsprop": 0.05, "adamw": 0.1}

@@ -13,7 +13,7 @@ from xception_flax.models import layers, ops
 from xception_flax.text.errors import UserError
 from xception_flax.training import losses, mixing, sharding, steps
 from xception_flax.training.metrics import create_metrics
-from xception_flax.training.optimizers import OPTIMIZERS, create_optimizer
+from xception_flax.training.optimizers import OPTIMIZERS, backbone_mask, create_optimizer, factors_of
 from xception_flax.training.state import make_init
 
 CLASSES, BATCH = 5, 16
@@ -276,6 +276,40 @@ def test_averages_follow_tensorflows_rule(one_device):
         plain.variables("ema")
 
 
+def test_frozen_normalization_and_layers_stay_bit_for_bit(one_device):
+    """So do their averages; what is not frozen moves, and the statistics do without `bn_frozen`."""
+    model = create_model("xception", num_classes=CLASSES, dropout_rate=0.0, width=0.05, middle_repeats=0)
+    rules = "block2_: 0; block1_conv1$: 0"
+
+    def frozen(params):
+        return jax.tree.map(lambda factor: factor == 0, factors_of(params, 1.0, rules))
+
+    for bn_frozen in (True, False):
+        tx, _ = create_optimizer("adamw", 0.01, schedule=lambda step: jnp.ones(()), layer_factors=rules)
+        network = model.clone(bn_frozen=bn_frozen)
+        init, abstract = make_init(network, tx, (32, 32, 3), one_device, ema=True)
+        loss, measured = losses.create_loss("softmax", weight_decay=1e-2), create_metrics("single_label")
+        step = steps.make_train_step(
+            network, tx, loss, measured, NORMALIZE, abstract, one_device, seed=0, ema_decay=0.7, frozen=frozen
+        )
+        state = init(jax.random.key(0))
+        # Statistics of real networks are no round numbers.
+        stats = jax.tree.map(lambda x: x * 1.01234567 + 1.234567e-5, state.batch_stats)
+        state = state.replace(batch_stats=stats, ema_batch_stats=jax.tree.map(jnp.copy, stats))
+        before = jax.device_get(state)
+        for batch in batches(3):
+            state, _ = step(state, sharding.global_batch(one_device, batch))
+        after = jax.device_get(state)
+        for old, new in ((before.params, after.params), (before.ema_params, after.ema_params)):
+            for layer, arrays in old.items():
+                stays = layer.startswith("block2_") or layer == "block1_conv1"
+                equal = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (arrays, new[layer])), strict=True)]
+                assert all(equal) if stays else not any(equal), layer
+        for old, new in ((before.batch_stats, after.batch_stats), (before.ema_batch_stats, after.ema_batch_stats)):
+            equal = jax.tree.leaves(jax.tree.map(np.array_equal, old, new))
+            assert all(equal) if bn_frozen else not any(equal)
+
+
 def test_dropout_depends_on_seed_and_step_only(one_device):
     data = [batches(1)[0]] * 3
     model = SMALL.clone(dropout_rate=0.5)
@@ -376,8 +410,8 @@ def test_a_mask_of_ones_changes_nothing_and_one_of_zeros_leaves_the_penalty(one_
 def test_a_frozen_backbone_has_no_gradient(one_device):
     """The classifier is updated as in a whole step, all else stays, and the backbone's backward pass is left out."""
     (batch,), results = batches(1), []
-    for frozen in (False, True):
-        state, train_step, _ = build(one_device, loss=losses.create_loss("softmax"), backbone_frozen=frozen)
+    for frozen in (None, backbone_mask):
+        state, train_step, _ = build(one_device, loss=losses.create_loss("softmax"), frozen=frozen)
         given = sharding.global_batch(one_device, batch)
         flops = train_step.lower(state, given).compile().cost_analysis()["flops"]
         before = jax.device_get(state.params)

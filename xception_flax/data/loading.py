@@ -5,6 +5,7 @@ from typing import Any
 
 from xception_flax.data.decoding import WHITE
 from xception_flax.data.pipeline import ON_BAD_IMAGE, Split, choose_threads, usable_cpus
+from xception_flax.data.sampling import SAMPLINGS, Balanced
 from xception_flax.data.sources import SOURCES
 from xception_flax.data.transforms import Transform, parse_transforms
 from xception_flax.data.transforms.geometry import MAX_SIDE
@@ -32,6 +33,7 @@ def load(
     min_decoded_side: int = 0,
     on_bad_image: str = "stop",
     max_value: int | None = None,
+    sampling: str = "shuffled",
     *,
     train: bool,
     batch_size: int,
@@ -61,6 +63,8 @@ def load(
         black image with mask 0 in its place, which loss, gradient and metrics leave out and count.
       max_value: of images of 16 bits, the value that becomes 255: 4095 for a 12-bit camera or scanner. None means
         65,535; then a run does not begin if most of them have no value in the upper half.
+      sampling: order of training: 'shuffled', each image once an epoch; or 'balanced', each class equally often, images
+        of rare classes more than once (`sampling.Balanced`). An epoch has as many images in both.
       train: if true, shuffled, endless and augmented; otherwise in order, once and padded.
       batch_size: of the global batch.
       seed: of order and augmentation.
@@ -87,6 +91,7 @@ def load(
         min_decoded_side=min_decoded_side,
         on_bad_image=on_bad_image,
         max_value=max_value,
+        sampling=sampling,
     )
     batch_bytes = batch_size // process_count * image_size**2 * channels
     if batch_bytes > (memory := allocator.free_memory_bytes()):
@@ -117,7 +122,10 @@ def load(
         min_decoded_side=min_decoded_side,
         on_bad_image=on_bad_image,
         max_value=max_value,
+        sampling=sampling,
     )
+    if train and sampling == "balanced":
+        Balanced(examples, seed)  # refuses what it cannot order
     split.check_transforms()
     return split
 
@@ -133,6 +141,7 @@ def check_options(
     min_decoded_side: int,
     on_bad_image: str,
     max_value: int | None,
+    sampling: str,
     **others: Any,
 ) -> dict[str, tuple[Transform, ...]]:
     """Checks the options of `load` that need no data; `others` are those that do.
@@ -154,6 +163,8 @@ def check_options(
         check_range("data.max_value", max_value, 255, WHITE)
     if on_bad_image not in ON_BAD_IMAGE:
         raise UserError(f"unknown data.on_bad_image {written(on_bad_image)}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
+    if sampling not in SAMPLINGS:
+        raise UserError(f"unknown data.sampling {written(sampling)}; {suggest(sampling, SAMPLINGS)}")
     chains = {}
     for name, text in {"train": train_transforms, "eval": eval_transforms}.items():
         try:

@@ -24,6 +24,7 @@ from absl import flags
 
 from xception_flax.data.batch import Batch, Shapes, label_dtype, shapes
 from xception_flax.data.decoding import WHITE, BadImageError, decode, is_dark, largest_value, white
+from xception_flax.data.sampling import Balanced
 from xception_flax.data.sources.folder import Files
 from xception_flax.data.sources.source import Example, InputError, Source
 from xception_flax.data.transforms import Transform
@@ -64,6 +65,7 @@ class Split:
       on_bad_image: 'stop' or 'replace'.
       max_value: see `decoding.decode`.
       rounded: see `prepare_image`.
+      sampling: of training: one of `sampling.SAMPLINGS`.
     """
 
     source: Source
@@ -80,6 +82,7 @@ class Split:
     on_bad_image: str = "stop"
     max_value: int | None = None
     rounded: bool = True
+    sampling: str = "shuffled"
 
     @property
     def num_images(self) -> int:
@@ -209,10 +212,13 @@ class Split:
           InputError: an image is bad and `on_bad_image` is 'stop', a file cannot be read, or a worker process has
             ended.
         """
-        examples = grain.MapDataset.source(self.source if self.train else _Padded(self.source, self.batch_size))
-        examples = examples.seed(self.seed)
-        if self.train:
-            examples = examples.shuffle().repeat()  # another order each epoch
+        if not self.train:
+            examples = grain.MapDataset.source(_Padded(self.source, self.batch_size)).seed(self.seed)
+        elif self.sampling == "balanced":
+            examples = grain.MapDataset.source(Balanced(self.source, self.seed)).seed(self.seed)
+        else:
+            # Another order each epoch.
+            examples = grain.MapDataset.source(self.source).seed(self.seed).shuffle().repeat()
         prepare = _Prepare(
             self.transforms,
             self.image_shape,

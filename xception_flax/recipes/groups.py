@@ -10,7 +10,7 @@ from xception_flax import data, models
 from xception_flax.recipes.signatures import Key, keys_of
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
-from xception_flax.text.ranges import check_range
+from xception_flax.text.ranges import LARGEST, check_range
 from xception_flax.text.values import Endless
 from xception_flax.training import checkpoint, losses, metrics, mixing, optimizers, sharding, steps
 
@@ -26,6 +26,9 @@ class Loop:
       log_every_steps: steps between two lines of training metrics.
       eval_every_epochs: epochs between two evaluations; the end is always evaluated, and at inf nothing else.
       checkpoint_every_epochs: epochs between two checkpoints; the end is always saved, and at inf nothing else.
+      patience_epochs: the run ends early if no evaluation for so many epochs was better than the best before; at inf it
+        never does. The schedule of the learning rate is that of all `epochs`.
+      patience_metric: what should become better: 'loss' or one of the metrics; '' for that of the best checkpoint.
       profile: steps to trace into `workdir/profile`, as `FIRST:LAST`, both included; '' for none. The
         first step compiles, and its trace is large.
     """
@@ -36,10 +39,13 @@ class Loop:
     log_every_steps: int = 50
     eval_every_epochs: Endless = 1.0
     checkpoint_every_epochs: Endless = 1.0
+    patience_epochs: Endless = LARGEST
+    patience_metric: str = ""
     profile: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs"):
+        intervals = ("eval_every_epochs", "checkpoint_every_epochs", "patience_epochs")
+        for name in ("batch_size", "epochs", "log_every_steps", *intervals):
             check_range(f"recipe key {name!r}", getattr(self, name), 0, above=True)
         if not 0 <= self.seed < 2**32:
             raise UserError(f"recipe key 'seed' must be in [0, 2**32), got {written(self.seed)}.")

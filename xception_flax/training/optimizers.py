@@ -4,6 +4,7 @@ A schedule is a *factor* of the learning rate, so that `learning_rate` stays one
 epochs or in images, never in steps, so that a recipe keeps its meaning at another batch size.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import optax
 from xception_flax.models.layers import is_classifier
 from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import lookup
+from xception_flax.text.lookup import lookup, written
 from xception_flax.text.ranges import check_range
 from xception_flax.training.length import RunLength
 
@@ -130,6 +131,49 @@ def backbone_mask(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: not is_classifier(path[0].key), params)
 
 
+def factors_of(params: PyTree, backbone_factor: float, rules: str) -> PyTree:
+    """Returns the factor of the learning rate of each array of `params`; 0 for those that stay as they are.
+
+    Arguments as of `create_optimizer`, where `rules` are its `layer_factors`.
+
+    Raises:
+      UserError: a pattern fits no layer.
+    """
+    parsed = _parse_layer_factors(rules)
+    for pattern, _ in parsed:
+        if not any(map(pattern.match, params)):
+            some = ", ".join(sorted(params)[:5])
+            raise UserError(
+                f"optimizer.layer_factors: no layer begins with {written(pattern.pattern)}; layers are {some}, ..."
+            )
+
+    def factor(layer: str) -> float:
+        first = next((value for pattern, value in parsed if pattern.match(layer)), None)
+        return first if first is not None else 1.0 if is_classifier(layer) else backbone_factor
+
+    return jax.tree_util.tree_map_with_path(lambda path, _: factor(path[0].key), params)
+
+
+def _parse_layer_factors(rules: str) -> list[tuple[re.Pattern[str], float]]:
+    parsed = []
+    for rule in rules.split(";") if rules.strip() else ():
+        text, _, number = (part.strip() for part in rule.rpartition(":"))
+        try:
+            pattern, value = re.compile(text), float(number)
+        except re.error as error:
+            raise UserError(f"optimizer.layer_factors: {written(text)} is no regular expression: {error}.") from None
+        except ValueError:
+            text = ""
+        if not text:
+            raise UserError(
+                "optimizer.layer_factors must be PATTERN: NUMBER; PATTERN: NUMBER; ..., such as "
+                f"'block1[34]_: 0.1; block: 0', got {written(rules)}."
+            )
+        check_range("optimizer.layer_factors, each number,", value, 0)
+        parsed.append((pattern, value))
+    return parsed
+
+
 def sgd(
     learning_rate: Schedule,
     /,
@@ -213,6 +257,7 @@ def create_optimizer(
     learning_rate: float,
     backbone_factor: float = 1.0,
     clip_norm: float | None = None,
+    layer_factors: str = "",
     *,
     schedule: Schedule,
     **options: Any,
@@ -224,6 +269,9 @@ def create_optimizer(
       learning_rate: the learning rate where the schedule's factor is 1.
       backbone_factor: factor of the learning rate for all layers but the classifier (`layers.is_classifier`), for
         fine-tuning; 0 freezes them, and their gradients are not computed.
+      layer_factors: other factors, 'PATTERN: NUMBER; PATTERN: NUMBER; ...', for the layers whose names begin with what
+        a regular expression finds; the first that fits counts, before `backbone_factor`. 'block1[34]_: 0.1; block: 0'
+        freezes all blocks of Xception but the last two. Moving statistics are frozen by `model.bn_frozen`.
       clip_norm: gradients longer than this (L2 norm over all parameters) are scaled down to it; None leaves them.
       schedule: factor of the learning rate; see `create_schedule`.
       **options: the optimizer's own keywords.
@@ -240,7 +288,15 @@ def create_optimizer(
         return learning_rate * schedule(step)
 
     tx = lookup(OPTIMIZERS, name, "optimizer")(rate, **options)
-    if backbone_factor != 1:  # scales the whole update, like the learning rate, and so decoupled weight decay too
+    rules = layer_factors
+    _parse_layer_factors(rules)
+    if rules:
+
+        def scale(updates: PyTree, _: PyTree) -> PyTree:
+            return jax.tree.map(lambda u, factor: u * factor, updates, factors_of(updates, backbone_factor, rules))
+
+        tx = optax.chain(tx, optax.stateless(scale))
+    elif backbone_factor != 1:  # scales the whole update, like the learning rate, and so decoupled weight decay too
         tx = optax.chain(tx, optax.masked(optax.scale(backbone_factor), backbone_mask))
     if clip_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)

@@ -4,7 +4,7 @@ Only this module puts them together, so `train.py` runs, `xception-flax evaluate
 other machines, the same functions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from xception_flax import models
+from xception_flax.text.errors import UserError
 from xception_flax.training import losses, metrics, mixing, optimizers, state, steps
 from xception_flax.training.length import RunLength, create_length
 
@@ -29,6 +30,7 @@ class Program(NamedTuple):
       learning_rate: returns the learning rate of a step, given its number.
       length: of the whole run.
       weights: which weights are evaluated; see `evaluated_weights`.
+      frozen: whether some layers stay as they are, and have no backward pass.
     """
 
     model: nn.Module
@@ -39,9 +41,16 @@ class Program(NamedTuple):
     learning_rate: Callable[[int], jax.Array]
     length: RunLength
     weights: str
+    frozen: bool
 
 
-def create_program(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, int, int], num_images: int) -> Program:
+def create_program(
+    config: ConfigDict,
+    mesh: Mesh,
+    image_shape: tuple[int, int, int],
+    num_images: int,
+    class_shares: Sequence[float] | None = None,
+) -> Program:
     """Returns what a resolved recipe computes on `mesh`. It compiles nothing and creates no arrays.
 
     Args:
@@ -49,6 +58,7 @@ def create_program(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, int, 
       mesh: of all devices; they may be only described.
       image_shape: `(H, W, C)` of one image.
       num_images: of the training split, which is one epoch.
+      class_shares: see `losses.create_loss`; only 'balanced' class weights need it, and only to train.
 
     Raises:
       UserError: a value of the recipe is out of its range, or values do not fit together.
@@ -59,21 +69,37 @@ def create_program(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, int, 
     tx, learning_rate = optimizers.create_optimizer(**config.optimizer, schedule=schedule)
     weights = evaluated_weights(config)
     init, abstract_state = state.make_init(model, tx, image_shape, mesh, ema=weights == "ema")
+    frozen = _frozen(config, abstract_state)
     train_step = steps.make_train_step(
         model,
         tx,
-        losses.create_loss(**config.loss),
+        losses.create_loss(**config.loss, class_shares=class_shares),
         metrics.create_metrics(**config.metrics),
         steps.create_normalizer(**config.normalize),
         abstract_state,
         mesh,
         seed=config.seed,
         mix=mixing.make_mixing(**config.mix),
-        backbone_frozen=config.optimizer.backbone_factor == 0,
+        frozen=frozen,
         **config.step,
     )
     eval_step = make_evaluation(config, model, mesh)
-    return Program(model, init, abstract_state, train_step, eval_step, learning_rate, length, weights)
+    return Program(
+        model, init, abstract_state, train_step, eval_step, learning_rate, length, weights, frozen is not None
+    )
+
+
+def _frozen(config: ConfigDict, abstract_state: state.TrainState) -> Callable[[Any], Any] | None:
+    """Returns which parameters stay as they are, as `steps.make_train_step` takes it; None if all are trained."""
+    options = config.optimizer.backbone_factor, config.optimizer.layer_factors
+
+    def frozen(params: Any) -> Any:
+        return jax.tree.map(lambda factor: factor == 0, optimizers.factors_of(params, *options))
+
+    stay = jax.tree.leaves(frozen(abstract_state.params))
+    if all(stay):
+        raise UserError("optimizer.layer_factors freezes all layers; leave some to be trained.")
+    return frozen if any(stay) else None
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:

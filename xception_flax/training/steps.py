@@ -18,7 +18,6 @@ from xception_flax.training import sharding
 from xception_flax.training.losses import Loss
 from xception_flax.training.metrics import MetricFunction, Sum, masked_sum
 from xception_flax.training.mixing import Mix, mixing_key, soft_labels
-from xception_flax.training.optimizers import backbone_mask
 from xception_flax.training.state import TrainState
 
 PyTree = Any
@@ -83,7 +82,7 @@ def make_train_step(
     *,
     seed: int,
     mix: Mix | None = None,
-    backbone_frozen: bool = False,
+    frozen: Callable[[PyTree], PyTree] | None = None,
 ) -> Callable[[TrainState, Batch[jax.Array]], tuple[TrainState, Sums]]:
     """Returns the compiled `train_step(state, batch) -> (state, metrics)`; the old state is donated.
 
@@ -109,8 +108,8 @@ def make_train_step(
       seed: of dropout and mixing.
       mix: from `mixing.make_mixing`; mixes the whole batch before it is split into parts. The loss takes the soft
         labels, and the metrics take the label with the larger share.
-      backbone_frozen: whether `tx` does not change the backbone. Then no gradient of it is computed, and
-        `gradient_norm` is the classifier's.
+      frozen: a function from the parameters to True for those that `tx` does not change, else False. No gradient of
+        them is computed, and `gradient_norm` is that of the others. None: it changes all.
 
     Raises:
       UserError: a value is out of its range, or the devices have no such lowering.
@@ -119,7 +118,7 @@ def make_train_step(
     check_range("step.accumulation_steps", accumulation_steps, 1)
     ops.check_lowering(lowering, mesh.devices.flat[0].device_kind)
 
-    objective = _make_objective(model, loss, metrics, normalize, mixed=mix is not None, backbone_frozen=backbone_frozen)
+    objective = _make_objective(model, loss, metrics, normalize, mixed=mix is not None, frozen=frozen)
     gradient = _make_gradient(objective, mesh, accumulation_steps, lowering)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
 
@@ -160,14 +159,14 @@ def _make_objective(
     normalize: Callable[[jax.Array], jax.Array],
     *,
     mixed: bool,
-    backbone_frozen: bool,
+    frozen: Callable[[PyTree], PyTree] | None,
 ) -> Callable[[PyTree, PyTree, Batch[jax.Array], jax.Array], tuple[jax.Array, tuple[PyTree, Sums]]]:
     """Returns `objective(params, batch_stats, batch, key) -> (mean loss + penalty, (new batch_stats, sums))`."""
 
     def objective(params: PyTree, batch_stats: PyTree, batch: Batch[jax.Array], key: jax.Array):
-        if backbone_frozen:
+        if frozen is not None:
             stop = jax.lax.stop_gradient
-            params = jax.tree.map(lambda p, frozen: stop(p) if frozen else p, params, backbone_mask(params))
+            params = jax.tree.map(lambda p, still: stop(p) if still else p, params, frozen(params))
         logits, updates = model.apply(
             {"params": params, "batch_stats": batch_stats},
             normalize(batch["images"]),
@@ -228,7 +227,8 @@ def _make_gradient(objective: Callable[..., Any], mesh: Mesh, accumulation_steps
 
 
 def _average(keep: jax.Array, old: PyTree, new: PyTree) -> PyTree:
-    return jax.tree.map(lambda o, n: (keep * o + (1 - keep) * n).astype(o.dtype), old, new)
+    # In this form, that of `tf.train.ExponentialMovingAverage`, the average of what does not change is itself.
+    return jax.tree.map(lambda o, n: (o + (1 - keep) * (n - o)).astype(o.dtype), old, new)
 
 
 def make_eval_step(
