@@ -695,14 +695,14 @@ def test_a_run_without_progress_ends_early(tmp_path, monkeypatch, capsys):
     assert "ended early: top1 has not become better since epoch 0.5, step 40 (patience_epochs)" in err
     assert "finished" in out
     expected = evaluations(tmp_path / "whole")
-    assert [record["step"] for record in expected] == [40, 79, 118, 157]
+    assert [record["step"] for record in expected] == [40, 79, 118, 158]
     assert len({record["eval/loss"] for record in expected}) == 1
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["loss"]["class_weights"] == "balanced"
     code, out, _ = run(monkeypatch, capsys, train.main, *command, tmp_path / "whole")
-    assert (code, "this run is finished (157 steps); nothing to do" in out) == (0, True)
+    assert (code, "this run is finished (158 steps); nothing to do" in out) == (0, True)
     part = tmp_path / "part"
     shutil.copytree(tmp_path / "whole", part)
-    for step in (118, 138, 157):  # as if it had been killed after the checkpoint of step 99
+    for step in (118, 138, 158):  # as if it had been killed before the checkpoint of step 118
         shutil.rmtree(part / "checkpoints" / str(step), ignore_errors=True)
     left = sorted(int(path.name) for path in (part / "checkpoints").iterdir() if path.name.isdigit())
     assert max(left, default=0) < 118
