@@ -28,7 +28,8 @@ STEPS = 30
 MAX_ROWS = 30  # images in one picture
 NEAREST = 5
 
-LEGEND = "Grad-CAM: bright for the class. Integrated gradients: red for it, blue against it."
+LEGEND = "Grad-CAM: bright for the class."
+LEGEND_OF_PIXELS = " Integrated gradients: red for it, blue against it."
 
 
 class Row(NamedTuple):
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
         number = PREDICTED if arguments.name is None else explainer.number_of(arguments.name)
         near = _neighbours(predictor, paths, gallery, arguments.nearest, unreadable)
         title = images.title(source, predictor)
-        legend = f"{title}\n{LEGEND}"
+        legend = f"{title}\n{LEGEND}{LEGEND_OF_PIXELS if arguments.steps else ''}"
         with console.counting("explaining", len(paths), "image") as advance:
             for path, found in explainer.stream(paths, number):
                 advance(1)
@@ -70,7 +71,9 @@ def main(argv: list[str]) -> int:
                 count += 1
     if rows:
         drawn, captions = (list(itertools.chain.from_iterable(lists)) for lists in zip(*rows, strict=True))
-        pictures.draw_images(drawn, captions, legend, arguments.output, columns=len(rows[0].pictures))
+        each = len(rows[0].pictures)
+        side_by_side = min(max(1, pictures.COLUMNS // each), len(rows))
+        pictures.draw_images(drawn, captions, legend, arguments.output, columns=each * side_by_side)
     if count and not arguments.json:
         print(f"\n  see {naming.shown(arguments.output)}", flush=True)
     return images.report(unreadable)
