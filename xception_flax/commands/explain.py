@@ -142,7 +142,10 @@ def _neighbours(
     count: int,
     unreadable: list[tuple[Path, UserError]],
 ) -> dict[Path, list[Neighbour]]:
-    """Returns the nearest images in the gallery to each image; those that cannot be read are added to `unreadable`."""
+    """Returns the nearest images in the gallery to each image, of all images as many.
+
+    Those that cannot be read are added to `unreadable`.
+    """
     if not gallery:
         return {}
     there, features = [], []
@@ -156,7 +159,9 @@ def _neighbours(
         return {}
     index = Gallery(there, np.stack(features))
     found = images.outputs(predictor, paths, "pooled", "comparing")
-    return {path: index.nearest(path, values, count) for path, values in found if not isinstance(values, UserError)}
+    near = {path: index.nearest(path, values, count) for path, values in found if not isinstance(values, UserError)}
+    fewest = min(map(len, near.values()), default=0)  # an image is not its own neighbour, and a gallery may be small
+    return {path: neighbours[:fewest] for path, neighbours in near.items()}
 
 
 def _row(
