@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,7 +30,7 @@ def draw_mistakes(
     predictions: Sequence[str],
     confidences: Sequence[float],
     title: str,
-    path: Path,
+    path: Path | IO[bytes],
 ) -> None:
     """Draws images with their true classes and the classes that were predicted.
 
@@ -39,7 +40,7 @@ def draw_mistakes(
       predictions: names of the predicted classes, as they are in the data.
       confidences: probability of each prediction, 0 to 1.
       title: of the whole picture; may have several lines.
-      path: of the PNG file.
+      path: of the file; or an open file, which gets a PNG.
 
     Raises:
       UserError: the file cannot be written.
@@ -77,7 +78,7 @@ def draw_images(images: Sequence[np.ndarray], captions: Sequence[str], title: st
 
 
 def _draw_images(
-    images: Sequence[np.ndarray], captions: Sequence[str], title: str, path: Path, lettering: Lettering
+    images: Sequence[np.ndarray], captions: Sequence[str], title: str, path: Path | IO[bytes], lettering: Lettering
 ) -> None:
     columns = max(1, min(8, len(images)))
     rows = -(-len(images) // columns)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from xception_flax import __version__, data
 from xception_flax.data.sources.folder import Files
+from xception_flax.data.sources.source import Source
 from xception_flax.host import processes
 from xception_flax.inference.subject import Subject
 from xception_flax.reports import intervals
@@ -47,7 +48,7 @@ DEFINITIONS = {
 }
 
 
-def file_names(source: data.Source) -> list[str] | None:
+def file_names(source: Source) -> list[str] | None:
     """Returns the path of each image below the folder of all; None for sources without files.
 
     So a copy of the folder elsewhere has the same names.
