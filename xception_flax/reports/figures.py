@@ -157,6 +157,8 @@ def _plain(axes: Axes) -> None:
     axes.spines[["left", "bottom"]].set_color("#c9ccd1")
     axes.tick_params(colors=INK, labelsize=8, length=0)
     axes.title.set(fontsize=10, color=INK)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(fontsize=9, color=INK)
 
 
 def _png(figure: Figure) -> bytes:

@@ -14,7 +14,7 @@ from xception_flax.reports.scores import Scores
 from xception_flax.text import naming
 from xception_flax.text.counting import counted
 
-MAX_LISTED = 20  # pairs that are confused, classes that do worst
+MAX_LISTED = 15  # pairs that are confused, classes that do worst
 
 TITLES = {
     "top1": "top-1 accuracy",
@@ -58,9 +58,10 @@ th { font-weight: 600; border-bottom-color: #c9ccd1; white-space: nowrap } th.so
 th:first-child, td:first-child, .text td, .text th { text-align: left }
 .text td:first-child { color: #666c75; white-space: nowrap }
 .text td + td { overflow-wrap: anywhere }
-bdi { display: inline-block; max-width: 17rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+bdi { display: inline-block; max-width: 13rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
   vertical-align: bottom } .sub bdi, h1 bdi, .text bdi { max-width: 100%; white-space: normal }
-td small { color: #8a8f98 } .pair { display: flex; flex-wrap: wrap; gap: 0 3.5rem }
+td small { color: #8a8f98; display: block; font-size: .76rem; white-space: nowrap } .wide td, .pair td { white-space: nowrap } .pair { display: flex; flex-wrap: wrap; gap: 0 3.5rem }
+.pairs :is(th, td):nth-child(2) { text-align: left }
 """
 
 # Sorts a table by the column whose head is clicked, and the other way at the next click.
@@ -130,7 +131,10 @@ def page(
         ),
     ]
     if "mistakes" in pictures:
-        parts += ["<h2>Mistakes</h2>", _picture(pictures["mistakes"], "The title says how many there are.")]
+        parts += [
+            "<h2>Mistakes</h2>",
+            _picture(pictures["mistakes"], "The first images whose most likely class is not the true one."),
+        ]
     parts += [
         "<h2>Classes</h2>",
         '<p class="note">A click on a head sorts by its column.</p>',
@@ -209,7 +213,9 @@ def _confusion(scores: Scores, names: Sequence[str], picture: bytes) -> list[str
         parts.append('<div class="pair">')
         if pairs:
             parts.append(
-                "<div><p>Most often confused</p>" + _plain(("is", "said", "images", "of the class"), pairs) + "</div>"
+                "<div><p>Most often confused</p>"
+                + _plain(("is", "said", "images", "of the class"), pairs, "pairs")
+                + "</div>"
             )
         parts.append(
             "<div><p>Least often recognized</p>" + _plain(("class", "recall", "images"), worst) + "</div></div>"
@@ -293,7 +299,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def _plain(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _plain(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return (
         f"<table><thead><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr></thead><tbody>{body}</tbody></table>"

@@ -159,7 +159,8 @@ def record(
 def _json(value: Any, depth: int = 0) -> str:
     """Returns JSON with a line for each class and each row of a matrix: to be read, and compared by `diff`."""
     text = naming.to_json(value, allow_nan=False)
-    if len(text) <= MAX_LINE or depth == 3 or not isinstance(value, dict | list):
+    numbers = isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)
+    if len(text) <= MAX_LINE or numbers or not isinstance(value, dict | list):
         return text
     space = " " * (depth + 1)
     if isinstance(value, dict):
