@@ -60,7 +60,9 @@ th:first-child, td:first-child, .text td, .text th { text-align: left }
 .text td + td { overflow-wrap: anywhere }
 bdi { display: inline-block; max-width: 13rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
   vertical-align: bottom } .sub bdi, h1 bdi, .text bdi { max-width: 100%; white-space: normal }
-td small { color: #8a8f98; display: block; font-size: .76rem; white-space: nowrap } .wide td, .pair td { white-space: nowrap } .pair { display: flex; flex-wrap: wrap; gap: 0 3.5rem }
+td small { color: #8a8f98; display: block; font-size: .76rem; white-space: nowrap }
+.wide td, .pair td { white-space: nowrap }
+.pair { display: flex; flex-wrap: wrap; gap: 0 3.5rem }
 .pairs :is(th, td):nth-child(2) { text-align: left }
 """
 

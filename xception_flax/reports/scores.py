@@ -67,7 +67,9 @@ class Calibration(NamedTuple):
 
     @property
     def error(self) -> float:
-        """The expected calibration error: the mean of |share right - mean confidence| over all confidences."""
+        """The expected calibration error: the mean of |share right - mean confidence| over all; NaN of none."""
+        if not self.counts.any():
+            return float("nan")
         gaps = np.abs(self.shares - self.confidences)
         return float(np.nansum(gaps * self.counts) / self.counts.sum())
 
