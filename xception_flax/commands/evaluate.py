@@ -232,11 +232,11 @@ def _report(subject: Subject, config: ConfigDict, paths: Paths, other: comparing
     console.show_table(about["source"], _rows(subject, config, results, paths, wrong, comparison))
     print(naming.to_json_line(subject.said | {"split": config.data.eval_split, **results}), flush=True)
     title = _title(subject, config, results, said, wrong)
+    if paths.picture is not None:
+        pictures.draw_mistakes(*said.mistakes, title, paths.picture)
     if paths.page is not None:
         with console.waiting("scores and report"):
             writing.write(said, subject, about, results, comparison, title, paths)
-    if paths.picture is not None:
-        pictures.draw_mistakes(*said.mistakes, title, paths.picture)
 
 
 def _rows(

@@ -243,14 +243,14 @@ def read(path: Path) -> Said:
     import pyarrow
     from pyarrow import parquet
 
-    other = UserError(f"{path} is no predictions of `xception-flax evaluate`; expected predictions_SPLIT.parquet.")
-    with files.file_errors(path, "read"):
-        try:
-            file = parquet.ParquetFile(path)
+    try:
+        with files.file_errors(path, "read"), path.open("rb") as content:
+            file = parquet.ParquetFile(content)
             about = naming.restored(json.loads(file.schema_arrow.metadata[KEY]))
             several = about["several_labels"]
             table = file.read(["index"] if several else ["index", "correct"])
-            correct = None if several else table["correct"].to_numpy()
-            return Said(path, about, table["index"].to_numpy(), correct)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, KeyError, TypeError, ValueError):
-            raise other from None
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, KeyError, TypeError, json.JSONDecodeError):
+        raise UserError(
+            f"{path} is no predictions of `xception-flax evaluate`; expected predictions_SPLIT.parquet."
+        ) from None
+    return Said(path, about, table["index"].to_numpy(), None if several else table["correct"].to_numpy())
