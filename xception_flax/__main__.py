@@ -14,6 +14,7 @@ from xception_flax.host import libraries, signals
 VERBS = {
     "evaluate": "evaluates a trained network: a table, a report, a record, every prediction",
     "predict": "predicts the classes of images",
+    "explain": "draws where in an image the evidence for its class is, and which images look alike",
     "embed": "writes the pooled features of images",
     "convert": "reads weights of any library and writes them for another",
     "prepare": "writes a data set for training (imagenet, folder), or reads every image of one (check)",

@@ -225,7 +225,8 @@ def test_independent_classes_have_a_loss_each(network, photos, tmp_path, monkeyp
     assert set(found) == {"source", "sha256", "split", "loss", "map", "count"}
     assert "wrong" not in out
     record = json.loads((tmp_path / "evaluation_test.json").read_text())
-    expected = sklearn.metrics.average_precision_score(rows, scores)
+    table = pyarrow.parquet.read_table(tmp_path / "predictions_test.parquet")
+    expected = sklearn.metrics.average_precision_score(rows, np.array(table["probabilities"].to_pylist()))
     assert record["scores"]["mean_average_precision"]["value"] == pytest.approx(expected)
     assert record["map"] == found["map"]
     code, _, err = shell.call(monkeypatch, capsys, evaluate.main, tmp_path / "w.npz", *keys, "--picture", "n.png")

@@ -21,14 +21,14 @@ from xception_flax.text.errors import UserError
 SOURCE = "workdir of a run, file or folder of weights, keras:NETWORK, timm:NAME, hf:OWNER/NAME"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, batch_size: int = BATCH_SIZE) -> None:
     """Adds the network, the images, and what says how an image becomes what the network takes."""
     parser.add_argument("source", metavar="SOURCE", help=SOURCE)
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="a file, or a folder with files in it")
     parser.add_argument("--workdir", type=cli.directory, help="instead of SOURCE: folder of a run of train.py")
     cli.add_checkpoint(parser)
     parser.add_argument(
-        "--batch-size", type=cli.positive, default=BATCH_SIZE, metavar="N", help=f"images at a time ({BATCH_SIZE})"
+        "--batch-size", type=cli.positive, default=batch_size, metavar="N", help=f"images at a time ({batch_size})"
     )
     add_word(parser)
 
@@ -60,7 +60,7 @@ def given(arguments: argparse.Namespace) -> tuple[str, list[Path]]:
         source, paths = str(arguments.workdir), [Path(source), *paths]
     if not paths:
         raise UserError(f"there is no image; give files or folders behind {naming.shown(Path(source))}.")
-    return source, list(_files(paths))
+    return source, list(files(paths))
 
 
 def load(source: str, arguments: argparse.Namespace, mesh: Mesh | None = None) -> Predictor:
@@ -113,7 +113,7 @@ def _class_names(path: Path | None) -> tuple[str, ...] | None:
         raise UserError(f"--class-names {path} cannot be read: {error.strerror}.") from None
 
 
-def _files(paths: Sequence[Path]) -> Iterator[Path]:
+def files(paths: Sequence[Path]) -> Iterator[Path]:
     """Yields the files, and all images in and below the folders.
 
     Raises:

@@ -12,6 +12,7 @@ from xception_flax.display.lettering import Lettering, embedded
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
+COLUMNS = 8  # images in a row
 COLUMN_INCHES = 1.75  # width of an image
 CAPTION_SIZE, TITLE_SIZE = 9, 10  # of letters, in points
 CAPTION_POINTS = 72 * COLUMN_INCHES - 8  # width of a caption
@@ -62,25 +63,33 @@ def draw_mistakes(
     _draw_images(images, captions, title, path, lettering)
 
 
-def draw_images(images: Sequence[np.ndarray], captions: Sequence[str], title: str, path: Path) -> None:
-    """Draws images, eight in a row, each with its caption above it.
+def draw_images(
+    images: Sequence[np.ndarray], captions: Sequence[str], title: str, path: Path, *, columns: int = COLUMNS
+) -> None:
+    """Draws images, some in a row, each with its caption above it.
 
     Args:
       images: uint8 `[H, W, C]` each; may be empty.
       captions: one an image; lines that are wider than the image are cut.
       title: of the whole picture; may have several lines.
       path: of the PNG file.
+      columns: images in a row.
 
     Raises:
       UserError: the file cannot be written.
     """
-    _draw_images(images, captions, title, path, Lettering([title, *captions]))
+    _draw_images(images, captions, title, path, Lettering([title, *captions]), columns)
 
 
 def _draw_images(
-    images: Sequence[np.ndarray], captions: Sequence[str], title: str, path: Path | IO[bytes], lettering: Lettering
+    images: Sequence[np.ndarray],
+    captions: Sequence[str],
+    title: str,
+    path: Path | IO[bytes],
+    lettering: Lettering,
+    columns: int = COLUMNS,
 ) -> None:
-    columns = max(1, min(8, len(images)))
+    columns = max(1, min(columns, len(images)))
     rows = -(-len(images) // columns)
     # At least 3.5 inches, for a title of 35 letters.
     width = max(COLUMN_INCHES * columns, 3.5)

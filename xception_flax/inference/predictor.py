@@ -45,6 +45,8 @@ class Predictor:
       names_assumed: whether `class_names` are ImageNet's, or numbers, for want of others.
       measured: as of `Pretrained`.
       mesh: the devices.
+      normalize: from pixels, 0 to 255, to what the network takes.
+      activate: from logits to probabilities.
     """
 
     def __init__(
@@ -69,7 +71,8 @@ class Predictor:
         self.class_names, self.preprocessing = tuple(class_names), preprocessing
         self.activation, self.origin, self.notes = activation, dict(origin), tuple(notes)
         self.batch_size = -(-batch_size // mesh.size) * mesh.size  # each device as many
-        self._normalize = steps.create_normalizer(preprocessing.mean, preprocessing.std)
+        self.normalize = steps.create_normalizer(preprocessing.mean, preprocessing.std)
+        self.activate = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[activation]
         self._forward = jax.jit(self._outputs, static_argnames="names")
 
     def predict(self, images: Image | Sequence[Image] | np.ndarray) -> np.ndarray:
@@ -106,40 +109,46 @@ class Predictor:
         """
         if "probabilities" in names and not self.class_names:
             raise UserError("this network has no classifier; its features can be had (embed), or classes be trained.")
+        for part, prepared, batch in self.batches(images, dark=dark):
+            arrays = sharding.global_batch(self.mesh, {"images": batch})
+            outputs = jax.device_get(self._forward(self.variables, arrays["images"], names))
+            for i, (image, pixels) in enumerate(zip(part, prepared, strict=True)):
+                if isinstance(pixels, UserError):
+                    yield image, pixels
+                    continue
+                found = {name: values[i] for name, values in outputs.items()}
+                finite = all(np.isfinite(values).all() for values in found.values())
+                yield image, found if finite else UserError("the network's output for it is not finite.")
+
+    def batches(
+        self, images: Sequence[Image], *, dark: list[Image] | None = None
+    ) -> Iterator[tuple[Sequence[Image], Sequence[np.ndarray | UserError], np.ndarray]]:
+        """Yields a part of the images, the pixels of each or its error, and these as one batch for the network.
+
+        Each batch is `[batch_size, image_size, image_size, channels]`, for one program; images that are missing are
+        black. Arguments as of `stream`.
+        """
+        p = self.preprocessing
         with ThreadPoolExecutor() as threads:
             for start in range(0, len(images), self.batch_size):
                 part = images[start : start + self.batch_size]
                 prepared, may_be_dark = zip(*threads.map(self._prepared, part), strict=True)
                 if dark is not None:
                     dark.extend(itertools.compress(part, may_be_dark))
-                outputs = self._batch(prepared, names)
-                for i, (image, pixels) in enumerate(zip(part, prepared, strict=True)):
-                    if isinstance(pixels, UserError):
-                        yield image, pixels
-                        continue
-                    found = {name: values[i] for name, values in outputs.items()}
-                    finite = all(np.isfinite(values).all() for values in found.values())
-                    yield image, found if finite else UserError("the network's output for it is not finite.")
+                shape = (self.batch_size, p.image_size, p.image_size, p.channels)
+                batch = np.zeros(shape, np.uint8 if p.rounded else np.float32)
+                for i, pixels in enumerate(prepared):
+                    if not isinstance(pixels, UserError):
+                        batch[i] = pixels
+                yield part, prepared, batch
 
     def _outputs(self, variables: Mapping[str, Any], images: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # each device computes its own images
-            inputs = self._normalize(images)
+            inputs = self.normalize(images)
             outputs = dict(self.model.apply(variables, inputs, train=False, method="endpoints"))
-        activation = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[self.activation]
         if "probabilities" in names:
-            outputs["probabilities"] = activation(outputs["logits"])
+            outputs["probabilities"] = self.activate(outputs["logits"])
         return {name: outputs[name].astype(jnp.float32) for name in names or outputs}
-
-    def _batch(self, prepared: Sequence[np.ndarray | UserError], names: tuple[str, ...]) -> Outputs:
-        """The outputs of as many images as `batch_size`, for one program; images that are missing are black."""
-        p = self.preprocessing
-        shape = (self.batch_size, p.image_size, p.image_size, p.channels)
-        batch = np.zeros(shape, np.uint8 if p.rounded else np.float32)
-        for i, pixels in enumerate(prepared):
-            if not isinstance(pixels, UserError):
-                batch[i] = pixels
-        images = sharding.global_batch(self.mesh, {"images": batch})["images"]
-        return {name: np.asarray(values) for name, values in self._forward(self.variables, images, names).items()}
 
     def _prepared(self, image: Image) -> tuple[np.ndarray | UserError, bool]:
         """Returns the pixels or the error, and whether the image may be nearly black by mistake."""

@@ -23,6 +23,7 @@ from xception_flax.models.fields import (
     check_fields,
     check_images,
     check_widths,
+    mark_stage,
     rate_at,
     scaled,
 )
@@ -221,6 +222,8 @@ class AlignedXception(nn.Module):
         stages, stride = [], 2
         for i, (features, strides) in enumerate(self.entry_flow, start=2):  #    in xception41 and xception65:
             widths = channels(features, features, features)  #                   N x 75 x 75 x 128
+            if strides == 2:
+                x = mark_stage(self, f"stage{len(stages) + 1}", x)
             fields = dict(stride=stride, downsample=strides == 2)  #             N x 38 x 38 x 256
             x, entering = block(widths, **fields, name=f"block{i}")(x)  #        N x 19 x 19 x 728
             if strides == 2:
@@ -234,6 +237,7 @@ class AlignedXception(nn.Module):
             x, _ = block(widths, stride=16, name=f"block{i}")(x)  #              N x 19 x 19 x 728
 
         # Exit flow.
+        x = mark_stage(self, "stage4", x)
         widths = channels(728, 1024, 1024)
         x, entering = block(widths, stride=16, downsample=True, name=f"block{i + 1}")(x)  # N x 10 x 10 x 1024
         widths = channels(1536, 1536, 2048)
@@ -242,6 +246,7 @@ class AlignedXception(nn.Module):
 
         if self.preactivation:
             x = nn.relu(x)
+        x = mark_stage(self, "stage5", x)
         pooled = ops.global_average_pool(x)  #                                   N x 2048
         logits = classifier_head(pooled, self.num_classes, train=train, dropout_rate=self.dropout_rate, **dtypes)
         return {f"stage{i}": stage for i, stage in enumerate(stages, start=1)} | {"pooled": pooled, "logits": logits}

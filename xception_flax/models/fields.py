@@ -90,6 +90,16 @@ def batch_norm(model: nn.Module, *, train: bool, **fields: bool) -> ModuleDef:
     )
 
 
+def mark_stage(model: nn.Module, name: str, x: jax.Array) -> jax.Array:
+    """Returns `x`, the features that flow on where a stage ends, so that `inference.explaining` can reach them.
+
+    If the caller collects 'intermediates', they are among them. If the variables have a collection 'perturbations' with
+    this name, it is added, and its gradient is that of the features.
+    """
+    model.sow("intermediates", name, x)
+    return x + model.get_variable("perturbations", name) if model.has_variable("perturbations", name) else x
+
+
 def add_block(model: nn.Module, block: ModuleDef, *args: object, remat: bool = True, **fields: object) -> nn.Module:
     """Returns a block of `model`, rematerialised if `model.remat` and `remat`; to be called inside its compact method.
 

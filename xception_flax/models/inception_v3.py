@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from xception_flax.models import ops
-from xception_flax.models.fields import add_block, batch_norm, check_fields, check_images, scaled
+from xception_flax.models.fields import add_block, batch_norm, check_fields, check_images, mark_stage, scaled
 from xception_flax.models.layers import Conv, ModuleDef, classifier_head
 from xception_flax.text.errors import UserError
 
@@ -263,24 +263,29 @@ class InceptionV3(nn.Module):
         x = images.astype(self.dtype)  #                                             N x 299 x 299 x 3
         x = unit(x, 32, (3, 3), "stem_conv1", **HALVE)  #                            N x 149 x 149 x 32
         x = unit(x, 32, (3, 3), "stem_conv2", padding="VALID")  #                    N x 147 x 147 x 32
-        x = stage1 = unit(x, 64, (3, 3), "stem_conv3")  #                            N x 147 x 147 x 64
+        x = unit(x, 64, (3, 3), "stem_conv3")  #                                     N x 147 x 147 x 64
+        x = stage1 = mark_stage(self, "stage1", x)
         x = ops.max_pool(x, padding="VALID")  #                                      N x 73 x 73 x 64
         x = unit(x, 80, (1, 1), "stem_conv4", padding="VALID")  #                    N x 73 x 73 x 80
-        x = stage2 = unit(x, 192, (3, 3), "stem_conv5", padding="VALID")  #          N x 71 x 71 x 192
+        x = unit(x, 192, (3, 3), "stem_conv5", padding="VALID")  #                   N x 71 x 71 x 192
+        x = stage2 = mark_stage(self, "stage2", x)
         x = ops.max_pool(x, padding="VALID")  #                                      N x 35 x 35 x 192
 
         # Blocks.
         x = block(Mixed35, pool_features=32, name="mixed0")(x)  #                    N x 35 x 35 x 256
         x = block(Mixed35, pool_features=64, name="mixed1")(x)  #                    N x 35 x 35 x 288
-        x = stage3 = block(Mixed35, pool_features=64, name="mixed2")(x)  #           N x 35 x 35 x 288
+        x = block(Mixed35, pool_features=64, name="mixed2")(x)  #                    N x 35 x 35 x 288
+        x = stage3 = mark_stage(self, "stage3", x)
         x = reduce(Reduce35, name="mixed3")(x)  #                                    N x 17 x 17 x 768
         x = block(Mixed17, features=128, name="mixed4")(x)  #                        N x 17 x 17 x 768
         x = block(Mixed17, features=160, name="mixed5")(x)  #                        N x 17 x 17 x 768
         x = block(Mixed17, features=160, name="mixed6")(x)  #                        N x 17 x 17 x 768
-        x = stage4 = block(Mixed17, features=192, name="mixed7")(x)  #               N x 17 x 17 x 768
+        x = block(Mixed17, features=192, name="mixed7")(x)  #                        N x 17 x 17 x 768
+        x = stage4 = mark_stage(self, "stage4", x)
         x = reduce(Reduce17, name="mixed8")(x)  #                                    N x 8 x 8 x 1280
         x = block(Mixed8, name="mixed9")(x)  #                                       N x 8 x 8 x 2048
-        x = stage5 = block(Mixed8, name="mixed10")(x)  #                             N x 8 x 8 x 2048
+        x = block(Mixed8, name="mixed10")(x)  #                                      N x 8 x 8 x 2048
+        x = stage5 = mark_stage(self, "stage5", x)
 
         pooled = ops.global_average_pool(x)  #                                       N x 2048
         options = dict(fc_layers=self.fc_layers, dropout_rate=self.dropout_rate, **dtypes)

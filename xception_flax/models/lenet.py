@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from xception_flax.models import ops
-from xception_flax.models.fields import check_fields, check_images, check_widths, scaled
+from xception_flax.models.fields import check_fields, check_images, check_widths, mark_stage, scaled
 from xception_flax.models.layers import Conv, classifier_head
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
@@ -74,7 +74,7 @@ class LeNet(nn.Module):
         for i, features in enumerate(self.features, start=1):
             x = nn.relu(Conv(scaled(features, self.width), kernel_size=(5, 5), **dtypes, name=f"conv{i}")(x))
             x = ops.max_pool(x, window=(2, 2))
-            stages[f"stage{i}"] = x
+            x = stages[f"stage{i}"] = mark_stage(self, f"stage{i}", x)
         pooled = ops.global_average_pool(x)
         logits = classifier_head(
             pooled,

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from xception_flax.models import ops
-from xception_flax.models.fields import add_block, batch_norm, check_fields, check_images, rate_at, scaled
+from xception_flax.models.fields import (
+    add_block,
+    batch_norm,
+    check_fields,
+    check_images,
+    mark_stage,
+    rate_at,
+    scaled,
+)
 from xception_flax.models.layers import Conv, ModuleDef, PointwiseConv, SeparableConv, classifier_head, separable_units
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
@@ -165,16 +173,20 @@ class Xception(nn.Module):
         x = conv(*channels(32), strides=(2, 2), name="block1_conv1")(x)
         x = nn.relu(norm(name="block1_conv1_bn")(x))  #                                N x 149 x 149 x 32
         x = conv(*channels(64), name="block1_conv2")(x)
-        x = stage1 = nn.relu(norm(name="block1_conv2_bn")(x))  #                       N x 147 x 147 x 64
+        x = nn.relu(norm(name="block1_conv2_bn")(x))
+        x = stage1 = mark_stage(self, "stage1", x)  #                                  N x 147 x 147 x 64
         x = block(2, 128, 128, stride=2, pool=True, relu_first=False)(x)  #            N x 74 x 74 x 128
+        x = mark_stage(self, "stage2", x)
         stage2 = nn.relu(x)
         x = block(3, 256, 256, stride=4, pool=True)(x)  #                              N x 37 x 37 x 256
+        x = mark_stage(self, "stage3", x)
         stage3 = nn.relu(x)
         x = block(4, 728, 728, stride=8, pool=True)(x)  #                              N x 19 x 19 x 728
 
         # Middle flow: blocks 5 to 12 in the paper.
         for i in range(5, 5 + self.middle_repeats):
             x = block(i, 728, 728, 728, stride=16)(x)  #                               N x 19 x 19 x 728
+        x = mark_stage(self, "stage4", x)
         stage4 = nn.relu(x)
 
         # Exit flow: blocks 13 and 14 in the paper. The backward pass begins with the last block, which is not computed
@@ -182,7 +194,7 @@ class Xception(nn.Module):
         i = 5 + self.middle_repeats
         x = block(i, 728, 1024, stride=16, pool=True)(x)  #                            N x 10 x 10 x 1024
         x = block(i + 1, 1536, 2048, stride=32, relu_first=False, residual=False, remat=False)(x)
-        stage5 = nn.relu(x)  #                                                         N x 10 x 10 x 2048
+        stage5 = mark_stage(self, "stage5", nn.relu(x))  #                             N x 10 x 10 x 2048
 
         pooled = ops.global_average_pool(stage5)  #                                    N x 2048
         options = dict(fc_layers=self.fc_layers, dropout_rate=self.dropout_rate, **dtypes)

@@ -1,0 +1,105 @@
+"""`explain` draws and prints what `inference.explaining` computes, and names what is wrong."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import shell
+import xception_flax
+from golden.seeded import structured_images
+from tests.weights.test_writing import random_network
+from xception_flax.commands import explain
+from xception_flax.inference.explaining import Explainer
+from xception_flax.weights import writing
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "w.npz"
+    writing.write(random_network(name="xception", num_classes=4, width=0.02), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for i, image in enumerate(structured_images(5, 80, 100)):
+        cv2.imwrite(str(folder / f"{i}.png"), np.uint8((image + 1) * 127.5))
+    cv2.imwrite(str(folder / "5 again.png"), cv2.imread(str(folder / "2.png")))
+    return folder
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    return shell.call(monkeypatch, capsys, explain.main, *arguments)
+
+
+def test_it_prints_what_is_computed(source, photos, tmp_path, monkeypatch, capsys):
+    loaded = xception_flax.load(source)
+    name = loaded.class_names[2]
+    output = tmp_path / "why.png"
+    arguments = [source, photos, "--class", name, "--steps", 6, "--neighbours", photos, "--nearest", 2]
+    code, out, err = run(monkeypatch, capsys, *arguments, "--output", output, "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert (code, len(lines)) == (0, 6)
+    assert "explaining: 6 images in" in err
+    paths = sorted(photos.iterdir())
+    for line, (path, found) in zip(lines, Explainer(loaded, steps=6).stream(paths, 2), strict=True):
+        assert (line["image"], line["class"]) == (str(path), name)
+        assert line["predicted"] == loaded.class_names[found.probabilities.argmax()]
+        assert line["probability"] == pytest.approx(float(found.probabilities[2]), rel=1e-5)
+        assert line["attributions"] == pytest.approx(float(found.attributions.sum()), rel=1e-3, abs=1e-6)
+        assert line["logit_difference"] == pytest.approx(found.difference, rel=1e-4, abs=1e-6)
+        near = [Path(neighbour["image"]).name for neighbour in line["neighbours"]]
+        assert len(near) == 2
+        assert path.name not in near
+        twin = {"2.png": "5 again.png", "5 again.png": "2.png"}.get(path.name)
+        assert twin in (None, near[0])
+    picture = cv2.imread(str(output))
+    assert picture.shape[0] > 6 * 150  # a row each
+    assert picture.shape[1] > 5 * 150  # the image, two methods, two neighbours
+
+
+def test_a_picture_for_each_image(source, photos, tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    files = [photos / "3.png", tmp_path / "broken.png", photos / "1.png"]
+    folder = tmp_path / "explained"
+    code, out, err = run(
+        monkeypatch, capsys, source, *files, "--steps", 0, "--stage", "stage3", "--stage", "stage5", "--output", folder
+    )
+    assert code == 2
+    assert "broken.png: the image cannot be decoded" in err
+    assert sorted(path.name for path in folder.iterdir()) == ["0000_3.png", "0001_1.png"]
+    assert f"see {folder}" in out
+    assert "attributions" not in out
+
+
+def test_mistakes_are_named(source, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    many = tmp_path / "many"
+    many.mkdir()
+    for i in range(31):
+        (many / f"{i}.png").write_bytes(b"")
+    (tmp_path / "file").write_text("")
+    for arguments, message in [
+        ([photos, "--class", "nobody"], "unknown class 'nobody'; "),
+        ([photos, "--stage", "stage9"], "unknown stage 'stage9'; "),
+        ([photos, "--steps", -3], "steps of integrated gradients"),
+        ([photos, "--output-stride", 12], "model.output_stride must be one of"),
+        ([photos, "--output", tmp_path / "why.txt"], "is no name of a picture"),
+        ([photos, "--output", tmp_path / "none" / "why.png"], "cannot be written: No such file"),
+        ([photos, "--output", tmp_path / "file"], "is no folder, expected a folder"),
+        (
+            [many],
+            "31 images do not fit into one picture, 30 do; for a picture of each give a folder: --output explained",
+        ),
+        ([photos, "--neighbours", tmp_path / "nowhere"], "nowhere is not there"),
+        ([photos, "--neighbours", tmp_path / "file"], "file is no folder; expected one with images"),
+        ([], "there is no image"),
+    ]:
+        code, out, err = run(monkeypatch, capsys, source, *arguments)
+        assert (code, out) == (2, ""), arguments
+        assert message in err
+        assert not Path("explained.png").exists()
