@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md",
     *(f"docs/{page}.md" for page in ("networks", "recipes", "data", "fine-tuning", "weights", "explaining")),
-    *(f"docs/{page}.md" for page in ("imagenet", "runs", "pods", "proof", "paper", "design")),
+    *(f"docs/{page}.md" for page in ("imagenet", "measuring", "runs", "pods", "proof", "paper", "design")),
     "benchmarks/README.md",
     "CONTRIBUTING.md",
 ]
@@ -47,7 +47,7 @@ SMALL = [
 NARROW = ["--config.model.width=0.02", "--config.model.middle_repeats=0"]
 LENET = ["--config.model.name=lenet", "--config.model.width=0.1"]  # a fifth of the time to compile
 # Pages whose commands say nothing about the network.
-WITH_LENET = ("docs/recipes.md", "docs/data.md", "docs/runs.md")
+WITH_LENET = ("docs/recipes.md", "docs/data.md", "docs/runs.md", "docs/measuring.md")
 
 # Commands that prepare a machine. They are not run, but the files that they name must exist.
 SETUP = ("make", "pip", "curl", "git", "source", "cd")

@@ -12,7 +12,7 @@ from xception_flax.host import libraries, signals
 
 # Each verb is a module of `commands` with `main(argv)`. The descriptions are here because the modules import slowly.
 VERBS = {
-    "evaluate": "evaluates a checkpoint: a table, a picture of the mistakes, a line of JSON",
+    "evaluate": "evaluates a trained network: a table, a report, a record, every prediction",
     "predict": "predicts the classes of images",
     "explain": "draws where in an image the evidence for its class is, and which images look alike",
     "embed": "writes the pooled features of images",

@@ -6,15 +6,20 @@ import re
 import jax
 import numpy as np
 import PIL.Image
+import pyarrow.parquet
 import pytest
+import scipy.stats
+import sklearn.metrics
 
 from shell import ROOT
 from shell import call as run
 from workdirs import evaluations, records
 from xception_flax.commands import evaluate
 from xception_flax.data.sources import digits
+from xception_flax.reports import grid
 from xception_flax.text.errors import UserError
-from xception_flax.training.metrics import create_metrics
+
+KINDS = {"report": "html", "evaluation": "json", "predictions": "parquet", "mistakes": "png"}
 
 
 def test_evaluation_on_other_channels_is_refused(whole):
@@ -107,6 +112,80 @@ def test_a_folder_stands_for_other_data(whole, tmp_path, monkeypatch, capsys):
     assert "folder, split 'all', 180 images" in out
 
 
+def test_the_files_say_what_the_table_says(whole, tmp_path, monkeypatch, capsys):
+    """The record against scikit-learn's numbers of the predictions, and both against the line of JSON."""
+    out_of = ["--split", "test", "--output", tmp_path / "new" / "r"]
+    code, out, err = run(monkeypatch, capsys, evaluate.main, whole, *out_of)
+    assert code == 0, err
+    line, folder = json.loads(out.splitlines()[-1]), tmp_path / "new" / "r"
+    names = {f"{kind}_test.{end}" for kind, end in KINDS.items()}
+    assert {path.name for path in folder.iterdir()} == names
+    for name in names:
+        assert re.search(rf"^  \w+ +.*{folder / name}$", out, re.MULTILINE)
+    record = json.loads((folder / "evaluation_test.json").read_text())
+    rows = pyarrow.parquet.read_table(folder / "predictions_test.parquet").to_pydict()
+    test = digits.digits("test")
+    assert rows["index"] == list(range(360))
+    assert rows["true"] == [str(label) for label in test.labels]
+    assert np.mean(rows["correct"]) == line["top1"] == record["scores"]["top1"]["value"]
+    assert record["scores"]["top5"]["value"] == line["top5"]
+    assert record["loss"] == line["loss"]
+    probabilities = np.array(rows["probabilities"])
+    assert -np.log(probabilities[np.arange(360), test.labels]).mean() == pytest.approx(line["loss"], rel=1e-5)
+    expected = sklearn.metrics.roc_auc_score(test.labels, probabilities, multi_class="ovr")
+    assert record["scores"]["macro_roc_auc"]["value"] == pytest.approx(expected)
+    matrix = sklearn.metrics.confusion_matrix(rows["true"], rows["predicted"])
+    assert record["confusion_matrix"]["counts"] == matrix.tolist()
+    of = record["of"]
+    assert (of["weights"]["step"], of["weights"]["weights"], of["weights"]["checkpoint"]) == (157, "ema", "latest")
+    assert (of["data"]["split"], of["data"]["images"], of["device"]) == ("test", 360, jax.devices()[0].device_kind)
+    assert of["preprocessing"]["image_size"] == 32
+    page = (folder / "report_test.html").read_text()
+    assert f"{100 * line['top1']:.2f} %" in page
+    assert page.count("data:image/png;base64,") == 4
+
+    # Another network on the same images; the averages of a run and what they average are two.
+    raw = [*out_of[:2], "--weights", "raw", "--no-report", "--picture", tmp_path / "m.png"]
+    code, out, err = run(monkeypatch, capsys, evaluate.main, whole, *raw, "--compare", folder)
+    assert code == 0, err
+    other = json.loads(out.splitlines()[-1])
+    alone = re.search(r"alone right +(\d+) images? here, (\d+) there; McNemar's exact test: p = ([\d.e-]+)", out)
+    here, there = int(alone[1]), int(alone[2])
+    assert (here - there) / 360 == pytest.approx(other["top1"] - line["top1"])
+    assert float(alone[3]) == pytest.approx(scipy.stats.binomtest(here, here + there).pvalue, rel=0.01)
+    assert f"top1 {100 * (here - there) / 360:+.2f} points" in out
+    code, out, err = run(
+        monkeypatch, capsys, evaluate.main, whole, "--no-report", "--compare", folder / "evaluation_test.json"
+    )
+    assert (code, out) == (2, "")
+    assert re.match(r"error: --compare .*predictions_test.parquet: these are predictions on other images, 360 of", err)
+
+
+def test_a_grid_is_a_table(whole, tmp_path, monkeypatch, capsys):
+    """The given transforms are as in an evaluation; all files stay as they are."""
+    monkeypatch.setattr(grid, "FRACTIONS", (0.5,))
+    before = sorted(whole.iterdir())
+    code, out, err = run(monkeypatch, capsys, evaluate.main, whole, "--grid")
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    given = evaluations(whole)[-1]
+    trials = found["grid"]
+    assert len(trials) == 9
+    assert [t["top1"] for t in trials] == sorted((t["top1"] for t in trials), reverse=True)
+    (same,) = [t for t in trials if t["transforms"] == found["given"] == "resize"]
+    assert same["top1"] == given["eval/top1"]
+    half = [t["top1"] for t in trials if "fraction=0.5" in t["transforms"]]
+    assert max(half) < same["top1"]  # half of a digit
+    assert re.search(r"^resize +\S+ % +\S+ +given$", out, re.MULTILINE)
+    difference = 100 * (half[0] - same["top1"])
+    assert re.search(rf"fraction=0\.5, .* {re.escape(f'{difference:+.2f}')} \(95 %: ", out)
+    assert "The best of 9 was chosen on these images, so its top1 is too good for them." in err
+    assert sorted(whole.iterdir()) == before
+    code, out, err = run(monkeypatch, capsys, evaluate.main, whole, "--grid", "--output", tmp_path)
+    assert (code, out) == (2, "")
+    assert "--output does not go with --grid" in err
+
+
 def test_evaluate_by_choice(whole, monkeypatch, capsys):
     def result(*arguments):
         code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, *arguments)
@@ -147,15 +226,3 @@ def test_mistakes_with_evaluate(whole, monkeypatch, capsys, arguments, message):
     assert (code, out) == (2, "")
     assert re.match(f"error: .*{message}", err), err
     assert err.count("\n") <= 2
-
-
-def test_mistakes_are_counted_as_the_metric_counts_them(rng):
-    """On padding, ties and NaN too, and beyond those that are kept."""
-    logits = rng.normal(size=(100, 3)).astype(np.float32)
-    logits[:30], logits[30:40, 1], logits[40:50, 0] = 0, np.nan, np.inf
-    labels, mask = rng.integers(0, 3, 100), (rng.random(100) < 0.8).astype(np.float32)
-    mistakes = evaluate.Mistakes("abc")
-    batch = {"images": np.zeros((100, 1, 1, 1), np.uint8), "labels": labels, "mask": mask}
-    mistakes(batch, jax.numpy.asarray(logits))
-    top1 = create_metrics("single_label")(logits, labels, mask)["top1"]
-    assert mistakes.count == top1.count - top1.total > len(mistakes.images) == evaluate.MAX_MISTAKES

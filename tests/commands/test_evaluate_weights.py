@@ -11,8 +11,10 @@ import jax
 import keras
 import numpy as np
 import PIL.Image
+import pyarrow.parquet
 import pytest
 import safetensors.numpy
+import sklearn.metrics
 from flax.traverse_util import flatten_dict
 
 import shell
@@ -194,6 +196,11 @@ def test_one_logit_chooses_between_two_classes(name, photos, tmp_path, monkeypat
     assert 0 < np.mean(p > 0.5) < 1
     assert found["loss"] == pytest.approx(-np.mean(np.log(np.where(right, p, 1 - p))), rel=1e-4)
     assert ("taken to be for the second, dog" in out) == (not name)
+    record = json.loads((tmp_path / "evaluation_two.json").read_text())
+    truth = np.array([truth == (name or "dog") for truth in truths])
+    assert [row["name"] for row in record["classes"]][1] == (name or "dog")
+    for row in record["classes"]:
+        assert row["roc_auc"]["value"] == pytest.approx(sklearn.metrics.roc_auc_score(truth, p), abs=1e-6)
     code, _, err = shell.call(monkeypatch, capsys, evaluate.main, tmp_path / "v.npz", photos)
     assert code == 2
     assert "one logit, for one of two classes; the data has 3: cat, cow, dog." in err
@@ -217,6 +224,11 @@ def test_independent_classes_have_a_loss_each(network, photos, tmp_path, monkeyp
     found, out, _ = scored(monkeypatch, capsys, tmp_path / "w.npz", *keys)
     assert set(found) == {"source", "sha256", "split", "loss", "map", "count"}
     assert "wrong" not in out
+    record = json.loads((tmp_path / "evaluation_test.json").read_text())
+    table = pyarrow.parquet.read_table(tmp_path / "predictions_test.parquet")
+    expected = sklearn.metrics.average_precision_score(rows, np.array(table["probabilities"].to_pylist()))
+    assert record["scores"]["mean_average_precision"]["value"] == pytest.approx(expected)
+    assert record["map"] == found["map"]
     code, _, err = shell.call(monkeypatch, capsys, evaluate.main, tmp_path / "w.npz", *keys, "--picture", "n.png")
     assert (code, "no picture is drawn with several labels" in err) == (2, True)
     writing.write(network, tmp_path / "one.npz")
@@ -326,22 +338,35 @@ def test_two_hosts_are_one(network, photos, tmp_path, monkeypatch, capsys):
         writing.write(network._replace(image_size=size), path)
     shutil.copyfile(paths[0], paths[1])
 
-    def together(*paths):
+    def together(*paths, output=tmp_path / "none"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         command = ["-m", "xception_flax", "evaluate"]
         hosts = [*("--config.mesh.fsdp=2", "--coordinator", address, "--num-processes", "2", "--process-id")]
-        started = [shell.start(*command, path, photos, *hosts, i, devices=1) for i, path in enumerate(paths)]
+        to = ["--output", output]
+        started = [shell.start(*command, path, photos, *to, *hosts, i, devices=1) for i, path in enumerate(paths)]
         return [shell.finish(process) for process in started]
 
-    alone, _, _ = scored(monkeypatch, capsys, paths[0], photos)
-    (code, out, err), (other_code, other_out, _) = together(*paths[:2])
+    alone, _, _ = scored(monkeypatch, capsys, paths[0], photos, "--output", "one")
+    (code, out, err), (other_code, other_out, _) = together(*paths[:2], output=tmp_path / "two")
     assert (code, other_code) == (0, 0), err
     assert "top1" not in other_out  # where Gloo alone has something to say
     found = json.loads(out.splitlines()[-1])
     assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert found | {"loss": 0} == alone | {"loss": 0}
+    one, two = (pyarrow.parquet.read_table(tmp_path / name / "predictions_val.parquet") for name in ("one", "two"))
+    assert one.schema.equals(two.schema, check_metadata=True)  # the fingerprint of the data too
+    for name in ("index", "file", "true", "predicted", "correct"):
+        assert one[name].equals(two[name]), name
+    values = [np.array(table["probabilities"].to_pylist()) for table in (one, two)]
+    np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-6)
+    records = [json.loads((tmp_path / name / "evaluation_val.json").read_text()) for name in ("one", "two")]
+    assert records[0]["of"]["weights"] == records[1]["of"]["weights"]
+    assert records[0]["confusion_matrix"] == records[1]["confusion_matrix"]
+    assert records[1]["of"]["processes"] == 2
+    pictures = [PIL.Image.open(tmp_path / name / "mistakes_val.png") for name in ("one", "two")]
+    assert np.mean(np.abs(np.subtract(*(np.asarray(p.convert("RGB"), int) for p in pictures)))) < 0.1
     for code, out, err in together(paths[0], paths[2]):
         assert (code, "top1" in out) == (2, False)
         assert "the processes of this run are not alike: the weights (SHA-256)" in err

@@ -1,106 +1,75 @@
-"""Evaluates a trained network: a table, a picture of the mistakes, and one line of JSON."""
+"""Evaluates a trained network: scores, a page about them, a record, every prediction, a picture of the mistakes."""
 
 import argparse
-import functools
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from xception_flax import data
 from xception_flax.commands import cli, images
-from xception_flax.data.batch import Batch
 from xception_flax.data.sources.folder import ALL
 from xception_flax.display import console, pictures
-from xception_flax.host import files, processes
-from xception_flax.inference import evaluation as evaluations
+from xception_flax.host import files
+from xception_flax.inference import subject as subjects
+from xception_flax.inference.subject import Subject
 from xception_flax.recipes import checking, overrides, reading
-from xception_flax.recipes.comparing import alike
-from xception_flax.runs.restore import restore
-from xception_flax.runs.workdir import mistakes_picture, read_recipe
+from xception_flax.reports import comparing, grid, record, writing
+from xception_flax.reports.predictions import MAX_MISTAKES, Predictions
+from xception_flax.reports.writing import Paths
+from xception_flax.runs import workdir as names
+from xception_flax.runs.workdir import read_recipe
 from xception_flax.text import naming
 from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
-from xception_flax.training import evaluation, sharding
 from xception_flax.training.metrics import METRICS, SHARES
-from xception_flax.training.program import make_evaluation
-from xception_flax.weights import cards
-from xception_flax.weights.pretrained import IMAGE_SIZE, formula
+from xception_flax.weights.pretrained import IMAGE_SIZE
 from xception_flax.weights.source import is_workdir
 
 EXAMPLES = """\
   xception-flax evaluate runs/digits --split test --weights raw --checkpoint best
   xception-flax evaluate runs/imagenet --config.data.data_dir=/data/tfds
-  xception-flax evaluate mine.keras photos/val
+  xception-flax evaluate mine.keras photos/val --output reports
+  xception-flax evaluate runs/second photos/val --compare reports
   xception-flax evaluate mine.keras --config.data.source=folder --config.data.data_dir=photos --split val"""
-
-MAX_MISTAKES = 40  # images in the picture
 
 # Keys of `data` that a network from elsewhere, or the user's word about it, says; and what says it.
 SAID = {"image_size": "--image-size", "eval_transforms": "--transforms", "channels": "the weights"}
 
 
-class Mistakes:
-    """Counts the images whose most likely class is not the true one, and keeps the first of them.
-
-    It is called with each batch and its logits. An image with a NaN or infinite logit is wrong, as in `metrics`.
-    """
-
-    def __init__(
-        self, class_names: Sequence[str], activation: Callable[[jax.Array], jax.Array] = jax.nn.softmax
-    ) -> None:
-        self._class_names = class_names
-        self._activation = activation
-        self.count = 0
-        self.images: list[np.ndarray] = []
-        self.truths: list[str] = []
-        self.predictions: list[str] = []
-        self.confidences: list[float] = []
-
-    def __call__(self, batch: Batch[np.ndarray], logits: jax.Array) -> None:
-        scores, predicted = np.asarray(self._activation(logits)), np.asarray(logits).argmax(-1)
-        wrong = (predicted != batch["labels"]) | ~np.isfinite(logits).all(-1)
-        for i in np.flatnonzero(wrong & (batch["mask"] > 0)):
-            self.count += 1
-            if len(self.images) < MAX_MISTAKES:
-                self.images.append(np.round(batch["images"][i]).astype(np.uint8))
-                self.truths.append(self._class_names[batch["labels"][i]])
-                self.predictions.append(self._class_names[predicted[i]])
-                self.confidences.append(float(scores[i, predicted[i]]))
-
-
-class Subject(NamedTuple):
-    """What is evaluated, and on what.
-
-    Attributes:
-      eval_step, variables, split, mesh: as of `training.evaluation.evaluate`.
-      class_names: of the logits.
-      several_labels: whether an image may have several.
-      rows: of the table, by name: of the network, and of the data.
-      said: of the network, for the JSON.
-      activation: from logits to probabilities.
-      advice: as of `training.evaluation.evaluate`.
-    """
-
-    eval_step: Callable[..., Any]
-    variables: Any
-    split: data.Split
-    mesh: Mesh
-    class_names: Sequence[str]
-    several_labels: bool
-    rows: tuple[dict[str, str], dict[str, str]]
-    said: dict[str, Any]
-    activation: Callable[[jax.Array], jax.Array] = jax.nn.softmax
-    advice: str = evaluation.RUN_ADVICE
-
-
 def main(argv: list[str]) -> int:
     parser = cli.parser("xception-flax evaluate", __doc__, EXAMPLES)
+    _add_arguments(parser)
+    arguments, changes = parser.parse_known_args(argv)
+    source, changes = _source(arguments), [*_of_folder(arguments, changes), *changes]
+    if arguments.split is not None:
+        changes.append(f"--config.data.eval_split={arguments.split!r}")
+    is_run = arguments.workdir is not None or is_workdir(source)
+    config = _recipe(Path(source), arguments, changes) if is_run else _settings(changes)
+    split = _split_name(arguments, config)
+    other = comparing.open_other(arguments.compare, split) if arguments.compare is not None else None
+    cli.start(arguments)
+    paths = _paths(arguments, Path(source) if is_run else Path(), config, split)
+    with cli.out_of_memory(cli.LOWER_BATCH_SIZE):
+        subject = _subject(source, arguments, config, is_run=is_run)
+        if subject.several_labels and (arguments.picture is not None or other is not None):
+            option = "--picture" if arguments.picture is not None else "--compare"
+            raise UserError(f"{option}: no picture is drawn with several labels per image; leave it out.")
+        if subject.several_labels:
+            paths = paths._replace(picture=None)
+        if arguments.grid:
+            _grid(subject, config)
+        else:
+            _report(subject, config, paths, other, arguments.checkpoint)
+    return 0
+
+
+# Arguments -----------------------------------------------------------------------------------------
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", metavar="SOURCE", help=images.SOURCE)
     parser.add_argument(
         "folder",
@@ -112,10 +81,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workdir", type=cli.directory, help="instead of SOURCE: folder of a run of train.py")
     cli.add_checkpoint(parser, "latest")
     parser.add_argument(
-        "--picture",
-        type=Path,
-        metavar="FILE",
-        help="picture of the mistakes; default: mistakes_SPLIT.png, in the workdir or else here",
+        "--output",
+        type=cli.directory,
+        metavar="DIR",
+        help="where report_SPLIT.html, evaluation_SPLIT.json, predictions_SPLIT.parquet and mistakes_SPLIT.png go; "
+        "default: the workdir, or else here",
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="another place for the picture of the mistakes")
+    parser.add_argument("--no-report", action="store_true", help="write the picture alone")
+    parser.add_argument(
+        "--compare",
+        type=cli.directory,
+        metavar="OTHER",
+        help="with another network on the same images, by what its evaluation wrote: predictions_SPLIT.parquet, "
+        "evaluation_SPLIT.json, or their folder",
+    )
+    parser.add_argument(
+        "--grid", action="store_true", help="try crops, kernels and antialiasing; prints a table, and writes nothing"
     )
     parser.add_argument("--split", help="split of the data set, default: the recipe's data.eval_split, or test")
     parser.add_argument(
@@ -123,28 +105,6 @@ def main(argv: list[str]) -> int:
     )
     images.add_word(parser)
     cli.add_overrides(parser, what="say where the data is or how it is read (group data, mesh)")
-    arguments, changes = parser.parse_known_args(argv)
-    source, changes = _source(arguments), [*_of_folder(arguments, changes), *changes]
-    if arguments.split is not None:
-        changes.append(f"--config.data.eval_split={arguments.split!r}")
-    is_run = arguments.workdir is not None or is_workdir(source)
-    config = _recipe(Path(source), arguments, changes) if is_run else _settings(changes)
-    cli.start(arguments)
-    picture = _picture_path(arguments, Path(source) if is_run else Path(), config)
-    with cli.out_of_memory(cli.LOWER_BATCH_SIZE):
-        subject = (_run if is_run else _elsewhere)(source, arguments, config)
-        if subject.several_labels and arguments.picture is not None:
-            raise UserError("--picture: no picture is drawn with several labels per image; leave it out.")
-        results, rows, draw = _evaluate(subject, config, None if subject.several_labels else picture)
-    if jax.process_index() == 0:
-        console.show_table(naming.shown(Path(source)), rows)
-        print(naming.to_json_line(results), flush=True)
-        if draw is not None:  # last: if it fails, the results are already printed
-            draw()
-    return 0
-
-
-# Arguments -----------------------------------------------------------------------------------------
 
 
 def _source(arguments: argparse.Namespace) -> str:
@@ -204,122 +164,89 @@ def _settings(changes: Sequence[str]) -> ConfigDict:
     return ConfigDict({name: checking.resolve_group(name, given[name], changes, groups) for name in groups})
 
 
-def _picture_path(arguments: argparse.Namespace, folder: Path, config: ConfigDict) -> Path | None:
-    """Returns the path of the picture, checked before there are results to lose; None if none is drawn."""
-    if ("metrics" in config and METRICS[config.metrics.name].several_labels) or jax.process_count() > 1:
-        if arguments.picture is not None:
-            raise UserError(
-                "--picture: no picture is drawn on several hosts or with several labels per image; leave it out."
-            )
-        return None
-    # One file per split, so that evaluating one split does not overwrite the picture of another.
+def _split_name(arguments: argparse.Namespace, config: ConfigDict) -> str:
+    """Returns what files are named after: one set per split, so that one split does not overwrite another."""
     split = config.data.eval_split
     if arguments.folder is not None and arguments.split is None:
         split = arguments.folder.name or split
-    picture = arguments.picture or folder / mistakes_picture(naming.decoded(split))
-    pictures.check_suffix(picture)
-    files.check_writable(picture)
-    return picture
+    return naming.decoded(split)
+
+
+def _paths(arguments: argparse.Namespace, folder: Path, config: ConfigDict, split: str) -> Paths:
+    """Returns where the files go, checked before there are results to lose.
+
+    Raises:
+      UserError: a file cannot be written, or options do not go together.
+    """
+    if arguments.grid:
+        for option in ("output", "picture", "compare"):
+            if getattr(arguments, option) is not None:
+                raise UserError(f"--{option} does not go with --grid, which prints a table and writes nothing.")
+        return Paths()
+    several = "metrics" in config and METRICS[config.metrics.name].several_labels
+    if several and arguments.picture is not None:
+        raise UserError("--picture: no picture is drawn with several labels per image; leave it out.")
+    if arguments.output is not None:
+        folder = arguments.output
+        if jax.process_index() == 0:
+            with files.file_errors(folder, "made"):
+                folder.mkdir(parents=True, exist_ok=True)
+    picture = None if several else arguments.picture or folder / names.mistakes_picture(split)
+    if picture is not None:
+        pictures.check_suffix(picture)
+    kinds = (names.evaluation_page, names.evaluation_record, names.evaluation_predictions)
+    paths = Paths(*(None if arguments.no_report else folder / kind(split) for kind in kinds), picture)
+    if jax.process_index() == 0:
+        for path in filter(None, (picture, *paths[:3])):
+            files.check_writable(path)
+    return paths
 
 
 # What is evaluated ---------------------------------------------------------------------------------
 
 
-def _run(workdir: str, arguments: argparse.Namespace, config: ConfigDict) -> Subject:
-    """A run at one of its checkpoints, on data as of its recipe."""
-    processes.agree("recipe", lambda: alike(config) | processes.software())
-    mesh = sharding.create_mesh(**config.mesh)
-    split, rows = _data(config, mesh, _batch_size(arguments, config.batch_size, mesh), arguments)
-    run = restore(Path(workdir), mesh, arguments.checkpoint, arguments.weights)
-    processes.agree("checkpoint", lambda: {"the checkpoint": {"step": run.step, "meta": run.meta}})
-    data.check_class_names(run.class_names, split)
-    return Subject(
-        make_evaluation(config, run.model, mesh),
-        run.variables,
-        split,
-        mesh,
-        run.class_names,
-        METRICS[config.metrics.name].several_labels,
-        ({"checkpoint": f"step {run.step}, {run.weights} weights"}, rows),
-        {"step": run.step, "weights": run.weights},
-    )
+def _subject(source: str, arguments: argparse.Namespace, config: ConfigDict, *, is_run: bool) -> Subject:
+    chosen = {"weights": arguments.weights, "batch_size": arguments.batch_size}
+    if is_run:
+        return subjects.of_run(source, config, checkpoint=arguments.checkpoint, **chosen)
 
+    def load(mesh: jax.sharding.Mesh, batch_size: int) -> images.Predictor:
+        arguments.batch_size = batch_size
+        return images.load(source, arguments, mesh)
 
-def _elsewhere(source: str, arguments: argparse.Namespace, config: ConfigDict) -> Subject:
-    """A network from elsewhere, whose preprocessing is written into `config`."""
-    processes.agree("settings", lambda: alike(config) | processes.software())
-    mesh = sharding.create_mesh(**config.mesh)
-    batch_size = arguments.batch_size = _batch_size(arguments, images.BATCH_SIZE, mesh)
-    predictor = images.load(source, arguments, mesh)
-    preprocessing = predictor.preprocessing
-    processes.agree(
-        "weights",
-        lambda: {
-            "the weights (SHA-256)": predictor.origin.get("sha256"),
-            "the names of classes": predictor.class_names,
-            "how images are prepared": str(preprocessing),
-        },
-    )
-    config.data.image_size, config.data.channels = preprocessing.image_size, preprocessing.channels
-    config.data.eval_transforms = preprocessing.transforms
-    for name in ("min_decoded_side", "max_value"):  # what the user says of the data counts more
-        config.data[name] = config.data[name] or getattr(preprocessing, name)
-    split, rows = _data(config, mesh, batch_size, arguments)
-    prepared = evaluations.prepare(predictor, split)
-    size, recorded = preprocessing.image_size, cards.record(predictor.measured)
-    return Subject(
-        prepared.eval_step,
-        predictor.variables,
-        prepared.split,
-        mesh,
-        prepared.classes.names,
-        prepared.several_labels,
-        (
-            {**({"recorded": recorded} if recorded else {}), "classes": prepared.classes.words},
-            {**rows, "images": f"{size} x {size} pixels, {formula(preprocessing.mean, preprocessing.std)}"},
-        ),
-        {"source": naming.decoded(source), "sha256": predictor.origin.get("sha256")},
-        prepared.activation,
-        evaluations.ADVICE,
-    )
-
-
-def _batch_size(arguments: argparse.Namespace, default: int, mesh: Mesh) -> int:
-    """Returns what the user says, or as much as the default or a little more: each device gets as many images."""
-    batch_size = arguments.batch_size or -(-default // mesh.size) * mesh.size
-    sharding.check_batch_size(batch_size, mesh)
-    return batch_size
-
-
-def _data(
-    config: ConfigDict, mesh: Mesh, batch_size: int, arguments: argparse.Namespace
-) -> tuple[data.Split, dict[str, str]]:
-    """Returns the split, and the rows of the table about files that may be read wrong."""
-    split = data.load(
-        **config.data,
-        train=False,
-        batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        processes_per_host=processes.per_host(),
-    )
-    processes.agree("data", lambda: {"--batch-size": batch_size, "--weights": arguments.weights} | split.identity())
-    dark = split.check_max_value()  # the data may be others than in training
-    unread = data.unread_of([split.source], whole=False)
-    return split, {**({"not read": unread} if unread else {}), **({"16 bits": dark} if dark else {})}
+    return subjects.elsewhere(source, config, load, **chosen)
 
 
 # Results -------------------------------------------------------------------------------------------
 
 
-def _evaluate(
-    subject: Subject, config: ConfigDict, picture: Path | None
-) -> tuple[dict, dict[str, str], Callable[[], None] | None]:
-    """Returns the results, the rows of the table, and a function that draws the picture."""
-    mistakes = Mistakes(subject.class_names, subject.activation) if picture is not None else None
-    results = evaluation.evaluate(
-        subject.eval_step, subject.variables, subject.split, subject.mesh, on_batch=mistakes, advice=subject.advice
-    )
+def _report(subject: Subject, config: ConfigDict, paths: Paths, other: comparing.Said | None, checkpoint: str) -> None:
+    """Evaluates, prints the results, and then writes the files: if one fails, the results are already printed."""
+    results, said = writing.evaluate(subject)
+    about = record.describe(subject, config, checkpoint)
+    if jax.process_index() != 0:
+        return
+    about["data"]["fingerprint"] = record.fingerprint(subject.data, said.class_names, said.all_labels)
+    comparison = comparing.compare(said, about["data"]["fingerprint"], other) if other is not None else None
+    wrong = None if said.several_labels else int((~said.correct).sum())
+    console.show_table(about["source"], _rows(subject, config, results, paths, wrong, comparison))
+    print(naming.to_json_line(subject.said | {"split": config.data.eval_split, **results}), flush=True)
+    title = _title(subject, config, results, said, wrong)
+    if paths.picture is not None:
+        pictures.draw_mistakes(*said.mistakes, title, paths.picture)
+    if paths.page is not None:
+        with console.waiting("scores and report"):
+            writing.write(said, subject, about, results, comparison, title, paths)
+
+
+def _rows(
+    subject: Subject,
+    config: ConfigDict,
+    results: dict[str, float],
+    paths: Paths,
+    wrong: int | None,
+    comparison: comparing.Comparison | None,
+) -> dict[str, str]:
     of_network, of_data = subject.rows
     rows = {
         **of_network,
@@ -330,25 +257,66 @@ def _evaluate(
         **{k: console.percent(v) for k, v in results.items() if k in SHARES},
         "loss": f"{results['loss']:.5f}",
     }
-    draw = None
-    if mistakes is not None:
-        wrong, drawn = mistakes.count, len(mistakes.images)
-        right = (results["count"] - wrong) / results["count"]
-        which = f"the first {drawn} in" if drawn < wrong else "see"
-        rows["wrong"] = f"{counted(wrong, 'image')}, {which} {naming.shown(picture)}" if wrong else "no image"
-        title = (
-            f"{wrong:,} of {results['count']:,} wrong ({console.percent(right)} right)"
-            + (f", the first {drawn}" if drawn < wrong else "")
-            + f"\n{config.data.source}, split {config.data.eval_split!r}\n"
-            + (rows.get("checkpoint") or naming.shown(Path(subject.said["source"])))
+    if wrong is not None and paths.picture is not None:
+        which = f"the first {MAX_MISTAKES} in" if wrong > MAX_MISTAKES else "see"
+        rows["wrong"] = f"{counted(wrong, 'image')}, {which} {naming.shown(paths.picture)}" if wrong else "no image"
+    if comparison is not None:
+        difference, low, high = (f"{100 * value:+.2f}" for value in comparison.difference)
+        rows["compared"] = (
+            f"top1 {difference} points (95 %: {low} to {high}) to {comparison.other}, which has "
+            f"{console.percent(comparison.other_top1)}"
         )
-        draw = functools.partial(
-            pictures.draw_mistakes,
-            mistakes.images,
-            mistakes.truths,
-            mistakes.predictions,
-            mistakes.confidences,
-            title,
-            picture,
+        rows["alone right"] = (
+            f"{counted(comparison.only_this, 'image')} here, {comparison.only_other:,} there; McNemar's exact test: "
+            f"p = {comparison.p_value:.3g}"
         )
-    return subject.said | {"split": config.data.eval_split, **results}, rows, draw
+    written = {"report": paths.page, "record": paths.record, "predictions": paths.predictions}
+    return rows | {name: naming.shown(path) for name, path in written.items() if path is not None}
+
+
+def _title(
+    subject: Subject, config: ConfigDict, results: dict[str, float], said: Predictions, wrong: int | None
+) -> str:
+    """Returns what the picture of the mistakes says above them."""
+    if wrong is None:
+        return ""
+    drawn, right = len(said.mistakes.images), (results["count"] - wrong) / results["count"]
+    return (
+        f"{wrong:,} of {results['count']:,} wrong ({console.percent(right)} right)"
+        + (f", the first {drawn}" if drawn < wrong else "")
+        + f"\n{config.data.source}, split {config.data.eval_split!r}\n"
+        + (subject.rows[0].get("checkpoint") or subject.title)
+    )
+
+
+def _grid(subject: Subject, config: ConfigDict) -> None:
+    """Evaluates with other crops, kernels and antialiasing, and prints a table, the best first."""
+    metric = METRICS["multi_label" if subject.several_labels else "single_label"].best
+    size, given = config.data.image_size, config.data.eval_transforms
+    trials = grid.run(subject, given, size, metric)
+    if jax.process_index() != 0:
+        return
+    first, ordered = trials[0], grid.best_first(trials)
+    columns: dict[str, list[str]] = {"transforms": [], metric: [], "loss": [], "to the given": []}
+    for trial in ordered:
+        values = (trial.transforms, console.percent(trial.score), f"{trial.loss:.5f}", _to_given(trial, first))
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+    console.show_columns(f"{subject.title}: {config.data.source}, split {config.data.eval_split!r}", columns)
+    listed = [{"transforms": trial.transforms, metric: trial.score, "loss": trial.loss} for trial in ordered]
+    print(naming.to_json_line(subject.said | {"split": config.data.eval_split, "given": given, "grid": listed}))
+    print(
+        f"The best of {len(trials)} was chosen on these images, so its {metric} is too good for them. Choose on one "
+        "split, and report the result on another.",
+        file=sys.stderr,
+    )
+
+
+def _to_given(trial: grid.Trial, given: grid.Trial) -> str:
+    if trial is given:
+        return "given"
+    if trial.correct is None:
+        return f"{100 * (trial.score - given.score):+.2f}"
+    found = comparing.mcnemar(trial.correct, given.correct, "")
+    value, low, high = (f"{100 * value:+.2f}" for value in found.difference)
+    return f"{value} (95 %: {low} to {high})"

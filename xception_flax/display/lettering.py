@@ -42,6 +42,11 @@ class Lettering:
         letters = frozenset(c for c in "".join(texts) if ord(c) not in own and c != "\n")
         self._families, self._missing = _choose_fonts(letters)
 
+    @property
+    def style(self) -> dict[str, Any]:
+        """How Matplotlib draws such text where `write` cannot: keywords of its texts."""
+        return {"family": self._families, "parse_math": False, "usetex": False}
+
     def drawable(self, text: str) -> str:
         """Returns text that the fonts can draw, with the same lines and without control characters."""
         return "\n".join(self._drawable_line(line) for line in text.split("\n"))
@@ -54,7 +59,7 @@ class Lettering:
 
     def write(self, put: Callable[..., Any], text: str, size: float) -> None:
         """Draws `drawable` text with a Matplotlib function such as `axes.set_title`; `size` in points."""
-        put(text, fontsize=size, family=self._families, parse_math=False, usetex=False)
+        put(text, fontsize=size, **self.style)
 
     def width(self, text: str, size: float) -> float:
         """Returns the length of a line on paper; it and `size` are in points."""

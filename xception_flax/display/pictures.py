@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,7 +31,7 @@ def draw_mistakes(
     predictions: Sequence[str],
     confidences: Sequence[float],
     title: str,
-    path: Path,
+    path: Path | IO[bytes],
 ) -> None:
     """Draws images with their true classes and the classes that were predicted.
 
@@ -40,7 +41,7 @@ def draw_mistakes(
       predictions: names of the predicted classes, as they are in the data.
       confidences: probability of each prediction, 0 to 1.
       title: of the whole picture; may have several lines.
-      path: of the PNG file.
+      path: of the file; or an open file, which gets a PNG.
 
     Raises:
       UserError: the file cannot be written.
@@ -84,7 +85,7 @@ def _draw_images(
     images: Sequence[np.ndarray],
     captions: Sequence[str],
     title: str,
-    path: Path,
+    path: Path | IO[bytes],
     lettering: Lettering,
     columns: int = COLUMNS,
 ) -> None:

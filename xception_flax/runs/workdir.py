@@ -39,7 +39,26 @@ CLAIM_AGAIN_SECONDS = 5.0  # before a second try to read the lock
 
 def mistakes_picture(split: str) -> str:
     """Returns the name of the picture of wrong predictions on a split of the data."""
-    return "mistakes_" + re.sub(r"[^\w.+-]", "_", split) + ".png"
+    return f"mistakes_{_in_a_name(split)}.png"
+
+
+def evaluation_record(split: str) -> str:
+    """Returns the name of the record of an evaluation on a split of the data."""
+    return f"evaluation_{_in_a_name(split)}.json"
+
+
+def evaluation_predictions(split: str) -> str:
+    """Returns the name of the file with what a network said of each image of a split."""
+    return f"predictions_{_in_a_name(split)}.parquet"
+
+
+def evaluation_page(split: str) -> str:
+    """Returns the name of the page about an evaluation on a split of the data."""
+    return f"report_{_in_a_name(split)}.html"
+
+
+def _in_a_name(split: str) -> str:
+    return re.sub(r"[^\w.+-]", "_", split)
 
 
 def has_checkpoints(workdir: Path) -> bool:

@@ -3,12 +3,14 @@
 Orbax stores no checksum of the data, so it would miss a flipped bit. Paths are those of `jax.tree_util.keystr`.
 """
 
+import hashlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 
 PyTree = Any
 
@@ -32,6 +34,20 @@ def of_host_arrays(tree: PyTree) -> dict[str, int]:
     return {
         jax.tree_util.keystr(path): _checksum_on_host(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def sha256(tree: PyTree) -> str:
+    """Returns the SHA-256 of all arrays: of path, type, shape and bytes of each, in the order of the paths.
+
+    It names the values themselves, however they are stored or sharded. Each process must call it.
+    """
+    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    digest = hashlib.sha256()
+    for path, leaf in sorted(leaves, key=lambda item: item[0]):
+        whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+        value = np.ascontiguousarray(leaf if whole else multihost_utils.process_allgather(leaf, tiled=True))
+        digest.update(f"{path} {value.dtype} {np.shape(leaf)}\n".encode() + value.tobytes())
+    return digest.hexdigest()
 
 
 @jax.jit

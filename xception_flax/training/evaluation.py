@@ -14,7 +14,8 @@ from xception_flax.data.batch import Batch
 from xception_flax.text.errors import UserError
 from xception_flax.training import checksums, metrics, sharding
 
-BatchCallback = Callable[[Batch[np.ndarray], jax.Array], None]
+# Takes a global batch, the place of each of its images in the split (from `num_images` on: padding), and the logits.
+BatchCallback = Callable[[Batch[jax.Array], jax.Array, jax.Array], None]
 
 # Where a run's loss is not finite.
 RUN_ADVICE = (
@@ -40,7 +41,7 @@ def evaluate(
       variables: of the network, as `eval_step` takes them.
       split: loaded with `train=False`.
       mesh: the mesh of the variables.
-      on_batch: called with each local batch and the global logits.
+      on_batch: called with each global batch, the place `[N]` of its images in the split, and its logits.
       advice: what to do where the loss is not finite.
 
     Raises:
@@ -49,11 +50,15 @@ def evaluate(
     """
     totals = metrics.Accumulator()
     with contextlib.closing(split.batches()) as batches:
-        for batch in batches:
-            sums, logits = eval_step(variables, sharding.global_batch(mesh, batch))
+        for number, local in enumerate(batches):
+            batch = sharding.global_batch(mesh, local)
+            sums, logits = eval_step(variables, batch)
             totals.add(sums)
             if on_batch is not None:
-                on_batch(batch, logits)
+                share = len(local["labels"])
+                first = number * split.batch_size + split.process_index * share
+                index = sharding.global_batch(mesh, {"index": np.arange(first, first + share, dtype=np.int32)})
+                on_batch(batch, index["index"], logits)
     if not (count := round(totals.count("loss"))):
         raise data.InputError(f"none of the {split.num_images:,} images to evaluate on can be decoded.")
     means = totals.means()
