@@ -35,3 +35,18 @@ def test_sums_on_the_host_are_those_of_the_devices():
             x = (50 * rng.normal(size=shape)).astype(dtype)
             with jax.enable_x64(True):
                 assert checksums.of_host_arrays({"x": x}) == {"['x']": checksum(x)}
+
+
+def test_the_sha256_names_the_values_and_not_their_place():
+    """On one device or eight, as NumPy or JAX; another value, name, shape or type is another."""
+    x = np.arange(64, dtype=np.float32).reshape(8, 8)
+    sharded = jax.device_put(x, sharding.batch_sharding(sharding.create_mesh()))
+    one = checksums.sha256({"a": x, "b": x[0]})
+    assert one == checksums.sha256({"b": x[0], "a": sharded}) == checksums.sha256({"a": jnp.asarray(x), "b": x[0]})
+    others = [
+        {"a": x + 1, "b": x[0]},
+        {"c": x, "b": x[0]},
+        {"a": x.reshape(64), "b": x[0]},
+        {"a": x.view(np.int32), "b": x[0]},
+    ]
+    assert len({one, *map(checksums.sha256, others)}) == 5

@@ -54,9 +54,10 @@ def main(argv: list[str]) -> int:
     paths = _paths(arguments, Path(source) if is_run else Path(), config, split)
     with cli.out_of_memory(cli.LOWER_BATCH_SIZE):
         subject = _subject(source, arguments, config, is_run=is_run)
-        if subject.several_labels and (arguments.picture is not None or other is not None):
-            option = "--picture" if arguments.picture is not None else "--compare"
-            raise UserError(f"{option}: no picture is drawn with several labels per image; leave it out.")
+        if subject.several_labels and arguments.picture is not None:
+            raise UserError("--picture: no picture is drawn with several labels per image; leave it out.")
+        if subject.several_labels and other is not None:
+            raise UserError("--compare: McNemar's test is for one label an image; this data has several. Leave it out.")
         if subject.several_labels:
             paths = paths._replace(picture=None)
         if arguments.grid:
