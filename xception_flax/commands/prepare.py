@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from xception_flax.commands import cli
 from xception_flax.data import decoding, sources
 from xception_flax.data.loading import MAX_THREADS
+from xception_flax.data.sources.unread import unread_of
 from xception_flax.display import console
 from xception_flax.host import files
 from xception_flax.prepare import check, folder, imagenet, records
@@ -129,7 +130,7 @@ def prepare_folder(arguments: argparse.Namespace) -> int:
     splits = folder.open_folder(directory, arguments.val_fraction)
     class_names = next(iter(splits.values())).class_names
     info = folder.create_info(arguments.name or folder.default_name(directory), class_names, arguments.data_dir)
-    if unread := sources.folder.unread_of(splits.values()):
+    if unread := unread_of(splits.values()):
         print(f"{naming.shown(directory)}: {unread}", file=sys.stderr)
     return _prepare(info, folder.list_images(directory, splits), arguments, str(directory))
 
@@ -190,7 +191,7 @@ def check_data_set(arguments: argparse.Namespace) -> int:
         content = {"splits": report, "repeated": repeated, "unread": [file._asdict() for file in unread]}
         arguments.json.write_text(naming.to_json(content, indent=1) + "\n")
     _show(report, repeated)
-    if unread := sources.folder.unread_of(splits.values()):
+    if unread := unread_of(splits.values()):
         print(f"\n{unread}")
     other = [split for split, source in splits.items() if source.class_names != class_names]
     if other:  # training does not use these splits, but `evaluate` would refuse them

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xception_flax.data import decoding, sources
+from xception_flax.data.sources.splitting import Rule
 from xception_flax.prepare.folder import check_directory, splits_there
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
@@ -58,7 +59,7 @@ def open_splits(directory: Path, val_fraction: float | None) -> dict[str, source
     splits, fraction = splits_there(directory, val_fraction)
     if splits:
         return {split: sources.folder.folder(split, data_dir=str(directory)) for split in splits}
-    return sources.folder.split_by_names(sources.folder.classes_in(directory), fraction)
+    return sources.folder.held_out(directory, sources.folder.classes_in(directory), Rule(fraction))
 
 
 def mistakes(directory: Path, splits: Mapping[str, sources.Source], val_fraction: float | None) -> list[str]:
@@ -68,7 +69,7 @@ def mistakes(directory: Path, splits: Mapping[str, sources.Source], val_fraction
         return []  # splits that are fixed
     whole = dataclasses.replace(train, paths=train.paths + val.paths, labels=train.labels + val.labels)
     fraction = val_fraction or sources.folder.VAL_FRACTION
-    found = (sources.folder.split_mistake(directory, whole, fraction, split) for split in splits)
+    found = (sources.folder.split_mistake(directory, whole, Rule(fraction), split) for split in splits)
     return [mistake for mistake in found if mistake]
 
 
