@@ -1,7 +1,6 @@
 """Reads every image of a data set and describes what it finds."""
 
 import collections
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
@@ -12,8 +11,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xception_flax.data import decoding, sources
-from xception_flax.data.sources.splitting import Rule
-from xception_flax.prepare.folder import check_directory, splits_there
+from xception_flax.data.sources import splitting
+from xception_flax.prepare.folder import check_directory, open_split, splits_there
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
@@ -41,36 +40,50 @@ class Checked(NamedTuple):
     largest: int | None = None
 
 
-def open_splits(directory: Path, val_fraction: float | None) -> dict[str, sources.Source]:
-    """Returns the splits of a prepared data set or a folder, as training has them; one may be empty.
+def open_splits(path: Path, options: Mapping[str, Any]) -> tuple[dict[str, sources.Source], list[str]]:
+    """Returns the splits of a prepared data set, a folder or a table, as training has them, and what it will refuse.
+
+    Args:
+      path: of the folder of a version of a data set, a folder of images or a table.
+      options: keywords of the source 'folder' or 'table'.
+
+    Returns:
+      The splits by name, of which one may be empty; and the messages of training about them.
 
     Raises:
-      UserError: there is no data set, or more than one; or `val_fraction` is given where splits are fixed.
+      UserError: there is no data set, or more than one; or `options` are given where splits are fixed.
     """
-    check_directory(directory)
-    if (directory / "dataset_info.json").exists():
-        if val_fraction is not None:
-            raise UserError(f"{directory} is a data set, which has its splits; leave out --val-fraction.")
-        names = tfds.builder_from_directory(directory).info.splits
-        return {split: sources.tfds.tfds(split, data_dir=str(directory)) for split in names}
+    if path.is_file():
+        return _splits_of_table(path, options)
+    check_directory(path)
+    if (path / "dataset_info.json").exists():
+        if options:
+            key = "--val-fraction" if "val_fraction" in options else f"data.{next(iter(options))}"
+            raise UserError(f"{path} is a data set, which has its splits; leave out {key}.")
+        names = tfds.builder_from_directory(path).info.splits
+        return {split: sources.tfds.tfds(split, data_dir=str(path)) for split in names}, []
     for pattern in ("*/dataset_info.json", "*/*/dataset_info.json"):
-        if below := next(directory.glob(pattern), None):
-            raise UserError(f"{directory} has data sets below it; give one version of one, as {below.parent}.")
-    splits, fraction = splits_there(directory, val_fraction)
-    if splits:
-        return {split: sources.folder.folder(split, data_dir=str(directory)) for split in splits}
-    return sources.folder.held_out(directory, sources.folder.classes_in(directory), Rule(fraction))
+        if below := next(path.glob(pattern), None):
+            raise UserError(f"{path} has data sets below it; give one version of one, as {below.parent}.")
+    if there := splits_there(path, options):
+        return {split: open_split(path, split, options) for split in there}, []
+    splitting.check_rule(rule := splitting.Rule(**options))
+    files = sources.folder.classes_in(path)
+    splits = sources.folder.held_out(path, files, rule)
+    mistakes = (sources.folder.split_mistake(path, files, rule, split) for split in splits)
+    return splits, [mistake for mistake in mistakes if mistake]
 
 
-def mistakes(directory: Path, splits: Mapping[str, sources.Source], val_fraction: float | None) -> list[str]:
-    """Returns what training will refuse of the splits that `open_splits` returned."""
-    train, val = splits.get("train"), splits.get("val")
-    if not (isinstance(train, sources.folder.Files) and isinstance(val, sources.folder.Files)) or train.splits:
-        return []  # splits that are fixed
-    whole = dataclasses.replace(train, paths=train.paths + val.paths, labels=train.labels + val.labels)
-    fraction = val_fraction or sources.folder.VAL_FRACTION
-    found = (sources.folder.split_mistake(directory, whole, Rule(fraction), split) for split in splits)
-    return [mistake for mistake in found if mistake]
+def _splits_of_table(path: Path, options: Mapping[str, Any]) -> tuple[dict[str, sources.Source], list[str]]:
+    splits, mistakes = {}, []
+    for split in splits_there(path, options) or ("train", "val"):
+        try:
+            splits[split] = open_split(path, split, options)
+        except UserError as error:
+            mistakes.append(str(error))
+    if not splits:
+        raise UserError(mistakes[0])
+    return splits, mistakes
 
 
 def read_all(

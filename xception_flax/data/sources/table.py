@@ -176,6 +176,31 @@ def table(
     return found if columns.content is None else dataclasses.replace(found, images=_contents(file, columns, rows))
 
 
+def table_splits(
+    path: str,
+    image_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
+    split_column: str | None = None,
+    group_by: str | None = None,
+    **others: Any,
+) -> tuple[str, ...]:
+    """Returns the names of the splits in the column of splits, in their order; empty if there is no such column.
+
+    Args:
+      path, image_column, label_column, split_column, group_by: as of `table`.
+      **others: its other options, which do not matter here.
+
+    Raises:
+      UserError: see `table`.
+    """
+    file = open_table(path)
+    columns = _Columns.of(file, image_column, label_column, split_column, group_by)
+    if not columns.split:
+        return ()
+    values = _cells(file, columns.split, file.read([columns.split])[columns.split])
+    return tuple(sorted(set(map(canonical, values.unique().to_pylist()))))
+
+
 # Columns -------------------------------------------------------------------------------------------
 
 
