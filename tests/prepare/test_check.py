@@ -121,6 +121,28 @@ def test_check_looks_at_the_splits_that_training_has(folder, tmp_path, capsys, m
     assert message == f"error: {dataset} is a data set, which has its splits; leave out --val-fraction."
 
 
+def test_what_is_prepared_and_checked_are_the_splits_of_training(images, tmp_path, capsys):
+    """With groups and classes: 45 photographs, three of a group, in three classes."""
+    for i, content in enumerate(images["train"].values()):
+        path = tmp_path / "photos" / f"c{i % 3}" / f"clip{i // 3}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    photos = tmp_path / "photos"
+    options = dict(val_fraction=0.2, group_by="folder:1", stratify=True)
+    given = [f"--config.data.{key}={value}" for key, value in options.items()]
+    run("folder", photos, "--data-dir", tmp_path / "tfds", *given)
+    for split, number in (("train", 36), ("val", 9)):
+        expected = sources.folder.folder(split, data_dir=str(photos), **options)
+        found = sources.tfds.tfds(split, data_dir=str(tmp_path / "tfds" / "photos" / "1.0.0"))
+        names = {example["name"].split(" ")[-1] for example in map(found.__getitem__, range(len(found)))}
+        assert names == {Path(path).relative_to(photos).as_posix() for path in expected.paths}
+        assert len(names) == number
+    capsys.readouterr()
+    run("check", photos, *given)
+    assert "val\n" in (out := capsys.readouterr().out)
+    assert "3, with 3 images each" in out
+
+
 def test_what_is_not_read_is_said(folder, tmp_path, capsys):
     for name in ("a.heic", "b.heic", "c", ".DS_Store"):
         (folder / "n01440764" / name).write_bytes(b"")

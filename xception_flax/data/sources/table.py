@@ -37,7 +37,7 @@ ONES, ZEROS = ("1", "1.0", "true", "True"), ("0", "0.0", "false", "False")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of a table. Arrays of Arrow take a tenth of the memory of Python's objects, and go to workers as they are.
+    """Rows of a table. Arrays of Arrow take half of the memory of Python's objects, and go to workers as they are.
 
     Attributes:
       images: `[N]` of bytes: paths of files, or the content of files.
