@@ -26,13 +26,15 @@ from xception_flax.data.sources.table import Rows
 from xception_flax.data.sources.unread import unread_of
 from xception_flax.display import console
 from xception_flax.host import files
-from xception_flax.prepare import check, folder, imagenet, records
+from xception_flax.prepare import check, folder, imagenet, records, similar
 from xception_flax.recipes import overrides
 from xception_flax.recipes.checking import resolve_group
 from xception_flax.recipes.signatures import keys_of
 from xception_flax.text import naming
 from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
+
+GROUPING = "keep images of one video, patient or object in one split by data.group_by (docs/data.md)"
 
 OVERRIDES = "how training divides and reads a folder or a table: group_by, stratify, label_column, ..."
 
@@ -222,12 +224,18 @@ def check_data_set(arguments: argparse.Namespace) -> int:
     with console.counting(f"reading {arguments.dataset.name}", total, "image") as advance:
         images = check.read_all(splits, arguments.num_threads, advance)
     report = {split: check.describe(found, splits[split].class_names) for split, found in images.items()}
-    repeated = check.repeated(images)
+    repeated, alike = check.repeated(images), check.alike(images)
     if arguments.json is not None:
         unread = sorted({file for source in splits.values() for file in getattr(source, "unread", ())})
-        content = {"splits": report, "repeated": repeated, "unread": [file._asdict() for file in unread]}
+        content = {
+            "splits": report,
+            "repeated": repeated,
+            "alike": alike,
+            "unread": [file._asdict() for file in unread],
+        }
         arguments.json.write_text(naming.to_json(content, indent=1) + "\n")
     _show(report, repeated)
+    _show_alike(alike)
     if unread := unread_of(splits.values()):
         print(f"\n{unread}")
     other = [split for split, source in splits.items() if source.class_names != class_names]
@@ -277,6 +285,8 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
     print(f"\n{counted(len(repeated), 'file')} {are} there more than once, {across:,} of them in more than one split")
     for names in sorted(repeated, key=is_across, reverse=True)[:10]:  # those in several splits first
         print(f"  {' = '.join(map(naming.shown, names[:5]))}{' ...' if len(names) > 5 else ''}")
+    if across:
+        print(f"  {GROUPING}")
     undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
     if undecodable:
         print(f"\n{counted(len(undecodable), 'image')} cannot be read or decoded")
@@ -284,3 +294,16 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
             print(f"  {naming.shown(name)}")
         if len(undecodable) > 20:
             print("  ... (all by --json FILE)")
+
+
+def _show_alike(alike: Sequence[Mapping[str, Any]]) -> None:
+    if not alike:
+        return
+    looks = "looks" if len(alike) == 1 else "look"
+    print(
+        f"\n{counted(len(alike), 'image')} {looks} nearly the same as one of another split (pHash, up to "
+        f"{similar.MAX_DISTANCE} of 64 bits differ)"
+    )
+    for pair in alike[:10]:
+        print(f"  {' ~ '.join(map(naming.shown, pair['images']))} ({pair['distance']})")
+    print(f"  {'... (all by --json FILE); ' if len(alike) > 10 else ''}{GROUPING}")

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 
 from xception_flax.data import decoding, sources
 from xception_flax.data.sources import splitting
+from xception_flax.prepare import similar
 from xception_flax.prepare.folder import check_directory, open_split, splits_there
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
@@ -29,6 +30,7 @@ class Checked(NamedTuple):
       digest: SHA-256 of these bytes; empty if it cannot be read.
       height, width: in pixels; 0 if it cannot be decoded.
       largest: the largest value of an image of 16 bits, None for others.
+      look: as of `similar.perceptual_hash`; None if it cannot be decoded too.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Checked(NamedTuple):
     height: int
     width: int
     largest: int | None = None
+    look: int | None = None
 
 
 def open_splits(path: Path, options: Mapping[str, Any]) -> tuple[dict[str, sources.Source], list[str]]:
@@ -120,12 +123,13 @@ def read(source: sources.Source, index: int) -> Checked:
     )
     classes = np.flatnonzero(label) if label.ndim else label[None]
     try:
-        height, width = decoding.decode(content, 3).shape[:2]
-        largest = decoding.largest_value(content)
+        image = decoding.decode(content, 3)
+        (height, width), largest = image.shape[:2], decoding.largest_value(content)
+        look = similar.perceptual_hash(image)
     except decoding.BadImageError:
-        height, width, largest = 0, 0, None
+        height, width, largest, look = 0, 0, None, None
     digest = hashlib.sha256(content).digest()
-    return Checked(name, tuple(classes.tolist()), len(content), digest, height, width, largest)
+    return Checked(name, tuple(classes.tolist()), len(content), digest, height, width, largest, look)
 
 
 def describe(images: Sequence[Checked], class_names: Sequence[str]) -> dict[str, Any]:
@@ -162,3 +166,24 @@ def repeated(images: Mapping[str, Sequence[Checked]]) -> list[list[str]]:
             if image.digest:
                 places[image.digest].append(f"{split}: {image.name}")
     return [names for names in places.values() if len(names) > 1]
+
+
+def alike(images: Mapping[str, Sequence[Checked]]) -> list[dict[str, Any]]:
+    """Returns images that look the same as one of another split and have other bytes, the most alike first.
+
+    Returns:
+      For JSON: `distance`, the bits of the hashes that differ, and `images`, both as 'SPLIT: NAME'.
+    """
+    splits_of = collections.defaultdict(set)
+    for split, found in images.items():
+        for image in found:
+            splits_of[image.digest].add(split)
+    # What has equal bytes in another split is in `repeated`.
+    looks = {
+        split: [None if len(splits_of[image.digest]) > 1 else image.look for image in found]
+        for split, found in images.items()
+    }
+    return [
+        {"distance": distance, "images": [f"{split}: {images[split][place].name}" for split, place in both]}
+        for distance, *both in similar.near(looks)
+    ]

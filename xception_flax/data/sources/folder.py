@@ -245,8 +245,8 @@ def folder_splits(data_dir: str, split: str = "train") -> tuple[str, ...]:
     if inner and known is None:
         raise UserError(
             f"{directory}: there are folders in {', '.join(list(inner)[:5])}, none of which is called train; expected "
-            "either CLASS/*.jpg or train/CLASS/*.jpg and val/CLASS/*.jpg; if they hold groups of images, such as videos, set "
-            "data.group_by=folder:1."
+            "either CLASS/*.jpg or train/CLASS/*.jpg and val/CLASS/*.jpg; if they hold groups of images, such as "
+            "videos, set data.group_by=folder:1."
         )
     return tuple(name for name in inner if name == known or any(not why for _, why in _walk(places[name])))
 
