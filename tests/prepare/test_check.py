@@ -144,16 +144,16 @@ def test_what_is_prepared_and_checked_are_the_splits_of_training(images, tmp_pat
 
 
 def test_what_is_not_read_is_said(folder, tmp_path, capsys):
-    for name in ("a.heic", "b.heic", "c", ".DS_Store"):
+    for name in ("a.psd", "b.psd", "c", ".DS_Store"):
         (folder / "n01440764" / name).write_bytes(b"")
     run("folder", folder, "--data-dir", tmp_path / "tfds")
-    expected = "3 of 43 files are not read: 2 .heic (n01440764/a.heic), 1 without a suffix (n01440764/c)."
+    expected = "3 of 43 files are not read: 2 .psd (n01440764/a.psd), 1 without a suffix (n01440764/c)."
     assert f"{folder}: {expected}\n" in capsys.readouterr().err
     run("check", folder, "--json", tmp_path / "report.json")
     assert capsys.readouterr().out.endswith(f"\n\n{expected}\n")
     assert json.loads((tmp_path / "report.json").read_text())["unread"] == [
         {"path": str(folder / "n01440764" / name), "why": why}
-        for name, why in (("a.heic", ".heic"), ("b.heic", ".heic"), ("c", "without a suffix"))
+        for name, why in (("a.psd", ".psd"), ("b.psd", ".psd"), ("c", "without a suffix"))
     ]
     run("check", tmp_path / "tfds" / "my_photos" / "1.0.0", "--json", tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["unread"] == []

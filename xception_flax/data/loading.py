@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from xception_flax.data.decoding import WHITE
+from xception_flax.data.decoding import ORIENTATIONS, WHITE
 from xception_flax.data.pipeline import ON_BAD_IMAGE, Split, choose_threads, usable_cpus
 from xception_flax.data.sources import SOURCES
 from xception_flax.data.transforms import Transform, parse_transforms
@@ -32,6 +32,7 @@ def load(
     min_decoded_side: int = 0,
     on_bad_image: str = "stop",
     max_value: int | None = None,
+    orientation: str = "ignore",
     *,
     train: bool,
     batch_size: int,
@@ -61,6 +62,7 @@ def load(
         black image with mask 0 in its place, which loss, gradient and metrics leave out and count.
       max_value: of images of 16 bits, the value that becomes 255: 4095 for a 12-bit camera or scanner. None means
         65,535; then a run does not begin if most of them have no value in the upper half.
+      orientation: 'apply' turns images as their EXIF says, as phones write it; 'ignore' takes them as they are stored.
       train: if true, shuffled, endless and augmented; otherwise in order, once and padded.
       batch_size: of the global batch.
       seed: of order and augmentation.
@@ -87,6 +89,7 @@ def load(
         min_decoded_side=min_decoded_side,
         on_bad_image=on_bad_image,
         max_value=max_value,
+        orientation=orientation,
     )
     batch_bytes = batch_size // process_count * image_size**2 * channels
     if batch_bytes > (memory := allocator.free_memory_bytes()):
@@ -117,6 +120,7 @@ def load(
         min_decoded_side=min_decoded_side,
         on_bad_image=on_bad_image,
         max_value=max_value,
+        orientation=orientation,
     )
     split.check_transforms()
     return split
@@ -133,6 +137,7 @@ def check_options(
     min_decoded_side: int,
     on_bad_image: str,
     max_value: int | None,
+    orientation: str,
     **others: Any,
 ) -> dict[str, tuple[Transform, ...]]:
     """Checks the options of `load` that need no data; `others` are those that do.
@@ -154,6 +159,8 @@ def check_options(
         check_range("data.max_value", max_value, 255, WHITE)
     if on_bad_image not in ON_BAD_IMAGE:
         raise UserError(f"unknown data.on_bad_image {written(on_bad_image)}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
+    if orientation not in ORIENTATIONS:
+        raise UserError(f"unknown data.orientation {written(orientation)}; {suggest(orientation, ORIENTATIONS)}")
     chains = {}
     for name, text in {"train": train_transforms, "eval": eval_transforms}.items():
         try:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xception_flax.data import decoding
 from xception_flax.data.sources import splitting
 from xception_flax.data.sources.source import Example, existing_directory
 from xception_flax.data.sources.splitting import ALL, SPLITS, VAL_FRACTION, Rule
@@ -24,6 +25,9 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".bmp",
     ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
+HEIF_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")
+IMAGE_SUFFIXES += (".avif", ".avifs") if "AVIF" in decoding.FORMATS else ()
+IMAGE_SUFFIXES += HEIF_SUFFIXES if "HEIF" in decoding.FORMATS else ()
 
 # Files of file managers, which are never reported. Other hidden files are reported only if they are images.
 _NOISE = ("thumbs.db", "ehthumbs.db", "desktop.ini")
@@ -381,4 +385,6 @@ def describe_unread(unread: Iterable[Unread], num_images: int | None, noun: str 
     total = len(places) if num_images is None else len(places) + num_images
     are = "is" if len(places) == 1 else "are"
     of_all = "" if num_images is None else f"{len(places):,} of "
-    return f"{of_all}{counted(total, noun)} {are} not read: {', '.join(parts)}."
+    install = not set(HEIF_SUFFIXES).isdisjoint(firsts) and "HEIF" not in decoding.FORMATS
+    hint = f" {decoding.HOW_TO_READ_HEIF.capitalize()}." if install else ""
+    return f"{of_all}{counted(total, noun)} {are} not read: {', '.join(parts)}.{hint}"
