@@ -7,7 +7,8 @@
     ... --config.optimizer.backbone_factor=0    train only the classifier, in half of the time
 
 Data: FOLDER/CLASS/*.jpg; a tenth of it, by a hash of the files' names, is held out as 'val'. Or
-FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, the same classes in both.
+FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg, the same classes in both. Or a table of images and labels
+in place of FOLDER: labels.csv, .parquet, .jsonl (docs/data.md).
 Weights: fetched into ~/.keras/models by the first run. Weights of timm's
 legacy_xception also need --config.model.padding=SYMMETRIC --config.model.bn_epsilon=1e-5.
 Hardware: one GPU; a CPU for some hundred images.
@@ -30,8 +31,6 @@ from xception_flax import data
 
 
 def get_config(folder: str) -> ConfigDict:
-    classes = data.SOURCES["folder"]("train", data_dir=folder).class_names
-
     config = ConfigDict()
     config.seed = 0  # [ours]
     config.batch_size = 32  # [ours] the guide: 64
@@ -41,7 +40,7 @@ def get_config(folder: str) -> ConfigDict:
     config.init = dict(weights="keras")  # [Keras] ImageNet's
     config.model = dict(
         name="xception",  # [Keras]
-        num_classes=len(classes),
+        num_classes=-1,  # as many as there are
         dropout_rate=0.2,  # [Keras]
         bn_frozen=True,  # [Keras] normalization stays in inference mode, even when all layers are trained
     )
@@ -56,8 +55,7 @@ def get_config(folder: str) -> ConfigDict:
     config.schedule = dict(name="cosine", warmup_epochs=1.0)  # [ours]
     config.step = dict(ema_decay=0.99)  # [ours]
     config.data = dict(
-        source="folder",
-        data_dir=folder,
+        **data.source_at(folder),
         train_split="train",
         eval_split="val",
         image_size=299,  # [ours] as the weights were trained; the guide: 150

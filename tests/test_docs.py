@@ -194,7 +194,9 @@ def test_keys_in_the_text_are_keys_of_recipes(folder):
     """Also keys that a sentence names: `--config.GROUP.KEY=...`."""
     recipes = ["digits.py", "imagenet.py", f"folder.py:{folder / 'photos'}"]
     configs = [reading.load(f"configs/{recipe}") for recipe in recipes]
-    configs.append(reading.load("configs/digits.py", ["--config.data.source=arrays", "--config.data.path=mine.npz"]))
+    for name, path in (("arrays", "mine.npz"), ("table", "labels.csv")):
+        overrides = [f"--config.data.source={name}", f"--config.data.path={path}"]
+        configs.append(reading.load("configs/digits.py", overrides))
     keys = {"GROUP.KEY", "KEY"}
     for config in configs:
         for key, value in config.to_dict().items():

@@ -546,7 +546,7 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             is_dark = name == "dark" or (name == "dark_val" and "/val/" in path)
             (tmp_path / path).write_bytes(dark if is_dark else image)
-    (tmp_path / "a" / "train" / "x" / "0.heic").touch()
+    (tmp_path / "a" / "train" / "x" / "0.psd").touch()
     bright = cv2.imencode(".png", np.full((40, 40), 40_000, np.uint16))[1].tobytes()
     for i, content in enumerate((dark, bright, bright)):
         (tmp_path / "a" / "train" / "x" / f"{i}.png").write_bytes(content)
@@ -565,7 +565,7 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "w").exists()
     code, _, err = command("a")
     assert code == 0
-    assert "\n1 of 17 files is not read: 1 .heic (x/0.heic).\n" in err
+    assert "\n1 of 17 files is not read: 1 .psd (x/0.psd).\n" in err
     assert "\nthe training data: 1 of 3 images of 16 bits looked at have no value in the upper half; if white" in err
     (tmp_path / "a" / "train" / "x" / "1.png").write_bytes(dark)  # does not stop a run that has begun
 

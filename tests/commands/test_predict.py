@@ -90,20 +90,20 @@ def test_a_bad_file_is_named_and_the_others_are_predicted(workdir, digits, tmp_p
     bad = tmp_path / "bad.jpg"
     bad.write_text("no image")
     (empty := tmp_path / "empty").mkdir()
-    (empty / "a.heic").touch()
+    (empty / "a.psd").touch()
     shutil.copytree(empty, some := tmp_path / "some")
     good = shutil.copy(folder / "000.png", some)
     code, out, err = run(monkeypatch, capsys, "--workdir", workdir, bad, some, "--top", 2)
     assert code == 2
     said, err = err.split("\n", 1)
-    assert said == f"{some}: 1 of 2 files is not read: 1 .heic (some/a.heic)."
+    assert said == f"{some}: 1 of 2 files is not read: 1 .psd (some/a.psd)."
     assert f"{workdir}, step 118, ema weights" in out
     (row,) = (line for line in out.splitlines() if str(good) in line)
     assert row.count(" %") == 2
     assert err.startswith(f"error: {bad}: the image cannot be decoded: 8 bytes that are no JPEG")
     for arguments, message in [
         ([tmp_path / "no.jpg"], r"no.jpg is not there; expected an image or a folder"),
-        ([empty], r".pnm). 1 of 1 file is not read: 1 .heic (empty/a.heic)."),
+        ([empty], r".pnm). 1 of 1 file is not read: 1 .psd (empty/a.psd)."),
         ([good, "--weights", "raw", "--checkpoint", "3"], "no checkpoint '3' in"),
         ([good, "--top", "0"], "must be a positive integer"),
     ]:

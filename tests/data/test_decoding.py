@@ -13,11 +13,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from benchmarks import photos
 from xception_flax import data
-from xception_flax.data import pipeline
+from xception_flax.data import pipeline, sources
 from xception_flax.data.decoding import MAX_PIXELS, BadImageError, decode, largest_value
 from xception_flax.text.errors import UserError
 
@@ -204,6 +204,109 @@ def test_a_large_jpeg_may_be_decoded_small():
     difference = np.abs(decode(content, 3, 150) - means)
     assert difference.mean() < 1  # the mean of the pixels it replaces, except for 4:2:0 chroma
     assert decode(encode(COLOR, "PNG"), 3, 20).shape == (150, 200, 3)
+
+
+# Phones ----------------------------------------------------------------------------------------------
+
+
+def turned_by_exif(form: str, orientation: int, image: Image.Image = COLOR, **options) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image, form, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "HEIF"])
+def test_images_are_turned_as_pillow_turns_them(form, orientation):
+    """Bit for bit, in colours and in gray; and left as they are stored by default, but for TIFF and HEIF."""
+    content = turned_by_exif(form, orientation)
+    with Image.open(io.BytesIO(content)) as file:
+        stored = np.asarray(file.convert("RGB"))
+        seen = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+    np.testing.assert_array_equal(decode(content, 3, orientation="apply"), seen)
+    np.testing.assert_array_equal(decode(content, 3), stored)
+    assert decode(content, 1, orientation="apply").shape == (*seen.shape[:2], 1)
+    if form not in ("TIFF", "HEIF"):
+        assert (stored.shape, seen.shape) == ((150, 200, 3), (200, 150, 3) if orientation > 4 else (150, 200, 3))
+        assert np.array_equal(seen, stored) == (orientation == 1)
+    else:
+        np.testing.assert_array_equal(seen, stored)
+
+
+def test_sixteen_bits_and_small_jpegs_are_turned_too():
+    wide = Image.fromarray(VALUES[:, :40])
+    with Image.open(io.BytesIO(turned_by_exif("PNG", 6, wide))) as file:
+        seen = np.asarray(ImageOps.exif_transpose(file))
+    assert seen.shape == (40, 64)
+    content = turned_by_exif("PNG", 6, wide)
+    np.testing.assert_array_equal(decode(content, 1, max_value=4095, orientation="apply")[..., 0], seen >> 4)
+    small = decode(turned_by_exif("JPEG", 8), 3, 75, orientation="apply")
+    assert small.shape == (100, 75, 3)
+    np.testing.assert_array_equal(small, np.rot90(decode(turned_by_exif("JPEG", 8), 3, 75)))
+    np.testing.assert_array_equal(decode(PHOTO, 3, orientation="apply"), PHOTO)  # pixels say nothing
+
+
+@pytest.mark.parametrize("form", ["AVIF", "HEIF"])
+def test_files_of_phones_are_read_as_pillow_reads_them(form):
+    """Bit for bit, also gray and with alpha; cut anywhere they are refused."""
+    for image in (COLOR, GRAY, with_alpha(COLOR)):
+        content = encode(image, form)
+        with Image.open(io.BytesIO(content)) as file:
+            np.testing.assert_array_equal(decode(content, 3), np.asarray(file.convert("RGB")))
+    content = encode(COLOR, form)
+    for length in np.linspace(1, len(content) - 1, 20).astype(int):
+        with pytest.raises(BadImageError):
+            decode(content[:length], 3)
+
+
+def test_a_run_sees_images_turned(tmp_path):
+    """Worker processes too. The recipe's key has two values."""
+    for split, i in itertools.product(("train", "test"), range(4)):
+        path = tmp_path / split / "ab"[i % 2] / f"{i}.{('jpg', 'heic', 'avif', 'png')[i]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(turned_by_exif(("JPEG", "HEIF", "AVIF", "PNG")[i], 6))
+    files = sources.folder.folder("test", data_dir=str(tmp_path))
+    assert (len(files), files.unread) == (4, ())
+    for orientation, num_workers in itertools.product(("ignore", "apply"), (0, 1)):
+        split = load(tmp_path, train=False, batch_size=4, orientation=orientation, num_workers=num_workers)
+        (batch,) = split.batches()
+        for image, i in zip(batch["images"], range(4), strict=True):
+            decoded = decode(files[i]["image"], 3, orientation=orientation)
+            np.testing.assert_array_equal(
+                image, pipeline.prepare_image(decoded, split.transforms, (32, 32, 3), 0, None, None)
+            )
+    with pytest.raises(
+        UserError, match=r"unknown data\.orientation 'aply'; did you mean 'apply'\? There are: apply, ignore"
+    ):
+        load(tmp_path, train=False, orientation="aply")
+
+
+def test_without_pillow_heif_its_files_are_counted_and_how_to_read_them_is_said(tmp_path):
+    """In a process of its own, to which the library is not there."""
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / "cat" / "a.jpg").write_bytes(JPEG)
+    (tmp_path / "train" / "cat" / "b.heic").write_bytes(encode(COLOR, "HEIF"))
+    program = """
+import sys
+sys.modules["pillow_heif"] = None
+from pathlib import Path
+from xception_flax import data
+from xception_flax.data import decoding
+print(data.unread_of([data.SOURCES["folder"]("train", data_dir=sys.argv[1])]))
+try:
+    decoding.decode((Path(sys.argv[1]) / "train" / "cat" / "b.heic").read_bytes(), 3)
+except decoding.BadImageError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    first, second = result.stdout.splitlines()
+    how = "pip install pillow-heif."
+    assert first == f"1 of 2 files is not read: 1 .heic (cat/b.heic). To read .heic and .heif, {how}"
+    assert second.endswith(
+        f"that are no JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM, AVIF. It is a HEIF: to read .heic and .heif, {how}"
+    )
 
 
 # What is refused -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 from collections import Counter
 
+import cv2
 import numpy as np
 import pytest
 
@@ -73,3 +74,19 @@ def test_shares_of_classes():
     np.testing.assert_allclose(sampling.class_shares(SOURCE), [0.7, 0.27, 0.03])
     several = dataclasses.replace(SOURCE, labels=np.uint8([[1, 1, 0], [0, 1, 0]] * 50))
     np.testing.assert_allclose(sampling.class_shares(several), [0.5, 1, 0])
+
+
+def test_tables_know_their_labels(tmp_path):
+    for i in range(4):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), np.zeros((8, 8, 3), np.uint8))
+    table = tmp_path / "labels.csv"
+    table.write_text("file,label\n0.png,b\n1.png,b\n2.png,a\n3.png,b\n")
+    source = data.SOURCES["table"]("all", path=str(table))
+    np.testing.assert_allclose(sampling.class_shares(source), [0.25, 0.75])
+    order = sampling.Balanced(source, 1)
+    assert Counter(order.index(i) == 2 for i in range(4)) == {True: 2, False: 2}
+    table.write_text("file,label\n0.png,b|a\n1.png,b\n2.png,a\n3.png,b\n")
+    source = data.SOURCES["table"]("all", path=str(table), label_separator="|")
+    np.testing.assert_allclose(sampling.class_shares(source), [0.5, 0.75])
+    with pytest.raises(UserError, match="needs one label an image"):
+        sampling.Balanced(source, 1)

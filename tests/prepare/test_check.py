@@ -121,17 +121,39 @@ def test_check_looks_at_the_splits_that_training_has(folder, tmp_path, capsys, m
     assert message == f"error: {dataset} is a data set, which has its splits; leave out --val-fraction."
 
 
+def test_what_is_prepared_and_checked_are_the_splits_of_training(images, tmp_path, capsys):
+    """With groups and classes: 45 photographs, three of a group, in three classes."""
+    for i, content in enumerate(images["train"].values()):
+        path = tmp_path / "photos" / f"c{i % 3}" / f"clip{i // 3}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    photos = tmp_path / "photos"
+    options = dict(val_fraction=0.2, group_by="folder:1", stratify=True)
+    given = [f"--config.data.{key}={value}" for key, value in options.items()]
+    run("folder", photos, "--data-dir", tmp_path / "tfds", *given)
+    for split, number in (("train", 36), ("val", 9)):
+        expected = sources.folder.folder(split, data_dir=str(photos), **options)
+        found = sources.tfds.tfds(split, data_dir=str(tmp_path / "tfds" / "photos" / "1.0.0"))
+        names = {example["name"].split(" ")[-1] for example in map(found.__getitem__, range(len(found)))}
+        assert names == {Path(path).relative_to(photos).as_posix() for path in expected.paths}
+        assert len(names) == number
+    capsys.readouterr()
+    run("check", photos, *given)
+    assert "val\n" in (out := capsys.readouterr().out)
+    assert "3, with 3 images each" in out
+
+
 def test_what_is_not_read_is_said(folder, tmp_path, capsys):
-    for name in ("a.heic", "b.heic", "c", ".DS_Store"):
+    for name in ("a.psd", "b.psd", "c", ".DS_Store"):
         (folder / "n01440764" / name).write_bytes(b"")
     run("folder", folder, "--data-dir", tmp_path / "tfds")
-    expected = "3 of 43 files are not read: 2 .heic (n01440764/a.heic), 1 without a suffix (n01440764/c)."
+    expected = "3 of 43 files are not read: 2 .psd (n01440764/a.psd), 1 without a suffix (n01440764/c)."
     assert f"{folder}: {expected}\n" in capsys.readouterr().err
     run("check", folder, "--json", tmp_path / "report.json")
     assert capsys.readouterr().out.endswith(f"\n\n{expected}\n")
     assert json.loads((tmp_path / "report.json").read_text())["unread"] == [
         {"path": str(folder / "n01440764" / name), "why": why}
-        for name, why in (("a.heic", ".heic"), ("b.heic", ".heic"), ("c", "without a suffix"))
+        for name, why in (("a.psd", ".psd"), ("b.psd", ".psd"), ("c", "without a suffix"))
     ]
     run("check", tmp_path / "tfds" / "my_photos" / "1.0.0", "--json", tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["unread"] == []

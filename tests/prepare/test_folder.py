@@ -7,11 +7,16 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from array_record.python import array_record_module
 
 from preparing import SYNSETS, contents, fail, run
 from xception_flax.commands import prepare
 from xception_flax.data import sources
+from xception_flax.prepare import folder as prepared
 from xception_flax.prepare import records
 from xception_flax.text.errors import UserError
 
@@ -154,3 +159,68 @@ def test_names_are_prepared_in_one_form(folder, tmp_path):
         UserError, match=r"caf\xe9/\xe4\.jpg is there twice in split '(train|val)'; each image needs its own"
     ):
         prepare.main(["folder", str(folder), "--data-dir", str(tmp_path / "c")])
+
+
+def as_table(folder: Path, *, content: bool) -> Path:
+    """The folder's images in its order as Parquet, by their paths or with them in it."""
+    files = sources.folder.folder("all", data_dir=str(folder))
+    names = [Path(path).relative_to(folder).as_posix() for path in files.paths]
+    columns = {"path": names, "label": [files.class_names[label] for label in files.labels]}
+    if content:
+        columns["image"] = [Path(path).read_bytes() for path in files.paths]
+    pq.write_table(pa.table(columns), folder / "my_photos.parquet", row_group_size=11)
+    return folder / "my_photos.parquet"
+
+
+@pytest.mark.parametrize("content", [False, True])
+def test_a_table_becomes_the_records_of_its_folder(folder, tmp_path, content, capsys):
+    """Byte for byte; only what they were made from differs."""
+    run("folder", folder, "--data-dir", tmp_path / "a", "--val-fraction", "0.3")
+    path = as_table(folder, content=content)
+    run("folder", path, "--data-dir", tmp_path / "b", "--config.data.val_fraction=0.3")
+    one, other = (contents(tmp_path / place / "my_photos" / "1.0.0") for place in "ab")
+    assert {name for name in one | other if one.get(name) != other.get(name)} == {records.PREPARED}
+    capsys.readouterr()
+    run("folder", path, "--data-dir", tmp_path / "b", "--config.data.val_fraction=0.3")
+    assert "is prepared; nothing to do" in capsys.readouterr().out
+
+
+def test_a_table_with_splits_and_several_labels(folder, tmp_path, capsys, monkeypatch):
+    """The lengths that were computed are those of the records, also of images of no class and of one above 127."""
+    names = [
+        Path(path).relative_to(folder).as_posix() for path in sources.folder.folder("all", data_dir=str(folder)).paths
+    ]
+    tags = [" ".join(f"t{n:03}" for n in ((), (0,), (200, 1), tuple(range(120, 140)))[i % 4]) for i in range(40)]
+    tags[0] = " ".join(f"t{n:03}" for n in range(201))  # every class
+    rows = [
+        f"{name},{tag},{('train', 'test')[i % 5 == 4]}" for i, (name, tag) in enumerate(zip(names, tags, strict=True))
+    ]
+    table = tmp_path / "Labels.csv"
+    table.write_text("\n".join(["image,tags,split", *rows]))
+    options = ["--config.data.label_separator=' '", f"--config.data.data_dir={folder}"]
+    run("folder", table, "--data-dir", tmp_path / "tfds", *options)
+    assert re.search(r"test +8 images\n +train +32 images\n +classes +201", capsys.readouterr().out)
+    expected = sources.table.table("train", path=str(table), data_dir=str(folder), label_separator=" ")
+    found = sources.tfds.tfds("train", data_dir=str(tmp_path / "tfds" / "labels" / "1.0.0"))
+    assert found.class_names == expected.class_names == tuple(f"t{n:03}" for n in range(201))
+    by_name = {example["name"]: example for example in map(expected.__getitem__, range(32))}
+    for example in map(found.__getitem__, range(32)):
+        other = by_name[str(folder / example["name"].split(" ")[-1])]
+        assert example["image"] == other["image"]
+        np.testing.assert_array_equal(example["label"], other["label"])
+    images = prepared.list_images(table, {"train": expected}, str(folder))["train"]
+    reader = array_record_module.ArrayRecordReader(str(next((tmp_path / "tfds" / "labels" / "1.0.0").glob("*train*"))))
+    assert sorted(len(record) for record in reader.read_all()) == sorted(image.num_bytes for image in images)
+    run("check", tmp_path / "tfds" / "labels" / "1.0.0")
+    for arguments, message in [
+        (["--val-fraction", "0.2"], r"has a column of splits \(test, train\) already; leave out --val-fraction"),
+        (["--config.data.path=x"], r"given twice, by \S+Labels\.csv and by --config\.data\.path; give one"),
+        (["--config.data.val_split=x"], r"unknown recipe key 'data\.val_split'"),
+        (["--config.model.name=lenet"], r"--config\.model\.name cannot be changed here; only keys of: data"),
+        (["--data"], r"unknown argument '--data'"),
+    ]:
+        for command in (["folder", "--data-dir", tmp_path / "x"], ["check"]):
+            assert re.search(message, fail(capsys, monkeypatch, command[0], table, *command[1:], *options, *arguments))
+    assert "--x; --help shows" in fail(
+        capsys, monkeypatch, "imagenet", "--tars", tmp_path, "--data-dir", tmp_path, "--x"
+    )

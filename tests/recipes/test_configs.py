@@ -255,11 +255,8 @@ def test_every_value_is_tagged(name):
         "config = ConfigDict()",
         "= dict(",
         'source="tfds"',
-        'source="folder"',
         'name="',
-        "classes = ",
         "num_classes=",
-        "data_dir=folder",
         "channels=3",
         "_split=",
     )

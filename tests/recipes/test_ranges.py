@@ -84,11 +84,15 @@ ACCEPTED = {
         "loss.class_weights",
         "schedule.every_images",  # every_epochs is given
         "data.max_value",  # 16 bits as they are
+        # Of a table: its own folder, what the names of columns say, one label, no groups.
+        *("data.data_dir", "data.image_column", "data.label_column", "data.label_separator", "data.split_column"),
+        "data.group_by",
     ),
-    # No profile, the metric of the best checkpoint, no other factors. A checkpoint's name is not looked at if no
-    # workdir is named.
-    "''": ("profile", "patience_metric", "optimizer.layer_factors", "init.checkpoint"),
-    **{repr(text): ("init.checkpoint",) for text in ("a\nb", LONG_NAME, "~nobody")},
+    # No profile, the metric of the best checkpoint, no other factors, no splits in the table. A checkpoint's name is
+    # not looked at if no workdir is named.
+    "''": ("profile", "patience_metric", "optimizer.layer_factors", "init.checkpoint", "data.split_column"),
+    # Any text may divide labels.
+    **{repr(text): ("init.checkpoint", "data.label_separator") for text in ("a\nb", LONG_NAME, "~nobody")},
 }
 
 MINIMAL = {
@@ -212,6 +216,8 @@ def least(tmp_path_factory) -> dict[str, dict[str, Any]]:
     for i in range(40):  # 20 of each class: some are of split 'val'
         (folder / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(folder / "photos" / "ab"[i % 2] / f"{i}.png"), np.zeros((8, 8), np.uint8))
+    rows = [f"{'ab'[i % 2]}/{i}.png,{'ab'[i % 2]}" for i in range(40)]
+    (folder / "photos" / "labels.csv").write_text("\n".join(["image,label", *rows]))
     images, labels = np.zeros((8, 8, 8), np.uint8), np.arange(8) % 2
     np.savez(folder / "a.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     return {
@@ -219,6 +225,7 @@ def least(tmp_path_factory) -> dict[str, dict[str, Any]]:
         "exponential": {"decay_rate": 0.9, "every_epochs": 1.0},
         "folder": {"data_dir": str(folder / "photos"), "eval_split": "val"},
         "arrays": {"path": str(folder / "a.npz")},
+        "table": {"path": str(folder / "photos" / "labels.csv"), "eval_split": "val"},
         "fashion_mnist": {"data_dir": str(folder)},
         "tfds": {"name": "mnist", "data_dir": str(folder)},
     }
@@ -246,11 +253,12 @@ def test_extremes(name, choice, least, one_device):
     if choice:
         values = {group.selector: choice} | (values if name != "model" or choice == "lenet" else {"num_classes": 10})
         values |= {group.selector: choice, **least.get(choice, {})}
-    accepted = set()
+    accepted, tried = set(), set()
     keys = group.keys(choice)
     for key in keys:
         for value in extremes(keys[key].annotation):
             what = f"{name}.{key}".lstrip("."), repr(value)
+            tried.add(what)
             message = refusal(lambda key=key, value=value: TRY[name](resolve(name, values | {key: value}), one_device))
             if message is None:
                 accepted.add(what)
@@ -260,7 +268,7 @@ def test_extremes(name, choice, least, one_device):
             # For a text the message may say what it is instead: 'unknown split'.
             assert key in message or isinstance(value, str) or choice in NOT_THERE, (what, message)
     names = {f"{name}.{key}".lstrip(".") for key in keys}
-    expected = {(key, value) for value, taken in ACCEPTED.items() for key in taken if key in names}
+    expected = {(key, value) for value, taken in ACCEPTED.items() for key in taken if key in names} & tried
     assert accepted == (set() if choice in NOT_THERE else expected)
 
 

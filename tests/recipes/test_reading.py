@@ -366,7 +366,7 @@ def test_an_argument_reaches_the_recipe(tmp_path):
     # A recipe's UserError about its argument is shown without the line of the recipe.
     with pytest.raises(UserError, match=r"jft\.py: the argument must be 'fc' or nothing, got 'x'"):
         reading.load(str(ROOT / "configs" / "jft.py") + ":x")
-    with pytest.raises(UserError, match=r"folder\.py: data\.data_dir: \S*/no is no directory; expected"):
+    with pytest.raises(UserError, match=r"^data\.data_dir: \S*/no is no directory; expected"):
         reading.load(str(ROOT / "configs" / "folder.py") + f":{tmp_path / 'no'}")
 
 

@@ -70,7 +70,7 @@ def random_network(channels: int = 3, **model: object) -> Pretrained:
 def described(network: Pretrained) -> Pretrained:
     """The same network, whose classes are in words too, of images of 12 bits."""
     words = tuple(f"what {name} is" for name in network.class_names)
-    return network._replace(class_descriptions=words, min_decoded_side=80, max_value=4095)
+    return network._replace(class_descriptions=words, min_decoded_side=80, max_value=4095, orientation="apply")
 
 
 def assert_same_arrays(found: Pretrained, expected: Pretrained) -> None:
@@ -295,6 +295,7 @@ def test_what_does_not_fit_is_refused(tmp_path, full):
         ({"max_value": 254}, r"is damaged: max_value must be in \[255, 65,535\], got 254"),
         ({"min_decoded_side": None}, r"is damaged: min_decoded_side must be an integer, got None"),
         ({"min_decoded_side": -1}, r"is damaged: min_decoded_side must be in \[0, 10,000\], got -1"),
+        ({"orientation": "aply"}, r"is damaged: orientation must be 'ignore' or 'apply', got 'aply'"),
         ({"measured": {"top1": "0.9"}}, r"is damaged: top1 in what was measured is '0\.9'; expected a number"),
         ({"measured": {"date": 1}}, r"is damaged: date in what was measured is 1; expected a text"),
         ({"measured": {"top1": math.nan}}, r"is damaged: top1 in what was measured must be a finite number, got nan"),
@@ -326,10 +327,10 @@ def test_descriptions_of_older_files():
     """They lack the keys that came later, whose defaults are what was done then; all others must be there."""
     network = random_network(**NARROW)
     said = description.describe(described(network))
-    later = ("class_descriptions", "measured", "min_decoded_side", "max_value")
+    later = ("class_descriptions", "measured", "min_decoded_side", "max_value", "orientation")
     older = {key: value for key, value in said.items() if key not in later}
     _, found = description.checked(older, Path("w.npz"))
-    assert [found[key] for key in later] == [(), {}, 0, None]
+    assert [found[key] for key in later] == [(), {}, 0, None, "ignore"]
     for key in older:
         with pytest.raises(UserError, match=rf"^w\.npz: its description \(xception_flax\) is damaged: .*{key}"):
             description.checked({name: value for name, value in older.items() if name != key}, Path("w.npz"))

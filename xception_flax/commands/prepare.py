@@ -1,8 +1,8 @@
 """Prepares and checks data sets: ArrayRecord as TFDS writes it, without TensorFlow.
 
   imagenet   the two tars of ILSVRC2012 as TFDS' `imagenet2012`
-  folder     your own images, CLASS/*.jpg, as a TFDS data set
-  check      reads every image of a data set or of a folder
+  folder     your own images, CLASS/*.jpg or a table of them, as a TFDS data set
+  check      reads every image of a data set, a folder or a table
 
 If it was stopped or killed, the same command continues. A data set is in VERSION.incomplete until it is complete.
 """
@@ -17,18 +17,31 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from xception_flax import data
 from xception_flax.commands import cli
-from xception_flax.data import decoding, sources
+from xception_flax.data import decoding
 from xception_flax.data.loading import MAX_THREADS
+from xception_flax.data.sources.splitting import VAL_FRACTION
+from xception_flax.data.sources.table import Rows
+from xception_flax.data.sources.unread import unread_of
 from xception_flax.display import console
 from xception_flax.host import files
-from xception_flax.prepare import check, folder, imagenet, records
+from xception_flax.prepare import check, folder, imagenet, records, similar
+from xception_flax.recipes import overrides
+from xception_flax.recipes.checking import resolve_group
+from xception_flax.recipes.signatures import keys_of
 from xception_flax.text import naming
 from xception_flax.text.counting import counted
+from xception_flax.text.errors import UserError
+
+GROUPING = "keep images of one video, patient or object in one split by data.group_by (docs/data.md)"
+
+OVERRIDES = "how training divides and reads a folder or a table: group_by, stratify, label_column, ..."
 
 EXAMPLES = """\
   xception-flax prepare imagenet --tars downloads --data-dir /data/tfds --hashes
   xception-flax prepare folder photos --data-dir /data/tfds --val-fraction 0.2
+  xception-flax prepare folder labels.csv --data-dir /data/tfds --config.data.label_column=breed
   xception-flax prepare check /data/tfds/imagenet2012/5.1.0 --json report.json"""
 
 
@@ -44,25 +57,46 @@ def main(argv: list[str]) -> int:
     hashes.add_argument("--subset", action="store_true", help="accept tars of other sizes: a part of ImageNet")
     _add_output(command)
 
-    command = commands.add_parser("folder", help="images in one folder per class", allow_abbrev=False)
+    command = commands.add_parser("folder", help="images in one folder per class, or in a table", allow_abbrev=False)
     command.set_defaults(function=prepare_folder)
     command.add_argument(
-        "source", type=cli.directory, metavar="SRC", help="with CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg"
+        "source",
+        type=cli.directory,
+        metavar="SRC",
+        help="folder with CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg; or a table, .csv or .parquet",
     )
-    command.add_argument("--name", help="of the data set; default: the folder's name in small letters")
+    command.add_argument("--name", help="of the data set; default: SRC's name in small letters")
+    cli.add_overrides(command, "data.KEY", OVERRIDES)
     _add_val_fraction(command, "SRC")
     _add_output(command)
 
     command = commands.add_parser("check", help="reads every image", allow_abbrev=False)
     command.set_defaults(function=check_data_set)
     command.add_argument(
-        "dataset", type=cli.directory, metavar="DATASET", help="NAME/VERSION of a prepared data set, or a folder"
+        "dataset",
+        type=cli.directory,
+        metavar="DATASET",
+        help="NAME/VERSION of a prepared data set, a folder or a table",
     )
     command.add_argument("--json", type=Path, metavar="FILE", help="write the report with all names to FILE")
+    cli.add_overrides(command, "data.KEY", OVERRIDES)
     _add_val_fraction(command, "DATASET")
     _add_threads(command)
-    arguments = parser.parse_args(argv)
+    arguments, arguments.changes = parser.parse_known_args(argv)
+    if arguments.changes and arguments.function is prepare_imagenet:
+        parser.error(f"unrecognized arguments: {' '.join(arguments.changes)}")
     return arguments.function(arguments)
+
+
+def _options(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the keywords of the source that were given: as training takes them, and --val-fraction."""
+    given = data.source_at(os.fspath(path))
+    said = overrides.split(arguments.changes, ("data",))["data"]
+    if twice := given.keys() & said.keys():
+        raise UserError(f"the data are given twice, by {path} and by --config.data.{min(twice)}; give one.")
+    group = resolve_group("data", {**given, "image_size": 1}, arguments.changes)
+    options = {key: group[key] for key in keys_of(data.SOURCES[given["source"]]) if key in said}
+    return options if arguments.val_fraction is None else options | {"val_fraction": arguments.val_fraction}
 
 
 def _add_val_fraction(command: argparse.ArgumentParser, of: str) -> None:
@@ -71,7 +105,7 @@ def _add_val_fraction(command: argparse.ArgumentParser, of: str) -> None:
         type=_fraction,
         metavar="SHARE",
         help=f"share of {of}/CLASS/*.jpg in split val, chosen by a hash of the file's name as in training on a folder; "
-        f"default: {sources.folder.VAL_FRACTION}",
+        f"default: {VAL_FRACTION}",
     )
 
 
@@ -125,13 +159,16 @@ def prepare_imagenet(arguments: argparse.Namespace) -> int:
 
 
 def prepare_folder(arguments: argparse.Namespace) -> int:
-    directory = arguments.source.expanduser().absolute()
-    splits = folder.open_folder(directory, arguments.val_fraction)
-    class_names = next(iter(splits.values())).class_names
-    info = folder.create_info(arguments.name or folder.default_name(directory), class_names, arguments.data_dir)
-    if unread := sources.folder.unread_of(splits.values()):
-        print(f"{naming.shown(directory)}: {unread}", file=sys.stderr)
-    return _prepare(info, folder.list_images(directory, splits), arguments, str(directory))
+    path = arguments.source.expanduser().absolute()
+    options = _options(path, arguments)
+    splits = folder.open_images(path, options)
+    first = next(iter(splits.values()))
+    several = isinstance(first, Rows) and first.several
+    name = arguments.name or folder.default_name(path)
+    info = folder.create_info(name, first.class_names, arguments.data_dir, several=several)
+    if unread := unread_of(splits.values()):
+        print(f"{naming.shown(path)}: {unread}", file=sys.stderr)
+    return _prepare(info, folder.list_images(path, splits, options.get("data_dir")), arguments, str(path))
 
 
 def _prepare(
@@ -153,8 +190,11 @@ def _prepare(
         with console.counting(what, total, "bytes", done=done) as advance:
             records.write(layout, missing, arguments.num_threads, advance)
         records.complete(layout)
-    num_classes = info.features["label"].num_classes
-    empty = num_classes - len({image.label for image in next(iter(splits.values()))})
+    label = info.features["label"]
+    several = isinstance(label, tfds.features.Sequence)
+    num_classes = (label.feature if several else label).num_classes
+    first = next(iter(splits.values()))
+    empty = num_classes - len({number for image in first for number in (image.label if several else (image.label,))})
     classes = f"{num_classes:,}" + (f", {empty:,} without an image" if empty else "")
     rows = {split: counted(len(images), "image") for split, images in splits.items()} | {"classes": classes}
     console.show_table(
@@ -174,8 +214,8 @@ def _prepare(
 
 
 def check_data_set(arguments: argparse.Namespace) -> int:
-    directory = arguments.dataset.expanduser().absolute()
-    splits = check.open_splits(directory, arguments.val_fraction)
+    path = arguments.dataset.expanduser().absolute()
+    splits, refused = check.open_splits(path, _options(path, arguments))
     of_training = {split: source for split, source in splits.items() if split in ("train", "val")} or splits
     class_names = folder.common_classes(arguments.dataset, of_training)
     if arguments.json is not None:
@@ -184,18 +224,23 @@ def check_data_set(arguments: argparse.Namespace) -> int:
     with console.counting(f"reading {arguments.dataset.name}", total, "image") as advance:
         images = check.read_all(splits, arguments.num_threads, advance)
     report = {split: check.describe(found, splits[split].class_names) for split, found in images.items()}
-    repeated = check.repeated(images)
+    repeated, alike = check.repeated(images), check.alike(images)
     if arguments.json is not None:
         unread = sorted({file for source in splits.values() for file in getattr(source, "unread", ())})
-        content = {"splits": report, "repeated": repeated, "unread": [file._asdict() for file in unread]}
+        content = {
+            "splits": report,
+            "repeated": repeated,
+            "alike": alike,
+            "unread": [file._asdict() for file in unread],
+        }
         arguments.json.write_text(naming.to_json(content, indent=1) + "\n")
     _show(report, repeated)
-    if unread := sources.folder.unread_of(splits.values()):
+    _show_alike(alike)
+    if unread := unread_of(splits.values()):
         print(f"\n{unread}")
     other = [split for split, source in splits.items() if source.class_names != class_names]
     if other:  # training does not use these splits, but `evaluate` would refuse them
         print(f"\nother classes than training's: split {', '.join(other)}")
-    refused = check.mistakes(directory, splits, arguments.val_fraction)
     for mistake in refused:
         print(f"\ntraining refuses it: {naming.harmless(mistake)}")
     return 1 if other or refused or any(described["undecodable"] for described in report.values()) else 0
@@ -240,6 +285,8 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
     print(f"\n{counted(len(repeated), 'file')} {are} there more than once, {across:,} of them in more than one split")
     for names in sorted(repeated, key=is_across, reverse=True)[:10]:  # those in several splits first
         print(f"  {' = '.join(map(naming.shown, names[:5]))}{' ...' if len(names) > 5 else ''}")
+    if across:
+        print(f"  {GROUPING}")
     undecodable = [f"{split}: {name}" for split in report for name in report[split]["undecodable"]]
     if undecodable:
         print(f"\n{counted(len(undecodable), 'image')} cannot be read or decoded")
@@ -247,3 +294,16 @@ def _show(report: Mapping[str, dict[str, Any]], repeated: Sequence[Sequence[str]
             print(f"  {naming.shown(name)}")
         if len(undecodable) > 20:
             print("  ... (all by --json FILE)")
+
+
+def _show_alike(alike: Sequence[Mapping[str, Any]]) -> None:
+    if not alike:
+        return
+    looks = "looks" if len(alike) == 1 else "look"
+    print(
+        f"\n{counted(len(alike), 'image')} {looks} nearly the same as one of another split (pHash, up to "
+        f"{similar.MAX_DISTANCE} of 64 bits differ)"
+    )
+    for pair in alike[:10]:
+        print(f"  {' ~ '.join(map(naming.shown, pair['images']))} ({pair['distance']})")
+    print(f"  {'... (all by --json FILE); ' if len(alike) > 10 else ''}{GROUPING}")

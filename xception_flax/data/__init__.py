@@ -6,9 +6,15 @@ No module in this folder calls JAX: worker processes import them, and must never
 import importlib
 import sys
 
-__all__ = ["SOURCES", "InputError", "Split", "check_class_names", "check_options", "load", "unread_of"]
+__all__ = ["SOURCES", "InputError", "Split", "check_class_names", "check_options", "load", "source_at", "unread_of"]
 
-_HOMES = {"InputError": "pipeline", "SOURCES": "sources", "Split": "pipeline", "unread_of": "sources.folder"}
+_HOMES = {
+    "InputError": "pipeline",
+    "SOURCES": "sources",
+    "Split": "pipeline",
+    "source_at": "sources",
+    "unread_of": "sources.unread",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -6,6 +6,7 @@ its warnings are errors. A JPEG has no checksum, so damage that leaves a valid f
 """
 
 import contextlib
+import importlib.util
 import io
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 import simplejpeg
+from PIL import ExifTags, features
 from PIL import Image as pillow
 
 from xception_flax.text.errors import UserError
@@ -23,6 +25,18 @@ Image = np.ndarray
 MAX_PIXELS = 2**28 // 3
 
 FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of Pillow's 40; some of the others start programs
+if "avif" in features.modules and features.check("avif"):  # from Pillow 11.3 on, where it was built with libavif
+    FORMATS += ("AVIF",)
+if importlib.util.find_spec("pillow_heif") is not None:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS += ("HEIF",)
+
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")  # of ISO/IEC 23008-12, of single images
+HOW_TO_READ_HEIF = "to read .heic and .heif, pip install pillow-heif"
+
+ORIENTATIONS = ("ignore", "apply")
 
 # White in 16 bits. Only PNM's header says which value is white. PNG's sBIT says how precise the values are, which are
 # scaled to 16 bits anyway. TIFF's MaxSampleValue describes one image, and by its definition is not for display.
@@ -40,15 +54,22 @@ class BadImageError(UserError):
     """A file or a record does not hold a valid image."""
 
 
-def decode(image: bytes | np.ndarray, channels: int, min_side: int = 0, max_value: int | None = None) -> Image:
+def decode(
+    image: bytes | np.ndarray,
+    channels: int,
+    min_side: int = 0,
+    max_value: int | None = None,
+    orientation: str = "ignore",
+) -> Image:
     """Returns uint8 `[H, W, channels]` from an encoded file or from `[H, W]` / `[H, W, C]` uint8.
 
     One channel becomes three by repetition; three become one by JPEG's luma (ITU-R BT.601). Only the first frame of an
-    animation is read. Alpha is dropped. Orientation tags are ignored, as by ImageNet's readers, except TIFF's, which
-    Pillow applies. The format is recognized by the content, not by the file's name.
+    animation is read. Alpha is dropped. Orientation tags are ignored by default, as by ImageNet's readers, except those
+    of TIFF and HEIF, which Pillow and libheif apply. The format is recognized by the content, not by the file's name.
 
     Args:
-      image: the content of a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file, or pixels.
+      image: the content of a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file, of an AVIF file where Pillow reads it, or of
+        a HEIF file where pillow-heif is installed; or pixels.
       channels: 1 or 3.
       min_side: if positive, a JPEG is decoded at the smallest of 1/2, 3/8, 1/4 and 1/8 of its size that leaves at
         least `min_side` pixels on both sides, or else whole. This is far faster for photos of many megapixels. The
@@ -56,13 +77,19 @@ def decode(image: bytes | np.ndarray, channels: int, min_side: int = 0, max_valu
       max_value: for files of 16 bits, the value that becomes 255, from 255 to 65,535: a value becomes
         `value * 256 // (max_value + 1)`. None means 65,535, which keeps the upper 8 bits; only the colours of a PPM
         file are rounded to the nearest by Pillow, `value * 255 / 65,535`.
+      orientation: 'apply' turns and mirrors an image as its EXIF (or XMP) says, as
+        `PIL.ImageOps.exif_transpose` does; 'ignore' leaves it as it is stored.
 
     Raises:
-      BadImageError: the file cannot be decoded to its end, is larger than `MAX_PIXELS`, or has values above
-        `max_value`; or the array is not a uint8 image.
+      BadImageError: the file cannot be decoded to its end, is larger than `MAX_PIXELS`, has values above
+        `max_value`, or an EXIF that cannot be read and is to be applied; or the array is not a uint8 image.
     """
     if isinstance(image, bytes):
-        image = _decode_jpeg(image, channels, min_side) if image[:2] == b"\xff\xd8" else _decode_other(image, max_value)
+        if image[:2] == b"\xff\xd8":
+            pixels = _decode_jpeg(image, channels, min_side)
+            image = turned(pixels, _orientation_of_jpeg(image)) if orientation == "apply" else pixels
+        else:
+            image = _decode_other(image, max_value, orientation)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
         raise BadImageError(f"an image must be uint8 [H, W] or [H, W, C], got {image.dtype} {image.shape}.")
     if image.ndim == 2:
@@ -93,22 +120,49 @@ def _decode_jpeg(content: bytes, channels: int, min_side: int) -> Image:
         raise _undecodable(content, error) from None
 
 
-def _decode_other(content: bytes, max_value: int | None) -> Image:
-    max_value = max_value or WHITE
+def turned(image: Image, orientation: int) -> Image:
+    """Returns an image `[H, W]` or `[H, W, C]` as EXIF's orientation says it is to be seen.
+
+    Args:
+      image: as it is stored.
+      orientation: 1 to 8, of which 1 changes nothing; so do other values, as in Pillow.
+    """
+    if orientation in (5, 6, 7, 8):
+        image = image.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
+
+
+def _orientation_of_jpeg(content: bytes) -> int:
+    with _opened(content, ("JPEG",)) as file:  # reads the header alone
+        return file.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _decode_other(content: bytes, max_value: int | None, orientation: str) -> Image:
     with _opened(content) as file:
-        # With the default white, Pillow reads colours as wanted: it keeps their upper 8 bits.
-        values = _sixteen_bits(file, content, colors=max_value != WHITE)
-        if values is not None:
-            if (largest := int(values.max(initial=0))) > max_value:
-                raise BadImageError(f"it has values up to {largest:,}, more than data.max_value={max_value}.")
-            return (values.astype(np.uint32) * 256 // (max_value + 1)).astype(np.uint8)
-        if file.mode in ("I", "F"):
-            raise BadImageError(
-                f"an image of 32 bits a channel, or of negative values (Pillow's mode {file.mode!r}); expected 8 or 16 "
-                "bits."
-            )
-        gray = file.mode in ("1", "L", "LA")
-        return np.array(file.convert("L" if gray else "RGB"))
+        pixels = _pixels(file, content, max_value or WHITE)
+        # After they are read: a PNG may say it at its end, and of a TIFF Pillow has then applied and removed it.
+        return turned(pixels, file.getexif().get(ExifTags.Base.Orientation, 1)) if orientation == "apply" else pixels
+
+
+def _pixels(file: pillow.Image, content: bytes, max_value: int) -> Image:
+    """Returns uint8 `[H, W]` or `[H, W, 3]`."""
+    # With the default white, Pillow reads colours as wanted: it keeps their upper 8 bits.
+    values = _sixteen_bits(file, content, colors=max_value != WHITE)
+    if values is not None:
+        if (largest := int(values.max(initial=0))) > max_value:
+            raise BadImageError(f"it has values up to {largest:,}, more than data.max_value={max_value}.")
+        return (values.astype(np.uint32) * 256 // (max_value + 1)).astype(np.uint8)
+    if file.mode in ("I", "F"):
+        raise BadImageError(
+            f"an image of 32 bits a channel, or of negative values (Pillow's mode {file.mode!r}); expected 8 or 16 "
+            "bits."
+        )
+    gray = file.mode in ("1", "L", "LA")
+    return np.array(file.convert("L" if gray else "RGB"))
 
 
 def largest_value(content: bytes) -> int | None:
@@ -135,9 +189,9 @@ def white(largest: int) -> int:
 
 
 @contextlib.contextmanager
-def _opened(content: bytes) -> Iterator[pillow.Image]:
+def _opened(content: bytes, formats: tuple[str, ...] = FORMATS) -> Iterator[pillow.Image]:
     try:
-        with pillow.open(io.BytesIO(content), formats=FORMATS) as file:
+        with pillow.open(io.BytesIO(content), formats=formats) as file:
             _check_size(file.height, file.width)
             yield file
     except (BadImageError, MemoryError):
@@ -184,7 +238,9 @@ def _undecodable(content: bytes, error: Exception) -> BadImageError:
     if not content:
         return BadImageError("the image cannot be decoded: the file is empty.")
     if isinstance(error, pillow.UnidentifiedImageError):  # its text is only the address of an object
+        is_heif = content[4:8] == b"ftyp" and content[8:12] in HEIF_BRANDS and "HEIF" not in FORMATS
         return BadImageError(
             f"the image cannot be decoded: {len(content):,} bytes that are no JPEG, {', '.join(FORMATS)}."
+            + (f" It is a HEIF: {HOW_TO_READ_HEIF}." if is_heif else "")
         )
     return BadImageError(f"the image cannot be decoded ({len(content):,} bytes): {str(error).rstrip('.')}.")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from xception_flax.data.decoding import WHITE
+from xception_flax.data.decoding import ORIENTATIONS, WHITE
 from xception_flax.data.pipeline import ON_BAD_IMAGE, Split, choose_threads, usable_cpus
 from xception_flax.data.sampling import SAMPLINGS, Balanced
 from xception_flax.data.sources import SOURCES
@@ -34,6 +34,7 @@ def load(
     on_bad_image: str = "stop",
     max_value: int | None = None,
     sampling: str = "shuffled",
+    orientation: str = "ignore",
     *,
     train: bool,
     batch_size: int,
@@ -65,6 +66,7 @@ def load(
         65,535; then a run does not begin if most of them have no value in the upper half.
       sampling: order of training: 'shuffled', each image once an epoch; or 'balanced', each class equally often, images
         of rare classes more than once (`sampling.Balanced`). An epoch has as many images in both.
+      orientation: 'apply' turns images as their EXIF says, as phones write it; 'ignore' takes them as they are stored.
       train: if true, shuffled, endless and augmented; otherwise in order, once and padded.
       batch_size: of the global batch.
       seed: of order and augmentation.
@@ -92,6 +94,7 @@ def load(
         on_bad_image=on_bad_image,
         max_value=max_value,
         sampling=sampling,
+        orientation=orientation,
     )
     batch_bytes = batch_size // process_count * image_size**2 * channels
     if batch_bytes > (memory := allocator.free_memory_bytes()):
@@ -123,6 +126,7 @@ def load(
         on_bad_image=on_bad_image,
         max_value=max_value,
         sampling=sampling,
+        orientation=orientation,
     )
     if train and sampling == "balanced":
         Balanced(examples, seed)  # refuses what it cannot order
@@ -142,6 +146,7 @@ def check_options(
     on_bad_image: str,
     max_value: int | None,
     sampling: str,
+    orientation: str,
     **others: Any,
 ) -> dict[str, tuple[Transform, ...]]:
     """Checks the options of `load` that need no data; `others` are those that do.
@@ -165,6 +170,8 @@ def check_options(
         raise UserError(f"unknown data.on_bad_image {written(on_bad_image)}; {suggest(on_bad_image, ON_BAD_IMAGE)}")
     if sampling not in SAMPLINGS:
         raise UserError(f"unknown data.sampling {written(sampling)}; {suggest(sampling, SAMPLINGS)}")
+    if orientation not in ORIENTATIONS:
+        raise UserError(f"unknown data.orientation {written(orientation)}; {suggest(orientation, ORIENTATIONS)}")
     chains = {}
     for name, text in {"train": train_transforms, "eval": eval_transforms}.items():
         try:

@@ -66,6 +66,7 @@ class Split:
       max_value: see `decoding.decode`.
       rounded: see `prepare_image`.
       sampling: of training: one of `sampling.SAMPLINGS`.
+      orientation: see `decoding.decode`.
     """
 
     source: Source
@@ -83,6 +84,7 @@ class Split:
     max_value: int | None = None
     rounded: bool = True
     sampling: str = "shuffled"
+    orientation: str = "ignore"
 
     @property
     def num_images(self) -> int:
@@ -141,7 +143,10 @@ class Split:
         """
         try:
             image, rng = self.source[0]["image"], np.random.default_rng(self.seed)
-            prepare_image(image, self.transforms, self.image_shape, self.min_decoded_side, rng, self.max_value)
+            options = dict(orientation=self.orientation)
+            prepare_image(
+                image, self.transforms, self.image_shape, self.min_decoded_side, rng, self.max_value, **options
+            )
         except (BadImageError, InputError, OSError):  # `batches` reports it, as `on_bad_image` says
             pass
         except UserError as error:
@@ -226,6 +231,7 @@ class Split:
             self.max_value,
             replace=self.on_bad_image == "replace",
             rounded=self.rounded,
+            orientation=self.orientation,
         )
         examples = examples.random_map(prepare)
         # The hosts' shares are taken after the random map, since an example's randomness comes from its place in the
@@ -322,11 +328,12 @@ def prepare_image(
     max_value: int | None,
     *,
     rounded: bool = True,
+    orientation: str = "ignore",
 ) -> np.ndarray:
     """Decodes one image and applies the transforms; returns uint8 of `image_shape`.
 
     Args:
-      image, min_side, max_value: see `decoding.decode`.
+      image, min_side, max_value, orientation: see `decoding.decode`.
       chain: transforms, applied in this order.
       image_shape: `(H, W, C)` of the result.
       rng: for the transforms.
@@ -337,7 +344,7 @@ def prepare_image(
       BadImageError: the image cannot be decoded, or a transform does not accept it.
       UserError: the transforms make another shape.
     """
-    image = decode(image, image_shape[-1], min_side, max_value)
+    image = decode(image, image_shape[-1], min_side, max_value, orientation)
     if not rounded:
         image = image.astype(np.float32)
     for transform in chain:
@@ -365,6 +372,7 @@ class _Prepare(grain.transforms.RandomMap):
         *,
         replace: bool,
         rounded: bool,
+        orientation: str,
     ) -> None:
         self._transforms = transforms
         self._image_shape = image_shape
@@ -372,6 +380,7 @@ class _Prepare(grain.transforms.RandomMap):
         self._max_value = max_value
         self._replace = replace
         self._rounded = rounded
+        self._orientation = orientation
 
     def random_map(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
         prepared = {"labels": _label(example), "mask": example.get("mask", np.float32(1))}
@@ -384,6 +393,7 @@ class _Prepare(grain.transforms.RandomMap):
                 rng,
                 self._max_value,
                 rounded=self._rounded,
+                orientation=self._orientation,
             )
         except BadImageError as error:
             if self._replace:

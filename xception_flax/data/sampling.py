@@ -5,6 +5,7 @@ import functools
 import numpy as np
 
 from xception_flax.data.sources.source import Example, Source
+from xception_flax.data.sources.table import Rows
 from xception_flax.text.errors import UserError
 
 SAMPLINGS = ("shuffled", "balanced")
@@ -33,7 +34,7 @@ class Balanced:
           UserError: the source does not know its labels without reading all images, or images have several.
         """
         labels = labels_of(source)
-        if labels is None or labels.ndim != 1:
+        if labels is None:
             raise UserError(
                 "data.sampling=balanced needs one label an image, known without reading the images, as in a folder, a "
                 "table or arrays; leave it out, or set loss.class_weights."
@@ -78,16 +79,19 @@ class Balanced:
 
 
 def labels_of(source: Source) -> np.ndarray | None:
-    """Returns all labels, `[N]` or `[N, classes]`; None if they are known by reading the images only."""
+    """Returns the label of each image, `[N]`; None if images have several, or must be read for it."""
+    if isinstance(source, Rows):
+        return None if source.several else source.numbered().classes
     labels = getattr(source, "labels", None)
-    return None if labels is None else np.asarray(labels)
+    return None if labels is None or np.ndim(labels) != 1 else np.asarray(labels)
 
 
 def class_shares(source: Source) -> np.ndarray | None:
-    """Returns which share of the images has each class, float64 `[classes]`; None as of `labels_of`."""
+    """Returns which share of the images has each class, float64 `[classes]`; None if images must be read for it."""
     labels, count = labels_of(source), len(source.class_names)
-    if labels is None:
-        return None
-    if labels.ndim == 1:
-        return np.bincount(labels, minlength=count) / len(labels)
-    return (labels > 0).mean(0)
+    if labels is None and isinstance(source, Rows):
+        labels = source.numbered().classes
+    if labels is not None:
+        return np.bincount(labels, minlength=count) / len(source)
+    rows = getattr(source, "labels", None)
+    return None if rows is None else (np.asarray(rows) > 0).mean(0)

@@ -6,8 +6,8 @@ import sys
 # The dependencies of pyproject.toml, as they are imported.
 LIBRARIES = (
     "jax", "flax", "optax", "orbax", "grain", "numpy", "ml_collections", "absl", "array_record", "cv2", "h5py",
-    "huggingface_hub", "importlib_resources", "matplotlib", "PIL", "pooch", "rich", "safetensors", "simplejpeg",
-    "tensorboardX", "tensorflow_datasets",
+    "huggingface_hub", "imagehash", "importlib_resources", "matplotlib", "PIL", "pooch", "pyarrow", "rich",
+    "safetensors", "scipy", "simplejpeg", "sklearn", "tensorboardX", "tensorflow_datasets",
 )  # fmt: skip
 
 

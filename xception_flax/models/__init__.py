@@ -48,7 +48,8 @@ def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Mod
 
     Args:
       name: a key of `MODELS`.
-      num_classes: width of the logits; 0 for a backbone without classifier.
+      num_classes: width of the logits; 0 for a backbone without classifier, in a recipe -1 for the classes that the
+        training data have.
       **fields: the network's own attributes, such as `width`; types such as `dtype` may be given by
         name ('bfloat16').
 

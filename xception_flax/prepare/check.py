@@ -1,7 +1,6 @@
 """Reads every image of a data set and describes what it finds."""
 
 import collections
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
@@ -12,7 +11,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xception_flax.data import decoding, sources
-from xception_flax.prepare.folder import check_directory, splits_there
+from xception_flax.data.sources import splitting
+from xception_flax.prepare import similar
+from xception_flax.prepare.folder import check_directory, open_split, splits_there
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
@@ -29,6 +30,7 @@ class Checked(NamedTuple):
       digest: SHA-256 of these bytes; empty if it cannot be read.
       height, width: in pixels; 0 if it cannot be decoded.
       largest: the largest value of an image of 16 bits, None for others.
+      look: as of `similar.perceptual_hash`; None if it cannot be decoded too.
     """
 
     name: str
@@ -38,38 +40,53 @@ class Checked(NamedTuple):
     height: int
     width: int
     largest: int | None = None
+    look: int | None = None
 
 
-def open_splits(directory: Path, val_fraction: float | None) -> dict[str, sources.Source]:
-    """Returns the splits of a prepared data set or a folder, as training has them; one may be empty.
+def open_splits(path: Path, options: Mapping[str, Any]) -> tuple[dict[str, sources.Source], list[str]]:
+    """Returns the splits of a prepared data set, a folder or a table, as training has them, and what it will refuse.
+
+    Args:
+      path: of the folder of a version of a data set, a folder of images or a table.
+      options: keywords of the source 'folder' or 'table'.
+
+    Returns:
+      The splits by name, of which one may be empty; and the messages of training about them.
 
     Raises:
-      UserError: there is no data set, or more than one; or `val_fraction` is given where splits are fixed.
+      UserError: there is no data set, or more than one; or `options` are given where splits are fixed.
     """
-    check_directory(directory)
-    if (directory / "dataset_info.json").exists():
-        if val_fraction is not None:
-            raise UserError(f"{directory} is a data set, which has its splits; leave out --val-fraction.")
-        names = tfds.builder_from_directory(directory).info.splits
-        return {split: sources.tfds.tfds(split, data_dir=str(directory)) for split in names}
+    if path.is_file():
+        return _splits_of_table(path, options)
+    check_directory(path)
+    if (path / "dataset_info.json").exists():
+        if options:
+            key = "--val-fraction" if "val_fraction" in options else f"data.{next(iter(options))}"
+            raise UserError(f"{path} is a data set, which has its splits; leave out {key}.")
+        names = tfds.builder_from_directory(path).info.splits
+        return {split: sources.tfds.tfds(split, data_dir=str(path)) for split in names}, []
     for pattern in ("*/dataset_info.json", "*/*/dataset_info.json"):
-        if below := next(directory.glob(pattern), None):
-            raise UserError(f"{directory} has data sets below it; give one version of one, as {below.parent}.")
-    splits, fraction = splits_there(directory, val_fraction)
-    if splits:
-        return {split: sources.folder.folder(split, data_dir=str(directory)) for split in splits}
-    return sources.folder.split_by_names(sources.folder.classes_in(directory), fraction)
+        if below := next(path.glob(pattern), None):
+            raise UserError(f"{path} has data sets below it; give one version of one, as {below.parent}.")
+    if there := splits_there(path, options):
+        return {split: open_split(path, split, options) for split in there}, []
+    splitting.check_rule(rule := splitting.Rule(**options))
+    files = sources.folder.classes_in(path)
+    splits = sources.folder.held_out(path, files, rule)
+    mistakes = (sources.folder.split_mistake(path, files, rule, split) for split in splits)
+    return splits, [mistake for mistake in mistakes if mistake]
 
 
-def mistakes(directory: Path, splits: Mapping[str, sources.Source], val_fraction: float | None) -> list[str]:
-    """Returns what training will refuse of the splits that `open_splits` returned."""
-    train, val = splits.get("train"), splits.get("val")
-    if not (isinstance(train, sources.folder.Files) and isinstance(val, sources.folder.Files)) or train.splits:
-        return []  # splits that are fixed
-    whole = dataclasses.replace(train, paths=train.paths + val.paths, labels=train.labels + val.labels)
-    fraction = val_fraction or sources.folder.VAL_FRACTION
-    found = (sources.folder.split_mistake(directory, whole, fraction, split) for split in splits)
-    return [mistake for mistake in found if mistake]
+def _splits_of_table(path: Path, options: Mapping[str, Any]) -> tuple[dict[str, sources.Source], list[str]]:
+    splits, mistakes = {}, []
+    for split in splits_there(path, options) or ("train", "val"):
+        try:
+            splits[split] = open_split(path, split, options)
+        except UserError as error:
+            mistakes.append(str(error))
+    if not splits:
+        raise UserError(mistakes[0])
+    return splits, mistakes
 
 
 def read_all(
@@ -106,12 +123,13 @@ def read(source: sources.Source, index: int) -> Checked:
     )
     classes = np.flatnonzero(label) if label.ndim else label[None]
     try:
-        height, width = decoding.decode(content, 3).shape[:2]
-        largest = decoding.largest_value(content)
+        image = decoding.decode(content, 3)
+        (height, width), largest = image.shape[:2], decoding.largest_value(content)
+        look = similar.perceptual_hash(image)
     except decoding.BadImageError:
-        height, width, largest = 0, 0, None
+        height, width, largest, look = 0, 0, None, None
     digest = hashlib.sha256(content).digest()
-    return Checked(name, tuple(classes.tolist()), len(content), digest, height, width, largest)
+    return Checked(name, tuple(classes.tolist()), len(content), digest, height, width, largest, look)
 
 
 def describe(images: Sequence[Checked], class_names: Sequence[str]) -> dict[str, Any]:
@@ -148,3 +166,24 @@ def repeated(images: Mapping[str, Sequence[Checked]]) -> list[list[str]]:
             if image.digest:
                 places[image.digest].append(f"{split}: {image.name}")
     return [names for names in places.values() if len(names) > 1]
+
+
+def alike(images: Mapping[str, Sequence[Checked]]) -> list[dict[str, Any]]:
+    """Returns images that look the same as one of another split and have other bytes, the most alike first.
+
+    Returns:
+      For JSON: `distance`, the bits of the hashes that differ, and `images`, both as 'SPLIT: NAME'.
+    """
+    splits_of = collections.defaultdict(set)
+    for split, found in images.items():
+        for image in found:
+            splits_of[image.digest].add(split)
+    # What has equal bytes in another split is in `repeated`.
+    looks = {
+        split: [None if len(splits_of[image.digest]) > 1 else image.look for image in found]
+        for split, found in images.items()
+    }
+    return [
+        {"distance": distance, "images": [f"{split}: {images[split][place].name}" for split, place in both]}
+        for distance, *both in similar.near(looks)
+    ]

@@ -1,86 +1,114 @@
-"""A folder of images as a TFDS data set: refuses what TFDS cannot read, and lists every image."""
+"""A folder or a table of images as a TFDS data set: refuses what TFDS cannot read, and lists every image."""
 
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
 from xception_flax.data import sources
+from xception_flax.data.sources.folder import Files
+from xception_flax.data.sources.table import Rows
 from xception_flax.prepare.records import EncodedImage
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
 
-def default_name(directory: Path) -> str:
-    """Returns the name of a data set made from that of its folder: 'My Photos' -> 'my_photos'."""
-    return re.sub(r"\W+", "_", directory.name.lower()).strip("_")
+def default_name(path: Path) -> str:
+    """Returns the name of a data set made from that of its folder or table: 'My Photos' -> 'my_photos'."""
+    return re.sub(r"\W+", "_", (path.stem if path.is_file() else path.name).lower()).strip("_")
 
 
-def open_folder(directory: Path, val_fraction: float | None) -> dict[str, sources.folder.Files]:
-    """Returns the splits of a folder by name, as training has them.
+def open_images(path: Path, options: Mapping[str, Any]) -> dict[str, Files | Rows]:
+    """Returns the splits of a folder or a table by name, as training has them.
 
     Args:
-      directory: with CLASS/*.jpg, or with train/CLASS/*.jpg and folders of other splits.
-      val_fraction: share of 'val' if splits have no folders; None for the default.
+      path: of a table, or of a folder with CLASS/*.jpg, or with train/CLASS/*.jpg and folders of other splits.
+      options: keywords of the source.
 
     Raises:
-      UserError: the folder is missing, has fewer than two classes, has splits with different classes, or has a name
-        in it that TFDS cannot read.
+      UserError: there is none, it has fewer than two classes, has splits with different classes, or has a name in it
+        that TFDS cannot read.
     """
-    check_directory(directory)
-    there, fraction = splits_there(directory, val_fraction)
+    is_table = path.is_file()
+    there = splits_there(path, options)
     if wrong := [split for split in there if not re.fullmatch(r"[\w-]+", split) or split == "all"]:
         raise UserError(
-            f"{directory}: TFDS reads no split {wrong[0]!r}; rename the folder, by letters, digits, _ and -, "
-            "and not 'all', which is all of them."
+            f"{path}: TFDS reads no split {wrong[0]!r}; rename {'it' if is_table else 'the folder'}, by letters, "
+            "digits, _ and -, and not 'all', which is all of them."
         )
-    files = {
-        split: sources.folder.folder(split, data_dir=str(directory), val_fraction=fraction)
-        for split in there or ("train", "val")
-    }
-    class_names = common_classes(directory, files)
+    images = {split: open_split(path, split, options) for split in there or ("train", "val")}
+    class_names = common_classes(path, images)
     if len(class_names) < 2:
-        raise UserError(f"{directory} has one class only, {class_names[0]!r}; expected two or more.")
+        raise UserError(f"{path} has one class only, {class_names[0]!r}; expected two or more.")
     if wrong := [name for name in class_names if name.splitlines() != [name.strip()]]:
         raise UserError(
-            f"{directory}: TFDS reads no class {wrong[0]!r}; rename the folder, without white space around its "
-            "name or line breaks."
+            f"{path}: TFDS reads no class {wrong[0]!r}; rename {'it' if is_table else 'the folder'}, without white "
+            "space around its name or line breaks."
         )
-    for split in files.values():
-        for path in split.paths:
-            if not naming.is_unicode(naming.decoded(path)):
-                raise UserError(f"{naming.shown(path)}: TFDS takes no file name that is not UTF-8; rename it.")
-    return files
+    for of_split in images.values():
+        for file in of_split.paths if isinstance(of_split, Files) else ():
+            if not naming.is_unicode(naming.decoded(file)):
+                raise UserError(f"{naming.shown(file)}: TFDS takes no file name that is not UTF-8; rename it.")
+    return images
 
 
-def list_images(directory: Path, files: Mapping[str, sources.folder.Files]) -> dict[str, list[EncodedImage]]:
-    """Returns the images of each split for `records` to write, named by their paths below `directory`."""
+def open_split(path: Path, split: str, options: Mapping[str, Any]) -> Files | Rows:
+    """Returns a split of a folder or a table, as training has it."""
+    if path.is_file():
+        return sources.table.table(split, path=str(path), **options)
+    return sources.folder.folder(split, data_dir=str(path), **options)
+
+
+def list_images(path: Path, images: Mapping[str, Files | Rows], data_dir: str | None) -> dict[str, list[EncodedImage]]:
+    """Returns the images of each split for `records` to write, named by their paths below the folder of the images.
+
+    Args:
+      path: of the folder or the table.
+      images: of each split, from `open_images`.
+      data_dir: the folder of a table's images; None for its own, or for a folder.
+    """
+    place = path if path.is_dir() else path.parent if data_dir is None else Path(os.path.abspath(data_dir))
     return {
-        split: [
-            EncodedImage(
-                # The name is the same on every system; the path is that of this system.
-                naming.canonical(Path(path).relative_to(directory)),
-                label,
-                path,
-                0,
-                os.stat(path).st_size,
-            )
-            for path, label in zip(of_split.paths, of_split.labels, strict=True)
-        ]
-        for split, of_split in files.items()
+        split: [_encoded(path, place, of_split, index) for index in range(len(of_split))]
+        for split, of_split in images.items()
     }
 
 
-def create_info(name: str, class_names: tuple[str, ...], data_dir: Path) -> tfds.core.DatasetInfo:
+def _encoded(path: Path, place: Path, images: Files | Rows, index: int) -> EncodedImage:
+    if isinstance(images, Files):
+        file, label = images.paths[index], images.labels[index]
+    else:
+        label = images.labels[index].as_py()
+        label = tuple(label) if images.several else label
+        if images.names is not None:
+            content = images.images[index].as_py()
+            return EncodedImage(images.names[index].as_py(), label, str(path), 0, len(content), content)
+        file = images.path(index)
+    # The name is the same on every system; the path is that of this system.
+    name = naming.canonical(os.path.relpath(file, place) if Path(file).is_relative_to(place) else file)
+    return EncodedImage(name, label, file, 0, os.stat(file).st_size)
+
+
+def create_info(
+    name: str, class_names: tuple[str, ...], data_dir: Path, *, several: bool = False
+) -> tfds.core.DatasetInfo:
     """Returns the description of the data set to be written to `data_dir/name/1.0.0`.
+
+    Args:
+      name: of the data set.
+      class_names: by number.
+      data_dir: the folder of data sets.
+      several: whether an image may have several labels.
 
     Raises:
       UserError: TFDS does not accept `name`.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(f"--name must be of small letters, digits and _, and begin with a letter; got {name!r}.")
+    label = tfds.features.ClassLabel(names=class_names)
     return tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
             name=name, version=tfds.core.Version("1.0.0"), data_dir=str(data_dir), module_name=""
@@ -89,7 +117,7 @@ def create_info(name: str, class_names: tuple[str, ...], data_dir: Path) -> tfds
         features=tfds.features.FeaturesDict(
             {
                 "image": tfds.features.Image(),
-                "label": tfds.features.ClassLabel(names=class_names),
+                "label": tfds.features.Sequence(label) if several else label,
                 "file_name": tfds.features.Text(),
             }
         ),
@@ -97,18 +125,30 @@ def create_info(name: str, class_names: tuple[str, ...], data_dir: Path) -> tfds
     )
 
 
-def splits_there(directory: Path, val_fraction: float | None) -> tuple[tuple[str, ...], float]:
-    """Returns the splits that have folders, and the share of 'val' if none has.
+def splits_there(path: Path, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the names of the splits that have folders, or are in a column of a table; empty if there are none.
+
+    Args:
+      path: of a folder of classes or splits, or of a table.
+      options: keywords of the source.
 
     Raises:
-      UserError: splits have folders, and a share is given too; or 'val' is a folder without images of classes.
+      UserError: there is no such folder; there are splits, and a share is given too; or 'val' is a folder without
+        images of classes.
     """
-    there = sources.folder.folder_splits(str(directory))
-    if there and "val" not in there and (directory / "val").is_dir():
-        sources.folder.folder("val", data_dir=str(directory))  # says what is wrong there, as training does
-    if there and val_fraction is not None:
-        raise UserError(f"{directory} has folders of splits ({', '.join(there)}) already; leave out --val-fraction.")
-    return there, val_fraction or sources.folder.VAL_FRACTION
+    if path.is_file():
+        if (there := sources.table.table_splits(str(path), **options)) and "val_fraction" in options:
+            raise UserError(f"{path} has a column of splits ({', '.join(there)}) already; leave out --val-fraction.")
+        return there
+    check_directory(path)
+    if options.get("group_by") is not None and not (path / "train").is_dir():
+        return ()  # a class may have folders in it
+    there = sources.folder.folder_splits(str(path))
+    if there and "val" not in there and (path / "val").is_dir():
+        sources.folder.folder("val", data_dir=str(path))  # says what is wrong there, as training does
+    if there and "val_fraction" in options:
+        raise UserError(f"{path} has folders of splits ({', '.join(there)}) already; leave out --val-fraction.")
+    return there
 
 
 def check_directory(path: Path) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 
+import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import file_adapters, hashing
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
@@ -41,13 +42,13 @@ class EncodedImage:
 
     Attributes:
       name: the feature `file_name`, and the key that decides its place in the order; unique in a split.
-      label: number of its class.
+      label: number of its class, or numbers of its classes if an image may have several.
       path, offset, size: of its bytes.
       content: bytes to write in place of those in the file; None to write those.
     """
 
     name: str
-    label: int
+    label: int | tuple[int, ...]
     path: str
     offset: int
     size: int
@@ -71,9 +72,13 @@ class EncodedImage:
     def num_bytes(self) -> int:
         """Length of its record, a `tf.train.Example` of image, label and file_name, by protobuf's rules."""
         image_bytes = self.size if self.content is None else len(self.content)
-        values = {"image": image_bytes, "label": _varint_bytes(self.label), "file_name": len(self.name.encode())}
-        # The fields are nested: an entry of the map has a key and a Feature, which has a list with one value.
-        entries = (_field(_field(len(key)) + _field(_field(_field(n)))) for key, n in values.items())
+        numbers = self.label if isinstance(self.label, tuple) else (self.label,)
+        label_bytes = sum(map(_varint_bytes, numbers))
+        values = {"image": image_bytes, "label": label_bytes, "file_name": len(self.name.encode())}
+        # The fields are nested: an entry of the map has a key and a Feature, which has a list, with one value or, of
+        # labels, with numbers in one field; a list of no numbers has no field.
+        lists = {key: _field(n) if n or key != "label" else 0 for key, n in values.items()}
+        entries = (_field(_field(len(key)) + _field(_field(n))) for key, n in lists.items())
         return _field(sum(entries))
 
 
@@ -251,7 +256,8 @@ def write(layout: Layout, shards: Sequence[Shard], num_threads: int, advance: Ca
     def write_shard(shard: Shard) -> None:
         def records() -> Iterator[tuple[str, bytes]]:
             for image in shard.images:
-                values = {"image": image.read(), "label": image.label, "file_name": image.name}
+                label = np.array(image.label, np.int64) if isinstance(image.label, tuple) else image.label
+                values = {"image": image.read(), "label": label, "file_name": image.name}
                 # Without `deterministic`, as in TFDS, protobuf's order of the three fields differs by process.
                 record = serializer.get_tf_example(values).SerializeToString(deterministic=True)
                 yield image.name, record

@@ -131,6 +131,7 @@ OPERATIONAL = (
     "data.num_threads",
     "data.num_workers",
     "data.on_bad_image",
+    "data.path",
     "log_every_steps",
     "profile",
 )
@@ -138,4 +139,4 @@ OPERATIONAL = (
 OPERATIONAL_GROUPS = ("mesh", "checkpoint")
 
 # Keys that may differ between the hosts of a run.
-PER_HOST = ("data.data_dir", "data.num_threads", "data.num_workers")
+PER_HOST = ("data.data_dir", "data.num_threads", "data.num_workers", "data.path")

@@ -12,9 +12,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from xception_flax import data
 from xception_flax.recipes.checking import resolve
+from xception_flax.recipes.signatures import keys_of
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import cut, suggest, written
+
+COUNTED = -1  # model.num_classes of a recipe for any folder or table: as many as there are
 
 PROJECT = Path(__file__).parents[2]  # with train.py and configs/
 
@@ -22,15 +26,26 @@ PROJECT = Path(__file__).parents[2]  # with train.py and configs/
 def load(path_and_argument: str, overrides: Sequence[str] = (), groups: Sequence[str] | None = None) -> ConfigDict:
     """Returns the resolved recipe of `FILE` or `FILE:ARGUMENT`, with overrides applied.
 
+    If its `model.num_classes` is `COUNTED`, it becomes the number of classes that the training data have.
+
     Args:
       path_and_argument: the part after the colon is passed to the recipe's `get_config`.
       overrides: `('--config.model.width=0.5', ...)`; if a key is given twice, the last counts.
       groups: those that the overrides may touch; None for all.
 
     Raises:
-      UserError: the file cannot be read or run, or a key or value is wrong.
+      UserError: the file cannot be read or run, a key or value is wrong, or the data to be counted are.
     """
-    return resolve(_run_recipe(path_and_argument), overrides, groups)
+    config = resolve(_run_recipe(path_and_argument), overrides, groups)
+    if config.model.num_classes == COUNTED:
+        config.model.num_classes = len(_class_names(config.data))
+    return config
+
+
+def _class_names(group: ConfigDict) -> tuple[str, ...]:
+    """Returns the classes of the training data, by the group `data` of a resolved recipe."""
+    function = data.SOURCES[group.source]
+    return function(group.train_split, **{key: group[key] for key in keys_of(function)}).class_names
 
 
 def override(config: ConfigDict, overrides: Sequence[str], groups: Sequence[str] | None) -> ConfigDict:

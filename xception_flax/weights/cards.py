@@ -101,6 +101,8 @@ def model_card(pretrained: Pretrained, architecture: str | None, notes: Sequence
     }
     if pretrained.max_value is not None:
         rows["white, of 16 bits"] = str(pretrained.max_value)
+    if pretrained.orientation == "apply":
+        rows["orientation"] = "turned as EXIF says"
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
     remarks = "".join(f"\n- {note}" for note in notes)
     use = ["```python", "import xception_flax", 'network = xception_flax.load("THIS FOLDER")']

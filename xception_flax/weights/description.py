@@ -9,7 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xception_flax import models
-from xception_flax.data.decoding import WHITE
+from xception_flax.data.decoding import ORIENTATIONS, WHITE
 from xception_flax.data.transforms.geometry import MAX_SIDE
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
@@ -41,6 +41,7 @@ def describe(pretrained: Pretrained) -> dict[str, Any]:
         "normalize": pretrained.normalize and {name: list(values) for name, values in pretrained.normalize.items()},
         "min_decoded_side": pretrained.min_decoded_side,
         "max_value": pretrained.max_value,
+        "orientation": pretrained.orientation,
         "activation": pretrained.activation,
         "measured": dict(pretrained.measured),
     }
@@ -106,6 +107,7 @@ def checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
             "normalize": _normalize(found("normalize", dict, None), channels),
             "min_decoded_side": found("min_decoded_side", int, 0),
             "max_value": found("max_value", int, None),
+            "orientation": found("orientation", str, "ignore"),
             "activation": found("activation", str),
             "measured": {name: _measured(name, value) for name, value in found("measured", dict, {}).items()},
         }
@@ -116,6 +118,8 @@ def checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
         ]:
             if said[name] is not None:
                 check_range(name, said[name], low, high)
+        if said["orientation"] not in ORIENTATIONS:
+            raise ValueError(f"orientation must be 'ignore' or 'apply', got {written(said['orientation'])}")
         if said["activation"] not in ("softmax", "sigmoid"):
             raise ValueError(f"activation must be 'softmax' or 'sigmoid', got {written(said['activation'])}")
         names, texts = (len(said[key]) for key in ("class_names", "class_descriptions"))

@@ -36,7 +36,8 @@ class Pretrained(NamedTuple):
       left_out: what else the source has and this network has no place for, in words, a part each.
       origin: what the weights are, as JSON: {'file': path, 'sha256': ...}.
       measured: how good it is and how that was measured, as JSON, as of `runs.restore.Run.measured`; {} where unsaid.
-      min_decoded_side, max_value: as of `data.decoding.decode`, of the images of a run; else its defaults.
+      min_decoded_side, max_value, orientation: as of `data.decoding.decode`, of the images of a run; else its
+        defaults.
     """
 
     framework: str
@@ -53,6 +54,7 @@ class Pretrained(NamedTuple):
     measured: Mapping[str, Any] = MappingProxyType({})
     min_decoded_side: int = 0
     max_value: int | None = None
+    orientation: str = "ignore"
 
     @property
     def channels(self) -> int:

@@ -206,6 +206,7 @@ def from_run(run: Run) -> Pretrained:
         measured=run.measured(),
         min_decoded_side=run.recipe.data.min_decoded_side,
         max_value=run.recipe.data.max_value,
+        orientation=run.recipe.data.orientation,
     )
 
 

@@ -31,6 +31,9 @@ def prepared(tmp_path_factory) -> dict[str, dict]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(cv2.imencode(".jpg" if i % 3 == 1 else ".png", image)[1].tobytes())
             (path.parent / "notes.txt").write_text("no image")
+    images_there = [path for path in (root / "folder").rglob("*.*") if path.suffix.lower() in (".png", ".jpg")]
+    rows = [f"{path.relative_to(root)},{path.parent.name},{path.parts[-3]}" for path in images_there]
+    (root / "labels.csv").write_text("\n".join(["image,label,split", *rows]) + "\n")
 
     np.savez(
         root / "arrays.npz",
@@ -44,6 +47,7 @@ def prepared(tmp_path_factory) -> dict[str, dict]:
         "digits": {},
         "fashion_mnist": {"data_dir": str(root / "idx")},
         "folder": {"data_dir": str(root / "folder")},
+        "table": {"path": str(root / "labels.csv")},
         "arrays": {"path": str(root / "arrays.npz")},
         "tfds": {"data_dir": prepare_tfds(root / "tfds", images[:60], labels[:60], "array_record")},
     }

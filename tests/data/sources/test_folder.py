@@ -161,7 +161,7 @@ def test_every_suffix_of_what_decodes_is_read(tmp_path):
 
 def test_what_is_not_read_is_counted_and_named(tmp_path):
     touch(tmp_path, *(f"{name}/{i}.jpg" for name in ("cat", "dog") for i in range(20)))
-    touch(tmp_path, *(f"cat/{i}.heic" for i in range(9)), "dog/a.AVIF", "dog/b.avif", "dog/label", "about.txt")
+    touch(tmp_path, *(f"cat/{i}.psd" for i in range(9)), "dog/a.XCF", "dog/b.xcf", "dog/label", "about.txt")
     touch(tmp_path, "stray.png", "cat/.b.jpg", ".cache/cat/c.png")
     touch(tmp_path, ".DS_Store", "cat/._0.jpg", "cat/Thumbs.db", ".git/config", "dog/desktop.ini")  # not reported
     touch(tmp_path, "__MACOSX/cat/._0.jpg", "lost+found/0")
@@ -171,13 +171,13 @@ def test_what_is_not_read_is_counted_and_named(tmp_path):
     assert len(train) + len(val) == 40
     assert train.unread == val.unread
     expected = (
-        "17 of 57 files are not read: 9 .heic (cat/0.heic), 2 hidden (cat/.b.jpg), 2 .avif (dog/a.AVIF), 1 no regular "
+        "17 of 57 files are not read: 9 .psd (cat/0.psd), 2 hidden (cat/.b.jpg), 2 .xcf (dog/a.XCF), 1 no regular "
         f"file (cat/pipe.jpg), 1 without a suffix (dog/label), 1 .txt ({tmp_path.name}/about.txt), 1 outside of a "
         f"class ({tmp_path.name}/stray.png)."
     )
     assert data.unread_of([train, val]) == data.unread_of([val, train]) == expected
     assert data.unread_of([sources.digits.digits("train")]) == ""
-    of_one = "17 files are not read: 9 .heic (cat/0.heic), 2 hidden"  # one split does not know the total
+    of_one = "17 files are not read: 9 .psd (cat/0.psd), 2 hidden"  # one split does not know the total
     assert data.unread_of([val], whole=False).startswith(of_one)
     assert sources.folder.describe_unread(train.unread[:1], None) == "1 file is not read: 1 hidden (cat/.b.jpg)."
     assert pickle.loads(pickle.dumps(train)) == dataclasses.replace(train, unread=())  # as workers get it
@@ -191,11 +191,11 @@ def test_what_is_not_read_is_counted_and_named(tmp_path):
         for path in (tmp_path / name).glob("*.jpg"):
             path.unlink()
     with pytest.raises(
-        UserError, match=r"neither CLASS/\*\.jpg nor train/.* \.pnm\. 18 of 18 files are not .*9 \.heic"
+        UserError, match=r"neither CLASS/\*\.jpg nor train/.* \.pnm.*\. 18 of 18 files are not .*9 \.psd"
     ):
         sources.folder.folder("train", data_dir=str(tmp_path))
     touch(tmp_path, "dog/0.jpg")
-    with pytest.raises(UserError, match=r"cat has no image .*its folder must go\. 12 of 12 files are not .*9 \.heic"):
+    with pytest.raises(UserError, match=r"cat has no image .*its folder must go\. 12 of 12 files are not .*9 \.psd"):
         sources.folder.folder("train", data_dir=str(tmp_path))
 
 

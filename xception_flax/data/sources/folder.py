@@ -1,7 +1,6 @@
 """Images in folders: which files are read, their classes, their splits."""
 
 import dataclasses
-import hashlib
 import itertools
 import os
 from collections import Counter
@@ -9,29 +8,32 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xception_flax.data.sources.source import Example, Source, existing_directory
+import numpy as np
+
+from xception_flax.data import decoding
+from xception_flax.data.sources import splitting
+from xception_flax.data.sources.source import Example, existing_directory
+from xception_flax.data.sources.splitting import ALL, SPLITS, VAL_FRACTION, Rule
 from xception_flax.text import naming
 from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup, suggest
 from xception_flax.text.naming import canonical
-from xception_flax.text.ranges import check_range
 
 # Of the formats that `decoding` reads. An .mpo file is a JPEG followed by more pictures.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".bmp",
     ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
+HEIF_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")
+IMAGE_SUFFIXES += (".avif", ".avifs") if "AVIF" in decoding.FORMATS else ()
+IMAGE_SUFFIXES += HEIF_SUFFIXES if "HEIF" in decoding.FORMATS else ()
 
 # Files of file managers, which are never reported. Other hidden files are reported only if they are images.
 _NOISE = ("thumbs.db", "ehthumbs.db", "desktop.ini")
 
 # Folders of archives, disks and NAS devices, which count as hidden. A NAS keeps a thumbnail of each image in its own.
 _SYSTEM_FOLDERS = ("__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information")
-
-VAL_FRACTION = 0.1
-
-ALL = "all"  # the split that every image of a folder of classes belongs to
 
 MAX_KINDS = 8  # of files that are not read, in a message
 
@@ -71,6 +73,10 @@ class Files:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def numbered(self) -> splitting.Labels:
+        """Returns the classes of the images."""
+        return splitting.Labels(np.arange(len(self)), np.array(self.labels, int), self.class_names)
+
     def __getstate__(self) -> dict[str, Any]:
         """Returns what is sent to each worker process, which does not need the unread files."""
         return self.__dict__ | {"unread": ()}
@@ -83,30 +89,46 @@ class Files:
         }
 
 
-def folder(split: str, /, data_dir: str, val_fraction: float = VAL_FRACTION) -> Files:
+def folder(
+    split: str,
+    /,
+    data_dir: str,
+    val_fraction: float = VAL_FRACTION,
+    group_by: str | None = None,
+    stratify: bool = False,
+) -> Files:
     """A folder of images, with one folder a class; classes are numbered in the order of their names.
 
     The layout is `data_dir/split/CLASS/image.jpg` or `data_dir/CLASS/image.jpg`. The second has the splits 'train' and
     'val', and 'all', which is both. A hash of a file's name decides its split, so a file keeps its split when others
-    come or go and when it moves to another class. Names that begin with '.' are left out. Names are hashed, sorted and
-    compared in Unicode's composed form, so that copies on other systems are the same data.
+    come or go and when it moves to another class. With `group_by` that of a group's name does, and `data_dir` must
+    have the second layout, in which a class may then have folders. Names that begin with '.' are left out. Names are
+    hashed, sorted and compared in Unicode's composed form, so that copies on other systems are the same data.
 
     Args:
       split: name of a folder, or 'train', 'val' or 'all'.
       data_dir: the folder of images: CLASS/*.jpg, or SPLIT/CLASS/*.jpg.
       val_fraction: share of 'val', if splits have no folders.
+      group_by: what keeps images in one split: 'folder:1' for the folder that they lie in, 'folder:2' for the one
+        above it, or a regular expression of their names with one group, as (.*)_frame; None for no groups.
+      stratify: whether 'val' has its share of each class, as near as whole groups allow, instead of all images.
 
     Raises:
-      UserError: the folder is missing or has no class, a class has no images, or both layouts are mixed.
+      UserError: the folder is missing or has no class, a class has no images, or both layouts are mixed; or a split
+        would be without images of a class.
     """
     directory = existing_directory(data_dir, "the folders CLASS/*.jpg or train/CLASS/*.jpg")
-    check_range("data.val_fraction", val_fraction, 0, 1, above=True, below=True)
+    splitting.check_rule(rule := Rule(val_fraction, group_by, stratify))
     places = {canonical(p.name): p for p in _folders(directory)}
     if split == ALL and ALL not in places:
         return _all(directory, places)
-    splits = folder_splits(data_dir, split)
+    nested = group_by is not None and "train" not in places  # only then has a class folders in it
+    splits = () if nested else folder_splits(data_dir, split)
     place = places.get(canonical(split))
     if splits:
+        if group_by is not None or stratify:
+            key = "stratify" if group_by is None else "group_by"
+            raise UserError(f"{directory} has folders of splits ({', '.join(splits)}) already; leave out data.{key}.")
         if place is None:
             raise UserError(f"{directory} has no folder for split {split!r}; {suggest(split, splits)}")
         if canonical(split) not in splits and images_in(place):
@@ -116,7 +138,7 @@ def folder(split: str, /, data_dir: str, val_fraction: float = VAL_FRACTION) -> 
         files, others = classes_in(place), _beside(directory, [places[name].name for name in splits])
         unread = (*files.unread, *others)
         return dataclasses.replace(files, unread=unread, split=canonical(split), splits=splits)
-    if not any(images_in(p) for p in places.values()):
+    if not nested and not any(images_in(p) for p in places.values()):
         if place is not None:
             return classes_in(place)
         there = describe_unread(_beside(directory, ()), 0)
@@ -124,37 +146,31 @@ def folder(split: str, /, data_dir: str, val_fraction: float = VAL_FRACTION) -> 
             f"{directory} has neither CLASS/*.jpg nor {split}/CLASS/*.jpg in it; images are files that end in "
             f"{', '.join(IMAGE_SUFFIXES)}.{there and f' {there}'}"
         )
-    lookup(dict.fromkeys(("train", "val", ALL)), split, "split of a folder of classes")
+    lookup(dict.fromkeys((*SPLITS, ALL)), split, "split of a folder of classes")
     files = classes_in(directory)
-    if mistake := split_mistake(directory, files, val_fraction, split):
+    if mistake := split_mistake(directory, files, rule, split):
         raise UserError(mistake)
-    return split_by_names(files, val_fraction)[split]
+    return held_out(directory, files, rule)[split]
 
 
-def split_mistake(directory: Path, files: Files, val_fraction: float, split: str) -> str:
-    """Returns what is wrong with a split by the names of files, and what to do; '' if nothing is."""
-    chosen = split_by_names(files, val_fraction)[split]
-    none = set(files.labels) - set(chosen.labels)
-    if split == "train" and none:
-        number = files.labels.count(min(none))
-        all_of_it = "by its name the only image is" if number == 1 else f"by their names all {number:,} images are"
-        wrong = f"{directory / files.class_names[min(none)]}: {all_of_it} of split 'val'"
-    elif not len(chosen):
-        wrong = f"{directory}: no image is of split 'val' by the hash of its name"
-    else:
-        return ""
-    fits = _fractions(files)
-    advice = f"take {min(fits, key=lambda f: abs(f - val_fraction)):g}" if fits else "no fraction does; add images"
-    return f"{wrong} (data.val_fraction={val_fraction:g}); {advice}, or make folders train/CLASS and val/CLASS."
+def split_mistake(directory: Path, files: Files, rule: Rule, split: str) -> str:
+    """Returns what is wrong with a split of a folder of classes, and what to do; '' if nothing is."""
+    return splitting.mistake(
+        _keys(directory, files, rule),
+        files.numbered(),
+        rule,
+        split,
+        str(directory),
+        lambda name: str(directory / name),
+        "make folders train/CLASS and val/CLASS",
+    )
 
 
-def _fractions(files: Files) -> list[float]:
-    """Returns the fractions, by thousandths, that give 'val' some images and leave 'train' some of each class."""
-    hashes = [_hash(os.path.basename(path)) for path in files.paths]
-    largest: dict[int, float] = {}
-    for label, value in zip(files.labels, hashes, strict=True):
-        largest[label] = max(value, largest.get(label, 0.0))
-    return [n / 1000 for n in range(1, 1000) if min(hashes) < n / 1000 <= min(largest.values())]
+def _keys(directory: Path, files: Files, rule: Rule) -> list[str]:
+    """Returns what decides the split of each image: `splitting.keys_of` the paths below the folders of classes."""
+    begin = len(os.path.join(directory, ""))
+    below = (path[begin:].partition(os.sep)[2].replace(os.sep, "/") for path in files.paths)
+    return splitting.keys_of(below, rule.group_by)
 
 
 def _all(directory: Path, places: dict[str, Path]) -> Files:
@@ -165,18 +181,17 @@ def _all(directory: Path, places: dict[str, Path]) -> Files:
     return classes_in(directory)
 
 
-def split_by_names(files: Files, val_fraction: float) -> dict[str, Files]:
-    """Returns images split into 'train' and 'val' by a hash of each file's name; either may be empty."""
-    splits = {}
-    for split in ("train", "val"):
-        chosen = [
-            (path, label)
-            for path, label in zip(files.paths, files.labels, strict=True)
-            if (_hash(os.path.basename(path)) < val_fraction) == (split == "val")
-        ]
-        paths, labels = zip(*chosen, strict=True) if chosen else ((), ())
-        splits[split] = dataclasses.replace(files, paths=paths, labels=labels)
-    return splits
+def held_out(directory: Path, files: Files, rule: Rule) -> dict[str, Files]:
+    """Returns images split into 'train' and 'val' by `rule`; either may be empty."""
+    is_val = splitting.held_out(_keys(directory, files, rule), files.numbered(), rule)
+    return {
+        split: dataclasses.replace(
+            files,
+            paths=tuple(itertools.compress(files.paths, is_val == (split == "val"))),
+            labels=tuple(itertools.compress(files.labels, is_val == (split == "val"))),
+        )
+        for split in SPLITS
+    }
 
 
 def classes_in(directory: Path) -> Files:
@@ -234,7 +249,8 @@ def folder_splits(data_dir: str, split: str = "train") -> tuple[str, ...]:
     if inner and known is None:
         raise UserError(
             f"{directory}: there are folders in {', '.join(list(inner)[:5])}, none of which is called train; expected "
-            "either CLASS/*.jpg or train/CLASS/*.jpg and val/CLASS/*.jpg."
+            "either CLASS/*.jpg or train/CLASS/*.jpg and val/CLASS/*.jpg; if they hold groups of images, such as "
+            "videos, set data.group_by=folder:1."
         )
     return tuple(name for name in inner if name == known or any(not why for _, why in _walk(places[name])))
 
@@ -347,12 +363,13 @@ def _walk(directory: Path, *, below: bool = True, left_out: Collection[str] | No
                 yield path, suffix or "without a suffix"
 
 
-def describe_unread(unread: Iterable[Unread], num_images: int | None) -> str:
+def describe_unread(unread: Iterable[Unread], num_images: int | None, noun: str = "file") -> str:
     """Returns a sentence with the number of unread files, their kinds and an example of each; '' if there are none.
 
     Args:
       unread: the files that are not read.
       num_images: number of images that are read; None to leave the total out.
+      noun: what they are called.
     """
     places = dict(unread)
     if not places:
@@ -368,31 +385,6 @@ def describe_unread(unread: Iterable[Unread], num_images: int | None) -> str:
     total = len(places) if num_images is None else len(places) + num_images
     are = "is" if len(places) == 1 else "are"
     of_all = "" if num_images is None else f"{len(places):,} of "
-    return f"{of_all}{counted(total, 'file')} {are} not read: {', '.join(parts)}."
-
-
-def unread_of(read: Iterable[Source], *, whole: bool = True) -> str:
-    """Returns `describe_unread` of the folders that these sources read; '' for sources of other kinds.
-
-    Args:
-      read: the splits in use.
-      whole: whether `read` is all that is used of the folder. Then the text also has the number of all files, and the
-        splits that are not used.
-    """
-    files = [source for source in read if isinstance(source, Files)]
-    unread = [file for source in files for file in source.unread]
-    num_images = len({path for source in files for path in source.paths}) if whole else None
-    said = [describe_unread(unread, num_images)] if unread else []
-    used = {source.split for source in files}
-    others = list(dict.fromkeys(name for source in files for name in source.splits if name not in used))
-    if whole and others:
-        more = f" and {len(others) - MAX_KINDS:,} more" if len(others) > MAX_KINDS else ""
-        said.append(
-            f"Other splits there, which are not used: {', '.join(map(naming.shown, others[:MAX_KINDS]))}{more}."
-        )
-    return " ".join(said)
-
-
-def _hash(name: str) -> float:
-    """Returns a pseudo-random number in [0, 1) that depends only on the name, on every system."""
-    return int.from_bytes(hashlib.sha256(canonical(name).encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
+    install = not set(HEIF_SUFFIXES).isdisjoint(firsts) and "HEIF" not in decoding.FORMATS
+    hint = f" {decoding.HOW_TO_READ_HEIF.capitalize()}." if install else ""
+    return f"{of_all}{counted(total, noun)} {are} not read: {', '.join(parts)}.{hint}"
