@@ -29,6 +29,7 @@ from xception_flax.weights.pretrained import Pretrained
 
 NARROW = dict(name="xception", num_classes=3, width=0.02)
 FOLDERS = ("cat", "cow", "dog")
+ORIENTATION = 0x0112  # EXIF
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -152,6 +153,41 @@ def test_it_counts_what_predict_says(kind, network, named, photos, tmp_path, mon
     }
     wrong = 21 - round(21 * found["top1"])
     assert f"{wrong} of 21 wrong" in (tmp_path / "m.svg").read_text()
+
+
+def test_a_table_scores_as_its_folder(named, photos, tmp_path, monkeypatch, capsys):
+    """The same numbers and the same fingerprint, so that both may be compared; files are named after the table."""
+    lines = [f"{path.relative_to(photos)},{path.parent.name}" for path in sorted(photos.rglob("*.png"))]
+    (photos.parent / "labels.csv").write_text("file,label\n" + "".join(f"val/{line}\n" for line in lines))
+    expected, _, _ = scored(monkeypatch, capsys, named, photos)
+    found, out, _ = scored(
+        monkeypatch, capsys, named, photos.parent / "labels.csv", "--compare", "predictions_val.parquet"
+    )
+    assert found == expected
+    assert "table, split 'all', 21 images" in out
+    records = [json.loads((tmp_path / f"evaluation_{name}.json").read_text()) for name in ("val", "labels")]
+    assert records[0]["of"]["data"]["fingerprint"] == records[1]["of"]["data"]["fingerprint"]
+
+
+def test_phones_turn_their_photos_by_exif(network, photos, tmp_path, monkeypatch, capsys):
+    """A network of images that were turned is asked about turned ones, by `predict` and by `evaluate`."""
+    turned = tmp_path / "turned"
+    for path in photos.rglob("*.png"):
+        place = turned / path.parent.name / path.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with PIL.Image.open(path) as image:
+            exif = image.getexif()
+            exif[ORIENTATION] = 6  # stored on its side: a quarter turn to the right makes it upright
+            image.transpose(PIL.Image.Transpose.ROTATE_90).save(place, exif=exif)
+    for orientation in ("apply", "ignore"):
+        writing.write(network._replace(orientation=orientation), tmp_path / f"{orientation}.npz")
+    upright = scored(monkeypatch, capsys, tmp_path / "ignore.npz", photos)[0]
+    found = [scored(monkeypatch, capsys, tmp_path / f"{name}.npz", turned)[0] for name in ("apply", "ignore")]
+    assert found[0]["loss"] == upright["loss"] != found[1]["loss"]
+    said = [
+        predicted(monkeypatch, capsys, tmp_path / f"{n}.npz", f) for n, f in (("apply", turned), ("ignore", photos))
+    ]
+    assert said[0] == said[1]
 
 
 def test_a_model_of_keras_scores_as_keras_says(photos, tmp_path, monkeypatch, capsys):

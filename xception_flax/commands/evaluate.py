@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from xception_flax import data
 from xception_flax.commands import cli, images
 from xception_flax.data.sources.folder import ALL
 from xception_flax.display import console, pictures
@@ -77,7 +78,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=cli.directory,
         metavar="FOLDER",
-        help="of images, CLASS/*.jpg, all of which are taken; with --split also SPLIT/CLASS/*.jpg",
+        help="of images, CLASS/*.jpg, all of which are taken, or a table of them; with --split also SPLIT/CLASS/*.jpg",
     )
     parser.add_argument("--workdir", type=cli.directory, help="instead of SOURCE: folder of a run of train.py")
     cli.add_checkpoint(parser, "latest")
@@ -127,10 +128,10 @@ def _of_folder(arguments: argparse.Namespace, changes: Sequence[str]) -> list[st
     """Returns the overrides that FOLDER stands for."""
     if arguments.folder is None:
         return []
-    for key in ("source", "data_dir"):
+    for key in ("source", "data_dir", "path"):
         if any(change.startswith(f"--config.data.{key}=") for change in changes):
             raise UserError(f"the data are given twice, by {arguments.folder} and by --config.data.{key}; give one.")
-    values = {"source": "folder", "data_dir": os.fspath(arguments.folder.expanduser()), "eval_split": ALL}
+    values = data.source_at(os.fspath(arguments.folder.expanduser())) | {"eval_split": ALL}
     return [f"--config.data.{key}={value!r}" for key, value in values.items()]
 
 
@@ -169,7 +170,7 @@ def _split_name(arguments: argparse.Namespace, config: ConfigDict) -> str:
     """Returns what files are named after: one set per split, so that one split does not overwrite another."""
     split = config.data.eval_split
     if arguments.folder is not None and arguments.split is None:
-        split = arguments.folder.name or split
+        split = arguments.folder.stem if arguments.folder.is_file() else arguments.folder.name or split
     return naming.decoded(split)
 
 

@@ -35,7 +35,7 @@ class Preprocessing(NamedTuple):
       mean, std: of the normalization, on the scale 0 to 255; a value a channel, or one for all.
       rounded: whether pixels are whole numbers after the transforms too. Keras' own resizing keeps the fractions.
       min_decoded_side: see `data.decoding.decode`.
-      max_value: the same.
+      max_value, orientation: the same.
     """
 
     image_size: int
@@ -46,6 +46,7 @@ class Preprocessing(NamedTuple):
     rounded: bool = True
     min_decoded_side: int = 0
     max_value: int | None = None
+    orientation: str = "ignore"
 
     def prepare(self, image: Image) -> np.ndarray:
         """Returns `[image_size, image_size, channels]`: uint8, or float32 in 0 to 255 where it is not `rounded`.
@@ -60,9 +61,8 @@ class Preprocessing(NamedTuple):
         shape = (self.image_size, self.image_size, self.channels)
         chain = _chain(self.transforms, self.image_size)
         rng = np.random.default_rng(0)  # not used by the transforms of an evaluation
-        return prepare_image(
-            content(image), chain, shape, self.min_decoded_side, rng, self.max_value, rounded=self.rounded
-        )
+        options = dict(rounded=self.rounded, orientation=self.orientation)
+        return prepare_image(content(image), chain, shape, self.min_decoded_side, rng, self.max_value, **options)
 
     def may_be_dark(self, file: bytes | np.ndarray) -> bool:
         """Whether a file of 16 bits has no value in the upper half: white may be less there, and nothing says it."""
@@ -104,6 +104,7 @@ def of_recipe(recipe: ConfigDict) -> Preprocessing:
         std=tuple(recipe.normalize.std),
         min_decoded_side=recipe.data.min_decoded_side,
         max_value=recipe.data.max_value,
+        orientation=recipe.data.orientation,
     )
 
 
@@ -129,7 +130,7 @@ def of_pretrained(pretrained: Pretrained) -> tuple[Preprocessing, tuple[str, ...
         assumed.append("values in [-1, 1]")
     transforms.parse_transforms(resizing, image_size)
     mean, std = (tuple(normalize[name]) for name in ("mean", "std"))
-    decoding = (pretrained.min_decoded_side, pretrained.max_value)
+    decoding = (pretrained.min_decoded_side, pretrained.max_value, pretrained.orientation)
     return Preprocessing(image_size, pretrained.channels, resizing, mean, std, rounded, *decoding), tuple(assumed)
 
 

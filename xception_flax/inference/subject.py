@@ -132,6 +132,8 @@ def elsewhere(
     config.data.eval_transforms = preprocessing.transforms
     for name in ("min_decoded_side", "max_value"):  # what the user says of the data counts more
         config.data[name] = config.data[name] or getattr(preprocessing, name)
+    if config.data.orientation == "ignore":
+        config.data.orientation = preprocessing.orientation
     split, rows = _data(config, batch_size, weights)
     prepared = evaluations.prepare(predictor, split)
     size, recorded = preprocessing.image_size, cards.record(predictor.measured)
@@ -145,7 +147,9 @@ def elsewhere(
         split,
         prepared.classes.names,
         prepared.several_labels,
-        preprocessing._replace(min_decoded_side=config.data.min_decoded_side, max_value=config.data.max_value),
+        preprocessing._replace(
+            **{name: config.data[name] for name in ("min_decoded_side", "max_value", "orientation")}
+        ),
         (
             {**({"recorded": recorded} if recorded else {}), "classes": prepared.classes.words},
             {**rows, "images": f"{size} x {size} pixels, {formula(preprocessing.mean, preprocessing.std)}"},

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from xception_flax import __version__, data
 from xception_flax.data.sources.folder import Files
 from xception_flax.data.sources.source import Source
+from xception_flax.data.sources.table import Rows
 from xception_flax.host import processes
 from xception_flax.inference.subject import Subject
 from xception_flax.reports import intervals
@@ -54,10 +55,14 @@ def file_names(source: Source) -> list[str] | None:
     So a copy of the folder elsewhere has the same names.
     """
     source = getattr(source, "source", source)  # of `Renumbered`
-    if not isinstance(source, Files):
+    if isinstance(source, Rows) and source.names is None:
+        paths: Sequence[str] = [source.path(i) for i in range(len(source))]
+    elif isinstance(source, Files):
+        paths = source.paths
+    else:
         return None
-    above = os.path.commonpath([os.path.dirname(path) for path in source.paths])
-    return [naming.canonical(os.path.relpath(path, above)) for path in source.paths]
+    above = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [naming.canonical(os.path.relpath(path, above)) for path in paths]
 
 
 def fingerprint(split: data.Split, class_names: Sequence[str], labels: np.ndarray) -> str:
