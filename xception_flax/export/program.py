@@ -26,16 +26,23 @@ class Program(NamedTuple):
     """A network as one function, for inference.
 
     Attributes:
-      function: variables, and images, uint8 `[N, H, W, C]` -> float32 `[N, size]`.
+      network: variables, and images, uint8 `[N, H, W, C]` -> logits or features, float32 `[N, size]`.
+      activation: 'softmax' or 'sigmoid' after it, of `ACTIVATIONS`; None for none.
       variables: the parameters, in NumPy arrays, with batch normalization folded.
       image_shape: `(H, W, C)` of the images that the network was trained for.
       outputs: one of `OUTPUTS`.
     """
 
-    function: Callable[[Variables, jax.Array], jax.Array]
+    network: Callable[[Variables, jax.Array], jax.Array]
+    activation: str | None
     variables: Variables
     image_shape: tuple[int, int, int]
     outputs: str
+
+    def function(self, variables: Variables, images: jax.Array) -> jax.Array:
+        """Returns the outputs, float32 `[N, size]`, of images, uint8 `[N, H, W, C]`."""
+        values = self.network(variables, images)
+        return values if self.activation is None else ACTIVATIONS[self.activation](values)
 
     @property
     def size(self) -> int:
@@ -60,7 +67,7 @@ def create_program(predictor: Predictor, outputs: str = "probabilities") -> Prog
         raise UserError(f"unknown outputs {outputs!r}; {suggest(outputs, OUTPUTS)}")
     if outputs != "features" and not predictor.model.num_classes:
         raise UserError(f"this network has no classifier, and so no {outputs}; give --outputs features.")
-    p, activation = predictor.preprocessing, ACTIVATIONS[predictor.activation]
+    p = predictor.preprocessing
     image_shape = (p.image_size, p.image_size, p.channels)
     model, normalize = in_float32(predictor.model), create_normalizer(p.mean, p.std)
     # On the host, whatever mesh they are on.
@@ -75,15 +82,13 @@ def create_program(predictor: Predictor, outputs: str = "probabilities") -> Prog
             return args[0] + norm.get_variable("params", "bias")[None, None, None]
         return call(*args, **kwargs)
 
-    def function(variables: Variables, images: jax.Array) -> jax.Array:
+    def network(variables: Variables, images: jax.Array) -> jax.Array:
         with nn.intercept_methods(skip_folded):
             endpoints = model.apply(variables, normalize(images), train=False, method="endpoints")
-        if outputs == "features":
-            return endpoints["pooled"].astype(jnp.float32)
-        logits = endpoints["logits"].astype(jnp.float32)
-        return logits if outputs == "logits" else activation(logits)
+        return endpoints["pooled" if outputs == "features" else "logits"].astype(jnp.float32)
 
-    return Program(function, variables, image_shape, outputs)
+    activation = predictor.activation if outputs == "probabilities" else None
+    return Program(network, activation, variables, image_shape, outputs)
 
 
 def in_float32(model: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xception_flax.export import stablehlo, verifying
+from xception_flax.export import onnx, stablehlo, verifying
 from xception_flax.export.description import describe
 from xception_flax.export.options import Options
 from xception_flax.export.program import Program
@@ -43,6 +43,7 @@ class Format(NamedTuple):
 # The name of a format is that of the extra that installs its libraries.
 FORMATS = {
     "stablehlo": Format(stablehlo.write, stablehlo.RUNNER, ".stablehlo", "for JAX", ("flatbuffers",), (), ("jax",)),
+    "onnx": Format(onnx.write, onnx.RUNNER, ".onnx", "for ONNX Runtime", ("onnx",), ("onnxruntime",), ("onnx",)),
 }
 
 
