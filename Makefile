@@ -4,6 +4,7 @@
 # make test-minimum   run every test with the oldest versions that pyproject.toml allows
 # make test-newest    run every test with the newest versions
 # make test-tpu       compile for TPUs without having them, in a separate environment (libtpu is 700 MB)
+# make test-extras    run exported files by the runtimes they are for, in a separate environment
 # make contenders     set up what the benchmarks compare with, in .venv-contenders (8 GB)
 # make pins           write requirements*.txt anew from pyproject.toml and benchmarks/requirements.in
 # make clean          remove all environments and what was built
@@ -15,7 +16,7 @@ INSTALLED := .venv/installed-$(VERSION)
 INSTALLED_DEV := .venv/installed-dev-$(VERSION)
 WORKDIR ?= runs/digits
 
-.PHONY: demo test test-minimum test-newest test-tpu lint contenders pins clean
+.PHONY: demo test test-minimum test-newest test-tpu test-extras lint contenders pins clean
 
 demo: $(INSTALLED)
 	.venv/bin/python train.py --config configs/digits.py --workdir $(WORKDIR)
@@ -48,6 +49,17 @@ test-tpu: .venv-tpu/installed
 	@.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-tpu.txt
 	@.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt pytest
 	@.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# Runtimes of other projects have a separate environment: none of them may decide which JAX the tests run with.
+test-extras: .venv-extras/installed
+	.venv-extras/bin/python -m pytest --override-ini=addopts= -ra --durations=5 tests_extras
+
+.venv-extras/installed: requirements-extras.txt pyproject.toml
+	@echo "installing into .venv-extras (a few minutes) ..."
+	@test -d .venv-extras || $(PYTHON) -m venv .venv-extras
+	@.venv-extras/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-extras.txt
+	@.venv-extras/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 lint: $(INSTALLED_DEV)
@@ -84,7 +96,8 @@ pins: $(INSTALLED_DEV)
 	$(COMPILE) pyproject.toml -o requirements.txt
 	$(COMPILE) pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
 	$(COMPILE) benchmarks/requirements.in -c requirements.txt -o benchmarks/requirements.txt
+	$(COMPILE) pyproject.toml --extra dev --extra onnx -c requirements-dev.txt -o requirements-extras.txt
 	$(COMPILE) pyproject.toml --extra tpu -c requirements.txt -o requirements-tpu.txt
 
 clean:
-	rm -rf .venv .venv-contenders .venv-minimum .venv-newest .venv-tpu build *.egg-info
+	rm -rf .venv .venv-contenders .venv-minimum .venv-newest .venv-tpu .venv-extras build *.egg-info

@@ -267,6 +267,29 @@ def write_onnx(job: Job) -> None:
     torch.onnx.export(_timm_model(job), (images,), path, input_names=["images"], dynamo=True, verbose=False)
 
 
+def write_our_onnx(job: Job) -> None:
+    """Writes `ours.onnx` into `job.folder`, as `xception-flax export --outputs logits` does."""
+    import jax
+
+    from xception_flax.export import writing
+    from xception_flax.export.options import Options
+    from xception_flax.export.program import create_program
+    from xception_flax.inference import predictor
+    from xception_flax.training import sharding
+    from xception_flax.weights.pretrained import Pretrained
+
+    pretrained = Pretrained(
+        "xception_flax",
+        {"name": "xception", "num_classes": NUM_CLASSES, "width": job.width, "middle_repeats": job.middle_repeats},
+        jax.tree.map(np.asarray, _variables(job)),
+        image_size=job.size,
+        normalize={"mean": (127.5,), "std": (127.5,)},
+    )
+    network = predictor.from_pretrained(pretrained, sharding.create_mesh())
+    output = Path(job.folder) / "ours.onnx"
+    writing.write(create_program(network, "logits"), network, pretrained, "onnx", output, Options(), None)
+
+
 # Engines of inference --------------------------------------------------------------------------------
 
 
@@ -279,6 +302,18 @@ def build_onnxruntime(job: Job) -> Work:
     path = str(Path(job.folder) / "timm.onnx")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     images = np.ascontiguousarray(job.load("images.npy").transpose(0, 3, 1, 2))
+    return lambda: session.run(None, {"images": images})[0]
+
+
+def build_our_onnx(job: Job) -> Work:
+    """`write_our_onnx`'s file, whose time has the normalization in it too."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = job.threads
+    path = str(Path(job.folder) / "ours.onnx")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    images = job.load("images_uint8.npy")
     return lambda: session.run(None, {"images": images})[0]
 
 
@@ -363,4 +398,10 @@ CEILINGS = {
     "product_jax": Contender("product by JAX", build_product_jax, ("jax",), reading=None, ours=True),
     "product_numpy": Contender("product by NumPy", build_product_numpy, ("numpy",), reading=None, ours=True),
     "product_torch": Contender("product by torch", build_product_torch, ("torch",), reading=None),
+}
+
+# Files of ONNX, run by the same ONNX Runtime.
+EXPORTED = {
+    "our_onnx": Contender("xception-flax export", build_our_onnx, ("onnxruntime",), modes=("forward",)),
+    "timm_onnx": Contender("timm, torch.onnx", build_onnxruntime, ("onnxruntime",), **_ENGINE),
 }

@@ -365,10 +365,10 @@ def contender(job: Job) -> Iterator[Record]:
 
 
 def timed_lowerings() -> list[str]:
-    """Returns the lowerings that differ on a GPU; 'fused' is for TPUs."""
+    """Returns the lowerings that differ on a GPU; 'fused' is for TPUs, 'portable' has no kernels."""
     from xception_flax.models import ops
 
-    return [name for name in ops.LOWERINGS if name != "fused"]
+    return [name for name in ops.LOWERINGS if name not in ("fused", "portable")]
 
 
 # (operation, [H, W, C] of its input, shape of its kernel or None, options) at 299 px, as the network has them.

@@ -32,7 +32,7 @@ from xception_flax.training import sharding
 ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md",
-    *(f"docs/{page}.md" for page in ("networks", "recipes", "data", "fine-tuning", "weights", "explaining")),
+    *(f"docs/{page}.md" for page in ("networks", "recipes", "data", "fine-tuning", "weights", "explaining", "export")),
     *(f"docs/{page}.md" for page in ("imagenet", "measuring", "runs", "pods", "proof", "paper", "design")),
     "benchmarks/README.md",
     "CONTRIBUTING.md",

@@ -17,6 +17,7 @@ VERBS = {
     "explain": "draws where in an image the evidence for its class is, and which images look alike",
     "embed": "writes the pooled features of images",
     "convert": "reads weights of any library and writes them for another",
+    "export": "writes a network as a program for JAX or another runtime, and compares it with the network",
     "prepare": "writes a data set for training (imagenet, folder), or reads every image of one (check)",
     "show-data": "draws images as the network sees them, augmented and mixed",
     "summary": "shows parameters, multiply-adds and activations of a network",

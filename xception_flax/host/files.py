@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -44,6 +46,33 @@ def write_whole(path: Path, content: Iterable[bytes]) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def check_new(path: Path) -> None:
+    """Raises UserError unless `path` does not exist yet and the folder for it does."""
+    if os.path.lexists(path):
+        raise UserError(f"{path} is there already; nothing was written. Remove it, or take another name.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path.absolute().parent} is no folder; make it, or take another one for {path.name}.")
+
+
+@contextlib.contextmanager
+def beside(output: Path) -> Iterator[Path]:
+    """A place in the same folder, of the same suffix, which becomes `output` when all of it is on the disk.
+
+    Raises:
+      UserError: it cannot be written. After an error, any error, there is no `output`.
+    """
+    with file_errors(output, "written"):
+        scratch = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=output.absolute().parent))
+        try:
+            partial = scratch / output.name
+            yield partial
+            (sync_tree if partial.is_dir() else sync)(partial)
+            os.rename(partial, output)
+            sync(output.absolute().parent)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_kind(path: Path, *, folder: bool = False, access: int = os.R_OK | os.W_OK) -> None:

@@ -3,6 +3,8 @@
 import importlib.util
 import sys
 
+from xception_flax.text.errors import UserError
+
 # The dependencies of pyproject.toml, as they are imported.
 LIBRARIES = (
     "jax", "flax", "optax", "orbax", "grain", "numpy", "ml_collections", "absl", "array_record", "cv2", "h5py",
@@ -25,3 +27,15 @@ def check_libraries() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def check_extra(extra: str, names: tuple[str, ...], what: str) -> None:
+    """Raises UserError if a library is missing that only some users need.
+
+    Args:
+      extra: that installs it, of pyproject.toml: 'onnx'.
+      names: as they are imported.
+      what: is not possible without them.
+    """
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise UserError(f"{what} needs {' and '.join(missing)}: pip install 'xception_flax[{extra}]'")

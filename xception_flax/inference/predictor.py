@@ -97,6 +97,18 @@ class Predictor:
         """Returns all outputs of the network by name, as its `endpoints` does. Arguments as of `predict`."""
         return self._whole(images, ())
 
+    def run(self, pixels: np.ndarray, names: tuple[str, ...]) -> Outputs:
+        """Returns outputs for images that are prepared already.
+
+        Args:
+          pixels: `[N, image_size, image_size, channels]`, uint8, as `preprocessing.prepare` returns one.
+          names: as of `stream`.
+        """
+        parts = [pixels[start : start + self.batch_size] for start in range(0, len(pixels), self.batch_size)]
+        outputs = [self._batch(part, names) for part in parts]
+        whole = {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
+        return {name: values[: len(pixels)] for name, values in whole.items()}
+
     def stream(
         self, images: Sequence[Image], names: tuple[str, ...], *, dark: list[Image] | None = None
     ) -> Iterator[tuple[Image, Outputs | UserError]]:

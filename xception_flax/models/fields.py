@@ -50,7 +50,7 @@ def check_images(images: jax.Array, min_size: int, network: str) -> None:
         raise UserError(f"images must be [N, H, W, C], got shape {images.shape}.")
     if images.shape[1] in (1, 3) and images.shape[3] > 4:
         raise UserError(f"images must be [N, H, W, C]; {images.shape} looks like [N, C, H, W], transpose it.")
-    if min(images.shape[1:3]) < min_size:
+    if any(size < min_size for size in images.shape[1:3]):  # each by itself: sizes may be symbols
         height, width = images.shape[1:3]
         raise UserError(
             f"{network} needs images of at least {min_size} x {min_size} pixels, "

@@ -5,14 +5,11 @@ returned in words. Our own description goes with the arrays where the format has
 file gives the same network again.
 """
 
-import contextlib
 import json
 import os
 import re
-import shutil
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xception_flax import models
-from xception_flax.host.files import file_errors, sync, sync_tree
+from xception_flax.host.files import beside, check_new
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest
 from xception_flax.weights import cards, timm
@@ -54,7 +51,7 @@ def write(pretrained: Pretrained, output: Path) -> Written:
     """
     check_output(output)
     function = _format(output).function
-    with _beside(output) as partial:
+    with beside(output) as partial:
         notes = function(pretrained, partial)
     return Written(output, tuple(notes))
 
@@ -62,10 +59,7 @@ def write(pretrained: Pretrained, output: Path) -> Written:
 def check_output(output: Path) -> None:
     """Raises UserError where `output` is there already, has no known suffix, or lies in no folder."""
     _format(output)
-    if os.path.lexists(output):
-        raise UserError(f"{output} is there already; nothing was written. Remove it, or take another name.")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"{output.absolute().parent} is no folder; make it, or take another one for {output.name}.")
+    check_new(output)
 
 
 # Formats -------------------------------------------------------------------------------------------
@@ -252,18 +246,3 @@ def differences(pretrained: Pretrained, theirs: Mapping[str, Any], library: str)
         if getattr(ours, name, None) != getattr(other, name, None)
     )
     return [f"{library} computes this network with {values}: its logits differ from ours"] if values else []
-
-
-@contextlib.contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """A place in the same folder, of the same suffix, which becomes `output` when all of it is on the disk."""
-    with file_errors(output, "written"):
-        scratch = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=output.absolute().parent))
-        try:
-            partial = scratch / output.name
-            yield partial
-            (sync_tree if partial.is_dir() else sync)(partial)
-            os.rename(partial, output)
-            sync(output.absolute().parent)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)

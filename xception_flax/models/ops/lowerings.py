@@ -14,7 +14,7 @@ from xception_flax.models.ops import tpu
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest, written
 
-LOWERINGS = ("platform", "stock", "fused")
+LOWERINGS = ("platform", "portable", "stock", "fused")
 
 _chosen: ContextVar[str] = ContextVar("lowering", default="platform")
 
@@ -26,8 +26,9 @@ def lowering(name: str) -> Iterator[None]:
     A function under `jit` keeps the lowering with which it was first traced.
 
     Args:
-      name: 'platform', the default, is the fastest that was measured for each platform; 'stock' is XLA's own operation
-        on all platforms; 'fused' is 'platform', but with the kernels of `tpu` on TPUs where shapes allow, for Xception
+      name: 'platform', the default, is the fastest that was measured for each platform; 'portable' is the same without
+        kernels of Pallas, which no later version of JAX promises to run from a file; 'stock' is XLA's own operation on
+        all platforms; 'fused' is 'platform', but with the kernels of `tpu` on TPUs where shapes allow, for Xception
         networks in training. They take a multiple of 16 images a chip. They move fewer bytes by the compiler's count,
         and have not been timed on a TPU yet.
 
@@ -126,7 +127,7 @@ def lower(
     """
     if chosen() == "stock":
         functions = {"default": stock}
-    elif cuda is None or not has_triton():
+    elif cuda is None or chosen() == "portable" or not has_triton():
         functions = {"cpu": cpu, "default": stock}
     elif _kind_of_mesh() in (None, "cpu"):
         functions = {"cpu": cpu, "cuda": cuda, "default": stock}

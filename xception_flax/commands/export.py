@@ -1,0 +1,115 @@
+"""Writes a trained network as a program for another runtime, and runs that to compare: uint8 images in, classes out."""
+
+import itertools
+import sys
+from pathlib import Path
+
+from xception_flax.commands import cli, images
+from xception_flax.data.sources import folder
+from xception_flax.display import console
+from xception_flax.export import verifying, writing
+from xception_flax.export.options import PLATFORMS, Options
+from xception_flax.export.program import OUTPUTS, create_program
+from xception_flax.export.verifying import MAX_DIFFERENCE, NotVerifiedError
+from xception_flax.inference import predictor
+from xception_flax.runs.restore import Run
+from xception_flax.text import naming
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import suggest
+from xception_flax.training import sharding
+from xception_flax.weights import source
+from xception_flax.weights.word import told
+
+EXAMPLES = """\
+  xception-flax export runs/photos --format stablehlo --output photos.stablehlo
+  xception-flax export keras:xception --format onnx --output xception.onnx"""
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser("xception-flax export", __doc__, EXAMPLES, hosts=False)
+    parser.add_argument("source", metavar="SOURCE", help=images.SOURCE)
+    cli.add_checkpoint(parser)
+    meanings = (f"{name} ({form.meaning}, {form.suffix or 'a folder'})" for name, form in writing.FORMATS.items())
+    parser.add_argument("--format", required=True, metavar="FORMAT", help=", ".join(meanings))
+    parser.add_argument("--output", type=cli.directory, required=True, metavar="FILE", help="and FILE.json beside it")
+    parser.add_argument(
+        "--outputs", default=OUTPUTS[0], metavar="WHAT", help=f"{OUTPUTS[0]} (default), {' or '.join(OUTPUTS[1:])}"
+    )
+    parser.add_argument(
+        "--any-size", action="store_true", help="images of other sizes too: a multiple of 32 pixels more or less"
+    )
+    parser.add_argument("--platforms", metavar="NAME,...", help=f"of stablehlo: some of {','.join(PLATFORMS)} (all)")
+    parser.add_argument("--no-verify", action="store_true", help="do not run the file to compare it with the network")
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="compare with photos from there, not those of scikit-learn"
+    )
+    images.add_word(parser)
+    arguments = parser.parse_args(argv)
+    word, verify = images.word(arguments), not arguments.no_verify
+    writing.check(arguments.format, arguments.output, verify=verify)
+    options = Options(arguments.any_size, _platforms(arguments.platforms, arguments.format, verify))
+    if arguments.images is not None and not verify:
+        raise UserError("--images is for the comparison, which --no-verify leaves out; give one of them.")
+    photos = _photos(arguments.images) if verify else None
+    cli.start(arguments)
+    mesh = sharding.create_mesh()
+    found = told(source.open_source(arguments.source, mesh, arguments.checkpoint, arguments.weights), **word)
+    pretrained = source.from_run(found) if isinstance(found, Run) else found
+    network = predictor.from_pretrained(pretrained, mesh)
+    for note in network.notes:
+        print(note, file=sys.stderr)
+    program = create_program(network, arguments.outputs)
+    try:
+        with console.waiting(f"writing {arguments.output.name}"):
+            verified = writing.write(program, network, pretrained, arguments.format, arguments.output, options, photos)
+    except NotVerifiedError as error:
+        cli.complain(f"{arguments.output} was not written: {error}.")
+        return 1
+    height, width, channels = program.image_shape
+    rows = {
+        "images": f"uint8 [batch, {height}, {width}, {channels}], 0 to 255",
+        arguments.outputs: f"float32 [batch, {program.size:,}]",
+        "verified": "no" if verified is None else _figure(verified),
+        "written": f"{naming.shown(arguments.output)}, {_bytes(arguments.output) / 1e6:,.1f} MB",
+    }
+    console.show_table(images.title(arguments.source, network), rows)
+    return 0
+
+
+def _figure(verified: verifying.Verified) -> str:
+    return (
+        f"by its own runtime on {verified.images} photos: differs by {verified.difference:.1e} of the spread "
+        f"(at most {MAX_DIFFERENCE:.0e})"
+    )
+
+
+def _bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _platforms(names: str | None, form: str, verify: bool) -> tuple[str, ...]:
+    """Returns the platforms of `--platforms`."""
+    if names is None:
+        return PLATFORMS
+    if form != "stablehlo":
+        raise UserError(f"--platforms is of stablehlo; {form} runs where its runtime does.")
+    platforms = tuple(dict.fromkeys(names.split(",")))
+    for name in platforms:
+        if name not in PLATFORMS:
+            raise UserError(f"unknown platform {name!r}; {suggest(name, PLATFORMS)}")
+    if verify and "cpu" not in platforms:
+        raise UserError("the file is run on a CPU to compare it; give --platforms cpu too, or --no-verify.")
+    return platforms
+
+
+def _photos(path: Path | None) -> list:
+    """Returns the photos to compare with: those of a folder, at most `MAX_IMAGES`."""
+    if path is None:
+        return verifying.photos()
+    if not path.is_dir():
+        raise UserError(f"--images {path} is no folder.")
+    found, _ = folder.list_files(path)
+    if not found:
+        raise UserError(f"--images {path} has no image (of {', '.join(folder.IMAGE_SUFFIXES)}).")
+    return list(itertools.islice(found, verifying.MAX_IMAGES))

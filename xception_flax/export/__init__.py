@@ -1,0 +1,1 @@
+"""A trained network leaves: programs for JAX, ONNX Runtime, TensorFlow and LiteRT, each in a file of its own format."""

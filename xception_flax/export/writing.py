@@ -1,0 +1,104 @@
+"""Writes a network as a program of another runtime: whole, verified, or not at all."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xception_flax.export import onnx, stablehlo, verifying
+from xception_flax.export.description import describe
+from xception_flax.export.options import Options
+from xception_flax.export.program import Program
+from xception_flax.export.verifying import Verified
+from xception_flax.host.files import beside, check_new, write_whole
+from xception_flax.host.libraries import check_extra
+from xception_flax.inference.predictor import Predictor
+from xception_flax.text import naming
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import lookup
+from xception_flax.weights.pretrained import Pretrained
+
+
+class Format(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+      write: writes a program to a path, with metadata where it has a place for them.
+      runner: a program in Python that runs such a file by its own runtime: `FILE IMAGES.npy OUTPUTS.npy`.
+      suffix: of the file; '' for a folder.
+      meaning: in the words of the help.
+      writers: libraries that write it, as they are imported.
+      runtimes: that run it.
+      distributions: whose versions go into the metadata.
+    """
+
+    write: Callable[[Program, Path, dict[str, Any], Options], None]
+    runner: str
+    suffix: str
+    meaning: str
+    writers: tuple[str, ...]
+    runtimes: tuple[str, ...]
+    distributions: tuple[str, ...]
+
+
+# The name of a format is that of the extra that installs its libraries.
+FORMATS = {
+    "stablehlo": Format(stablehlo.write, stablehlo.RUNNER, ".stablehlo", "for JAX", ("flatbuffers",), (), ("jax",)),
+    "onnx": Format(onnx.write, onnx.RUNNER, ".onnx", "for ONNX Runtime", ("onnx",), ("onnxruntime",), ("onnx",)),
+}
+
+
+def check(form: str, output: Path, *, verify: bool) -> None:
+    """Raises UserError if a format is unknown, a library is missing, or `output` cannot be such a file."""
+    found = lookup(FORMATS, form, "format")
+    if output.suffix != found.suffix:
+        raise UserError(f"--output {output}: a file of {form} must end in {found.suffix!r}, got {output.suffix!r}.")
+    check_extra(form, found.writers, f"writing {form}")
+    if verify:
+        check_extra(form, found.runtimes, f"--verify of {form}")
+    check_new(output)
+    check_new(beside_it(output))
+
+
+def beside_it(output: Path) -> Path:
+    """Returns the path of the description beside a file."""
+    return output.with_name(f"{output.name}.json")
+
+
+def write(
+    program: Program,
+    predictor: Predictor,
+    pretrained: Pretrained,
+    form: str,
+    output: Path,
+    options: Options,
+    images: Sequence | None,
+) -> Verified | None:
+    """Writes a network, and its description beside it in `OUTPUT.json`.
+
+    Args:
+      program: the network as a function.
+      predictor: the same network.
+      pretrained: the same, for its description.
+      form: one of `FORMATS`.
+      output: the file or folder, which is not there yet.
+      images: that the file is verified with, by its own runtime; None not to verify it.
+
+    Returns:
+      How far the file's outputs are from the network's; None where it was not verified.
+
+    Raises:
+      UserError: see `check`; or the format has no place for this network.
+      NotVerifiedError: the file does not do what the network does. Then there is no file.
+    """
+    check(form, output, verify=images is not None)
+    found, verified = FORMATS[form], None
+    metadata = describe(program, predictor, pretrained, form, found.distributions)
+    with beside(output) as partial:
+        found.write(program, partial, metadata, options)
+        if images is not None:
+            sizes = [program.image_shape[0] + stablehlo.SIZE_STEP] if options.any_size else []
+            verified = verifying.verify(program, predictor, partial, found.runner, images, sizes=sizes)
+    if verified is not None:
+        metadata |= {"verified": {"largest_difference": verified.difference, "images": verified.images}}
+    write_whole(beside_it(output), [naming.to_json(metadata, indent=2).encode()])
+    return verified
