@@ -104,10 +104,10 @@ class Predictor:
           pixels: `[N, image_size, image_size, channels]`, uint8, as `preprocessing.prepare` returns one.
           names: as of `stream`.
         """
-        parts = [pixels[start : start + self.batch_size] for start in range(0, len(pixels), self.batch_size)]
-        outputs = [self._batch(part, names) for part in parts]
-        whole = {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
-        return {name: values[: len(pixels)] for name, values in whole.items()}
+        missing = -len(pixels) % self.batch_size
+        padded = np.pad(pixels, [(0, missing), (0, 0), (0, 0), (0, 0)])
+        outputs = [self._batch(part, names) for part in np.split(padded, len(padded) // self.batch_size)]
+        return {name: np.concatenate([part[name] for part in outputs])[: len(pixels)] for name in outputs[0]}
 
     def stream(
         self, images: Sequence[Image], names: tuple[str, ...], *, dark: list[Image] | None = None
@@ -122,8 +122,7 @@ class Predictor:
         if "probabilities" in names and not self.class_names:
             raise UserError("this network has no classifier; its features can be had (embed), or classes be trained.")
         for part, prepared, batch in self.batches(images, dark=dark):
-            arrays = sharding.global_batch(self.mesh, {"images": batch})
-            outputs = jax.device_get(self._forward(self.variables, arrays["images"], names))
+            outputs = self._batch(batch, names)
             for i, (image, pixels) in enumerate(zip(part, prepared, strict=True)):
                 if isinstance(pixels, UserError):
                     yield image, pixels
@@ -153,6 +152,11 @@ class Predictor:
                     if not isinstance(pixels, UserError):
                         batch[i] = pixels
                 yield part, prepared, batch
+
+    def _batch(self, pixels: np.ndarray, names: tuple[str, ...]) -> Outputs:
+        """Returns the outputs for one whole batch."""
+        images = sharding.global_batch(self.mesh, {"images": pixels})["images"]
+        return {name: np.asarray(values) for name, values in self._forward(self.variables, images, names).items()}
 
     def _outputs(self, variables: Mapping[str, Any], images: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # each device computes its own images
