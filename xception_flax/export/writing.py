@@ -98,7 +98,6 @@ def write(
         if images is not None:
             sizes = [program.image_shape[0] + stablehlo.SIZE_STEP] if options.any_size else []
             verified = verifying.verify(program, predictor, partial, found.runner, images, sizes=sizes)
-    if verified is not None:
-        metadata |= {"verified": {"largest_difference": verified.difference, "images": verified.images}}
-    write_whole(beside_it(output), [naming.to_json(metadata, indent=2).encode()])
+            metadata |= {"verified": {"largest_difference": verified.difference, "images": verified.images}}
+        write_whole(beside_it(output), [naming.to_json(metadata, indent=2).encode()])  # before the file has its name
     return verified
