@@ -113,7 +113,9 @@ def class_words(predictor: Predictor) -> list[str]:
     names = predictor.class_names
     words = predictor.class_descriptions or names
     if repeated(words) is not None:
-        words = [word if words.count(word) == 1 else f"{word} ({name})" for word, name in zip(words, names, strict=True)]
+        words = [
+            word if words.count(word) == 1 else f"{word} ({name})" for word, name in zip(words, names, strict=True)
+        ]
     return [naming.shown(word) for word in words]
 
 
