@@ -34,6 +34,8 @@ STYLE = """
 .network h1 {font-size: 1.4rem; font-weight: 600; margin: 1rem 0 .1rem; overflow-wrap: anywhere}
 .network p, .hint {color: var(--body-text-color-subdued); margin: 0; overflow-wrap: anywhere}
 .hint {padding: .5rem 0}
+.hint bdi {color: inherit}
+.picture img {width: 100%; height: 100%; object-fit: contain}
 .answer {padding: .25rem 0 .5rem}
 .answer .row {display: flex; justify-content: space-between; gap: 1rem; margin-top: .7rem}
 .answer .row bdi {overflow-wrap: anywhere; max-height: 4.5em; overflow-y: auto}
@@ -96,10 +98,10 @@ def create_explainer(predictor: Predictor) -> Explainer:
 
 def check_address(host: str, port: int) -> None:
     """Raises UserError unless a page can be opened there."""
+    if port > 65_535:
+        raise UserError(f"--port must be at most 65,535, got {port}.")
     try:
         socket.create_server((host, port)).close()
-    except OverflowError:
-        raise UserError(f"--port must be at most 65,535, got {port}.") from None
     except socket.gaierror:
         raise UserError(f"--host {naming.shown(host)} is no address of this machine; expected {HOST}.") from None
     except OSError as error:
@@ -196,6 +198,7 @@ def create_page(explainer: Explainer, title: str) -> Any:
                 classes = gradio.HTML(respond(explainer, None, PREDICTED, stages[-1])[0])
                 with gradio.Row():
                     options = dict(format="png", interactive=False, buttons=["download", "fullscreen"], height=280)
+                    options["elem_classes"] = "picture"
                     seen = gradio.Image(label="What the network sees", min_width=200, **options)
                     picture = gradio.Image(label="Evidence", min_width=200, **options)
                 caption = gradio.HTML()
