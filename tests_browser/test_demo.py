@@ -21,8 +21,7 @@ PHOTO = Path(sklearn.__file__).parent / "datasets" / "images" / "china.jpg"
 NAMES = ("<b>bold</b>", "$$x$$", "חתול", "n" * 300)
 
 
-def test_a_photo_gets_the_classes_of_predict_and_a_picture(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+def test_a_photo_gets_the_classes_of_predict_and_a_picture(tmp_path):
     path = tmp_path / "w.npz"
     writing.write(random_network(name="xception", num_classes=4, width=0.02)._replace(class_names=NAMES), path)
     with socket.create_server(("127.0.0.1", 0)) as free:
