@@ -5,6 +5,7 @@
 # make test-newest    run every test with the newest versions
 # make test-tpu       compile for TPUs without having them, in a separate environment (libtpu is 700 MB)
 # make test-extras    run exported files by the runtimes they are for, in a separate environment
+# make test-browser   try the page of `demo` in Chromium, which must be there, in a separate environment
 # make contenders     set up what the benchmarks compare with, in .venv-contenders (8 GB)
 # make pins           write requirements*.txt anew from pyproject.toml and benchmarks/requirements.in
 # make clean          remove all environments and what was built
@@ -16,7 +17,7 @@ INSTALLED := .venv/installed-$(VERSION)
 INSTALLED_DEV := .venv/installed-dev-$(VERSION)
 WORKDIR ?= runs/digits
 
-.PHONY: demo test test-minimum test-newest test-tpu test-extras lint contenders pins clean
+.PHONY: demo test test-minimum test-newest test-tpu test-extras test-browser lint contenders pins clean
 
 demo: $(INSTALLED)
 	.venv/bin/python train.py --config configs/digits.py --workdir $(WORKDIR)
@@ -62,6 +63,19 @@ test-extras: .venv-extras/installed
 	@.venv-extras/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
+# Gradio wants an older Pillow than the other tests have.
+test-browser:
+	@command -v chromium >/dev/null || { echo "error: chromium is missing; apt-get install chromium" >&2; exit 2; }
+	@$(MAKE) --no-print-directory .venv-browser/installed
+	.venv-browser/bin/python -m pytest --override-ini=addopts= -ra --durations=5 tests_browser
+
+.venv-browser/installed: requirements-browser.txt pyproject.toml
+	@echo "installing into .venv-browser (a few minutes) ..."
+	@test -d .venv-browser || $(PYTHON) -m venv .venv-browser
+	@.venv-browser/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
+	@.venv-browser/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
 lint: $(INSTALLED_DEV)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -97,7 +111,8 @@ pins: $(INSTALLED_DEV)
 	$(COMPILE) pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
 	$(COMPILE) benchmarks/requirements.in -c requirements.txt -o benchmarks/requirements.txt
 	$(COMPILE) pyproject.toml --extra dev --extra onnx -c requirements-dev.txt -o requirements-extras.txt
+	$(COMPILE) pyproject.toml --extra browser -o requirements-browser.txt
 	$(COMPILE) pyproject.toml --extra tpu -c requirements.txt -o requirements-tpu.txt
 
 clean:
-	rm -rf .venv .venv-contenders .venv-minimum .venv-newest .venv-tpu .venv-extras build *.egg-info
+	rm -rf .venv .venv-contenders .venv-minimum .venv-newest .venv-tpu .venv-extras .venv-browser build *.egg-info

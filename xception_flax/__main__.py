@@ -15,6 +15,7 @@ VERBS = {
     "evaluate": "evaluates a trained network: a table, a report, a record, every prediction",
     "predict": "predicts the classes of images",
     "explain": "draws where in an image the evidence for its class is, and which images look alike",
+    "demo": "opens a page in the browser to try a network: an image in, classes and evidence out",
     "embed": "writes the pooled features of images",
     "convert": "reads weights of any library and writes them for another",
     "export": "writes a network as a program for JAX or another runtime, and compares it with the network",

@@ -23,14 +23,19 @@ SOURCE = "workdir of a run, file or folder of weights, keras:NETWORK, timm:NAME,
 
 def add_arguments(parser: argparse.ArgumentParser, batch_size: int = BATCH_SIZE) -> None:
     """Adds the network, the images, and what says how an image becomes what the network takes."""
-    parser.add_argument("source", metavar="SOURCE", help=SOURCE)
+    add_network(parser)
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="a file, or a folder with files in it")
     parser.add_argument("--workdir", type=cli.directory, help="instead of SOURCE: folder of a run of train.py")
-    cli.add_checkpoint(parser)
     parser.add_argument(
         "--batch-size", type=cli.positive, default=batch_size, metavar="N", help=f"images at a time ({batch_size})"
     )
     add_word(parser)
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Adds which network."""
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE)
+    cli.add_checkpoint(parser)
 
 
 def add_word(parser: argparse.ArgumentParser) -> None:
