@@ -103,7 +103,7 @@ def test_a_bad_file_is_named_and_the_others_are_predicted(workdir, digits, tmp_p
     assert err.startswith(f"error: {bad}: the image cannot be decoded: 8 bytes that are no JPEG")
     for arguments, message in [
         ([tmp_path / "no.jpg"], r"no.jpg is not there; expected an image or a folder"),
-        ([empty], r".pnm). 1 of 1 file is not read: 1 .psd (empty/a.psd)."),
+        ([empty], r".hif). 1 of 1 file is not read: 1 .psd (empty/a.psd)."),
         ([good, "--weights", "raw", "--checkpoint", "3"], "no checkpoint '3' in"),
         ([good, "--top", "0"], "must be a positive integer"),
     ]:
@@ -270,7 +270,7 @@ def test_the_card_says_what_the_run_measured(workdir, tmp_path, monkeypatch, cap
     assert (found["date"], found["step"]) == (today, 118)
     assert shell.call(monkeypatch, capsys, convert.main, workdir, "--output", raw, "--weights", "raw")[0] == 0
     assert source.open_source(str(raw), None).measured == {}
-    digits = ["--config.data.source=digits", "--split", "validation", "--picture", tmp_path / "m.png"]
+    digits = ["--config.data.source=digits", "--split", "validation", "--output", tmp_path]
     code, out, _ = shell.call(monkeypatch, capsys, evaluate.main, folder, "--config.data.max_value=4095", *digits)
     assert code == 0
     assert f"{shares}, loss" in out
