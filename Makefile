@@ -56,24 +56,17 @@ test-tpu: .venv-tpu/installed
 test-extras: .venv-extras/installed
 	.venv-extras/bin/python -m pytest --override-ini=addopts= -ra --durations=5 tests_extras
 
-.venv-extras/installed: requirements-extras.txt pyproject.toml
-	@echo "installing into .venv-extras (a few minutes) ..."
-	@test -d .venv-extras || $(PYTHON) -m venv .venv-extras
-	@.venv-extras/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-extras.txt
-	@.venv-extras/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
-	@touch $@
-
 # Gradio wants an older Pillow than the other tests have.
 test-browser:
 	@command -v chromium >/dev/null || { echo "error: chromium is missing; apt-get install chromium" >&2; exit 2; }
 	@$(MAKE) --no-print-directory .venv-browser/installed
 	.venv-browser/bin/python -m pytest --override-ini=addopts= -ra --durations=5 tests_browser
 
-.venv-browser/installed: requirements-browser.txt pyproject.toml
-	@echo "installing into .venv-browser (a few minutes) ..."
-	@test -d .venv-browser || $(PYTHON) -m venv .venv-browser
-	@.venv-browser/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
-	@.venv-browser/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+.venv-extras/installed .venv-browser/installed: .venv-%/installed: requirements-%.txt pyproject.toml
+	@echo "installing into .venv-$* (a few minutes) ..."
+	@test -d .venv-$* || $(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 lint: $(INSTALLED_DEV)

@@ -88,6 +88,7 @@ def test_mistakes_are_named(source, photos, tmp_path, monkeypatch, capsys):
         ([photos, "--stage", "stage9"], "unknown stage 'stage9'; "),
         ([photos, "--steps", -3], "steps of integrated gradients"),
         ([photos, "--output-stride", 12], "model.output_stride must be one of"),
+        ([photos, "--output", ""], "must be a path, got ''"),
         ([photos, "--output", tmp_path / "why.txt"], "is no name of a picture"),
         ([photos, "--output", tmp_path / "none" / "why.png"], "cannot be written: No such file"),
         ([photos, "--output", tmp_path / "file"], "is no folder, expected a folder"),

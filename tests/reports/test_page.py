@@ -74,23 +74,10 @@ def test_no_name_breaks_the_page(ends, rng, capsys):
     assert not {"i", "u", "other"} & set(read.tags)
     assert all(load.startswith("data:image/png;base64,") for load in read.loads)
     assert len(read.loads) == 4
-    shown = [
-        "$$",
-        "<b>bold</b>",
-        "猫",
-        "قطة",
-        "חתול",
-        "😀",
-        "x" * 300,
-        r"a\nb",
-        '"q" & \'',
-        "</script>",
-        r"caf\xe9",
-        r"\u202eabc",
-    ]
-    for name in shown:
-        assert name in read.words
-        assert name in read.titles
+    shown = {"a\nb": r"a\nb", "caf\udce9": r"caf\xe9", "\u202eabc": r"\u202eabc"}
+    for name in NAMES:
+        assert shown.get(name, name) in read.words
+        assert shown.get(name, name) in read.titles
     assert {"run <i>", "<u>", "<other>"} <= set(read.words)
     assert "default-src 'none'" in text
 

@@ -84,7 +84,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     images.add_arguments(parser, BATCH_SIZE)
     parser.add_argument(
         "--output",
-        type=Path,
+        type=cli.directory,
         default=Path("explained.png"),
         metavar="PICTURE",
         help=f"a row for each image, up to {MAX_ROWS}; or a folder: a picture for each image (explained.png)",

@@ -27,8 +27,7 @@ EXAMPLES = """\
 
 def main(argv: list[str]) -> int:
     parser = cli.parser("xception-flax export", __doc__, EXAMPLES, hosts=False)
-    parser.add_argument("source", metavar="SOURCE", help=images.SOURCE)
-    cli.add_checkpoint(parser)
+    images.add_network(parser)
     meanings = (f"{name} ({form.meaning}, {form.suffix or 'a folder'})" for name, form in writing.FORMATS.items())
     parser.add_argument("--format", required=True, metavar="FORMAT", help=", ".join(meanings))
     parser.add_argument("--output", type=cli.directory, required=True, metavar="FILE", help="and FILE.json beside it")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from xception_flax.inference.predictor import Predictor
+from xception_flax.inference.predictor import ACTIVATIONS, Predictor
 from xception_flax.models.folding import fold_batch_norm
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest
@@ -18,8 +18,6 @@ from xception_flax.training.steps import create_normalizer
 Variables = Mapping[str, Any]
 
 OUTPUTS = ("probabilities", "logits", "features")
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 
 
 class Program(NamedTuple):

@@ -10,7 +10,6 @@ from jax import export
 from xception_flax.export.options import Options
 from xception_flax.export.program import Program
 from xception_flax.models import ops
-from xception_flax.text.errors import UserError
 
 SIZE_STEP = 32  # pixels: the stride of the last features, by which sizes may differ with `any_size`
 
@@ -28,23 +27,17 @@ def write(program: Program, path: Path, metadata: dict[str, Any], options: Optio
 
     Args:
       metadata: is not in the file, which has no place for it.
-
-    Raises:
-      UserError: the program is not possible for a platform.
     """
     height, width, channels = program.image_shape
-    try:
-        if options.any_size:
-            names, least = ("h", "w"), min(height // SIZE_STEP, 3)
-            shape = export.symbolic_shape(
-                ", ".join(["batch", *(f"{SIZE_STEP}*{name}+{height % SIZE_STEP}" for name in names), str(channels)]),
-                constraints=[f"{name} >= {least}" for name in names],
-            )
-        else:
-            shape = export.symbolic_shape(f"batch, {height}, {width}, {channels}")
-        traced = jax.jit(lambda images: program.function(program.variables, images))
-        with ops.lowering("portable"):  # no kernels: a later version of JAX need not run them
-            exported = export.export(traced, platforms=options.platforms)(jax.ShapeDtypeStruct(shape, jnp.uint8))
-    except NotImplementedError as error:
-        raise UserError(f"this network has no program for {', '.join(options.platforms)}: {error}") from error
+    if options.any_size:
+        names, least = ("h", "w"), min(height // SIZE_STEP, 3)
+        shape = export.symbolic_shape(
+            ", ".join(["batch", *(f"{SIZE_STEP}*{name}+{height % SIZE_STEP}" for name in names), str(channels)]),
+            constraints=[f"{name} >= {least}" for name in names],
+        )
+    else:
+        shape = export.symbolic_shape(f"batch, {height}, {width}, {channels}")
+    traced = jax.jit(lambda images: program.function(program.variables, images))
+    with ops.lowering("portable"):  # no kernels: a later version of JAX need not run them
+        exported = export.export(traced, platforms=options.platforms)(jax.ShapeDtypeStruct(shape, jnp.uint8))
     path.write_bytes(exported.serialize())

@@ -93,7 +93,7 @@ def prepare(predictor: Predictor, split: data.Split) -> Evaluation:
         dataclasses.replace(split, source=source, rounded=preprocessing.rounded),
         classes,
         several,
-        jax.nn.sigmoid if predictor.activation == "sigmoid" and not single_logit else jax.nn.softmax,
+        jax.nn.softmax if single_logit else predictor.activate,
     )
 
 

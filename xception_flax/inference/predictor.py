@@ -1,7 +1,7 @@
 """A trained network of any origin, ready to be asked: `load(SOURCE).predict(images)`."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,6 +27,8 @@ from xception_flax.weights.word import told
 BATCH_SIZE = 32
 
 Outputs = dict[str, np.ndarray]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 
 
 class Predictor:
@@ -72,7 +74,7 @@ class Predictor:
         self.activation, self.origin, self.notes = activation, dict(origin), tuple(notes)
         self.batch_size = -(-batch_size // mesh.size) * mesh.size  # each device as many
         self.normalize = steps.create_normalizer(preprocessing.mean, preprocessing.std)
-        self.activate = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[activation]
+        self.activate = ACTIVATIONS[activation]
         self._forward = jax.jit(self._outputs, static_argnames="names")
 
     def predict(self, images: Image | Sequence[Image] | np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from xception_flax import data
 from xception_flax.host import processes
 from xception_flax.inference import evaluation as evaluations
 from xception_flax.inference import preprocessing as preprocessings
-from xception_flax.inference.predictor import BATCH_SIZE, Predictor
+from xception_flax.inference.predictor import ACTIVATIONS, BATCH_SIZE, Predictor
 from xception_flax.inference.preprocessing import Preprocessing
 from xception_flax.recipes.comparing import alike
 from xception_flax.runs.restore import restore
@@ -91,7 +91,7 @@ def of_run(
         preprocessings.of_recipe(config),
         ({"checkpoint": what}, rows),
         {"step": run.step, "weights": run.weights},
-        {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[run.activation],
+        ACTIVATIONS[run.activation],
     )
 
 

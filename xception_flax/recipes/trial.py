@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 
 from xception_flax import data
 from xception_flax.training import program, sharding
+from xception_flax.training.patience import Patience
 
 # In place of the data's. Warm-up and length are in epochs, so that whether they fit hardly depends on it.
 IMAGES = 1_000_000
@@ -20,4 +21,5 @@ def check_values(config: ConfigDict) -> None:
     """
     data.check_options(**config.data)
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    program.create_program(config, mesh, program.image_shape(config), num_images=IMAGES)
+    made = program.create_program(config, mesh, program.image_shape(config), num_images=IMAGES)
+    Patience(config.metrics.name, config.patience_metric, config.patience_epochs, made.length)

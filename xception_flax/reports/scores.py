@@ -2,13 +2,16 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from xception_flax.data.pipeline import usable_cpus
 from xception_flax.reports import intervals, ranking
 from xception_flax.reports.predictions import Predictions
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 BINS = 15  # of the confidence, as in Guo et al. (2017)
 THRESHOLD = 0.5  # from which on a class is predicted, where an image may have several
@@ -94,7 +97,7 @@ class Scores(NamedTuple):
     not_finite: int
     overall: dict[str, Score]
     classes: Classes
-    confusion: "sparse.csr_array | None"  # noqa: F821
+    confusion: "sparse.csr_array | None"
     calibration: Calibration
     roc: np.ndarray
     precision_recall: np.ndarray
@@ -192,23 +195,23 @@ def calibrate(predictions: Predictions) -> Calibration:
         return Calibration(counts, *(total / counts for total in sums))
 
 
-def _truth(p: Predictions):
+def _truth(p: Predictions) -> "sparse.csr_array":
     """The true classes, a sparse matrix `[N, num_classes]` of 0 and 1."""
     return _rows(p.labels > 0) if p.several_labels else _one_a_row(p.labels, np.ones(len(p.index), bool), p)
 
 
-def _said(p: Predictions):
+def _said(p: Predictions) -> "sparse.csr_array":
     """The predicted classes, likewise."""
     return _rows(p.probabilities >= THRESHOLD) if p.several_labels else _one_a_row(p.predicted, p.finite, p)
 
 
-def _rows(rows: np.ndarray):
+def _rows(rows: np.ndarray) -> "sparse.csr_array":
     from scipy import sparse
 
     return sparse.csr_array(rows.astype(np.float32))
 
 
-def _one_a_row(numbers: np.ndarray, there: np.ndarray, p: Predictions):
+def _one_a_row(numbers: np.ndarray, there: np.ndarray, p: Predictions) -> "sparse.csr_array":
     from scipy import sparse
 
     pointers = np.concatenate([[0], np.cumsum(there)])
