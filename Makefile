@@ -22,7 +22,7 @@ WORKDIR ?= runs/digits
 demo: $(INSTALLED)
 	.venv/bin/python train.py --config configs/digits.py --workdir $(WORKDIR)
 	.venv/bin/xception-flax evaluate --workdir $(WORKDIR) --split test
-	@echo "pictures: $(WORKDIR)/curves.png $(WORKDIR)/mistakes_test.png"
+	@echo "to look at: $(WORKDIR)/report_test.html $(WORKDIR)/curves.png $(WORKDIR)/mistakes_test.png"
 
 test: lint
 	.venv/bin/python -m pytest
