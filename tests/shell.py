@@ -1,6 +1,7 @@
 """Runs commands as a user does: in processes of their own, or by their entry point in this one."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,6 +64,12 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def pause(process: subprocess.Popen) -> None:
+    """Stops a process, and waits until it stands still: the signal alone leaves it a moment to write in."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
 
 
 def call(

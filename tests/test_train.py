@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import train
-from shell import ROOT, environment, finish, wait_until
+from shell import ROOT, environment, finish, pause, wait_until
 from shell import call as run
 from small_run import DIGITS, SMALL, start
 from workdirs import arrays, evaluations, records
@@ -207,7 +207,7 @@ def stand_still(process: subprocess.Popen) -> tuple[set[int], set[str]]:
 
     A worker that is killed before that may leave a segment for good: Python creates one before it tells its tracker.
     """
-    process.send_signal(signal.SIGSTOP)
+    pause(process)
     readers, looks, deadline = children(process.pid), [], time.monotonic() + 120
     while len(looks) < 4 or looks.count(looks[-1]) < len(looks):
         assert time.monotonic() < deadline, looks
@@ -281,7 +281,7 @@ def test_a_signal_to_the_group_while_workers_start(tmp_path):
 def test_ctrl_c_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):
     process = start(tmp_path)
     wait_until(lambda: len(records(tmp_path)) >= 1, process)
-    process.send_signal(signal.SIGSTOP)  # so that it holds its workdir while a second run is started there
+    pause(process)  # so that it holds its workdir while a second run is started there
     try:
         code, _, err = run(monkeypatch, capsys, train.main, "--config", DIGITS, "--workdir", tmp_path, *SMALL)
         assert code == 2

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from shell import ROOT, environment, finish
+from shell import ROOT, environment, finish, pause
 from xception_flax.host import signals
 
 
@@ -47,7 +47,7 @@ with signals.StopRequest():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, env=environment(1), text=True, **pipes)
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGSTOP)  # so that both come within a moment, however busy the machine
+    pause(process)  # so that both come within a moment, however busy the machine
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)  # as `timeout` does, which signals the process and then its group
     process.send_signal(signal.SIGCONT)

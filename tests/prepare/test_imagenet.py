@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tarfile
@@ -20,7 +19,7 @@ from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_build
 from tensorflow_datasets.proto import tf_example_pb2
 
 from preparing import CMYK, PATH, PNG, SYNSETS, add, contents, fail, run, write_tars
-from shell import ROOT
+from shell import ROOT, pause
 from xception_flax.data import sources
 from xception_flax.prepare import imagenet, records
 from xception_flax.text.errors import UserError
@@ -130,7 +129,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(large_tars, tmp_path, ca
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
     # While it is stopped, another process is kept out, and nothing looks finished.
-    process.send_signal(signal.SIGSTOP)
+    pause(process)
     assert "is being written by another process" in fail(capsys, monkeypatch, *arguments, tmp_path / "killed")
     with pytest.raises(UserError, match="is not prepared"):
         sources.tfds.tfds("train", name="imagenet2012", data_dir=str(tmp_path / "killed"))

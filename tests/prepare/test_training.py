@@ -14,7 +14,7 @@ import pytest
 
 import shell
 import workdirs
-from shell import finish, wait_until
+from shell import finish, pause, wait_until
 from xception_flax import data
 from xception_flax.commands import evaluate
 
@@ -44,7 +44,7 @@ def test_an_epoch_of_the_papers_recipe(data_dir, tmp_path, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     process = start(whole, data_dir)
     wait_until(lambda: any(record["step"] == 3 for record in workdirs.records(whole)), process)
-    process.send_signal(signal.SIGSTOP)
+    pause(process)
     shutil.copytree(whole, stopped)  # as if it had been killed here
     process.send_signal(signal.SIGCONT)
     code, _, err = finish(process)
