@@ -31,7 +31,7 @@ from xception_flax.models import costs
 from xception_flax.recipes import groups, reading
 from xception_flax.recipes.comparing import alike
 from xception_flax.runs import curves, history, profiling, progress
-from xception_flax.runs.saving import check_same_data, save_where_input_ends
+from xception_flax.runs.saving import SaveClock, check_same_data, save_where_input_ends
 from xception_flax.runs.workdir import (
     CHECKPOINTS,
     CURVES,
@@ -115,7 +115,12 @@ def train(config: ConfigDict, workdir: Path) -> int:
         processes.check_shared(workdir)
         best_metric = metrics.METRICS[config.metrics.name].best
         manager = stack.enter_context(
-            checkpoint.open_manager(workdir / CHECKPOINTS, best_metric=best_metric, **config.checkpoint)
+            checkpoint.open_manager(
+                workdir / CHECKPOINTS,
+                best_metric=best_metric,
+                abstract_state=program.abstract_state,
+                **config.checkpoint,
+            )
         )
         start_step, meta = find_start(manager, workdir, train_data, pretrained)
         if first_host:
@@ -130,12 +135,13 @@ def train(config: ConfigDict, workdir: Path) -> int:
         train_state, note = begin_or_resume(config, program, manager, start_step, pretrained)
         del pretrained  # the state has copies of its arrays
         report = stack.enter_context(open_report(config, workdir, program, mesh, train_data, start_step))
-        for line in filter(None, [describe(config, workdir, program, mesh), *notes, note]):
+        for line in filter(None, [describe(config, workdir, program, mesh), *manager.warnings, *notes, note]):
             report.say(line)
         profile = stack.enter_context(profiling.Profile(profiled, workdir / PROFILE, report, enabled=first_host))
 
         # Loop.
         totals = metrics.Accumulator(max_pending=MAX_STEPS_IN_FLIGHT)
+        save_clock = SaveClock(config.checkpoint_every_minutes)
         stack.enter_context(save_where_input_ends(manager, lambda: train_state, totals.pending, meta))
         batches = stack.enter_context(contextlib.closing(train_data.batches(start_step)))
         stop = stack.enter_context(signals.StopRequest(several_processes=jax.process_count() > 1))
@@ -156,6 +162,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             recording = last or stopping or step % config.log_every_steps == 0
             evaluating = last or length.ends_interval(step, config.eval_every_epochs)
             saving = last or stopping or length.ends_interval(step, config.checkpoint_every_epochs)
+            saving = saving or (recording and save_clock.is_due())
             if recording or evaluating or saving:
                 metrics.check_finite(sums, step)
                 checkpoint.check_saves(manager)
@@ -180,6 +187,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                         check_claim(workdir)  # an evaluation may have taken an hour
                     report.sync()
                     checkpoint.save(manager, train_state, meta, results)
+                    save_clock.saved()
                 report.checkpoint(step)
             if last or stopping:
                 break

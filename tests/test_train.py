@@ -436,6 +436,41 @@ def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
     assert (code, err.strip()) == (2, "error: none of the 24 images to evaluate on can be decoded.")
 
 
+def test_checkpoints_by_the_clock_and_a_damaged_one(tmp_path, monkeypatch, capsys):
+    """A run that saves by minutes alone is resumed from the newest whole checkpoint, and ends as the first did."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    arguments = ["--config", f"{DIGITS}:lenet", *LENET, "--config.epochs=0.2", "--config.schedule.warmup_epochs=0"]
+    arguments += ["--config.log_every_steps=4", "--config.checkpoint_every_epochs=inf"]
+    arguments += ["--config.checkpoint_every_minutes=1e-6", "--config.checkpoint.keep_latest=9", "--workdir"]
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments, whole)
+    assert code == 0, err
+    saved = sorted(int(path.name) for path in (whole / "checkpoints").iterdir())
+    assert saved == [4, 8, 12, 16]
+
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "16")
+    for step in ("8", "12"):
+        (again / "checkpoints" / step / "raw" / "manifest.ocdbt").write_bytes(b"")
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments, again)
+    assert (code, err.count("\n")) == (2, 1)
+    assert (
+        "12 cannot be used: raw/manifest.ocdbt is empty; move this folder away to go on from step 8, or train with"
+        in err
+    )
+
+    # The key may change, as may the clock: neither changes the result.
+    changed = ["--config.checkpoint.on_damaged=older", "--config.checkpoint_every_minutes=inf"]
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments, again, *changed)
+    assert code == 0, err
+    assert err.count("WARNING: checkpoint ") == 2
+    assert "going on from the checkpoint of step 4" in err
+    assert sorted(path.name for path in (again / "damaged").iterdir()) == ["12", "8"]
+    assert sorted(int(path.name) for path in (again / "checkpoints").iterdir()) == [4, 16]
+    expected = arrays(whole, 16)
+    for path, value in arrays(again, 16).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
 # Mistakes ------------------------------------------------------------------------------------------
 
 

@@ -68,7 +68,12 @@ ACCEPTED = {
         *("optimizer.beta1", "optimizer.beta2", "optimizer.backbone_factor", "schedule.warmup_epochs"),
         *("schedule.final_factor", "mix.mixup_alpha", "mix.cutmix_alpha", "mix.probability", "mix.switch_probability"),
     ),
-    "inf": ("eval_every_epochs", "checkpoint_every_epochs", "patience_epochs"),  # at the end alone
+    "inf": (
+        "eval_every_epochs",
+        "checkpoint_every_epochs",
+        "checkpoint_every_minutes",
+        "patience_epochs",
+    ),  # at the end alone
     # A seed, a backbone without classifier, no middle flow, off, none.
     "0": (
         *("seed", "model.num_classes", "model.middle_repeats", "data.num_workers", "data.min_decoded_side"),

@@ -26,6 +26,8 @@ class Loop:
       log_every_steps: steps between two lines of training metrics.
       eval_every_epochs: epochs between two evaluations; the end is always evaluated, and at inf nothing else.
       checkpoint_every_epochs: epochs between two checkpoints; the end is always saved, and at inf nothing else.
+      checkpoint_every_minutes: most minutes between two checkpoints beside those, to the next line of training metrics;
+        at inf there are no others. An epoch of ImageNet may take hours.
       patience_epochs: the run ends early if no evaluation for so many epochs was better than the best before; at inf it
         never does. The schedule of the learning rate is that of all `epochs`.
       patience_metric: what should become better: 'loss' or one of the metrics; '' for that of the best checkpoint.
@@ -39,12 +41,13 @@ class Loop:
     log_every_steps: int = 50
     eval_every_epochs: Endless = 1.0
     checkpoint_every_epochs: Endless = 1.0
+    checkpoint_every_minutes: Endless = LARGEST
     patience_epochs: Endless = LARGEST
     patience_metric: str = ""
     profile: str = ""
 
     def __post_init__(self) -> None:
-        intervals = ("eval_every_epochs", "checkpoint_every_epochs", "patience_epochs")
+        intervals = ("eval_every_epochs", "checkpoint_every_epochs", "checkpoint_every_minutes", "patience_epochs")
         for name in ("batch_size", "epochs", "log_every_steps", *intervals):
             check_range(f"recipe key {name!r}", getattr(self, name), 0, above=True)
         if not 0 <= self.seed < 2**32:
@@ -132,6 +135,7 @@ OPERATIONAL = (
     "data.num_workers",
     "data.on_bad_image",
     "data.path",
+    "checkpoint_every_minutes",
     "log_every_steps",
     "profile",
 )
