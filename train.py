@@ -27,6 +27,7 @@ from xception_flax.commands import cli
 from xception_flax.data import sampling
 from xception_flax.display import console
 from xception_flax.host import allocator, processes
+from xception_flax.host.watchdog import Watchdog
 from xception_flax.models import costs
 from xception_flax.recipes import groups, reading
 from xception_flax.recipes.comparing import alike
@@ -43,6 +44,7 @@ from xception_flax.runs.workdir import (
     has_checkpoints,
     how_to_train_on,
     remember,
+    stacks,
 )
 from xception_flax.text import naming
 from xception_flax.text.counting import counted
@@ -113,6 +115,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
         if first_host:
             stack.enter_context(claim(workdir, config))
         processes.check_shared(workdir)
+        stop_where_still = config.watchdog_action == "stop"
+        watchdog = stack.enter_context(Watchdog(config.watchdog_minutes, stacks(workdir), stop=stop_where_still))
         best_metric = metrics.METRICS[config.metrics.name].best
         manager = stack.enter_context(
             checkpoint.open_manager(
@@ -147,8 +151,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
         stop = stack.enter_context(signals.StopRequest(several_processes=jax.process_count() > 1))
         for step in range(start_step + 1, total_steps + 1):
             with profile.step(step, totals.pending):
+                watchdog.sign(f"the batch of step {step:,}")
                 with report.input_wait():
                     batch = next(batches)
+                watchdog.sign(f"step {step:,}")
                 train_state, sums = compiling.result()(train_state, sharding.global_batch(mesh, batch))
                 totals.add(sums)
             report.advance(step)
@@ -176,12 +182,15 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 totals.clear()
             results = None
             if evaluating:
+                watchdog.sign(f"the evaluation after step {step:,}")
                 with report.pause("evaluation"):
-                    results = evaluate(program.eval_step, train_state.variables(weights), eval_data, mesh)
+                    variables = train_state.variables(weights)
+                    results = evaluate(program.eval_step, variables, eval_data, mesh, on_batch=watchdog.again)
                 report.evaluation(step, results, weights)
                 patience.add(step, results)
                 last = last or patience.is_over
             if saving or last:
+                watchdog.sign(f"the checkpoint of step {step:,}")
                 with report.pause("checkpoint"):
                     if first_host:
                         check_claim(workdir)  # an evaluation may have taken an hour
@@ -193,6 +202,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 break
 
         # Finish.
+        watchdog.sign("the last checkpoint, which is being written")
         checkpoint.check_saves(manager, wait=True)
         if not last:
             report.say(f"stopped at step {step}, checkpoint written; the same command goes on from there")

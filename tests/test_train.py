@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import pytest
 
+import shell
 import train
 from shell import ROOT, environment, finish, pause, wait_until
 from shell import call as run
@@ -434,6 +435,29 @@ def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
         path.write_bytes(b"")
     code, _, err = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path / "w")
     assert (code, err.strip()) == (2, "error: none of the 24 images to evaluate on can be decoded.")
+
+
+def test_workers_that_stand_still_are_reported(tmp_path):
+    """They are stopped in earnest. When they go on, so does the run, to its end."""
+    watched = ["--config.data.num_workers=1", "--config.watchdog_minutes=0.05"]
+    process = shell.start("train.py", "--config", f"{DIGITS}:lenet", "--workdir", tmp_path / "w", *LENET, *watched)
+    wait_until(lambda: len(records(tmp_path / "w")) >= 1, process)
+    readers, stacks = children(process.pid), tmp_path / "w" / "stacks.txt"
+    for reader in readers:
+        os.kill(reader, signal.SIGSTOP)
+    wait_until(lambda: stacks.exists() and "waiting for the batch of step" in stacks.read_text(), process)
+    for reader in readers:
+        os.kill(reader, signal.SIGCONT)
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert re.search(
+        r"^WARNING: the run has stood still for 3 seconds, waiting for the batch of step \d+; ", err, re.M
+    ), err
+    assert (
+        "in input_wait" in stacks.read_text()
+        or "batch = next(batches)" in stacks.read_text()
+        or "in train" in stacks.read_text()
+    )
 
 
 def test_checkpoints_by_the_clock_and_a_damaged_one(tmp_path, monkeypatch, capsys):

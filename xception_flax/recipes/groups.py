@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from xception_flax import data, models
 from xception_flax.recipes.signatures import Key, keys_of
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import written
+from xception_flax.text.lookup import suggest, written
 from xception_flax.text.ranges import LARGEST, check_range
 from xception_flax.text.values import Endless
 from xception_flax.training import checkpoint, losses, metrics, mixing, optimizers, sharding, steps
+
+WATCHDOG_ACTIONS = ("report", "stop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,10 @@ class Loop:
       patience_epochs: the run ends early if no evaluation for so many epochs was better than the best before; at inf it
         never does. The schedule of the learning rate is that of all `epochs`.
       patience_metric: what should become better: 'loss' or one of the metrics; '' for that of the best checkpoint.
+      watchdog_minutes: if the run stands still for so long, waiting for a batch, a step, a save or another process, the
+        stack of each thread is written into the workdir; never at inf.
+      watchdog_action: what else happens then: 'report' says so, and the run goes on if it can; 'stop' ends it with exit
+        code 75, and the same command goes on from the last checkpoint.
       profile: steps to trace into `workdir/profile`, as `FIRST:LAST`, both included; '' for none. The
         first step compiles, and its trace is large.
     """
@@ -44,14 +50,21 @@ class Loop:
     checkpoint_every_minutes: Endless = LARGEST
     patience_epochs: Endless = LARGEST
     patience_metric: str = ""
+    watchdog_minutes: Endless = 30.0
+    watchdog_action: str = "report"
     profile: str = ""
 
     def __post_init__(self) -> None:
         intervals = ("eval_every_epochs", "checkpoint_every_epochs", "checkpoint_every_minutes", "patience_epochs")
-        for name in ("batch_size", "epochs", "log_every_steps", *intervals):
+        for name in ("batch_size", "epochs", "log_every_steps", "watchdog_minutes", *intervals):
             check_range(f"recipe key {name!r}", getattr(self, name), 0, above=True)
         if not 0 <= self.seed < 2**32:
             raise UserError(f"recipe key 'seed' must be in [0, 2**32), got {written(self.seed)}.")
+        if self.watchdog_action not in WATCHDOG_ACTIONS:
+            raise UserError(
+                f"unknown recipe key 'watchdog_action' {written(self.watchdog_action)}; "
+                f"{suggest(self.watchdog_action, WATCHDOG_ACTIONS)}"
+            )
         profiled_steps(self.profile)
 
 
@@ -137,6 +150,8 @@ OPERATIONAL = (
     "data.path",
     "checkpoint_every_minutes",
     "log_every_steps",
+    "watchdog_minutes",
+    "watchdog_action",
     "profile",
 )
 
