@@ -13,6 +13,7 @@ if __name__ == "__main__":
     libraries.check_libraries()
 
 import contextlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ OUT_OF_MEMORY = (
     "Lower batch_size or data.image_size, compute a batch in parts (step.accumulation_steps=4) or set "
     "model.dtype=bfloat16, in a new workdir. Or use more devices and split the state over them (mesh.fsdp)."
 )
+
+NOT_FINITE = "a loss, a gradient or weights that are not finite"
 
 # How many steps the host runs ahead of the devices: enough to keep them busy, and so few that collectives on CPU
 # devices never run out of threads.
@@ -178,6 +181,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 means = totals.means() | {"learning_rate": float(program.learning_rate(step - 1))}
                 if train_data.masked:
                     means["bad_images"] = count_masked(totals, config.batch_size)
+                if "skipped_steps" in means:
+                    means["skipped_steps"] = count_skipped(totals, means, step)
+                    if means["skipped_steps"]:
+                        report.say(describe_skipped(means["skipped_steps"], step))
                 report.train(step, means)
                 totals.clear()
             results = None
@@ -396,6 +403,30 @@ def count_masked(totals: metrics.Accumulator, batch_size: int) -> int:
     """Returns how many images of the steps in `totals` were left out."""
     steps = totals.count("gradient_norm")  # one for each step
     return round(steps * batch_size - totals.count("loss"))
+
+
+def count_skipped(totals: metrics.Accumulator, means: Mapping[str, float], step: int) -> int:
+    """Returns how many of the steps in `totals`, up to `step`, were skipped.
+
+    Raises:
+      UserError: all of them.
+    """
+    steps = round(totals.count("skipped_steps"))
+    skipped = round(steps * means["skipped_steps"])
+    if skipped == steps:
+        raise UserError(
+            f"the last {counted(steps, 'step')} up to step {step:,} gave {NOT_FINITE}, and were skipped; checkpoints "
+            "from before are kept. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir."
+        )
+    return skipped
+
+
+def describe_skipped(skipped: int, step: int) -> str:
+    """Returns a warning."""
+    return (
+        f"WARNING: {counted(skipped, 'step')} before step {step:,} gave {NOT_FINITE}: nothing was learned there "
+        "(step.on_nonfinite=skip)"
+    )
 
 
 def describe_end(patience: Patience, length: RunLength) -> str:

@@ -785,6 +785,29 @@ OVERFLOW += [f"--config.{text}" for text in ("schedule.name=constant", "optimize
 OVERFLOW += ["--config.optimizer.learning_rate=3e38"]
 
 
+def test_steps_that_are_not_finite_are_skipped_on_request(tmp_path, monkeypatch, capsys):
+    """A learning rate of 1e30 makes all steps but the first so: they are counted, and none is saved or learned."""
+    arguments = ["--config", f"{DIGITS}:lenet", *LENET, "--config.optimizer.learning_rate=1e30", "--workdir"]
+    arguments += [tmp_path / "w", "--config.schedule.warmup_epochs=0", "--config.optimizer.clip_norm=None"]
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments)
+    assert code == 2
+    assert re.search(
+        r"error: the (loss|gradient_norm) is (nan|inf) at step 5; checkpoints from before it are kept", err
+    )
+
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments, "--config.step.on_nonfinite=skip")
+    assert code == 2
+    assert re.search(
+        r"^WARNING: [1-4] steps before step 5 gave a loss, a gradient or weights that are not finite", err, re.M
+    )
+    assert (
+        "error: the last 5 steps up to step 10 gave a loss, a gradient or weights that are not finite, and were" in err
+    )
+    (record,) = records(tmp_path / "w")
+    assert 1 <= record["train/skipped_steps"] <= 4
+    assert not list((tmp_path / "w" / "checkpoints").iterdir())
+
+
 def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
     arguments = ["--config", f"{DIGITS}:lenet", "--workdir", tmp_path, *OVERFLOW]
     code, out, err = run(monkeypatch, capsys, train.main, *arguments)

@@ -141,7 +141,7 @@ GROUPS = {
 PARTS = {"": LOOP, **GROUPS}  # all keys of a recipe
 
 # Keys that change how a result is computed or shown, but not the result. They may change when a run is resumed.
-# on_bad_image is one, because a run that has not stopped has met no bad image.
+# on_bad_image and on_nonfinite are among them, because a run that has not stopped has met no bad image or value.
 OPERATIONAL = (
     "data.data_dir",
     "data.num_threads",
@@ -150,9 +150,10 @@ OPERATIONAL = (
     "data.path",
     "checkpoint_every_minutes",
     "log_every_steps",
+    "profile",
+    "step.on_nonfinite",
     "watchdog_minutes",
     "watchdog_action",
-    "profile",
 )
 
 OPERATIONAL_GROUPS = ("mesh", "checkpoint")
