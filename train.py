@@ -416,7 +416,8 @@ def count_skipped(totals: metrics.Accumulator, means: Mapping[str, float], step:
     if skipped == steps:
         raise UserError(
             f"the last {counted(steps, 'step')} up to step {step:,} gave {NOT_FINITE}, and were skipped; checkpoints "
-            "from before are kept. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir."
+            "from before are kept. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new "
+            "workdir."
         )
     return skipped
 
