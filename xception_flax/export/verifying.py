@@ -11,8 +11,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from xception_flax.data.decoding import BadImageError
 from xception_flax.export.program import Program, in_float32
 from xception_flax.inference.predictor import Predictor
+from xception_flax.inference.preprocessing import Image, Preprocessing
+from xception_flax.text import naming
+from xception_flax.text.errors import UserError
 from xception_flax.weights.verifying import MAX_DIFFERENCE, difference
 
 TIMEOUT_SECONDS = 1800
@@ -72,14 +76,28 @@ def verify(
     """
     worst = 0.0
     for size in (program.image_shape[0], *sizes):
-        preprocessing = predictor.preprocessing._replace(image_size=size)
-        pixels = np.stack([np.rint(preprocessing.prepare(image)).astype(np.uint8) for image in images])
+        pixels = prepared(predictor.preprocessing._replace(image_size=size), images)
         expected = _logarithm(source_outputs(program, predictor, pixels), program.outputs)
         found = _logarithm(run(file, runner, pixels), program.outputs)
         worst = max(worst, difference(found, expected))
     if not worst <= MAX_DIFFERENCE:  # NaN too
         raise NotVerifiedError(f"its outputs differ from the network's by {worst:.1e} of their spread")
     return Verified(worst, len(images))
+
+
+def prepared(preprocessing: Preprocessing, images: Sequence[Image]) -> np.ndarray:
+    """Returns images as an exported file takes them: uint8 `[N, H, W, C]`.
+
+    Raises:
+      UserError: an image cannot be read; the message says which.
+    """
+    pixels = []
+    for image in images:
+        try:
+            pixels.append(np.rint(preprocessing.prepare(image)).astype(np.uint8))
+        except BadImageError as error:
+            raise UserError(f"{naming.shown(image)}: {error}") from None
+    return np.stack(pixels)
 
 
 def source_outputs(program: Program, predictor: Predictor, pixels: np.ndarray) -> np.ndarray:
