@@ -103,7 +103,7 @@ pins: $(INSTALLED_DEV)
 	$(COMPILE) pyproject.toml -o requirements.txt
 	$(COMPILE) pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
 	$(COMPILE) benchmarks/requirements.in -c requirements.txt -o benchmarks/requirements.txt
-	$(COMPILE) pyproject.toml --extra dev --extra onnx -c requirements-dev.txt -o requirements-extras.txt
+	$(COMPILE) pyproject.toml --extra dev --extra onnx --extra savedmodel --extra litert -c requirements-dev.txt -o requirements-extras.txt
 	$(COMPILE) pyproject.toml --extra browser -o requirements-browser.txt
 	$(COMPILE) pyproject.toml --extra tpu -c requirements.txt -o requirements-tpu.txt
 

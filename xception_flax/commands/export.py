@@ -53,9 +53,9 @@ def main(argv: list[str]) -> int:
     images.add_word(parser)
     arguments = parser.parse_args(argv)
     word, verify = images.word(arguments), not arguments.no_verify
-    writing.check(arguments.format, arguments.output, verify=verify, int8=arguments.int8 is not None)
     platforms = _platforms(arguments.platforms, arguments.format, verify)
     options = Options(arguments.any_size, platforms, arguments.int8)
+    writing.check(arguments.format, arguments.output, options, verify=verify)
     if arguments.int8 is not None:
         if arguments.outputs == "features":
             raise UserError("--int8 is measured by classes; give --outputs probabilities or logits.")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xception_flax.export import onnx, quantizing, stablehlo, verifying
+from xception_flax.export import onnx, quantizing, stablehlo, tensorflow, verifying
 from xception_flax.export.description import describe
 from xception_flax.export.options import Options
 from xception_flax.export.program import Program
@@ -30,6 +30,7 @@ class Format(NamedTuple):
       writers: libraries that write it, as they are imported.
       runtimes: that run it.
       distributions: whose versions go into the metadata.
+      any_size: whether it can be written for images of other sizes too.
     """
 
     write: Callable[[Program, Path, dict[str, Any], Options], None]
@@ -39,12 +40,33 @@ class Format(NamedTuple):
     writers: tuple[str, ...]
     runtimes: tuple[str, ...]
     distributions: tuple[str, ...]
+    any_size: bool = True
 
 
 # The name of a format is that of the extra that installs its libraries.
 FORMATS = {
     "stablehlo": Format(stablehlo.write, stablehlo.RUNNER, ".stablehlo", "for JAX", ("flatbuffers",), (), ("jax",)),
     "onnx": Format(onnx.write, onnx.RUNNER, ".onnx", "for ONNX Runtime", ("onnx",), ("onnxruntime",), ("onnx",)),
+    "savedmodel": Format(
+        tensorflow.write_saved_model,
+        tensorflow.SAVED_MODEL_RUNNER,
+        "",
+        "for TensorFlow",
+        ("tensorflow",),
+        ("tensorflow",),
+        ("jax", "tensorflow"),
+        any_size=False,
+    ),
+    "litert": Format(
+        tensorflow.write_litert,
+        tensorflow.LITERT_RUNNER,
+        ".tflite",
+        "for LiteRT, one image at a time",
+        ("tensorflow",),
+        ("ai_edge_litert",),
+        ("jax", "tensorflow"),
+        any_size=False,
+    ),
 }
 
 
@@ -60,13 +82,15 @@ class Written(NamedTuple):
     quantized: Quantized | None
 
 
-def check(form: str, output: Path, *, verify: bool, int8: bool = False) -> None:
-    """Raises UserError if a format is unknown, a library is missing, or `output` cannot be such a file."""
+def check(form: str, output: Path, options: Options, *, verify: bool) -> None:
+    """Raises UserError if a format is unknown or has no such option, a library is missing, or `output` cannot be it."""
     found = lookup(FORMATS, form, "format")
-    if output.suffix != found.suffix:
+    if found.suffix and output.suffix != found.suffix:
         raise UserError(f"--output {output}: a file of {form} must end in {found.suffix!r}, got {output.suffix!r}.")
+    if options.any_size and not found.any_size:
+        raise UserError(f"--any-size is not of {form}, which is written for images of one size.")
     check_extra(form, found.writers, f"writing {form}")
-    if int8:
+    if options.int8 is not None:
         if form != "onnx":
             raise UserError(f"--int8 is of onnx, not of {form}.")
         check_extra(form, quantizing.LIBRARIES, "--int8")
@@ -104,7 +128,7 @@ def write(
       UserError: see `check`; or the format has no place for this network.
       NotVerifiedError: the file does not do what the network does. Then there is no file.
     """
-    check(form, output, verify=images is not None, int8=options.int8 is not None)
+    check(form, output, options, verify=images is not None)
     found, verified, quantized = FORMATS[form], None, None
     metadata = describe(program, predictor, pretrained, form, found.distributions)
     with beside(output) as partial:
