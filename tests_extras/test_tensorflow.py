@@ -47,7 +47,8 @@ def test_every_network(network, images, run, expected, tmp_path, form, name):
     (found,) = call(tmp_path / name, images).values()
     logits = expected(path, images, "logits")
     assert logits.shape == (3, 4)
-    np.testing.assert_allclose(found, logits, atol=2e-5 * np.ptp(logits, axis=0).max() + 1e-6)
+    rounding = 2e-6 * np.abs(logits).max()  # more than what some networks make of three images of noise
+    np.testing.assert_allclose(found, logits, atol=2e-5 * np.ptp(logits, axis=0).max() + rounding)
 
 
 @pytest.mark.parametrize(("form", "outputs"), [("savedmodel", OUTPUTS[0]), *(("litert", name) for name in OUTPUTS)])
@@ -120,7 +121,7 @@ def test_mistakes(network, run, tmp_path, monkeypatch):
 
 
 def test_what_tensorflow_refuses_is_a_line(network, run, tmp_path):
-    """Inception's last features of an image of 75 px are one pixel, which the converter's rewriting does not survive."""
+    """Inception's last features of an image of 75 px are one pixel, which the converter does not survive."""
     path = network(**NETWORKS["Keras' Inception"])
     code, out, err = run(path, "--format", "litert", "--output", tmp_path / "n.tflite")
     assert (code, out) == (2, "")
