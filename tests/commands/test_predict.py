@@ -18,9 +18,10 @@ import train
 from tests.weights.test_writing import random_network
 from workdirs import records
 from xception_flax import __version__
-from xception_flax.commands import convert, embed, evaluate, predict
+from xception_flax.commands import convert, embed, evaluate, explain, predict
 from xception_flax.data import sources
-from xception_flax.inference import predictor, preprocessing
+from xception_flax.display import heat
+from xception_flax.inference import explaining, predictor, preprocessing
 from xception_flax.recipes import reading
 from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import read_recipe
@@ -67,6 +68,49 @@ def test_it_predicts_what_evaluate_counts(workdir, digits, monkeypatch, capsys):
     assert np.mean(scores.argmax(-1) == labels) == pytest.approx(expected["top1"], abs=1e-9)
     assert -np.mean(np.log(scores[np.arange(180), labels])) == pytest.approx(expected["loss"], rel=1e-4)
     assert expected["top1"] > 0.2  # twice chance
+
+
+def test_images_that_are_not_square(digits, tmp_path, monkeypatch, capsys):
+    """A run at 24 x 40: `evaluate` scores what `predict` says, so do its weights alone, and maps have its shape."""
+    folder, labels = digits
+    small = ["data.image_size=24x40", "batch_size=64", "epochs=4", "data.max_value=4095", "eval_every_epochs=4"]
+    small += ["schedule.warmup_epochs=0.2", "step.ema_decay=0.5", "data.eval_transforms=center_crop(fraction=0.9)"]
+    config = reading.load(f"{DIGITS}:lenet", [f"--config.{text}" for text in small])
+    assert config.data.image_size == (24, 40)
+    assert train.train(config, tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["image_size"] == [24, 40]
+    assert read_recipe(tmp_path / "run").data.image_size == (24, 40)
+    capsys.readouterr()
+    assert evaluate.main(["--workdir", str(tmp_path / "run"), "--no-report"]) == 0
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    def said(source: Path, *arguments) -> np.ndarray:
+        code, out, _ = run(monkeypatch, capsys, source, folder, "--json", "--top", 10, *arguments)
+        assert code == 0
+        lines = [json.loads(line) for line in out.splitlines()]
+        return np.array([[line["classes"][digit] for digit in "0123456789"] for line in lines])
+
+    scores = said(tmp_path / "run")
+    assert np.mean(scores.argmax(-1) == labels) == pytest.approx(expected["top1"], abs=1e-9)
+    assert -np.mean(np.log(scores[np.arange(180), labels])) == pytest.approx(expected["loss"], rel=1e-4)
+    assert expected["top1"] > 0.2  # twice chance
+
+    assert convert.main([str(tmp_path / "run"), "--output", str(tmp_path / "w.npz")]) == 0
+    capsys.readouterr()
+    np.testing.assert_array_equal(said(tmp_path / "w.npz"), scores)
+    found = predictor.load(tmp_path / "w.npz")
+    assert found.preprocessing.image_size == (24, 40)
+    # The square spelled as a pair is the number.
+    np.testing.assert_array_equal(
+        said(tmp_path / "w.npz", "--image-size", "32x32"), said(tmp_path / "w.npz", "--image-size", "32")
+    )
+    explainer = explaining.Explainer(found, steps=2)
+    [(_, explanation)] = explainer.stream([folder / "000.png"])
+    [grid] = explanation.maps.values()
+    assert explanation.pixels.shape == explanation.attributions.shape == (24, 40, 1)
+    assert grid.shape[1] > grid.shape[0]
+    assert heat.warm(explanation.pixels, grid).shape == (24, 40, 3)
+    assert explain.main([str(tmp_path / "w.npz"), str(folder / "000.png"), "--output", str(tmp_path / "why.png")]) == 0
 
 
 def test_images_that_may_be_black_by_mistake_are_counted(workdir, digits, monkeypatch, capsys):

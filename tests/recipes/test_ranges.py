@@ -28,6 +28,7 @@ from xception_flax.data.transforms import TRANSFORMS, parse_transforms
 from xception_flax.recipes import checking, groups
 from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import check_range
+from xception_flax.text.sizes import ImageSize
 from xception_flax.training import checkpoint, losses, metrics, mixing, optimizers, sharding, steps
 from xception_flax.training.length import RunLength
 from xception_flax.training.patience import Patience
@@ -50,6 +51,9 @@ def extremes(annotation: Any) -> Iterator[Any]:
     """Yields values of a type, or nearly of it, that come from a number too long, a slip or malice."""
     if annotation in EXTREMES:
         yield from EXTREMES[annotation]
+    elif annotation is ImageSize:
+        yield from (*EXTREMES[int], "", "8", "8*8", "8X8", "8x", "8x8x8", (), (8,), (8, 8, 8), "9" * 40 + "x8", 8.0)
+        yield from ((value, 8) for value in (*EXTREMES[int], 8.0, None))
     elif typing.get_origin(annotation) is Sequence:
         (kind,) = typing.get_args(annotation)
         ordinary = {int: 8, float: 1.0}.get(kind, (8, 2))

@@ -4,7 +4,7 @@ import cv2
 import matplotlib
 import numpy as np
 
-BLUR = 0.015  # of signed values, as a share of the side: single pixels alternate, and nobody sees them
+BLUR = 0.015  # of signed values, as a share of the height: single pixels alternate, and nobody sees them
 
 
 def warm(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:

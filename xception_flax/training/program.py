@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from xception_flax import models
 from xception_flax.text.errors import UserError
+from xception_flax.text.sizes import sides
 from xception_flax.training import losses, metrics, mixing, optimizers, state, steps
 from xception_flax.training.length import RunLength, create_length
 
@@ -104,7 +105,7 @@ def _frozen(config: ConfigDict, abstract_state: state.TrainState) -> Callable[[A
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
     """Returns `(H, W, C)` of one image, by a resolved recipe."""
-    return config.data.image_size, config.data.image_size, config.data.channels
+    return *sides(config.data.image_size), config.data.channels
 
 
 def evaluated_weights(config: ConfigDict) -> str:
