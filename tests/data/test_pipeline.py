@@ -250,7 +250,7 @@ def test_a_chain_that_ends_in_another_size_is_refused():
         ({"source": "digitz"}, "unknown source 'digitz'; did you mean 'digits'"),
         ({"batch_size": 15, "process_count": 2}, "batch_size=15 must be a positive multiple of the 2 processes"),
         ({"batch_size": 1258}, "batch_size=1258 is more than the 1,257 images of split 'train'; take at most 1257"),
-        ({"channels": 2}, "data.channels must be 1 or 3, got 2"),
+        ({"channels": 2}, r"data.channels must be 1 \(gray\), 3 \(RGB\) or 4 \(RGBA\), got 2"),
         ({"image_size": 0}, r"data.image_size must be in \[1, 10,000\], got 0"),
         ({"num_threads": 0}, r"data.num_threads .* must be in \[1, 1,024\], got 0"),
         ({"num_workers": -2}, r"data.num_workers .* must be in \[-1, 256\], got -2"),

@@ -303,8 +303,14 @@ def test_extremes_in_a_chain(name):
     keywords = {k: p for k, p in list(inspect.signature(TRANSFORMS[name]).parameters.items())[2:]}
     accepted = set()
     for key, parameter in keywords.items():
-        whole = parameter.annotation is int
-        texts = {int: NUMBERS, float: NUMBERS, bool: ("1", "yes"), str: ("'a\0b'", repr(LONG))}[parameter.annotation]
+        whole = parameter.annotation in (int, ImageSize)
+        texts = {
+            int: NUMBERS,
+            float: NUMBERS,
+            bool: ("1", "yes"),
+            str: ("'a\0b'", repr(LONG)),
+            ImageSize: (*NUMBERS, "'8x'", "(8,)", "(8, 0)", "(8, -1)", f"(8, {10**30})", "(8, 8.0)", "'8x0'"),
+        }[parameter.annotation]
         needed = ", resize_size=8" if "resize_size" in keywords and key != "resize_size" else ""
         for text in texts:
             chain = f"{name}({key}={text}{needed})"

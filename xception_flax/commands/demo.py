@@ -172,7 +172,7 @@ def respond(
     except UserError as error:
         return problem(str(error)), None, None, ""
     caption = f"Grad-CAM, {stage}: bright is evidence for <bdi>{html.escape(answer.explained)}</bdi>."
-    pixels = np.broadcast_to(answer.pixels, answer.picture.shape)
+    pixels = np.broadcast_to(answer.pixels[..., :3], answer.picture.shape)
     return table(answer.classes), pixels, answer.picture, f'<p class="hint">{caption}</p>'
 
 

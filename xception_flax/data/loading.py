@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from xception_flax.data.decoding import ORIENTATIONS, WHITE
+from xception_flax.data.decoding import CHANNELS, ORIENTATIONS, WHITE
 from xception_flax.data.pipeline import ON_BAD_IMAGE, Split, choose_threads, usable_cpus
 from xception_flax.data.sampling import SAMPLINGS, Balanced
 from xception_flax.data.sources import SOURCES
@@ -51,7 +51,7 @@ def load(
       source: a key of `SOURCES`.
       image_size: of the images that the network gets, in pixels, each side at most 10,000: a number for a square, or
         height x width, as 224x320 or (224, 320).
-      channels: 1 for gray images, 3 for RGB.
+      channels: 1 for gray images, 3 for RGB, 4 for RGBA, in which images without alpha are opaque (255).
       train_split: name of the split to train on, as the source calls it.
       eval_split: name of the split to evaluate on.
       train_transforms: chain of augmentations, as `data.transforms` has them: 'random_resized_crop | flip_left_right'.
@@ -160,8 +160,8 @@ def check_options(
     Raises:
       UserError: a number is out of its range, or a chain is wrong.
     """
-    if channels not in (1, 3):
-        raise UserError(f"data.channels must be 1 or 3, got {channels}.")
+    if channels not in CHANNELS:
+        raise UserError(f"data.channels must be 1 (gray), 3 (RGB) or 4 (RGBA), got {channels}.")
     check_size("data.image_size", image_size, MAX_SIDE)
     if num_threads != -1:
         check_range("data.num_threads (-1: what suits the CPUs)", num_threads, 1, MAX_THREADS)

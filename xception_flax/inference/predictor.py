@@ -171,7 +171,7 @@ class Predictor:
     def _prepared(self, image: Image) -> tuple[np.ndarray | UserError, bool]:
         """Returns the pixels or the error, and whether the image may be nearly black by mistake."""
         try:
-            content = preprocessings.content(image)
+            content = preprocessings.content(image, self.preprocessing.channels)
             return self.preprocessing.prepare(content), self.preprocessing.may_be_dark(content)
         except BadImageError as error:
             return error, False

@@ -31,7 +31,7 @@ class Preprocessing(NamedTuple):
 
     Attributes:
       image_size: of what the network gets, in pixels, in its normal form: see `text.sizes`.
-      channels: 1 or 3.
+      channels: 1 for gray, 3 for RGB, 4 for RGBA.
       transforms: the chain that makes an image of this size, as a recipe's `data.eval_transforms`.
       mean, std: of the normalization, on the scale 0 to 255; a value a channel, or one for all.
       rounded: whether pixels are whole numbers after the transforms too. Keras' own resizing keeps the fractions.
@@ -68,7 +68,13 @@ class Preprocessing(NamedTuple):
         rng = np.random.default_rng(0)  # not used by the transforms of an evaluation
         options = dict(rounded=self.rounded, orientation=self.orientation)
         return prepare_image(
-            content(image), chain, self.image_shape, self.min_decoded_side, rng, self.max_value, **options
+            content(image, self.channels),
+            chain,
+            self.image_shape,
+            self.min_decoded_side,
+            rng,
+            self.max_value,
+            **options,
         )
 
     def may_be_dark(self, file: bytes | np.ndarray) -> bool:
@@ -82,8 +88,12 @@ class Preprocessing(NamedTuple):
 _chain = functools.lru_cache(transforms.parse_transforms)
 
 
-def content(image: Image) -> bytes | np.ndarray:
+def content(image: Image, channels: int) -> bytes | np.ndarray:
     """Returns the content of a file, or the pixels, that an image is given as.
+
+    Args:
+      image: as of `Preprocessing.prepare`.
+      channels: that the network takes; with 4, the alpha of an image of PIL is kept.
 
     Raises:
       BadImageError: the file cannot be read.
@@ -95,7 +105,10 @@ def content(image: Image) -> bytes | np.ndarray:
         except OSError as error:
             raise BadImageError(f"{error.strerror}.") from None
     if isinstance(image, PIL.Image.Image):
-        return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        alpha = channels == 4 and image.has_transparency_data
+        return np.asarray(
+            image.convert("RGBA") if alpha else image if image.mode in ("L", "RGB") else image.convert("RGB")
+        )
     if isinstance(image, bytes | np.ndarray):
         return image
     raise UserError(f"an image must be a path, bytes, an array or an image of PIL, got {written(image)}.")

@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 
 from xception_flax import models
 from xception_flax.runs.restore import Run
+from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.training import state
-from xception_flax.weights.channels import adapt_channels
+from xception_flax.weights.channels import adapt_channels, add_alpha
 from xception_flax.weights.pretrained import FIRST_LAYERS, formula
 from xception_flax.weights.source import open_source
 
@@ -33,6 +34,8 @@ FREE_FIELDS = {
 }
 # Fields that decide nothing but names and shapes of arrays, which are compared anyway.
 SHAPE_FIELDS = {"width", "width_multiple", "middle_repeats", "entry_flow", "fc_layers"}
+
+RGBA = 4  # channels of images with alpha
 
 MAX_LISTED = 10  # arrays that differ, in a message
 
@@ -109,8 +112,12 @@ def load(
         notes += [f"without {part}" for part in found.left_out]
         if normalize is None:
             notes.append(f"taken to be for images as {formula(mean, std)}")
-    _check_settings(source, theirs, model, skipped, normalize, {"mean": mean, "std": std})
     values = flatten_dict(found.variables)
+    ours = {"mean": mean, "std": std}
+    if normalize is not None and image_shape[-1] == RGBA and _channels(values) < RGBA:
+        # Of alpha the weights know nothing; its normalization is the recipe's.
+        normalize = {name: (*_each(normalize[name], RGBA - 1), ours[name][-1]) for name in ours}
+    _check_settings(source, theirs, model, skipped, normalize, ours)
     values, note = _for_channels(values, shapes)
     notes += note
     same_classes = len(found.class_names) == 0 or tuple(found.class_names) == tuple(class_names)
@@ -153,11 +160,17 @@ def _check_settings(
     fields = {name: (getattr(theirs, name), getattr(ours, name)) for name in names}
     wrong = {f"model.{name}": value for name, (value, own) in fields.items() if _plain(value) != _plain(own)}
     for name, values in (wanted or {}).items():
-        if not np.all(np.equal(values, normalize[name])):  # a value a channel, or one for all
+        count = max(len(values), len(normalize[name]))  # a value a channel, or one for all
+        if _each(values, count) != _each(normalize[name], count):
             wrong[f"normalize.{name}"] = tuple(values)
     if wrong:
         settings = " ".join(f"--config.{key}={value}" for key, value in wrong.items())
         raise UserError(f"the weights of {source} are for another setting of this recipe; set {settings}")
+
+
+def _each(values: Sequence[float], count: int) -> tuple[float, ...]:
+    """Returns a value for each of `count` channels, of one for all; others as they are."""
+    return tuple(values) * count if len(values) == 1 else tuple(values)
 
 
 def _plain(value: Any) -> Any:
@@ -167,11 +180,19 @@ def _plain(value: Any) -> Any:
 # Arrays --------------------------------------------------------------------------------------------
 
 
+def _channels(values: Mapping[Place, Any]) -> int:
+    """Returns how many channels the images have that the weights are for."""
+    return next(values[place].shape[2] for layer in FIRST_LAYERS if (place := ("params", layer, "kernel")) in values)
+
+
 def _for_channels(values: dict[Place, Any], shapes: Mapping[Place, Any]) -> tuple[dict[Place, Any], list[str]]:
     """Returns the arrays for images of as many channels as ours, and what was done for that, in words."""
     for place in (("params", layer, "kernel") for layer in FIRST_LAYERS):
         if place in values and place in shapes and values[place].shape[2] != (channels := shapes[place].shape[2]):
             had = values[place].shape[2]
+            if channels == RGBA and had < RGBA:
+                note = f"its first kernel, for {counted(had, 'channel')}, extended to {channels} by zeros for alpha"
+                return values | {place: add_alpha(np.asarray(values[place]))}, [note]
             adapted = adapt_channels(np.asarray(values[place]), channels)
             return values | {place: adapted}, [f"its first kernel, for {had} channels, adapted to {channels}"]
     return values, []

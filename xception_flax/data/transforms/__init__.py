@@ -1,6 +1,6 @@
 """Augmentation on the host: functions (image, rng) -> image.
 
-Images are uint8 `[H, W, C]`, C 1 or 3; `rng` is a `numpy.random.Generator` for one example in one epoch. A recipe
+Images are uint8 `[H, W, C]`, C 1, 3 or 4; `rng` is a `numpy.random.Generator` for one example in one epoch. A recipe
 writes a chain of transforms as `'random_resized_crop(min_area=0.08, kernel="bicubic") | flip_left_right'`. If a
 transform takes an `image_size` and the chain gives none, it is the recipe's `data.image_size`. A transform raises
 UserError for a value out of its range; `parse_transforms` calls each one once to find that out.

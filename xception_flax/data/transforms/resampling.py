@@ -37,8 +37,14 @@ def resample(image: Image, height: int, width: int, kernel: str = "bilinear", an
     # Where nothing shrinks, PIL's bilinear equals OpenCV's up to rounding. Its bicubic is a different kernel.
     shrinks = image.shape[0] > height or image.shape[1] > width
     if antialias and (shrinks or kernel == "bicubic"):
-        pixels = np.ascontiguousarray(image if image.shape[-1] == 3 else image[..., 0])
-        resized = np.asarray(PIL.Image.fromarray(pixels).resize((width, height), pil))
+        # Alpha apart: of an image with it, Pillow scales the colours times alpha, and loses those that nobody sees.
+        parts = (
+            [image[..., :3], image[..., 3]]
+            if image.shape[-1] == 4
+            else [image if image.shape[-1] == 3 else image[..., 0]]
+        )
+        scaled = [PIL.Image.fromarray(np.ascontiguousarray(part)).resize((width, height), pil) for part in parts]
+        resized = np.concatenate([np.asarray(part).reshape(height, width, -1) for part in scaled], axis=-1)
     else:
         resized = cv2.resize(image, (width, height), interpolation=opencv)
     return resized.reshape(height, width, image.shape[-1])
