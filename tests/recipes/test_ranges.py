@@ -76,7 +76,7 @@ ACCEPTED = {
     # A seed, a backbone without classifier, no middle flow, off, none.
     "0": (
         *("seed", "model.num_classes", "model.middle_repeats", "data.num_workers", "data.min_decoded_side"),
-        "checkpoint.keep_best",
+        *("checkpoint.keep_best", "init.bn_batches"),
     ),
     "-1": ("data.num_threads", "data.num_workers", "mesh.data"),  # as many as there are, or suit
     # Never, all, or a seed as good as another.

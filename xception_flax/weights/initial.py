@@ -20,7 +20,8 @@ from xception_flax import models
 from xception_flax.runs.restore import Run
 from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
-from xception_flax.training import state
+from xception_flax.text.ranges import check_range
+from xception_flax.training import recalibration, state
 from xception_flax.weights.channels import adapt_channels, add_alpha
 from xception_flax.weights.pretrained import FIRST_LAYERS, formula
 from xception_flax.weights.source import open_source
@@ -69,6 +70,7 @@ class Initial(NamedTuple):
 def load(
     weights: str,
     checkpoint: str,
+    bn_batches: int = 0,
     *,
     model: nn.Module,
     image_shape: tuple[int, int, int],
@@ -82,6 +84,7 @@ def load(
     Args:
       weights: as in `recipes.groups.Init`.
       checkpoint: the same.
+      bn_batches: the same; only checked here.
       model: the network that takes them.
       image_shape: `(H, W, C)` of one image.
       mesh: where they go.
@@ -95,6 +98,11 @@ def load(
         else than the weights are for.
     """
     shapes = flatten_dict(state.abstract_variables(model, image_shape, mesh))
+    check_range("init.bn_batches (0: off)", bn_batches, 0, recalibration.MAX_BATCHES)
+    if bn_batches and not getattr(model, "bn_frozen", False):  # training would average the new statistics away
+        has_field = hasattr(model, "bn_frozen")
+        hint = "set model.bn_frozen=True" if has_field else f"{type(model).__name__} has no such field; leave it out"
+        raise UserError(f"init.bn_batches={bn_batches} computes statistics that stay; {hint}.")
     if weights == "random":
         return Initial({}, tuple(shapes), {"weights": "random"})
     source = f"keras:{_network_name(model)}" if weights == "keras" else weights
