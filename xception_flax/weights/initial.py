@@ -190,7 +190,8 @@ def _plain(value: Any) -> Any:
 
 def _channels(values: Mapping[Place, Any]) -> int:
     """Returns how many channels the images have that the weights are for."""
-    return next(values[place].shape[2] for layer in FIRST_LAYERS if (place := ("params", layer, "kernel")) in values)
+    kernels = (values[place] for layer in FIRST_LAYERS if (place := ("params", layer, "kernel")) in values)
+    return next((kernel.shape[2] for kernel in kernels), RGBA)  # where there is none, `_check_shapes` says so
 
 
 def _for_channels(values: dict[Place, Any], shapes: Mapping[Place, Any]) -> tuple[dict[Place, Any], list[str]]:
