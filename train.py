@@ -13,7 +13,8 @@ if __name__ == "__main__":
     libraries.check_libraries()
 
 import contextlib
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ml_collections import ConfigDict
 from xception_flax import data
 from xception_flax.commands import cli
 from xception_flax.data import sampling
+from xception_flax.data.batch import Batch
 from xception_flax.display import console
 from xception_flax.host import allocator, processes
 from xception_flax.host.watchdog import Watchdog
@@ -54,7 +56,8 @@ from xception_flax.training import checkpoint, metrics, sharding
 from xception_flax.training.evaluation import evaluate
 from xception_flax.training.length import RunLength
 from xception_flax.training.patience import Patience
-from xception_flax.training.program import Program, create_program
+from xception_flax.training.program import Program, create_program, make_statistics
+from xception_flax.training.recalibration import recalibrate
 from xception_flax.training.state import TrainState
 from xception_flax.weights import initial
 
@@ -139,7 +142,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         # The step is compiled while the state is created or read.
         background = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         compiling = background.submit(program.train_step.lower(program.abstract_state, abstract_batch).compile)
-        train_state, note = begin_or_resume(config, program, manager, start_step, pretrained)
+        train_state, note = begin_or_resume(config, program, mesh, manager, train_data, start_step, pretrained)
         del pretrained  # the state has copies of its arrays
         report = stack.enter_context(open_report(config, workdir, program, mesh, train_data, start_step))
         for line in filter(None, [describe(config, workdir, program, mesh), *manager.warnings, *notes, note]):
@@ -358,7 +361,9 @@ def find_start(
 def begin_or_resume(
     config: ConfigDict,
     program: Program,
+    mesh: Mesh,
     manager: checkpoint.Checkpoints,
+    train_data: data.Split,
     start_step: int,
     pretrained: initial.Initial | None,
 ) -> tuple[TrainState, str]:
@@ -367,7 +372,32 @@ def begin_or_resume(
         train_state = checkpoint.restore_state(manager, program.abstract_state, start_step)
         return train_state, f"going on from the checkpoint of step {start_step}"
     train_state = program.init(jax.random.key(config.seed), pretrained.arrays)
-    return train_state, str(pretrained) if config.init.weights != "random" else ""
+    note = str(pretrained) if config.init.weights != "random" else ""
+    if config.init.bn_batches:
+        train_state = recalibrated(config, program, mesh, train_data, train_state)
+        note += f"{'; ' if note else ''}statistics of {counted(config.init.bn_batches, 'batch')} (init.bn_batches)"
+    return train_state, note
+
+
+def recalibrated(
+    config: ConfigDict, program: Program, mesh: Mesh, train_data: data.Split, train_state: TrainState
+) -> TrainState:
+    """Returns the state with statistics of batch normalization of the first training batches; see `recalibration`."""
+    statistics_step, count = make_statistics(config, program.model, mesh), config.init.bn_batches
+    with contextlib.ExitStack() as stack:
+        advance = None
+        if jax.process_index() == 0:
+            what = "statistics of batch normalization"
+            advance = stack.enter_context(console.counting(what, count * config.batch_size, "image"))
+        batches = stack.enter_context(contextlib.closing(train_data.batches()))
+
+        def on_devices() -> Iterator[Batch[jax.Array]]:
+            for batch in itertools.islice(batches, count):
+                yield sharding.global_batch(mesh, batch)
+                if advance is not None:
+                    advance(config.batch_size)
+
+        return recalibrate(train_state, statistics_step, on_devices())
 
 
 # Report --------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_what_the_program_gives_is_no_key():
     assert keys["step"] == {"ema_decay", "accumulation_steps", "lowering", "on_nonfinite"}
     assert keys["checkpoint"] == {"keep_latest", "keep_best", "on_damaged"}
     assert keys["mesh"] == {"data", "fsdp"}
-    assert keys["init"] == {"weights", "checkpoint"}
+    assert keys["init"] == {"weights", "checkpoint", "bn_batches"}
     assert keys["schedule"] == {"name"}
     assert not keys["data"] & {"train", "batch_size", "seed", "process_index", "process_count", "split"}
     assert not any(

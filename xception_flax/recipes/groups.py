@@ -77,10 +77,13 @@ class Init:
         `weights.source.open_source`: a file of Keras, timm or torch, 'timm:NAME', 'hf:OWNER/NAME', or the workdir of a
         run, whose averaged weights are taken if it has them.
       checkpoint: if `weights` is a workdir: latest, best or a step.
+      bn_batches: batches of training images over which the statistics of batch normalization are computed anew before
+        the first step, with the weights as they are, to stay so (with model.bn_frozen); 0 leaves them.
     """
 
     weights: str = "random"
     checkpoint: str = "latest"
+    bn_batches: int = 0
 
 
 def profiled_steps(profile: str) -> range:
