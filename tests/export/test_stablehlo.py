@@ -94,6 +94,28 @@ def test_any_size(files, tmp_path, monkeypatch, capsys):
         call(output, np.zeros((1, 80, 80, 3), np.uint8))
 
 
+@pytest.mark.parametrize(("channels", "more"), [(3, []), (4, ["--any-size"])])
+def test_images_that_are_not_square(channels, more, tmp_path, monkeypatch, capsys):
+    """Height and width are not mixed up, other sizes are multiples of 32 from each, and alpha is a channel."""
+    made = random_network(channels, num_classes=4, **NETWORKS["xception"])._replace(
+        transforms="resize", image_size=(71, 108)
+    )
+    weights_writing.write(made, tmp_path / "n.npz")
+    output = tmp_path / "n.stablehlo"
+    arguments = [tmp_path / "n.npz", "--format", "stablehlo", "--output", output, "--platforms", "cpu", *more]
+    assert run(monkeypatch, capsys, *arguments)[0] == 0
+    images = np.random.default_rng(0).integers(0, 256, (2, 71, 108, channels), np.uint8)
+    expected = predictor.load(str(tmp_path / "n.npz")).predict(images)
+    np.testing.assert_allclose(call(output, images), expected, atol=2e-6)
+    assert json.loads((tmp_path / "n.stablehlo.json").read_text())["image_size"] == [71, 108]
+    larger = np.zeros((1, 103, 140, channels), np.uint8)
+    if more:
+        assert call(output, larger).shape == (1, 4)
+    for wrong in (larger.swapaxes(1, 2), larger[:, :72]) if more else (larger, images.swapaxes(1, 2)):
+        with pytest.raises(ValueError, match=r"32|71|108"):
+            call(output, wrong)
+
+
 def test_the_description_is_that_of_the_weights_and_the_file(files, tmp_path, monkeypatch, capsys):
     output = tmp_path / "n.stablehlo"
     assert run(monkeypatch, capsys, files["lenet"], "--format", "stablehlo", "--output", output)[0] == 0

@@ -34,7 +34,7 @@ def describe(
             "name": "images",
             "dtype": "uint8",
             "shape": ["batch", *program.image_shape],
-            "channels": {1: "gray", 3: "RGB"}.get(p.channels, p.channels),
+            "channels": {1: "gray", 3: "RGB", 4: "RGBA"}.get(p.channels, p.channels),
             "normalized_inside": True,
         },
         "output": {"name": program.outputs, "dtype": "float32", "shape": ["batch", program.size]},

@@ -13,6 +13,7 @@ from xception_flax.inference.predictor import ACTIVATIONS, Predictor
 from xception_flax.models.folding import fold_batch_norm
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest
+from xception_flax.text.sizes import sides
 from xception_flax.training.steps import create_normalizer
 
 Variables = Mapping[str, Any]
@@ -66,7 +67,7 @@ def create_program(predictor: Predictor, outputs: str = "probabilities") -> Prog
     if outputs != "features" and not predictor.model.num_classes:
         raise UserError(f"this network has no classifier, and so no {outputs}; give --outputs features.")
     p = predictor.preprocessing
-    image_shape = (p.image_size, p.image_size, p.channels)
+    image_shape = (*sides(p.image_size), p.channels)
     model, normalize = in_float32(predictor.model), create_normalizer(p.mean, p.std)
     # On the host, whatever mesh they are on.
     variables = jax.tree.map(lambda array: np.asarray(array).astype(np.float32), dict(predictor.variables))

@@ -40,10 +40,11 @@ def exported(program: Program, options: Options, *, batch: int | str = "batch", 
     """
     height, width, channels = program.image_shape
     if options.any_size:
-        names, least = ("h", "w"), min(height // SIZE_STEP, 3)
+        sides = {"h": height, "w": width}
+        pixels = [f"{SIZE_STEP}*{name}+{side % SIZE_STEP}" for name, side in sides.items()]
         shape = export.symbolic_shape(
-            ", ".join([str(batch), *(f"{SIZE_STEP}*{name}+{height % SIZE_STEP}" for name in names), str(channels)]),
-            constraints=[f"{name} >= {least}" for name in names],
+            ", ".join([str(batch), *pixels, str(channels)]),
+            constraints=[f"{name} >= {min(side // SIZE_STEP, 3)}" for name, side in sides.items()],
         )
     else:
         shape = export.symbolic_shape(f"{batch}, {height}, {width}, {channels}")

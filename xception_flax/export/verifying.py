@@ -15,6 +15,7 @@ from xception_flax.inference.predictor import Predictor
 from xception_flax.inference.preprocessing import Image, Preprocessing
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
+from xception_flax.text.sizes import ImageSize, normal
 from xception_flax.weights.verifying import MAX_DIFFERENCE, difference
 
 MAX_IMAGES = 32
@@ -55,7 +56,13 @@ def photos() -> list[np.ndarray]:
 
 
 def verify(
-    program: Program, predictor: Predictor, file: Path, runner: str, images: Sequence, *, sizes: Sequence[int] = ()
+    program: Program,
+    predictor: Predictor,
+    file: Path,
+    runner: str,
+    images: Sequence,
+    *,
+    sizes: Sequence[ImageSize] = (),
 ) -> Verified:
     """Runs an exported file in a process that has no part of this project, and compares.
 
@@ -72,7 +79,7 @@ def verify(
       UserError: an image cannot be read.
     """
     worst = 0.0
-    for size in (program.image_shape[0], *sizes):
+    for size in (predictor.preprocessing.image_size, *sizes):
         pixels = prepared(predictor.preprocessing._replace(image_size=size), images)
         expected = _logarithm(source_outputs(program, predictor, pixels), program.outputs)
         found = _logarithm(run(file, runner, pixels), program.outputs)
@@ -104,7 +111,7 @@ def source_outputs(program: Program, predictor: Predictor, pixels: np.ndarray) -
         in_float32(predictor.model),
         predictor.variables,
         predictor.class_names,
-        predictor.preprocessing._replace(image_size=pixels.shape[1], rounded=True),
+        predictor.preprocessing._replace(image_size=normal(pixels.shape[1:3]), rounded=True),
         mesh=predictor.mesh,
         activation=predictor.activation,
         batch_size=min(predictor.batch_size, len(pixels)),

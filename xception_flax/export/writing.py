@@ -13,7 +13,7 @@ from xception_flax.export.verifying import Verified
 from xception_flax.host.files import beside, check_new, write_whole
 from xception_flax.host.libraries import check_extra
 from xception_flax.inference.predictor import Predictor
-from xception_flax.text import naming
+from xception_flax.text import naming, sizes
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup
 from xception_flax.weights.pretrained import Pretrained
@@ -134,8 +134,10 @@ def write(
     with beside(output) as partial:
         found.write(program, partial, metadata, options)
         if images is not None:
-            sizes = [program.image_shape[0] + stablehlo.SIZE_STEP] if options.any_size else []
-            verified = verifying.verify(program, predictor, partial, found.runner, images, sizes=sizes)
+            height, width, _ = program.image_shape
+            larger = sizes.normal((height + stablehlo.SIZE_STEP, width + stablehlo.SIZE_STEP))
+            others = [larger] if options.any_size else []
+            verified = verifying.verify(program, predictor, partial, found.runner, images, sizes=others)
             metadata |= {"verified": {"largest_difference": verified.difference, "images": verified.images}}
         if options.int8 is not None:
             quantized = quantizing.quantize(program, predictor, partial, metadata, options)
