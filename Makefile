@@ -5,7 +5,7 @@
 # make test-newest    run every test with the newest versions
 # make test-tpu       compile for TPUs without having them, in a separate environment (libtpu is 700 MB)
 # make test-extras    run exported files by the runtimes they are for, in a separate environment
-# make test-browser   try the page of `demo` in Chromium, which must be there, in a separate environment
+# make test-browser   try the page of `demo` and the report in Chromium, which must be there, in a separate environment
 # make contenders     set up what the benchmarks compare with, in .venv-contenders (8 GB)
 # make pins           write requirements*.txt anew from pyproject.toml and benchmarks/requirements.in
 # make clean          remove all environments and what was built
@@ -103,7 +103,7 @@ pins: $(INSTALLED_DEV)
 	$(COMPILE) pyproject.toml -o requirements.txt
 	$(COMPILE) pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
 	$(COMPILE) benchmarks/requirements.in -c requirements.txt -o benchmarks/requirements.txt
-	$(COMPILE) pyproject.toml --extra dev --extra onnx -c requirements-dev.txt -o requirements-extras.txt
+	$(COMPILE) pyproject.toml --extra dev --extra onnx --extra savedmodel --extra litert -c requirements-dev.txt -o requirements-extras.txt
 	$(COMPILE) pyproject.toml --extra browser -o requirements-browser.txt
 	$(COMPILE) pyproject.toml --extra tpu -c requirements.txt -o requirements-tpu.txt
 

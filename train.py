@@ -13,6 +13,8 @@ if __name__ == "__main__":
     libraries.check_libraries()
 
 import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,15 @@ from ml_collections import ConfigDict
 from xception_flax import data
 from xception_flax.commands import cli
 from xception_flax.data import sampling
+from xception_flax.data.batch import Batch
 from xception_flax.display import console
 from xception_flax.host import allocator, processes
+from xception_flax.host.watchdog import Watchdog
 from xception_flax.models import costs
 from xception_flax.recipes import groups, reading
 from xception_flax.recipes.comparing import alike
 from xception_flax.runs import curves, history, profiling, progress
-from xception_flax.runs.saving import check_same_data, save_where_input_ends
+from xception_flax.runs.saving import SaveClock, check_same_data, save_where_input_ends
 from xception_flax.runs.workdir import (
     CHECKPOINTS,
     CURVES,
@@ -43,6 +47,7 @@ from xception_flax.runs.workdir import (
     has_checkpoints,
     how_to_train_on,
     remember,
+    stacks,
 )
 from xception_flax.text import naming
 from xception_flax.text.counting import counted
@@ -51,7 +56,8 @@ from xception_flax.training import checkpoint, metrics, sharding
 from xception_flax.training.evaluation import evaluate
 from xception_flax.training.length import RunLength
 from xception_flax.training.patience import Patience
-from xception_flax.training.program import Program, create_program
+from xception_flax.training.program import Program, create_program, make_statistics
+from xception_flax.training.recalibration import recalibrate
 from xception_flax.training.state import TrainState
 from xception_flax.weights import initial
 
@@ -65,6 +71,8 @@ OUT_OF_MEMORY = (
     "Lower batch_size or data.image_size, compute a batch in parts (step.accumulation_steps=4) or set "
     "model.dtype=bfloat16, in a new workdir. Or use more devices and split the state over them (mesh.fsdp)."
 )
+
+NOT_FINITE = "a loss, a gradient or weights that are not finite"
 
 # How many steps the host runs ahead of the devices: enough to keep them busy, and so few that collectives on CPU
 # devices never run out of threads.
@@ -113,9 +121,16 @@ def train(config: ConfigDict, workdir: Path) -> int:
         if first_host:
             stack.enter_context(claim(workdir, config))
         processes.check_shared(workdir)
+        stop_where_still = config.watchdog_action == "stop"
+        watchdog = stack.enter_context(Watchdog(config.watchdog_minutes, stacks(workdir), stop=stop_where_still))
         best_metric = metrics.METRICS[config.metrics.name].best
         manager = stack.enter_context(
-            checkpoint.open_manager(workdir / CHECKPOINTS, best_metric=best_metric, **config.checkpoint)
+            checkpoint.open_manager(
+                workdir / CHECKPOINTS,
+                best_metric=best_metric,
+                abstract_state=program.abstract_state,
+                **config.checkpoint,
+            )
         )
         start_step, meta = find_start(manager, workdir, train_data, pretrained)
         if first_host:
@@ -127,22 +142,25 @@ def train(config: ConfigDict, workdir: Path) -> int:
         # The step is compiled while the state is created or read.
         background = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         compiling = background.submit(program.train_step.lower(program.abstract_state, abstract_batch).compile)
-        train_state, note = begin_or_resume(config, program, manager, start_step, pretrained)
+        train_state, note = begin_or_resume(config, program, mesh, manager, train_data, start_step, pretrained)
         del pretrained  # the state has copies of its arrays
         report = stack.enter_context(open_report(config, workdir, program, mesh, train_data, start_step))
-        for line in filter(None, [describe(config, workdir, program, mesh), *notes, note]):
+        for line in filter(None, [describe(config, workdir, program, mesh), *manager.warnings, *notes, note]):
             report.say(line)
         profile = stack.enter_context(profiling.Profile(profiled, workdir / PROFILE, report, enabled=first_host))
 
         # Loop.
         totals = metrics.Accumulator(max_pending=MAX_STEPS_IN_FLIGHT)
+        save_clock = SaveClock(config.checkpoint_every_minutes)
         stack.enter_context(save_where_input_ends(manager, lambda: train_state, totals.pending, meta))
         batches = stack.enter_context(contextlib.closing(train_data.batches(start_step)))
         stop = stack.enter_context(signals.StopRequest(several_processes=jax.process_count() > 1))
         for step in range(start_step + 1, total_steps + 1):
             with profile.step(step, totals.pending):
+                watchdog.sign(f"the batch of step {step:,}")
                 with report.input_wait():
                     batch = next(batches)
+                watchdog.sign(f"step {step:,}")
                 train_state, sums = compiling.result()(train_state, sharding.global_batch(mesh, batch))
                 totals.add(sums)
             report.advance(step)
@@ -156,6 +174,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             recording = last or stopping or step % config.log_every_steps == 0
             evaluating = last or length.ends_interval(step, config.eval_every_epochs)
             saving = last or stopping or length.ends_interval(step, config.checkpoint_every_epochs)
+            saving = saving or (recording and save_clock.is_due())
             if recording or evaluating or saving:
                 metrics.check_finite(sums, step)
                 checkpoint.check_saves(manager)
@@ -165,26 +184,35 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 means = totals.means() | {"learning_rate": float(program.learning_rate(step - 1))}
                 if train_data.masked:
                     means["bad_images"] = count_masked(totals, config.batch_size)
+                if "skipped_steps" in means:
+                    means["skipped_steps"] = count_skipped(totals, means, step)
+                    if means["skipped_steps"]:
+                        report.say(describe_skipped(means["skipped_steps"], step))
                 report.train(step, means)
                 totals.clear()
             results = None
             if evaluating:
+                watchdog.sign(f"the evaluation after step {step:,}")
                 with report.pause("evaluation"):
-                    results = evaluate(program.eval_step, train_state.variables(weights), eval_data, mesh)
+                    variables = train_state.variables(weights)
+                    results = evaluate(program.eval_step, variables, eval_data, mesh, on_batch=watchdog.again)
                 report.evaluation(step, results, weights)
                 patience.add(step, results)
                 last = last or patience.is_over
             if saving or last:
+                watchdog.sign(f"the checkpoint of step {step:,}")
                 with report.pause("checkpoint"):
                     if first_host:
                         check_claim(workdir)  # an evaluation may have taken an hour
                     report.sync()
                     checkpoint.save(manager, train_state, meta, results)
+                    save_clock.saved()
                 report.checkpoint(step)
             if last or stopping:
                 break
 
         # Finish.
+        watchdog.sign("the last checkpoint, which is being written")
         checkpoint.check_saves(manager, wait=True)
         if not last:
             report.say(f"stopped at step {step}, checkpoint written; the same command goes on from there")
@@ -333,7 +361,9 @@ def find_start(
 def begin_or_resume(
     config: ConfigDict,
     program: Program,
+    mesh: Mesh,
     manager: checkpoint.Checkpoints,
+    train_data: data.Split,
     start_step: int,
     pretrained: initial.Initial | None,
 ) -> tuple[TrainState, str]:
@@ -342,7 +372,32 @@ def begin_or_resume(
         train_state = checkpoint.restore_state(manager, program.abstract_state, start_step)
         return train_state, f"going on from the checkpoint of step {start_step}"
     train_state = program.init(jax.random.key(config.seed), pretrained.arrays)
-    return train_state, str(pretrained) if config.init.weights != "random" else ""
+    note = str(pretrained) if config.init.weights != "random" else ""
+    if config.init.bn_batches:
+        train_state = recalibrated(config, program, mesh, train_data, train_state)
+        note += f"{'; ' if note else ''}statistics of {counted(config.init.bn_batches, 'batch')} (init.bn_batches)"
+    return train_state, note
+
+
+def recalibrated(
+    config: ConfigDict, program: Program, mesh: Mesh, train_data: data.Split, train_state: TrainState
+) -> TrainState:
+    """Returns the state with statistics of batch normalization of the first training batches; see `recalibration`."""
+    statistics_step, count = make_statistics(config, program.model, mesh), config.init.bn_batches
+    with contextlib.ExitStack() as stack:
+        advance = None
+        if jax.process_index() == 0:
+            what = "statistics of batch normalization"
+            advance = stack.enter_context(console.counting(what, count * config.batch_size, "image"))
+        batches = stack.enter_context(contextlib.closing(train_data.batches()))
+
+        def on_devices() -> Iterator[Batch[jax.Array]]:
+            for batch in itertools.islice(batches, count):
+                yield sharding.global_batch(mesh, batch)
+                if advance is not None:
+                    advance(config.batch_size)
+
+        return recalibrate(train_state, statistics_step, on_devices())
 
 
 # Report --------------------------------------------------------------------------------------------
@@ -378,6 +433,31 @@ def count_masked(totals: metrics.Accumulator, batch_size: int) -> int:
     """Returns how many images of the steps in `totals` were left out."""
     steps = totals.count("gradient_norm")  # one for each step
     return round(steps * batch_size - totals.count("loss"))
+
+
+def count_skipped(totals: metrics.Accumulator, means: Mapping[str, float], step: int) -> int:
+    """Returns how many of the steps in `totals`, up to `step`, were skipped.
+
+    Raises:
+      UserError: all of them.
+    """
+    steps = round(totals.count("skipped_steps"))
+    skipped = round(steps * means["skipped_steps"])
+    if skipped == steps:
+        raise UserError(
+            f"the last {counted(steps, 'step')} up to step {step:,} gave {NOT_FINITE}, and were skipped; checkpoints "
+            "from before are kept. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new "
+            "workdir."
+        )
+    return skipped
+
+
+def describe_skipped(skipped: int, step: int) -> str:
+    """Returns a warning."""
+    return (
+        f"WARNING: {counted(skipped, 'step')} before step {step:,} gave {NOT_FINITE}: nothing was learned there "
+        "(step.on_nonfinite=skip)"
+    )
 
 
 def describe_end(patience: Patience, length: RunLength) -> str:

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import pytest
 
+import shell
 import train
 from shell import ROOT, environment, finish, on_one_device, pause, wait_until
 from shell import call as run
@@ -444,6 +445,64 @@ def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
     assert (code, err.strip()) == (2, "error: none of the 24 images to evaluate on can be decoded.")
 
 
+def test_workers_that_stand_still_are_reported(tmp_path):
+    """They are stopped in earnest. When they go on, so does the run, to its end."""
+    watched = ["--config.data.num_workers=1", "--config.watchdog_minutes=0.05"]
+    process = shell.start("train.py", "--config", f"{DIGITS}:lenet", "--workdir", tmp_path / "w", *LENET, *watched)
+    wait_until(lambda: len(records(tmp_path / "w")) >= 1, process)
+    readers, stacks = children(process.pid), tmp_path / "w" / "stacks.txt"
+    for reader in readers:
+        os.kill(reader, signal.SIGSTOP)
+    wait_until(lambda: stacks.exists() and "waiting for the batch of step" in stacks.read_text(), process)
+    for reader in readers:
+        os.kill(reader, signal.SIGCONT)
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert re.search(
+        r"^WARNING: the run has stood still for 3 seconds, waiting for the batch of step \d+; ", err, re.M
+    ), err
+    assert (
+        "in input_wait" in stacks.read_text()
+        or "batch = next(batches)" in stacks.read_text()
+        or "in train" in stacks.read_text()
+    )
+
+
+def test_checkpoints_by_the_clock_and_a_damaged_one(tmp_path, monkeypatch, capsys):
+    """A run that saves by minutes alone is resumed from the newest whole checkpoint, and ends as the first did."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    arguments = ["--config", f"{DIGITS}:lenet", *LENET, "--config.epochs=0.2", "--config.schedule.warmup_epochs=0"]
+    arguments += ["--config.log_every_steps=4", "--config.checkpoint_every_epochs=inf"]
+    arguments += ["--config.checkpoint_every_minutes=1e-6", "--config.checkpoint.keep_latest=9", "--workdir"]
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments, whole)
+    assert code == 0, err
+    saved = sorted(int(path.name) for path in (whole / "checkpoints").iterdir())
+    assert saved == [4, 8, 12, 16]
+
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "16")
+    for step in ("8", "12"):
+        (again / "checkpoints" / step / "raw" / "manifest.ocdbt").write_bytes(b"")
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments, again)
+    assert (code, err.count("\n")) == (2, 1)
+    assert (
+        "12 cannot be used: raw/manifest.ocdbt is empty; move this folder away to go on from step 8, or train with"
+        in err
+    )
+
+    # The key may change, as may the clock: neither changes the result.
+    changed = ["--config.checkpoint.on_damaged=older", "--config.checkpoint_every_minutes=inf"]
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments, again, *changed)
+    assert code == 0, err
+    assert err.count("WARNING: checkpoint ") == 2
+    assert "going on from the checkpoint of step 4" in err
+    assert sorted(path.name for path in (again / "damaged").iterdir()) == ["12", "8"]
+    assert sorted(int(path.name) for path in (again / "checkpoints").iterdir()) == [4, 16]
+    expected = arrays(whole, 16)
+    for path, value in arrays(again, 16).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
 # Mistakes ------------------------------------------------------------------------------------------
 
 
@@ -732,6 +791,29 @@ def test_divergence_stops_before_it_is_saved(tmp_path, monkeypatch, capsys):
 OVERFLOW = [text for text in LENET if "warmup" not in text] + ["--config.epochs=0.0127"]
 OVERFLOW += [f"--config.{text}" for text in ("schedule.name=constant", "optimizer.name=rmsprop")]
 OVERFLOW += ["--config.optimizer.learning_rate=3e38"]
+
+
+def test_steps_that_are_not_finite_are_skipped_on_request(tmp_path, monkeypatch, capsys):
+    """A learning rate of 1e30 makes all steps but the first so: they are counted, and none is saved or learned."""
+    arguments = ["--config", f"{DIGITS}:lenet", *LENET, "--config.optimizer.learning_rate=1e30", "--workdir"]
+    arguments += [tmp_path / "w", "--config.schedule.warmup_epochs=0", "--config.optimizer.clip_norm=None"]
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments)
+    assert code == 2
+    assert re.search(
+        r"error: the (loss|gradient_norm) is (nan|inf) at step 5; checkpoints from before it are kept", err
+    )
+
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments, "--config.step.on_nonfinite=skip")
+    assert code == 2
+    assert re.search(
+        r"^WARNING: [1-4] steps before step 5 gave a loss, a gradient or weights that are not finite", err, re.M
+    )
+    assert (
+        "error: the last 5 steps up to step 10 gave a loss, a gradient or weights that are not finite, and were" in err
+    )
+    (record,) = records(tmp_path / "w")
+    assert 1 <= record["train/skipped_steps"] <= 4
+    assert not list((tmp_path / "w" / "checkpoints").iterdir())
 
 
 def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):

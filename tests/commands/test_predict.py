@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 import shell
@@ -18,9 +19,10 @@ import train
 from tests.weights.test_writing import random_network
 from workdirs import records
 from xception_flax import __version__
-from xception_flax.commands import convert, embed, evaluate, predict
+from xception_flax.commands import convert, embed, evaluate, explain, predict
 from xception_flax.data import sources
-from xception_flax.inference import predictor, preprocessing
+from xception_flax.display import heat
+from xception_flax.inference import explaining, predictor, preprocessing
 from xception_flax.recipes import reading
 from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import read_recipe
@@ -75,6 +77,106 @@ def test_it_predicts_what_evaluate_counts(workdir, digits, monkeypatch, capsys):
     assert np.mean(scores.argmax(-1) == labels) == pytest.approx(expected["top1"], abs=1e-9)
     assert -np.mean(np.log(scores[np.arange(180), labels])) == pytest.approx(expected["loss"], rel=1e-4)
     assert expected["top1"] > 0.2  # twice chance
+
+
+def test_images_that_are_not_square(digits, tmp_path, monkeypatch, capsys):
+    """A run at 24 x 40: `evaluate` scores what `predict` says, so do its weights alone, and maps have its shape."""
+    folder, labels = digits
+    small = ["data.image_size=24x40", "batch_size=64", "epochs=4", "data.max_value=4095", "eval_every_epochs=4"]
+    small += ["schedule.warmup_epochs=0.2", "step.ema_decay=0.5", "data.eval_transforms=center_crop(fraction=0.9)"]
+    config = reading.load(f"{DIGITS}:lenet", [f"--config.{text}" for text in small])
+    assert config.data.image_size == (24, 40)
+    assert train.train(config, tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["image_size"] == [24, 40]
+    assert read_recipe(tmp_path / "run").data.image_size == (24, 40)
+    capsys.readouterr()
+    assert evaluate.main(["--workdir", str(tmp_path / "run"), "--no-report"]) == 0
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    def said(source: Path, *arguments) -> np.ndarray:
+        code, out, _ = run(monkeypatch, capsys, source, folder, "--json", "--top", 10, *arguments)
+        assert code == 0
+        lines = [json.loads(line) for line in out.splitlines()]
+        return np.array([[line["classes"][digit] for digit in "0123456789"] for line in lines])
+
+    scores = said(tmp_path / "run")
+    assert np.mean(scores.argmax(-1) == labels) == pytest.approx(expected["top1"], abs=1e-9)
+    assert -np.mean(np.log(scores[np.arange(180), labels])) == pytest.approx(expected["loss"], rel=1e-4)
+    assert expected["top1"] > 0.2  # twice chance
+
+    assert convert.main([str(tmp_path / "run"), "--output", str(tmp_path / "w.npz")]) == 0
+    capsys.readouterr()
+    np.testing.assert_array_equal(said(tmp_path / "w.npz"), scores)
+    found = predictor.load(tmp_path / "w.npz")
+    assert found.preprocessing.image_size == (24, 40)
+    code = evaluate.main(
+        [
+            str(tmp_path / "w.npz"),
+            "--config.data.source=digits",
+            "--split=validation",
+            f"--output={tmp_path / 'report'}",
+        ]
+    )
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (code, again["top1"]) == (0, expected["top1"])
+    assert again["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    # The square spelled as a pair is the number.
+    np.testing.assert_array_equal(
+        said(tmp_path / "w.npz", "--image-size", "32x32"), said(tmp_path / "w.npz", "--image-size", "32")
+    )
+    explainer = explaining.Explainer(found, steps=2)
+    [(_, explanation)] = explainer.stream([folder / "000.png"])
+    [grid] = explanation.maps.values()
+    assert explanation.pixels.shape == explanation.attributions.shape == (24, 40, 1)
+    assert grid.shape[1] > grid.shape[0]
+    assert heat.warm(explanation.pixels, grid).shape == (24, 40, 3)
+    assert explain.main([str(tmp_path / "w.npz"), str(folder / "000.png"), "--output", str(tmp_path / "why.png")]) == 0
+
+
+def test_alpha_is_seen(tmp_path, rng, monkeypatch, capsys):
+    """Classes that differ in alpha alone: a run on RGBA tells them apart, and `evaluate` scores what `predict` says."""
+    for i in range(80):
+        pixels = rng.integers(0, 256, (16, 16, 4), dtype=np.uint8)
+        pixels[..., 3] = 40 if i % 2 else 215
+        path = tmp_path / "photos" / ("train" if i < 60 else "val") / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(pixels).save(path)
+    data = [
+        "source=folder",
+        f"data_dir={tmp_path / 'photos'}",
+        "train_split=train",
+        "eval_split=val",
+        "image_size=16x24",
+    ]
+    data += ["channels=4", "train_transforms=random_affine(max_shift=0.1)|color_jitter(brightness=0.5)|resize"]
+    small = [f"data.{text}" for text in data] + ["model.num_classes=2", "batch_size=16", "epochs=20"]
+    small += ["normalize.mean=(0,0,0,127.5)", "normalize.std=(255,255,255,127.5)", "eval_every_epochs=20"]
+    config = reading.load(f"{DIGITS}:lenet", [f"--config.{text}" for text in small])
+    assert train.train(config, tmp_path / "run") == 0
+    capsys.readouterr()
+    assert evaluate.main(["--workdir", str(tmp_path / "run"), "--no-report"]) == 0
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert expected["top1"] == 1
+    assert convert.main([str(tmp_path / "run"), "--output", str(tmp_path / "w.npz")]) == 0
+    for network in (tmp_path / "run", tmp_path / "w.npz"):
+        capsys.readouterr()
+        code, out, _ = run(monkeypatch, capsys, network, tmp_path / "photos" / "val", "--json")
+        lines = [json.loads(line) for line in out.splitlines()]
+        right = [line["classes"][Path(line["image"]).parent.name] for line in lines]
+        assert (code, len(lines)) == (0, 20)
+        assert -np.mean(np.log(right)) == pytest.approx(expected["loss"], rel=1e-3, abs=1e-5)
+    network = predictor.load(tmp_path / "w.npz")
+    with PIL.Image.open(lines[0]["image"]) as image:
+        np.testing.assert_array_equal(network.predict(image), network.predict(lines[0]["image"]))
+        np.testing.assert_array_equal(
+            network.preprocessing.prepare(image.convert("RGB")), network.preprocessing.prepare(as_opaque(image))
+        )
+    out = str(tmp_path / "why.png")
+    assert explain.main([str(tmp_path / "run"), lines[0]["image"], "--output", out, "--steps", "2"]) == 0
+
+
+def as_opaque(image: PIL.Image.Image) -> np.ndarray:
+    return np.dstack([np.asarray(image)[..., :3], np.full(image.size[::-1], 255, np.uint8)])
 
 
 def test_images_that_may_be_black_by_mistake_are_counted(workdir, digits, monkeypatch, capsys):

@@ -121,6 +121,10 @@ VALUES = np.arange(4096, dtype=np.uint16).reshape(64, 64)  # all values of 12 bi
 COLORS = np.stack([VALUES, VALUES[::-1], VALUES.T], -1)
 
 
+# Formats with alpha, without loss.
+LOSSLESS = {"PNG": {}, "TIFF": {}, "WEBP": dict(lossless=True, exact=True)}
+
+
 def pnm(values: np.ndarray, largest: int) -> bytes:
     height, width = values.shape[:2]
     return f"P{5 if values.ndim == 2 else 6}\n{width} {height}\n{largest}\n".encode() + values.astype(">u2").tobytes()
@@ -152,6 +156,51 @@ def test_twelve_of_sixteen_bits_are_scaled_by_what_is_white(name):
     assert largest_value(content) == 4095
     with pytest.raises(BadImageError, match=r"it has values up to 4,095, more than data\.max_value=4094\."):
         decode(content, 3, max_value=4094)
+
+
+ALPHA = {
+    **{form: (encode(with_alpha(COLOR), form, **options), COLOR) for form, options in LOSSLESS.items()},
+    "PNG gray": (encode(with_alpha(GRAY), "PNG"), GRAY.convert("RGB")),
+    "PNG of 16 bits": (WIDE["PNG of colours with alpha"][0], COLORS >> 8),
+}
+
+
+@pytest.mark.parametrize("name", ALPHA)
+def test_alpha_is_kept_with_four_channels(name):
+    """The colours are those of three channels, and alpha is the gray image that was written; 16 bits are opaque."""
+    content, colors = ALPHA[name]
+    image = decode(content, 4)
+    np.testing.assert_array_equal(image[..., :3], colors)
+    np.testing.assert_array_equal(image[..., :3], decode(content, 3))
+    np.testing.assert_array_equal(image[..., 3], 255 if name == "PNG of 16 bits" else GRAY)
+
+
+def test_alpha_of_a_palette_and_of_twelve_bits():
+    """Of a palette one colour is transparent. With `max_value`, alpha of 16 bits is opaque at 65,535 all the same."""
+    palette = COLOR.convert("P")
+    image = decode(GOOD["PNG with a transparent colour"], 4)
+    np.testing.assert_array_equal(image[..., 3], np.where(np.asarray(palette) == 3, 0, 255))
+    np.testing.assert_array_equal(image[..., :3], palette.convert("RGB"))
+    opacity = VALUES.T * 16 + 15
+    pixels = np.dstack([COLORS[..., ::-1], opacity])
+    content = cv2.imencode(".png", pixels)[1].tobytes()
+    expected = np.dstack([COLORS >> 4, opacity >> 8])
+    np.testing.assert_array_equal(decode(content, 4, max_value=4095), expected)
+    np.testing.assert_array_equal(decode(content, 4)[..., 3], opacity >> 8)
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if "alpha" not in name and "transparent" not in name])
+def test_an_image_without_alpha_is_opaque(name):
+    image = decode(GOOD[name], 4)
+    np.testing.assert_array_equal(image[..., :3], decode(GOOD[name], 3))
+    assert (image[..., 3] == 255).all()
+
+
+def test_pixels_with_four_channels():
+    pixels = np.dstack([np.asarray(COLOR), np.asarray(GRAY)])
+    assert decode(pixels, 4) is pixels
+    for image in (np.asarray(COLOR), np.asarray(GRAY)):
+        np.testing.assert_array_equal(decode(image, 4), np.dstack([decode(image, 3), np.full_like(GRAY, 255)]))
 
 
 def test_a_white_that_a_file_names_is_taken():

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from xception_flax import data
@@ -18,6 +19,7 @@ from xception_flax.data import pipeline, sources
 from xception_flax.data.transforms import geometry
 from xception_flax.text.errors import UserError
 
+BILINEAR = PIL.Image.Resampling.BILINEAR
 LOAD = dict(image_size=32, channels=1, train_transforms="random_affine(max_shift=0.2) | resize")
 
 
@@ -55,6 +57,28 @@ def test_the_identity_of_a_split_is_its_data():
     ):
         other = dataclasses.replace(split, source=dataclasses.replace(source, **changed)).identity()
         assert [k for k in identity if other[k] != identity[k]] == [key]
+
+
+def test_a_square_pair_is_the_number_bit_for_bit():
+    """In memory, in another process and in evaluation."""
+    for options in (dict(), dict(num_workers=1), dict(train=False)):
+        assert_same(take(3, image_size=(32, 32), **options), take(3, **options))
+
+
+def test_a_batch_is_height_times_width():
+    """Rows are height: the digits, scaled whole, are 24 x 40, as Pillow has it; half of the batch on each host."""
+    load = dict(
+        image_size=(24, 40), train_transforms="resize(antialias=True)", eval_transforms="resize(antialias=True)"
+    )
+    (batch,) = take(1, train=False, **load)
+    source = sources.digits.digits("test")
+    expected = [np.asarray(PIL.Image.fromarray(image).resize((40, 24), BILINEAR)) for image in source.images[:16]]
+    difference = np.abs(batch["images"][..., 0].astype(int) - np.stack(expected))
+    assert difference.max() <= 1  # nothing shrinks, where OpenCV scales
+    shares = [take(2, process_index=i, process_count=2, **load) for i in range(2)]
+    for whole, *parts in zip(take(2, **load), *shares, strict=True):
+        assert whole["images"].shape == (16, 24, 40, 1)
+        np.testing.assert_array_equal(whole["images"], np.concatenate([part["images"] for part in parts]))
 
 
 def test_an_epoch_has_every_image_once_and_the_next_another_order():
@@ -228,7 +252,7 @@ def test_a_chain_that_ends_in_another_size_is_refused():
         ({"source": "digitz"}, "unknown source 'digitz'; did you mean 'digits'"),
         ({"batch_size": 15, "process_count": 2}, "batch_size=15 must be a positive multiple of the 2 processes"),
         ({"batch_size": 1258}, "batch_size=1258 is more than the 1,257 images of split 'train'; take at most 1257"),
-        ({"channels": 2}, "data.channels must be 1 or 3, got 2"),
+        ({"channels": 2}, r"data.channels must be 1 \(gray\), 3 \(RGB\) or 4 \(RGBA\), got 2"),
         ({"image_size": 0}, r"data.image_size must be in \[1, 10,000\], got 0"),
         ({"num_threads": 0}, r"data.num_threads .* must be in \[1, 1,024\], got 0"),
         ({"num_workers": -2}, r"data.num_workers .* must be in \[-1, 256\], got -2"),

@@ -69,10 +69,10 @@ def test_init_has_the_keys_of_the_function_that_it_stands_for():
 
 def test_what_the_program_gives_is_no_key():
     keys = {name: set(group.keys(next(iter(group.table), ""))) for name, group in groups.PARTS.items()}
-    assert keys["step"] == {"ema_decay", "accumulation_steps", "lowering"}
-    assert keys["checkpoint"] == {"keep_latest", "keep_best"}
+    assert keys["step"] == {"ema_decay", "accumulation_steps", "lowering", "on_nonfinite"}
+    assert keys["checkpoint"] == {"keep_latest", "keep_best", "on_damaged"}
     assert keys["mesh"] == {"data", "fsdp"}
-    assert keys["init"] == {"weights", "checkpoint"}
+    assert keys["init"] == {"weights", "checkpoint", "bn_batches"}
     assert keys["schedule"] == {"name"}
     assert not keys["data"] & {"train", "batch_size", "seed", "process_index", "process_count", "split"}
     assert not any(

@@ -28,6 +28,7 @@ from xception_flax.data.transforms import TRANSFORMS, parse_transforms
 from xception_flax.recipes import checking, groups
 from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import check_range
+from xception_flax.text.sizes import ImageSize
 from xception_flax.training import checkpoint, losses, metrics, mixing, optimizers, sharding, steps
 from xception_flax.training.length import RunLength
 from xception_flax.training.patience import Patience
@@ -50,6 +51,9 @@ def extremes(annotation: Any) -> Iterator[Any]:
     """Yields values of a type, or nearly of it, that come from a number too long, a slip or malice."""
     if annotation in EXTREMES:
         yield from EXTREMES[annotation]
+    elif annotation is ImageSize:
+        yield from (*EXTREMES[int], "", "8", "8*8", "8X8", "8x", "8x8x8", (), (8,), (8, 8, 8), "9" * 40 + "x8", 8.0)
+        yield from ((value, 8) for value in (*EXTREMES[int], 8.0, None))
     elif typing.get_origin(annotation) is Sequence:
         (kind,) = typing.get_args(annotation)
         ordinary = {int: 8, float: 1.0}.get(kind, (8, 2))
@@ -68,11 +72,16 @@ ACCEPTED = {
         *("optimizer.beta1", "optimizer.beta2", "optimizer.backbone_factor", "schedule.warmup_epochs"),
         *("schedule.final_factor", "mix.mixup_alpha", "mix.cutmix_alpha", "mix.probability", "mix.switch_probability"),
     ),
-    "inf": ("eval_every_epochs", "checkpoint_every_epochs", "patience_epochs"),  # at the end alone
+    "inf": (
+        "eval_every_epochs",
+        "checkpoint_every_epochs",
+        "checkpoint_every_minutes",
+        "patience_epochs",
+    ),  # at the end alone
     # A seed, a backbone without classifier, no middle flow, off, none.
     "0": (
         *("seed", "model.num_classes", "model.middle_repeats", "data.num_workers", "data.min_decoded_side"),
-        "checkpoint.keep_best",
+        *("checkpoint.keep_best", "init.bn_batches"),
     ),
     "-1": ("data.num_threads", "data.num_workers", "mesh.data"),  # as many as there are, or suit
     # Never, all, or a seed as good as another.
@@ -299,8 +308,14 @@ def test_extremes_in_a_chain(name):
     keywords = {k: p for k, p in list(inspect.signature(TRANSFORMS[name]).parameters.items())[2:]}
     accepted = set()
     for key, parameter in keywords.items():
-        whole = parameter.annotation is int
-        texts = {int: NUMBERS, float: NUMBERS, bool: ("1", "yes"), str: ("'a\0b'", repr(LONG))}[parameter.annotation]
+        whole = parameter.annotation in (int, ImageSize)
+        texts = {
+            int: NUMBERS,
+            float: NUMBERS,
+            bool: ("1", "yes"),
+            str: ("'a\0b'", repr(LONG)),
+            ImageSize: (*NUMBERS, "'8x'", "(8,)", "(8, 0)", "(8, -1)", f"(8, {10**30})", "(8, 8.0)", "'8x0'"),
+        }[parameter.annotation]
         needed = ", resize_size=8" if "resize_size" in keywords and key != "resize_size" else ""
         for text in texts:
             chain = f"{name}({key}={text}{needed})"

@@ -106,6 +106,10 @@ def test_a_resolved_recipe_is_json_and_resolves_to_itself():
             {"data": {"source": "digits", "image_size": 32, "path": "x"}},
             "'data.path' with data.source='digits'; there are: ",
         ),
+        (
+            {"data": {"source": "digits", "image_size": (32, 48, 3)}},
+            r"'data.image_size' must be a number of pixels, or height x width such as 224x320, got \(32, 48, 3\)",
+        ),
         ({"step": {"seed": 1}}, r"unknown recipe key 'step\.seed'; did you mean 'seed'\?$"),
         ({"normalize": {"mean": [0.0]}}, "recipe key 'normalize.std' is missing"),
         ({"normalize": {"mean": 0.0, "std": [1.0]}}, r"'normalize.mean' must be a list of numbers, got 0.0"),
@@ -145,6 +149,9 @@ def test_int_is_a_float_and_none_where_it_may_be():
         ("profile=", ("profile",), ""),
         ("batch_size=1_000", ("batch_size",), 1000),
         ("batch_size=0x10", ("batch_size",), 16),
+        ("data.image_size=48x64", ("data", "image_size"), (48, 64)),
+        ("data.image_size=(64, 48)", ("data", "image_size"), (64, 48)),
+        ("data.image_size=48x48", ("data", "image_size"), 48),
     ],
 )
 def test_overrides(override, key, value):

@@ -33,6 +33,15 @@ def test_the_given_chain_comes_first_and_each_other_runs():
     assert grid.chains(given, 32)[2].startswith("resize_center_crop(image_size=40, resize_size=50, ")  # 40 / 0.8
 
 
+def test_a_size_that_is_not_square_is_varied_on_both_sides():
+    """28 / 0.8 = 35 and 40 / 0.8 = 50."""
+    for given in ("resize_center_crop(resize_size=64)", 'resize_center_crop(image_size="28x40", resize_size=64)'):
+        found = grid.chains(given, (28, 40))
+        assert any("resize_size=(35, 50), kernel=bicubic, antialias=False" in chain for chain in found)
+        for chain in found:
+            parse_transforms(chain, (28, 40))
+
+
 @pytest.mark.parametrize("given", ["flip_left_right", "resize | center_crop", "random_resized_crop"])
 def test_what_cannot_be_varied(given):
     with pytest.raises(

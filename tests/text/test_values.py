@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from xception_flax.text import values
 from xception_flax.text.errors import UserError
+from xception_flax.text.sizes import ImageSize
 from xception_flax.text.values import Endless
 
 LARGEST = 2.0**128 - 2.0**104  # of float32
@@ -35,6 +36,14 @@ LARGEST = 2.0**128 - 2.0**104  # of float32
         ("bfloat16", DTypeLike, "bfloat16"),
         ("inf", Endless, LARGEST),
         ("2.5", Endless, 2.5),
+        ("299", ImageSize, 299),
+        ("224x320", ImageSize, (224, 320)),
+        ("'224x320'", ImageSize, (224, 320)),
+        ("(224, 320)", ImageSize, (224, 320)),
+        ("[320, 224]", ImageSize, (320, 224)),
+        ("299x299", ImageSize, 299),
+        ("0x64", ImageSize, (0, 64)),  # not the number 100; its range is for `check_size`
+        ("(299, 299)", ImageSize, 299),
     ],
 )
 def test_a_text_is_read_by_the_type(text, annotation, value):
@@ -62,6 +71,13 @@ def test_a_text_is_read_by_the_type(text, annotation, value):
         (math.inf, float, r"^key must be a finite number, got inf\.$"),
         (2**63, int, r"^key must be an integer of 64 bits, got 9223372036854775808\.$"),
         ((0.0, 1e39), Sequence[float], r"^key must be at most 3\.4e\+38, float32's largest number, got 1e\+39\.$"),
+        (True, ImageSize, r"^key must be a number of pixels, or height x width such as 224x320, got True\.$"),
+        ((224,), ImageSize, r"^key must be a number of pixels, or height x width such as 224x320, got \(224,\)\.$"),
+        ((1, 2, 3), ImageSize, r"^key must be a number of pixels, or height x width .*, got \(1, 2, 3\)\.$"),
+        ((1.0, 2), ImageSize, r"^key must be a number of pixels, or height x width .*, got \(1\.0, 2\)\.$"),
+        ("224*320", ImageSize, r"^key must be a number of pixels, or height x width .*, got '224\*320'\.$"),
+        ("224X320", ImageSize, r"^key must be a number of pixels, or height x width .*, got '224X320'\.$"),
+        ("-1x320", ImageSize, r"^key must be a number of pixels, or height x width .*, got '-1x320'\.$"),
         ("x" * 4097, str, r"^key must be a text of at most 4,096 characters, none of them NUL, got 'x{59} "),
     ],
 )

@@ -17,6 +17,7 @@ from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint, sharding
 from xception_flax.training.state import TrainState
 
+ADVICE = "move this folder away to go on from step 1, or train with checkpoint.on_damaged=older."
 META = {"class_names": ["a", "b"]}
 
 
@@ -198,7 +199,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_read(tmp_path, one_de
         checkpoint.save(manager, bad.replace(step=jnp.int32(2)), META, None)
     monkeypatch.undo()
     with open_manager(tmp_path) as manager:
-        refused = rf"/checkpoints/2 cannot be used: {what}; move this folder away to go on from step 1\.$"
+        refused = rf"/checkpoints/2 cannot be used: {what}; {re.escape(ADVICE)}$"
         with pytest.raises(UserError, match=refused):
             checkpoint.restore_state(manager, abstract(state), 2)
         variables = abstract(state).variables(item)
@@ -264,7 +265,7 @@ def test_a_folder_of_any_name_keeps_its_checkpoints(tmp_path, one_device, name):
         assert checkpoint.find_step(manager, "best") == 1
         assert_equal(checkpoint.restore_state(manager, abstract(state), 2), state)
         (workdir / "checkpoints" / "2" / "meta" / "metadata").unlink()
-        with pytest.raises(UserError, match=r"to go on from step 1\.$") as error:
+        with pytest.raises(UserError, match=ADVICE) as error:
             checkpoint.read_meta(manager, 2)
     assert str(error.value).startswith(f"checkpoint {workdir}/checkpoints/2 cannot be used: ")
     assert "/proc/" not in str(error.value)
@@ -401,7 +402,7 @@ def test_what_is_damaged_is_named(tmp_path, two_steps, one_device, monkeypatch, 
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     step = tmp_path / "checkpoints" / "2"
     (step / file).unlink() if content is None else (step / file).write_bytes(content)
-    line = f"checkpoint {step} cannot be used: {reason.format(step=step)}; move this folder away to go on from step 1."
+    line = f"checkpoint {step} cannot be used: {reason.format(step=step)}; {ADVICE}"
     state = make_state(one_device, 2)
     exactly = f"^{re.escape(line)}$"
     with pytest.raises(UserError, match=exactly), open_manager(tmp_path) as manager:
@@ -412,6 +413,79 @@ def test_what_is_damaged_is_named(tmp_path, two_steps, one_device, monkeypatch, 
     assert read(tmp_path, "latest", state)[0] == 1
 
 
+def flip(file: Path) -> None:
+    """Flips a bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("hurt", "reason"),
+    [
+        (
+            lambda step: flip(largest(step / "raw")),
+            "the values of raw['params']['conv']['kernel'] have changed on disk",
+        ),
+        (
+            lambda step: flip(largest(step / "optimizer")),
+            "the values of optimizer['opt_state'][0]['trace'] have changed on disk",
+        ),
+        (lambda step: shutil.rmtree(step / "ema"), "ema cannot be read: "),
+        (lambda step: (step / "metrics" / "metrics").write_text('{"loss": 1}'), "metrics/metrics has no top1"),
+        (lambda step: (step / "meta" / "metadata").unlink(), "meta/metadata cannot be read: No such file"),
+        (lambda step: (step / "meta" / "metadata").write_bytes(b""), "meta/metadata is empty"),
+    ],
+)
+@pytest.mark.parametrize("name", ["run", "a [b]*"])
+def test_a_run_goes_on_from_an_older_checkpoint_on_request(tmp_path, two_steps, one_device, name, hurt, reason):
+    """The damaged one is kept, in another folder; a second one of its number is no obstacle."""
+    workdir = shutil.copytree(two_steps, tmp_path / name)
+    (workdir / "damaged" / "2").mkdir(parents=True)
+    step, aside = workdir / "checkpoints" / "2", workdir / "damaged" / "2-2"
+    hurt(step)
+    content = {path.relative_to(step): path.read_bytes() for path in step.rglob("*") if path.is_file()}
+    state = make_state(one_device, 1)
+    older = {"on_damaged": "older", "abstract_state": abstract(state)}
+    with open_manager(workdir, **older) as manager:
+        (warning,) = manager.warnings
+        assert manager.latest_step() == 1
+        assert_equal(checkpoint.restore_state(manager, abstract(state), 1), state)
+    assert warning.startswith(f"WARNING: checkpoint {step} is damaged: {reason}")
+    assert warning.endswith(f" It was moved to {aside}; the newest whole one is of step 1.")
+    assert content == {path.relative_to(aside): path.read_bytes() for path in aside.rglob("*") if path.is_file()}
+    with open_manager(workdir, **older) as manager:
+        assert (manager.warnings, manager.latest_step()) == ([], 1)
+
+
+def test_the_best_checkpoint_may_be_the_damaged_one(tmp_path, two_steps, one_device):
+    """Its files that describe it are read too, since without them the others cannot be compared."""
+    workdir = shutil.copytree(two_steps, tmp_path / "run")
+    (workdir / "checkpoints" / "1" / "metrics" / "metrics").write_bytes(b"null")
+    state = make_state(one_device, 2)
+    with open_manager(workdir, on_damaged="older", abstract_state=abstract(state)) as manager:
+        assert len(manager.warnings) == 1
+        assert manager.all_steps() == [2]
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_moved(tmp_path, two_steps, one_device):
+    workdir = shutil.copytree(two_steps, tmp_path / "run")
+    for step in ("1", "2"):
+        flip(largest(workdir / "checkpoints" / step / "raw"))
+    state = abstract(make_state(one_device, 2))
+    expected = (
+        r"^no checkpoint in .*/checkpoints can be used; the newest, 2: the values of raw.*\. Nothing was changed\.$"
+    )
+    with pytest.raises(UserError, match=expected):
+        open_manager(workdir, on_damaged="older", abstract_state=state)
+    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints"]
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2"]
+
+
 def test_a_renamed_step_is_not_believed(tmp_path, two_steps, one_device):
     """Nor is an older checkpoint, whose meta has no step: the optimizer's step shows it."""
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
@@ -420,7 +494,7 @@ def test_a_renamed_step_is_not_believed(tmp_path, two_steps, one_device):
     state = make_state(one_device, 2)
     line = (
         f"checkpoint {renamed} cannot be used: it is of step 2: the folder was renamed; give it its name again; "
-        "move this folder away to go on from step 1."
+        f"{ADVICE}"
     )
     exactly = f"^{re.escape(line)}$"
     with pytest.raises(UserError, match=exactly):

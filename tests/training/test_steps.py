@@ -471,3 +471,48 @@ def test_a_frozen_backbone_has_no_gradient(one_device):
         jax.tree.map(np.testing.assert_array_equal, arrays, expected[layer])
     assert (after["predictions"]["kernel"] != before["predictions"]["kernel"]).all()
     assert half < 0.6 * whole
+
+
+# Values that are not finite ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "what"), [("sgd", 0.05, "image"), ("adamw", 0.05, "image"), ("sgd", 3e38, "update")]
+)
+def test_a_step_that_is_not_finite_is_skipped(optimizer, rate, what):
+    """Everything but counters is bit for bit as before, and the step after it is as if only counters had moved.
+
+    A NaN in one of 16 images, on one of eight devices, makes loss, gradient and statistics NaN. An update that is too
+    long shows in the new weights alone.
+    """
+    mesh = sharding.create_mesh()
+    options = dict(optimizer=optimizer, ema=True, ema_decay=0.9, on_nonfinite="skip")
+    state, step, _ = build(mesh, **options)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    first, second, third = (sharding.global_batch(mesh, batch) for batch in batches(3))
+    state, sums = step(state, first)
+    assert (float(sums["skipped_steps"].total), float(sums["skipped_steps"].count)) == (0, 1)
+    before = jax.device_get(state)
+    if what == "image":
+        images = np.asarray(second["images"], np.float32)
+        images[3, 0, 0, 0] = np.nan
+        second = sharding.global_batch(mesh, {**batches(2)[1], "images": images})
+        after, sums = step(state, second)
+    else:
+        heavy = losses.create_loss("softmax", weight_decay=1e4)
+        after, sums = build(mesh, rate=rate, loss=heavy, **options)[1](state, second)
+    assert {name: float(of.count) for name, of in sums.items()} == dict.fromkeys(sums, 0.0) | {"skipped_steps": 1.0}
+    assert float(sums["skipped_steps"].total) == 1
+    after = jax.device_get(after)
+    expected = jax.tree.map(lambda x: x + 1 if np.issubdtype(x.dtype, np.integer) else x, before)
+    assert sum(np.issubdtype(x.dtype, np.integer) for x in jax.tree.leaves(before)) >= 2  # the step, and the schedule's
+    for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(new, old, err_msg=str(path))
+
+    went_on, sums = step(jax.device_put(after, shardings), third)
+    plain = build(mesh, **options | {"on_nonfinite": "stop"})[1]
+    same, stopped_sums = plain(jax.device_put(expected, shardings), third)
+    assert "skipped_steps" not in stopped_sums
+    assert float(sums["skipped_steps"].total) == 0
+    for new, old in zip(jax.tree.leaves(went_on), jax.tree.leaves(same), strict=True):
+        np.testing.assert_allclose(np.asarray(new), np.asarray(old), rtol=1e-5, atol=1e-6)

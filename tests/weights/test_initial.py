@@ -15,19 +15,20 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from keras.src.legacy.saving import legacy_h5_format
 
 import train
 from golden.seeded import structured_images
 from tests.weights.test_keras import keras_apply, narrow_keras_model
+from tests.weights.test_writing import random_network
 from xception_flax import create_model
 from xception_flax.recipes import reading
 from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import read_recipe
 from xception_flax.text.errors import UserError
 from xception_flax.training import sharding, state
-from xception_flax.weights import fetching, initial, timm
+from xception_flax.weights import fetching, initial, timm, writing
 from xception_flax.weights import keras as keras_weights
 
 CLASSES = tuple("abcd")
@@ -363,18 +364,48 @@ def test_mistakes_are_refused(model, keras_file, one_device, tmp_path):
 
 
 def test_images_of_another_number_of_channels(model, keras_file, one_device):
-    """The first kernel alone is changed: its sum for gray images, repeated and scaled for four (timm's rule)."""
+    """The first kernel alone is changed: its sum for gray images, repeated and scaled for five (timm's rule)."""
     place = ("params", "block1_conv1", "kernel")
     plain = load(keras_file, model, one_device)
     kernel = np.asarray(plain.arrays[place])
     for channels, expected in [
         (1, kernel.sum(axis=2, keepdims=True)),
-        (4, kernel[:, :, [0, 1, 2, 0]] * np.float32(3 / 4)),
+        (5, kernel[:, :, [0, 1, 2, 0, 1]] * np.float32(3 / 5)),
     ]:
         found = load(keras_file, model, one_device, image_shape=(71, 71, channels))
         np.testing.assert_allclose(found.arrays[place], expected, rtol=1e-6)
         assert_equal(found.arrays, plain.arrays | {place: found.arrays[place]})
         assert f"; its first kernel, for 3 channels, adapted to {channels}; " in str(found)
+
+
+def test_with_alpha_the_network_is_at_first_what_it_was(model, keras_file, one_device, rng):
+    """For RGBA the kernel of alpha is 0: the same logits within 1e-5 of their spread, and alpha changes no bit."""
+    found = {c: load(keras_file, model.clone(num_classes=10), one_device, image_shape=(71, 71, c)) for c in (3, 4)}
+    place = ("params", "block1_conv1", "kernel")
+    kernel = np.asarray(found[4].arrays[place])
+    np.testing.assert_array_equal(kernel[:, :, :3], found[3].arrays[place])
+    assert not kernel[:, :, 3].any()
+    assert_equal(found[4].arrays, found[3].arrays | {place: found[4].arrays[place]})
+    assert "; its first kernel, for 3 channels, extended to 4 by zeros for alpha; " in str(found[4])
+
+    images = rng.uniform(-1, 1, (2, 71, 71, 4)).astype(np.float32)
+    apply = jax.jit(lambda arrays, x: model.clone(num_classes=10).apply(unflatten_dict(arrays), x, train=False))
+    expected, logits = apply(found[3].arrays, images[..., :3]), apply(found[4].arrays, images)
+    assert np.abs(logits - expected).max() <= 1e-5 * np.ptp(expected)
+    np.testing.assert_array_equal(apply(found[4].arrays, images * np.float32([1, 1, 1, -0.5])), logits)
+
+
+def test_the_normalization_of_alpha_is_the_recipes(tmp_path, one_device):
+    """Of the colours it must be what the weights are for, (0, 1, 2) and 58.4 of 0 to 255."""
+    gray = dict(mean=(0.0, 1.0, 2.0), std=(58.4,))
+    network = random_network(name="xception", num_classes=4, width=0.02)._replace(normalize=gray)
+    writing.write(network, tmp_path / "w.npz")
+    options = dict(model=create_model(**network.model), mesh=one_device, image_shape=(71, 71, 4))
+    load(tmp_path / "w.npz", **options, mean=(0.0, 1.0, 2.0, 127.5), std=(58.4, 58.4, 58.4, 127.5))
+    with pytest.raises(UserError, match=r"set --config\.normalize\.mean=\(0\.0, 1\.0, 2\.0, 9\.0\)$"):
+        load(tmp_path / "w.npz", **options, mean=(0.0, 1.0, 3.0, 9.0), std=(58.4, 58.4, 58.4, 1.0))
+    with pytest.raises(UserError, match=r"set --config\.normalize\.std=\(58\.4, 58\.4, 58\.4, 1\.0\)$"):
+        load(tmp_path / "w.npz", **options, mean=(0.0, 1.0, 2.0, 9.0), std=(1.0,))
 
 
 def test_a_folder_that_is_no_workdir_is_named(model, one_device, tmp_path):

@@ -294,6 +294,11 @@ def test_config_of_the_hub():
             'resize(image_size=318, kernel="bicubic", antialias=True) | '
             'resize_center_crop(resize_size=318, kernel="bicubic", antialias=True)',
         ),
+        # timm's ResizeKeepRatio for sizes that are not square: floor(224 / 0.875) = 256, floor(320 / 0.875) = 365.
+        (
+            {"input_size": [3, 224, 320], "crop_pct": 0.875},
+            'resize_center_crop(resize_size=(256, 365), kernel="bicubic", antialias=True)',
+        ),
         ({"crop_mode": "squash", "crop_pct": 1.0}, 'resize(image_size=299, kernel="bicubic", antialias=True)'),
     ],
 )
@@ -314,8 +319,8 @@ def test_transforms_of_timm(changes, expected):
         ({"crop_pct": "a"}, "how its images are scaled"),
         ({"crop_border_pixels": 4}, "how its images are scaled"),
         (
-            {"input_size": [3, 299, 320]},
-            "its images, whose input_size is [3, 299, 320]; expected [C, H, W] of a square",
+            {"input_size": [299, 320]},
+            "its images, whose input_size is [299, 320]; expected [C, H, W]",
         ),
         ({"input_size": [3, 0, 0]}, "its images, whose"),
         ({"input_size": "abc"}, "its images, whose"),

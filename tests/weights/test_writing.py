@@ -20,7 +20,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from golden.seeded import structured_images
 from xception_flax import create_model
 from xception_flax.text.errors import UserError
-from xception_flax.weights import description, keras_models, reading, source, writing
+from xception_flax.weights import description, keras_models, reading, source, timm_config, writing
+from xception_flax.weights.description import DESCRIPTION
 from xception_flax.weights.pretrained import Pretrained
 from xception_flax.weights.reader.room import MAX_CONFIG
 from xception_flax.weights.shapes import shapes_of
@@ -150,6 +151,23 @@ def test_the_hubs_folder_is_timms(tmp_path):
     assert "| accuracy | not measured |" in (tmp_path / "other" / "README.md").read_text()
 
 
+def test_a_size_that_is_not_square_goes_to_timm_and_comes_back(tmp_path):
+    """`input_size` is [C, H, W]. timm covers floor(64 / (64 / 72)) x floor(96 / (64 / 72)) = 72 x 108 pixels."""
+    crop = "resize_center_crop(resize_size=(72, 108), kernel=bicubic, antialias=True)"
+    network = described(random_network(**LEGACY))._replace(image_size=(64, 96), transforms=crop)
+    writing.write(network, tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    cfg = config["pretrained_cfg"]
+    assert (cfg["input_size"], cfg["crop_mode"]) == ([3, 64, 96], "center")
+    assert (math.floor(64 / cfg["crop_pct"]), math.floor(96 / cfg["crop_pct"])) == (72, 108)
+    assert config[DESCRIPTION]["image_size"] == [64, 96]
+    assert "| image | 64 x 96 pixels |" in (tmp_path / "folder" / "README.md").read_text()
+    found = source.open_source(str(tmp_path / "folder"), None)
+    assert (found.image_size, found.transforms) == ((64, 96), crop)
+    use = timm_config.read({key: value for key, value in config.items() if key != DESCRIPTION}, 3, 3)
+    assert (use.image_size, use.transforms.replace('"', "")) == ((64, 96), crop)
+
+
 def test_the_card_names_the_file_and_no_folder(tmp_path):
     """Whatever the names are, the card is a table of UTF-8; where the file was is of nobody's business."""
     network = random_network(**NARROW)._replace(
@@ -259,6 +277,7 @@ def test_what_does_not_fit_is_refused(tmp_path, full):
             "w.keras",
             r"Keras cannot build xception for images of 64 pixels: Input size mu",
         ),
+        (narrow._replace(image_size=(90, 64)), "w.keras", r"Keras cannot build xception for images of 90x64 pixels: "),
         (narrow, "w.keras", r"Keras has xception in one size; this one has other widths or depths"),
         (random_network(name="xception41", num_classes=1, width=0.02), "w.keras", r"Keras has no xception41; write "),
     ]:
@@ -279,8 +298,8 @@ def test_what_does_not_fit_is_refused(tmp_path, full):
         ({"model": {"name": {}}}, r"its description \(xception_flax\) is damaged: TypeError"),
         ({"framework": [1]}, r"is damaged: framework must be a text, got \[1\]"),
         ({"activation": "tanh"}, r"is damaged: activation must be 'softmax' or 'sigmoid', got 'tanh'"),
-        ({"image_size": math.inf}, r"is damaged: image_size must be an integer or null, got inf"),
-        ({"image_size": 75.9}, r"is damaged: image_size must be an integer or null, got 75\.9"),
+        ({"image_size": math.inf}, r"is damaged: image_size must be an integer, \[height, width\] or null, got inf"),
+        ({"image_size": 75.9}, r"is damaged: image_size must be an integer, \[height, width\] or null, got 75\.9"),
         ({"image_size": -5}, r"is damaged: image_size must be in \[1, 10,000\], got -5"),
         ({"image_size": 10**9}, r"is damaged: image_size must be in \[1, 10,000\], got 1000000000"),
         ({"channels": 0}, r"is damaged: channels must be in \[1, 4\], got 0"),

@@ -20,7 +20,7 @@ import jax
 from absl import logging as absl_logging
 
 from xception_flax.host import allocator, compilation_cache, processes
-from xception_flax.text import naming
+from xception_flax.text import naming, sizes, values
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 
@@ -58,6 +58,17 @@ def positive(text: str) -> int:
     if number > MAX_COUNT:
         raise argparse.ArgumentTypeError(f"must be at most {MAX_COUNT:,}, got {written(text)}")
     return number
+
+
+def image_size(text: str) -> int | tuple[int, int]:
+    """The type of an argument that is an image size: 299, or 224x320 for height x width."""
+    try:
+        size = values.parse("", text, sizes.ImageSize)
+    except UserError:
+        raise argparse.ArgumentTypeError(f"must be {sizes.EXPECTED}, got {written(text)}") from None
+    if not 1 <= min(sizes.sides(size)) <= max(sizes.sides(size)) <= MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"must be positive and at most {MAX_COUNT:,}, got {written(text)}")
+    return size
 
 
 def parser(prog: str, description: str | None, examples: str, *, hosts: bool = True) -> argparse.ArgumentParser:

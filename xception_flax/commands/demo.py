@@ -19,6 +19,7 @@ from xception_flax.inference.predictor import Predictor
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.text.naming import repeated
+from xception_flax.text.sizes import shown
 
 EXAMPLES = """\
   xception-flax demo runs/photos
@@ -53,8 +54,8 @@ class Answer(NamedTuple):
     Attributes:
       classes: the most likely ones in words, with their probabilities, the best first.
       explained: the class, in words, that the picture is about.
-      pixels: what the network took, uint8 `[image_size, image_size, channels]`.
-      picture: these with Grad-CAM over them, uint8 `[image_size, image_size, 3]`.
+      pixels: what the network took, uint8 `[H, W, channels]`.
+      picture: these with Grad-CAM over them, uint8 `[H, W, 3]`.
     """
 
     classes: list[tuple[str, float]]
@@ -84,8 +85,7 @@ def main(argv: list[str]) -> int:
         predictor = images.load(arguments.source, arguments)
         explainer = create_explainer(predictor)
         with console.waiting("compiling the network"):
-            size, channels = predictor.preprocessing.image_size, predictor.preprocessing.channels
-            list(explainer.stream([np.zeros((size, size, channels), np.uint8)]))
+            list(explainer.stream([np.zeros(predictor.preprocessing.image_shape, np.uint8)]))
     with tempfile.TemporaryDirectory(prefix="xception_flax_demo_") as folder:  # of what is uploaded
         _serve(explainer, images.title(arguments.source, predictor), arguments, folder)
     return 0
@@ -172,7 +172,7 @@ def respond(
     except UserError as error:
         return problem(str(error)), None, None, ""
     caption = f"Grad-CAM, {stage}: bright is evidence for <bdi>{html.escape(answer.explained)}</bdi>."
-    pixels = np.broadcast_to(answer.pixels, answer.picture.shape)
+    pixels = np.broadcast_to(answer.pixels[..., :3], answer.picture.shape)
     return table(answer.classes), pixels, answer.picture, f'<p class="hint">{caption}</p>'
 
 
@@ -182,8 +182,8 @@ def create_page(explainer: Explainer, title: str) -> Any:
     import gradio
 
     predictor = explainer.predictor
-    size = predictor.preprocessing.image_size
-    what = f"{type(predictor.model).__name__}, {len(predictor.class_names):,} classes, {size} x {size} pixels"
+    size = shown(predictor.preprocessing.image_size)
+    what = f"{type(predictor.model).__name__}, {len(predictor.class_names):,} classes, {size} pixels"
     choices = [("the most likely one", PREDICTED), *((word, i) for i, word in enumerate(class_words(predictor)))]
     with gradio.Blocks(title="xception_flax", analytics_enabled=False) as page:
         gradio.HTML(f'<div class="network"><h1>{html.escape(title)}</h1><p>{html.escape(what)}</p></div>')

@@ -185,7 +185,7 @@ def _row(
 
 
 def _shown(pixels: np.ndarray) -> np.ndarray:
-    return np.uint8(np.round(pixels.clip(0, 255)))
+    return np.uint8(np.round(pixels[..., :3].clip(0, 255)))  # as the network sees it: without regard to alpha
 
 
 def _said(name: str, probability: float) -> str:

@@ -19,6 +19,7 @@ from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
 SOURCE = "workdir of a run, file or folder of weights, keras:NETWORK, timm:NAME, hf:OWNER/NAME"
+IMAGE_SIZE = "of what the network takes: pixels a side, or height x width such as 224x320"
 
 
 def add_arguments(parser: argparse.ArgumentParser, batch_size: int = BATCH_SIZE) -> None:
@@ -42,7 +43,7 @@ def add_word(parser: argparse.ArgumentParser) -> None:
     """Adds what the user says of weights from elsewhere; `word` reads it."""
     said = parser.add_argument_group("of weights from elsewhere, where they do not say it themselves")
     said.add_argument("--class-names", type=Path, metavar="FILE", help="names of the classes, a line each")
-    said.add_argument("--image-size", type=cli.positive, metavar="N", help="pixels a side of what the network takes")
+    said.add_argument("--image-size", type=cli.image_size, metavar="N|HxW", help=IMAGE_SIZE)
     said.add_argument("--transforms", metavar="CHAIN", help="as data.eval_transforms of a recipe, such as center_crop")
     said.add_argument("--mean", type=float, nargs="+", metavar="X", help="of 0 to 255; a value a channel, or one")
     said.add_argument("--std", type=float, nargs="+", metavar="X", help="the same")

@@ -20,7 +20,7 @@ from xception_flax.commands import cli
 from xception_flax.display import console
 from xception_flax.models.summary import Row, Shape, fold, summarize, totals, trace_network
 from xception_flax.recipes import checking, reading
-from xception_flax.text import naming
+from xception_flax.text import naming, sizes
 from xception_flax.text.counting import counted
 from xception_flax.text.lookup import written
 
@@ -83,7 +83,7 @@ def _record(config: ConfigDict, image_shape: Shape, totals: tuple[int, int, int,
     parameters, statistics, macs, activation_bytes = totals
     return {
         "name": config.name,
-        "image_size": image_shape[0],
+        "image_size": sizes.normal(image_shape[:2]),
         "channels": image_shape[2],
         "num_classes": config.num_classes,
         "parameters": parameters,
@@ -120,7 +120,7 @@ def _compare(configs: Sequence[ConfigDict], image_shapes: Sequence[tuple[int, in
     ]
     columns = {
         "network": [record["name"] for record in records],
-        "image": [str(record["image_size"]) for record in records],
+        "image": [sizes.spelled(record["image_size"]) for record in records],
         "features": [_times(trace.features) for trace in traces],
         "parameters": [f"{record['parameters']:,}" for record in records],
         "statistics": [f"{record['statistics']:,}" for record in records],
@@ -143,9 +143,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--layers", action="store_true", help="one row per layer instead of one per stage")
     parser.add_argument(
         "--image-size",
-        type=cli.positive,
-        metavar="N",
-        help="pixels a side, default: 299 (lenet: 32), or the recipe's",
+        type=cli.image_size,
+        metavar="N|HxW",
+        help="pixels a side, or height x width; default: 299 (lenet: 32), or the recipe's",
     )
     parser.add_argument("--channels", type=cli.positive, metavar="N", help="of the images, default: 3, or the recipe's")
     parser.add_argument("--num-classes", type=int, metavar="N", help="0: no classifier; default: 1000, or the recipe's")
@@ -173,8 +173,7 @@ def main(argv: list[str]) -> int:
     # Shapes need no accelerator, and opening one would take memory from a run that is on it.
     jax.config.update("jax_platforms", "cpu")
     image_shapes = [
-        (arguments.image_size or size, arguments.image_size or size, arguments.channels or channels)
-        for _, size, channels in choices
+        (*sizes.sides(arguments.image_size or size), arguments.channels or channels) for _, size, channels in choices
     ]
     if arguments.all:
         _compare([config for config, _, _ in choices], image_shapes)

@@ -36,6 +36,9 @@ if importlib.util.find_spec("pillow_heif") is not None:
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")  # of ISO/IEC 23008-12, of single images
 HOW_TO_READ_HEIF = "to read .heic and .heif, pip install pillow-heif"
 
+CHANNELS = (1, 3, 4)  # gray, RGB, RGBA
+ALPHA = 3  # its number among the channels of RGBA
+
 ORIENTATIONS = ("ignore", "apply")
 
 # White in 16 bits. Only PNM's header says which value is white. PNG's sBIT says how precise the values are, which are
@@ -63,14 +66,16 @@ def decode(
 ) -> Image:
     """Returns uint8 `[H, W, channels]` from an encoded file or from `[H, W]` / `[H, W, C]` uint8.
 
-    One channel becomes three by repetition; three become one by JPEG's luma (ITU-R BT.601). Only the first frame of an
-    animation is read. Alpha is dropped. Orientation tags are ignored by default, as by ImageNet's readers, except those
-    of TIFF and HEIF, which Pillow and libheif apply. The format is recognized by the content, not by the file's name.
+    One channel becomes three by repetition; three become one by JPEG's luma (ITU-R BT.601). Four channels are RGBA:
+    colours as they are stored, whatever alpha is, and alpha, or 255 (opaque) where there is none. With one or three
+    channels alpha is dropped. Only the first frame of an animation is read. Orientation tags are ignored by default, as
+    by ImageNet's readers, except those of TIFF and HEIF, which Pillow and libheif apply. The format is recognized by
+    the content, not by the file's name.
 
     Args:
       image: the content of a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file, of an AVIF file where Pillow reads it, or of
         a HEIF file where pillow-heif is installed; or pixels.
-      channels: 1 or 3.
+      channels: 1, 3 or 4.
       min_side: if positive, a JPEG is decoded at the smallest of 1/2, 3/8, 1/4 and 1/8 of its size that leaves at
         least `min_side` pixels on both sides, or else whole. This is far faster for photos of many megapixels. The
         result differs from the whole image scaled down, since libjpeg leaves out frequencies.
@@ -89,13 +94,15 @@ def decode(
             pixels = _decode_jpeg(image, channels, min_side)
             image = turned(pixels, _orientation_of_jpeg(image)) if orientation == "apply" else pixels
         else:
-            image = _decode_other(image, max_value, orientation)
+            image = _decode_other(image, max_value, orientation, alpha=channels == ALPHA + 1)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
         raise BadImageError(f"an image must be uint8 [H, W] or [H, W, C], got {image.dtype} {image.shape}.")
     if image.ndim == 2:
         image = image[..., None]
-    if image.shape[-1] == 1 and channels == 3:
-        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    if image.shape[-1] == 1 and channels in (3, 4):
+        image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    if image.shape[-1] == 3 and channels == 4:
+        return cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)  # with 255
     if image.shape[-1] == 3 and channels == 1:
         return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
     if image.shape[-1] != channels:
@@ -141,28 +148,41 @@ def _orientation_of_jpeg(content: bytes) -> int:
         return file.getexif().get(ExifTags.Base.Orientation, 1)
 
 
-def _decode_other(content: bytes, max_value: int | None, orientation: str) -> Image:
+def _decode_other(content: bytes, max_value: int | None, orientation: str, *, alpha: bool) -> Image:
     with _opened(content) as file:
-        pixels = _pixels(file, content, max_value or WHITE)
+        # Gray of 16 bits has no alpha in Pillow but one value that is transparent, which is not looked at.
+        alpha = alpha and file.has_transparency_data and not file.mode.startswith("I")
+        pixels = _pixels(file, content, max_value or WHITE, alpha=alpha)
         # After they are read: a PNG may say it at its end, and of a TIFF Pillow has then applied and removed it.
         return turned(pixels, file.getexif().get(ExifTags.Base.Orientation, 1)) if orientation == "apply" else pixels
 
 
-def _pixels(file: pillow.Image, content: bytes, max_value: int) -> Image:
-    """Returns uint8 `[H, W]` or `[H, W, 3]`."""
+def _pixels(file: pillow.Image, content: bytes, max_value: int, *, alpha: bool) -> Image:
+    """Returns uint8 `[H, W]` or `[H, W, 3]`; with `alpha` `[H, W, 4]`."""
     # With the default white, Pillow reads colours as wanted: it keeps their upper 8 bits.
     values = _sixteen_bits(file, content, colors=max_value != WHITE)
+    if values is not None and alpha:
+        # Opaque is 65,535 whatever white is, and Pillow keeps the upper 8 bits.
+        opacity = np.asarray(file.convert("RGBA"))[..., ALPHA:]
+        colors = _scaled(values, max_value)
+        colors = cv2.cvtColor(colors, cv2.COLOR_GRAY2RGB) if colors.ndim == 2 else colors
+        return np.concatenate([colors, opacity], axis=-1)
     if values is not None:
-        if (largest := int(values.max(initial=0))) > max_value:
-            raise BadImageError(f"it has values up to {largest:,}, more than data.max_value={max_value}.")
-        return (values.astype(np.uint32) * 256 // (max_value + 1)).astype(np.uint8)
+        return _scaled(values, max_value)
     if file.mode in ("I", "F"):
         raise BadImageError(
             f"an image of 32 bits a channel, or of negative values (Pillow's mode {file.mode!r}); expected 8 or 16 "
             "bits."
         )
     gray = file.mode in ("1", "L", "LA")
-    return np.array(file.convert("L" if gray else "RGB"))
+    return np.array(file.convert("RGBA" if alpha else "L" if gray else "RGB"))
+
+
+def _scaled(values: np.ndarray, max_value: int) -> Image:
+    """Returns uint8 of values of 16 bits, in which `max_value` becomes 255."""
+    if (largest := int(values.max(initial=0))) > max_value:
+        raise BadImageError(f"it has values up to {largest:,}, more than data.max_value={max_value}.")
+    return (values.astype(np.uint32) * 256 // (max_value + 1)).astype(np.uint8)
 
 
 def largest_value(content: bytes) -> int | None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from xception_flax.data.decoding import ORIENTATIONS, WHITE
+from xception_flax.data.decoding import CHANNELS, ORIENTATIONS, WHITE
 from xception_flax.data.pipeline import ON_BAD_IMAGE, Split, choose_threads, usable_cpus
 from xception_flax.data.sampling import SAMPLINGS, Balanced
 from xception_flax.data.sources import SOURCES
@@ -15,6 +15,7 @@ from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup, suggest, written
 from xception_flax.text.naming import composed
 from xception_flax.text.ranges import check_range
+from xception_flax.text.sizes import ImageSize, check_size, sides, spelled
 
 # A larger number is a mistake, and would fill the machine's memory before anybody notices.
 MAX_THREADS, MAX_WORKERS = 1024, 256
@@ -22,7 +23,7 @@ MAX_THREADS, MAX_WORKERS = 1024, 256
 
 def load(
     source: str,
-    image_size: int,
+    image_size: ImageSize,
     channels: int = 3,
     train_split: str = "train",
     eval_split: str = "test",
@@ -48,8 +49,9 @@ def load(
 
     Args:
       source: a key of `SOURCES`.
-      image_size: side of the square images that the network gets, in pixels; at most 10,000.
-      channels: 1 for gray images, 3 for RGB.
+      image_size: of the images that the network gets, in pixels, each side at most 10,000: a number for a square, or
+        height x width, as 224x320 or (224, 320).
+      channels: 1 for gray images, 3 for RGB, 4 for RGBA, in which images without alpha are opaque (255).
       train_split: name of the split to train on, as the source calls it.
       eval_split: name of the split to evaluate on.
       train_transforms: chain of augmentations, as `data.transforms` has them: 'random_resized_crop | flip_left_right'.
@@ -96,11 +98,12 @@ def load(
         sampling=sampling,
         orientation=orientation,
     )
-    batch_bytes = batch_size // process_count * image_size**2 * channels
+    height, width = sides(image_size)
+    batch_bytes = batch_size // process_count * height * width * channels
     if batch_bytes > (memory := allocator.free_memory_bytes()):
         raise UserError(
-            f"batch_size={batch_size:,} of data.image_size={image_size:,} takes {batch_bytes / 1e9:,.0f} GB, but this "
-            f"host has {memory / 1e9:,.0f} GB of free memory; make either smaller."
+            f"batch_size={batch_size:,} of data.image_size={spelled(image_size)} takes {batch_bytes / 1e9:,.0f} GB, "
+            f"but this host has {memory / 1e9:,.0f} GB of free memory; make either smaller."
         )
     examples = function(train_split if train else eval_split, **options)
     if not len(examples):
@@ -114,7 +117,7 @@ def load(
     split = Split(
         source=examples,
         transforms=chains["train" if train else "eval"],
-        image_shape=(image_size, image_size, channels),
+        image_shape=(height, width, channels),
         batch_size=batch_size,
         train=train,
         seed=seed,
@@ -136,7 +139,7 @@ def load(
 
 def check_options(
     *,
-    image_size: int,
+    image_size: ImageSize,
     channels: int,
     train_transforms: str,
     eval_transforms: str,
@@ -157,9 +160,9 @@ def check_options(
     Raises:
       UserError: a number is out of its range, or a chain is wrong.
     """
-    if channels not in (1, 3):
-        raise UserError(f"data.channels must be 1 or 3, got {channels}.")
-    check_range("data.image_size", image_size, 1, MAX_SIDE)
+    if channels not in CHANNELS:
+        raise UserError(f"data.channels must be 1 (gray), 3 (RGB) or 4 (RGBA), got {channels}.")
+    check_size("data.image_size", image_size, MAX_SIDE)
     if num_threads != -1:
         check_range("data.num_threads (-1: what suits the CPUs)", num_threads, 1, MAX_THREADS)
     check_range("data.num_workers (-1: what suits the CPUs)", num_workers, -1, MAX_WORKERS)

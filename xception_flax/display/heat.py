@@ -4,14 +4,14 @@ import cv2
 import matplotlib
 import numpy as np
 
-BLUR = 0.015  # of signed values, as a share of the side: single pixels alternate, and nobody sees them
+BLUR = 0.015  # of signed values, as a share of the height: single pixels alternate, and nobody sees them
 
 
 def warm(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Returns an image, grayer, with `heat` over it: nothing where it is 0, bright yellow where it is largest.
 
     Args:
-      pixels: `[H, W, C]`, 0 to 255, of 1 or 3 channels.
+      pixels: `[H, W, C]`, 0 to 255, of 1, 3 or 4 channels; alpha is not looked at.
       heat: `[h, w]`, 0 and more; enlarged to the image.
 
     Returns:
@@ -39,7 +39,7 @@ def _enlarged(values: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 def _mixed(pixels: np.ndarray, colors: np.ndarray, opacity: np.ndarray) -> np.ndarray:
     """Lays RGBA `colors` of Matplotlib over the image, whose own colours are paled so that they do not compete."""
-    image = np.broadcast_to(pixels, (*pixels.shape[:2], 3)) / np.float32(255)
+    image = np.broadcast_to(pixels[..., :3], (*pixels.shape[:2], 3)) / np.float32(255)
     image = 0.85 * image.mean(-1, keepdims=True) + 0.15 * image
     opacity = opacity[..., None]
     return np.uint8(np.round(255 * (image * (1 - opacity) + colors[..., :3] * opacity).clip(0, 1)))

@@ -112,7 +112,8 @@ def _drawn(
     captions = [lettering.drawable(caption) for caption in captions]
     short = lettering.cut([line for c in captions for line in c.split("\n")], CAPTION_POINTS, CAPTION_SIZE)
     captions = ["\n".join(short[line] for line in caption.split("\n")) for caption in captions]
-    height = 1.7 + 0.17 * max((caption.count("\n") + 1 for caption in captions), default=1)
+    tallest = max((image.shape[0] / image.shape[1] for image in images), default=1)  # of those as wide as their column
+    height = 1.7 * min(max(tallest, 0.4), 3) + 0.17 * max((caption.count("\n") + 1 for caption in captions), default=1)
     figure, grid = plt.subplots(
         max(1, rows),
         columns,

@@ -14,7 +14,9 @@ IR_VERSION = 8  # the oldest with that opset
 RUNNER = """\
 import sys, numpy, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-numpy.save(sys.argv[3], session.run(None, {"images": numpy.load(sys.argv[2])})[0])
+images = numpy.load(sys.argv[2])
+parts = [images[i : i + 8] for i in range(0, len(images), 8)]
+numpy.save(sys.argv[3], numpy.concatenate([session.run(None, {"images": part})[0] for part in parts]))
 """
 
 
@@ -40,6 +42,13 @@ def write(program: Program, path: Path, metadata: dict[str, Any], options: Optio
         producer_name="xception_flax",
         producer_version=metadata["versions"]["xception_flax"],
     )
-    helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
+    set_metadata(model, metadata)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
+
+
+def set_metadata(model: Any, metadata: dict[str, Any]) -> None:
+    """Makes the metadata the `metadata_props` of an `onnx.ModelProto`, in place of those that it has."""
+    from onnx import helper
+
+    helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})

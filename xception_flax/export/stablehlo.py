@@ -28,16 +28,26 @@ def write(program: Program, path: Path, metadata: dict[str, Any], options: Optio
     Args:
       metadata: is not in the file, which has no place for it.
     """
+    path.write_bytes(exported(program, options))
+
+
+def exported(program: Program, options: Options, *, batch: int | str = "batch", lowering: str = "portable") -> bytes:
+    """Returns the program with its parameters, serialized.
+
+    Args:
+      batch: number of images, or a name for any number.
+      lowering: of `ops.LOWERINGS`. It must have no kernels: a later version of JAX need not run them.
+    """
     height, width, channels = program.image_shape
     if options.any_size:
         names, least = ("h", "w"), min(height // SIZE_STEP, 3)
         shape = export.symbolic_shape(
-            ", ".join(["batch", *(f"{SIZE_STEP}*{name}+{height % SIZE_STEP}" for name in names), str(channels)]),
+            ", ".join([str(batch), *(f"{SIZE_STEP}*{name}+{height % SIZE_STEP}" for name in names), str(channels)]),
             constraints=[f"{name} >= {least}" for name in names],
         )
     else:
-        shape = export.symbolic_shape(f"batch, {height}, {width}, {channels}")
+        shape = export.symbolic_shape(f"{batch}, {height}, {width}, {channels}")
     traced = jax.jit(lambda images: program.function(program.variables, images))
-    with ops.lowering("portable"):  # no kernels: a later version of JAX need not run them
-        exported = export.export(traced, platforms=options.platforms)(jax.ShapeDtypeStruct(shape, jnp.uint8))
-    path.write_bytes(exported.serialize())
+    with ops.lowering(lowering):
+        made = export.export(traced, platforms=options.platforms)(jax.ShapeDtypeStruct(shape, jnp.uint8))
+    return made.serialize()

@@ -1,8 +1,5 @@
 """Runs an exported file by its own runtime alone, and compares it with the network that it is from."""
 
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +8,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from xception_flax.data.decoding import BadImageError
+from xception_flax.export import process
 from xception_flax.export.program import Program, in_float32
 from xception_flax.inference.predictor import Predictor
+from xception_flax.inference.preprocessing import Image, Preprocessing
+from xception_flax.text import naming
+from xception_flax.text.errors import UserError
 from xception_flax.weights.verifying import MAX_DIFFERENCE, difference
 
-TIMEOUT_SECONDS = 1800
 MAX_IMAGES = 32
 
 # A probability below this is taken for it: its logarithm in float32 means nothing.
@@ -72,14 +73,28 @@ def verify(
     """
     worst = 0.0
     for size in (program.image_shape[0], *sizes):
-        preprocessing = predictor.preprocessing._replace(image_size=size)
-        pixels = np.stack([np.rint(preprocessing.prepare(image)).astype(np.uint8) for image in images])
+        pixels = prepared(predictor.preprocessing._replace(image_size=size), images)
         expected = _logarithm(source_outputs(program, predictor, pixels), program.outputs)
         found = _logarithm(run(file, runner, pixels), program.outputs)
         worst = max(worst, difference(found, expected))
     if not worst <= MAX_DIFFERENCE:  # NaN too
         raise NotVerifiedError(f"its outputs differ from the network's by {worst:.1e} of their spread")
     return Verified(worst, len(images))
+
+
+def prepared(preprocessing: Preprocessing, images: Sequence[Image]) -> np.ndarray:
+    """Returns images as an exported file takes them: uint8 `[N, H, W, C]`.
+
+    Raises:
+      UserError: an image cannot be read; the message says which.
+    """
+    pixels = []
+    for image in images:
+        try:
+            pixels.append(np.rint(preprocessing.prepare(image)).astype(np.uint8))
+        except BadImageError as error:
+            raise UserError(f"{naming.shown(image)}: {error}") from None
+    return np.stack(pixels)
 
 
 def source_outputs(program: Program, predictor: Predictor, pixels: np.ndarray) -> np.ndarray:
@@ -107,21 +122,8 @@ def run(file: Path, runner: str, pixels: np.ndarray) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder) / "images.npy", Path(folder) / "outputs.npy"
         np.save(given, pixels)
-        # This process may hold all memory of an accelerator.
-        variables = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        done = subprocess.run(
-            [sys.executable, "-c", runner + _ALONE, file.absolute(), given, made],
-            cwd=folder,
-            env=os.environ | variables,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_SECONDS,
-            check=False,
-        )
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise NotVerifiedError(f"its own runtime does not run it: {reason[:300]}")
+        if (reason := process.run(runner + _ALONE, file, given, made)) is not None:
+            raise NotVerifiedError(f"its own runtime does not run it: {reason}")
         return np.load(made)
 
 

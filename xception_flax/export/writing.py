@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xception_flax.export import onnx, stablehlo, verifying
+from xception_flax.export import onnx, quantizing, stablehlo, tensorflow, verifying
 from xception_flax.export.description import describe
 from xception_flax.export.options import Options
 from xception_flax.export.program import Program
+from xception_flax.export.quantizing import Quantized
 from xception_flax.export.verifying import Verified
 from xception_flax.host.files import beside, check_new, write_whole
 from xception_flax.host.libraries import check_extra
@@ -29,6 +30,7 @@ class Format(NamedTuple):
       writers: libraries that write it, as they are imported.
       runtimes: that run it.
       distributions: whose versions go into the metadata.
+      any_size: whether it can be written for images of other sizes too.
     """
 
     write: Callable[[Program, Path, dict[str, Any], Options], None]
@@ -38,21 +40,60 @@ class Format(NamedTuple):
     writers: tuple[str, ...]
     runtimes: tuple[str, ...]
     distributions: tuple[str, ...]
+    any_size: bool = True
 
 
 # The name of a format is that of the extra that installs its libraries.
 FORMATS = {
     "stablehlo": Format(stablehlo.write, stablehlo.RUNNER, ".stablehlo", "for JAX", ("flatbuffers",), (), ("jax",)),
     "onnx": Format(onnx.write, onnx.RUNNER, ".onnx", "for ONNX Runtime", ("onnx",), ("onnxruntime",), ("onnx",)),
+    "savedmodel": Format(
+        tensorflow.write_saved_model,
+        tensorflow.SAVED_MODEL_RUNNER,
+        "",
+        "for TensorFlow",
+        ("tensorflow",),
+        ("tensorflow",),
+        ("jax", "tensorflow"),
+        any_size=False,
+    ),
+    "litert": Format(
+        tensorflow.write_litert,
+        tensorflow.LITERT_RUNNER,
+        ".tflite",
+        "for LiteRT, one image at a time",
+        ("tensorflow",),
+        ("ai_edge_litert",),
+        ("jax", "tensorflow"),
+        any_size=False,
+    ),
 }
 
 
-def check(form: str, output: Path, *, verify: bool) -> None:
-    """Raises UserError if a format is unknown, a library is missing, or `output` cannot be such a file."""
+class Written(NamedTuple):
+    """What is known of a file that was written.
+
+    Attributes:
+      verified: how far its outputs are from the network's, of an int8 file before it was quantized; None if not run.
+      quantized: what int8 changed; None in float32.
+    """
+
+    verified: Verified | None
+    quantized: Quantized | None
+
+
+def check(form: str, output: Path, options: Options, *, verify: bool) -> None:
+    """Raises UserError if a format is unknown or has no such option, a library is missing, or `output` cannot be it."""
     found = lookup(FORMATS, form, "format")
-    if output.suffix != found.suffix:
+    if found.suffix and output.suffix != found.suffix:
         raise UserError(f"--output {output}: a file of {form} must end in {found.suffix!r}, got {output.suffix!r}.")
+    if options.any_size and not found.any_size:
+        raise UserError(f"--any-size is not of {form}, which is written for images of one size.")
     check_extra(form, found.writers, f"writing {form}")
+    if options.int8 is not None:
+        if form != "onnx":
+            raise UserError(f"--int8 is of onnx, not of {form}.")
+        check_extra(form, quantizing.LIBRARIES, "--int8")
     if verify:
         check_extra(form, found.runtimes, f"--verify of {form}")
     check_new(output)
@@ -72,7 +113,7 @@ def write(
     output: Path,
     options: Options,
     images: Sequence | None,
-) -> Verified | None:
+) -> Written:
     """Writes a network, and its description beside it in `OUTPUT.json`.
 
     Args:
@@ -83,15 +124,12 @@ def write(
       output: the file or folder, which is not there yet.
       images: that the file is verified with, by its own runtime; None not to verify it.
 
-    Returns:
-      How far the file's outputs are from the network's; None where it was not verified.
-
     Raises:
       UserError: see `check`; or the format has no place for this network.
       NotVerifiedError: the file does not do what the network does. Then there is no file.
     """
-    check(form, output, verify=images is not None)
-    found, verified = FORMATS[form], None
+    check(form, output, options, verify=images is not None)
+    found, verified, quantized = FORMATS[form], None, None
     metadata = describe(program, predictor, pretrained, form, found.distributions)
     with beside(output) as partial:
         found.write(program, partial, metadata, options)
@@ -99,5 +137,7 @@ def write(
             sizes = [program.image_shape[0] + stablehlo.SIZE_STEP] if options.any_size else []
             verified = verifying.verify(program, predictor, partial, found.runner, images, sizes=sizes)
             metadata |= {"verified": {"largest_difference": verified.difference, "images": verified.images}}
+        if options.int8 is not None:
+            quantized = quantizing.quantize(program, predictor, partial, metadata, options)
         write_whole(beside_it(output), [naming.to_json(metadata, indent=2).encode()])  # before the file has its name
-    return verified
+    return Written(verified, quantized)

@@ -30,12 +30,12 @@ class Explanation(NamedTuple):
     """What speaks for one class in one image.
 
     Attributes:
-      pixels: what the network took: `[image_size, image_size, channels]`, 0 to 255.
+      pixels: what the network took: `[H, W, C]`, 0 to 255.
       probabilities: of all classes, `[num_classes]`.
       number: of the class that is explained.
       maps: Grad-CAM by the name of the stage: `[h, w]` float32, 0 and more, in units of the logit. Where it is 0,
         nothing at this stage speaks for the class.
-      attributions: integrated gradients, `[image_size, image_size, channels]` float32, in units of the logit; None if
+      attributions: integrated gradients, `[H, W, C]` float32, in units of the logit; None if
         they were not asked for.
       difference: the logit of the image less that of the baseline, which is the sum of exact `attributions`.
     """

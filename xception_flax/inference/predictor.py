@@ -19,6 +19,7 @@ from xception_flax.inference import preprocessing as preprocessings
 from xception_flax.inference.preprocessing import Image, Preprocessing
 from xception_flax.runs.restore import Run
 from xception_flax.text.errors import UserError
+from xception_flax.text.sizes import ImageSize
 from xception_flax.training import sharding, state, steps
 from xception_flax.weights.pretrained import Pretrained
 from xception_flax.weights.source import open_source
@@ -103,7 +104,7 @@ class Predictor:
         """Returns outputs for images that are prepared already.
 
         Args:
-          pixels: `[N, image_size, image_size, channels]`, uint8, as `preprocessing.prepare` returns one.
+          pixels: `[N, H, W, C]`, uint8, as `preprocessing.prepare` returns one.
           names: as of `stream`.
         """
         missing = -len(pixels) % self.batch_size
@@ -138,7 +139,7 @@ class Predictor:
     ) -> Iterator[tuple[Sequence[Image], Sequence[np.ndarray | UserError], np.ndarray]]:
         """Yields a part of the images, the pixels of each or its error, and these as one batch for the network.
 
-        Each batch is `[batch_size, image_size, image_size, channels]`, for one program; images that are missing are
+        Each batch is `[batch_size, H, W, C]`, for one program; images that are missing are
         black. Arguments as of `stream`.
         """
         p = self.preprocessing
@@ -148,8 +149,7 @@ class Predictor:
                 prepared, may_be_dark = zip(*threads.map(self._prepared, part), strict=True)
                 if dark is not None:
                     dark.extend(itertools.compress(part, may_be_dark))
-                shape = (self.batch_size, p.image_size, p.image_size, p.channels)
-                batch = np.zeros(shape, np.uint8 if p.rounded else np.float32)
+                batch = np.zeros((self.batch_size, *p.image_shape), np.uint8 if p.rounded else np.float32)
                 for i, pixels in enumerate(prepared):
                     if not isinstance(pixels, UserError):
                         batch[i] = pixels
@@ -171,7 +171,7 @@ class Predictor:
     def _prepared(self, image: Image) -> tuple[np.ndarray | UserError, bool]:
         """Returns the pixels or the error, and whether the image may be nearly black by mistake."""
         try:
-            content = preprocessings.content(image)
+            content = preprocessings.content(image, self.preprocessing.channels)
             return self.preprocessing.prepare(content), self.preprocessing.may_be_dark(content)
         except BadImageError as error:
             return error, False
@@ -194,7 +194,7 @@ def load(
     *,
     checkpoint: str = "best",
     weights: str | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     transforms: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -249,8 +249,7 @@ def from_pretrained(pretrained: Pretrained, mesh: Mesh, *, batch_size: int = BAT
         assumed = (*assumed, f"classes are {known_names.describe(model.num_classes)}")
     if assumed:
         notes.append(f"the source does not say, and so assumed: {', '.join(assumed)}")
-    size = preprocessing.image_size
-    shapes = flatten_dict(state.abstract_variables(model, (size, size, preprocessing.channels), mesh))
+    shapes = flatten_dict(state.abstract_variables(model, preprocessing.image_shape, mesh))
     values = flatten_dict(dict(pretrained.variables))
     placed = {place: _placed(values[place].astype(leaf.dtype), leaf.sharding) for place, leaf in shapes.items()}
     return Predictor(

@@ -13,6 +13,7 @@ from xception_flax.data.decoding import BadImageError, is_dark, largest_value
 from xception_flax.data.pipeline import prepare_image
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
+from xception_flax.text.sizes import ImageSize, normal, shown, sides
 from xception_flax.weights.pretrained import IMAGE_SIZE, Pretrained
 
 # What the libraries do with an image where its network does not say. Keras: `image_dataset_from_directory` and
@@ -29,8 +30,8 @@ class Preprocessing(NamedTuple):
     """How an image becomes what a network takes.
 
     Attributes:
-      image_size: pixels a side of what the network gets.
-      channels: 1 or 3.
+      image_size: of what the network gets, in pixels, in its normal form: see `text.sizes`.
+      channels: 1 for gray, 3 for RGB, 4 for RGBA.
       transforms: the chain that makes an image of this size, as a recipe's `data.eval_transforms`.
       mean, std: of the normalization, on the scale 0 to 255; a value a channel, or one for all.
       rounded: whether pixels are whole numbers after the transforms too. Keras' own resizing keeps the fractions.
@@ -38,7 +39,7 @@ class Preprocessing(NamedTuple):
       max_value, orientation: the same.
     """
 
-    image_size: int
+    image_size: ImageSize
     channels: int
     transforms: str
     mean: tuple[float, ...]
@@ -48,8 +49,13 @@ class Preprocessing(NamedTuple):
     max_value: int | None = None
     orientation: str = "ignore"
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(H, W, C)` of what the network gets."""
+        return *sides(self.image_size), self.channels
+
     def prepare(self, image: Image) -> np.ndarray:
-        """Returns `[image_size, image_size, channels]`: uint8, or float32 in 0 to 255 where it is not `rounded`.
+        """Returns `[H, W, C]`: uint8, or float32 in 0 to 255 where it is not `rounded`.
 
         Args:
           image: a path, the content of a file, pixels `[H, W]` or `[H, W, C]` of uint8, or an image of PIL.
@@ -58,11 +64,18 @@ class Preprocessing(NamedTuple):
           BadImageError: it cannot be read, or a transform does not take it.
           UserError: the transforms make another shape.
         """
-        shape = (self.image_size, self.image_size, self.channels)
         chain = _chain(self.transforms, self.image_size)
         rng = np.random.default_rng(0)  # not used by the transforms of an evaluation
         options = dict(rounded=self.rounded, orientation=self.orientation)
-        return prepare_image(content(image), chain, shape, self.min_decoded_side, rng, self.max_value, **options)
+        return prepare_image(
+            content(image, self.channels),
+            chain,
+            self.image_shape,
+            self.min_decoded_side,
+            rng,
+            self.max_value,
+            **options,
+        )
 
     def may_be_dark(self, file: bytes | np.ndarray) -> bool:
         """Whether a file of 16 bits has no value in the upper half: white may be less there, and nothing says it."""
@@ -75,8 +88,12 @@ class Preprocessing(NamedTuple):
 _chain = functools.lru_cache(transforms.parse_transforms)
 
 
-def content(image: Image) -> bytes | np.ndarray:
+def content(image: Image, channels: int) -> bytes | np.ndarray:
     """Returns the content of a file, or the pixels, that an image is given as.
+
+    Args:
+      image: as of `Preprocessing.prepare`.
+      channels: that the network takes; with 4, the alpha of an image of PIL is kept.
 
     Raises:
       BadImageError: the file cannot be read.
@@ -88,7 +105,10 @@ def content(image: Image) -> bytes | np.ndarray:
         except OSError as error:
             raise BadImageError(f"{error.strerror}.") from None
     if isinstance(image, PIL.Image.Image):
-        return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        alpha = channels == 4 and image.has_transparency_data
+        return np.asarray(
+            image.convert("RGBA") if alpha else image if image.mode in ("L", "RGB") else image.convert("RGB")
+        )
     if isinstance(image, bytes | np.ndarray):
         return image
     raise UserError(f"an image must be a path, bytes, an array or an image of PIL, got {written(image)}.")
@@ -121,7 +141,7 @@ def of_pretrained(pretrained: Pretrained) -> tuple[Preprocessing, tuple[str, ...
     image_size, resizing, normalize = pretrained.image_size, pretrained.transforms, pretrained.normalize
     if image_size is None:
         image_size = IMAGE_SIZE
-        assumed.append(f"images of {image_size} x {image_size} pixels")
+        assumed.append(f"images of {shown(image_size)} pixels")
     if resizing is None:
         resizing, rounded = (KERAS_TRANSFORMS, False) if keras else (_timm_crop(pretrained, image_size), True)
         assumed.append(f"resized as {'Keras' if keras else 'timm'} does, by '{resizing}'")
@@ -134,8 +154,9 @@ def of_pretrained(pretrained: Pretrained) -> tuple[Preprocessing, tuple[str, ...
     return Preprocessing(image_size, pretrained.channels, resizing, mean, std, rounded, *decoding), tuple(assumed)
 
 
-def _timm_crop(pretrained: Pretrained, image_size: int) -> str:
-    """The chain of timm's evaluation: the shorter side to `image_size / crop`, rounded down, then the centre."""
+def _timm_crop(pretrained: Pretrained, image_size: ImageSize) -> str:
+    """The chain of timm's evaluation: scaled to cover `image_size / crop`, rounded down, then the centre."""
     deeplab = pretrained.framework == "deeplab"
     crop = TIMM_CROP if deeplab else TIMM_CROPS.get(pretrained.model["name"], TIMM_CROP)
-    return f"resize_center_crop(resize_size={int(image_size / crop)}, kernel=bicubic, antialias=True)"
+    resize_size = normal([int(side / crop) for side in sides(image_size)])
+    return f"resize_center_crop(resize_size={resize_size}, kernel=bicubic, antialias=True)"

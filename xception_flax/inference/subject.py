@@ -17,6 +17,7 @@ from xception_flax.inference.preprocessing import Preprocessing
 from xception_flax.recipes.comparing import alike
 from xception_flax.runs.restore import restore
 from xception_flax.text import naming
+from xception_flax.text.sizes import shown
 from xception_flax.training import evaluation, sharding
 from xception_flax.training.metrics import METRICS
 from xception_flax.training.program import make_evaluation
@@ -128,7 +129,9 @@ def elsewhere(
             "how images are prepared": str(preprocessing),
         },
     )
-    config.data.image_size, config.data.channels = preprocessing.image_size, preprocessing.channels
+    with config.data.ignore_type():  # a number or a pair
+        config.data.image_size = preprocessing.image_size
+    config.data.channels = preprocessing.channels
     config.data.eval_transforms = preprocessing.transforms
     for name in ("min_decoded_side", "max_value"):  # what the user says of the data counts more
         config.data[name] = config.data[name] or getattr(preprocessing, name)
@@ -136,7 +139,7 @@ def elsewhere(
         config.data.orientation = preprocessing.orientation
     split, rows = _data(config, batch_size, weights)
     prepared = evaluations.prepare(predictor, split)
-    size, recorded = preprocessing.image_size, cards.record(predictor.measured)
+    size, recorded = shown(preprocessing.image_size), cards.record(predictor.measured)
     return Subject(
         naming.shown(Path(source)),
         type(predictor.model).__name__,
@@ -152,7 +155,7 @@ def elsewhere(
         ),
         (
             {**({"recorded": recorded} if recorded else {}), "classes": prepared.classes.words},
-            {**rows, "images": f"{size} x {size} pixels, {formula(preprocessing.mean, preprocessing.std)}"},
+            {**rows, "images": f"{size} pixels, {formula(preprocessing.mean, preprocessing.std)}"},
         ),
         {"source": naming.decoded(source), "sha256": predictor.origin.get("sha256")},
         prepared.activation,

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from xception_flax import data, models
 from xception_flax.recipes.signatures import Key, keys_of
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import written
+from xception_flax.text.lookup import suggest, written
 from xception_flax.text.ranges import LARGEST, check_range
 from xception_flax.text.values import Endless
 from xception_flax.training import checkpoint, losses, metrics, mixing, optimizers, sharding, steps
+
+WATCHDOG_ACTIONS = ("report", "stop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +28,15 @@ class Loop:
       log_every_steps: steps between two lines of training metrics.
       eval_every_epochs: epochs between two evaluations; the end is always evaluated, and at inf nothing else.
       checkpoint_every_epochs: epochs between two checkpoints; the end is always saved, and at inf nothing else.
+      checkpoint_every_minutes: most minutes between two checkpoints beside those, to the next line of training metrics;
+        at inf there are no others. An epoch of ImageNet may take hours.
       patience_epochs: the run ends early if no evaluation for so many epochs was better than the best before; at inf it
         never does. The schedule of the learning rate is that of all `epochs`.
       patience_metric: what should become better: 'loss' or one of the metrics; '' for that of the best checkpoint.
+      watchdog_minutes: if the run stands still for so long, waiting for a batch, a step, a save or another process, the
+        stack of each thread is written into the workdir; never at inf.
+      watchdog_action: what else happens then: 'report' says so, and the run goes on if it can; 'stop' ends it with exit
+        code 75, and the same command goes on from the last checkpoint.
       profile: steps to trace into `workdir/profile`, as `FIRST:LAST`, both included; '' for none. The
         first step compiles, and its trace is large.
     """
@@ -39,16 +47,24 @@ class Loop:
     log_every_steps: int = 50
     eval_every_epochs: Endless = 1.0
     checkpoint_every_epochs: Endless = 1.0
+    checkpoint_every_minutes: Endless = LARGEST
     patience_epochs: Endless = LARGEST
     patience_metric: str = ""
+    watchdog_minutes: Endless = 30.0
+    watchdog_action: str = "report"
     profile: str = ""
 
     def __post_init__(self) -> None:
-        intervals = ("eval_every_epochs", "checkpoint_every_epochs", "patience_epochs")
-        for name in ("batch_size", "epochs", "log_every_steps", *intervals):
+        intervals = ("eval_every_epochs", "checkpoint_every_epochs", "checkpoint_every_minutes", "patience_epochs")
+        for name in ("batch_size", "epochs", "log_every_steps", "watchdog_minutes", *intervals):
             check_range(f"recipe key {name!r}", getattr(self, name), 0, above=True)
         if not 0 <= self.seed < 2**32:
             raise UserError(f"recipe key 'seed' must be in [0, 2**32), got {written(self.seed)}.")
+        if self.watchdog_action not in WATCHDOG_ACTIONS:
+            raise UserError(
+                f"unknown recipe key 'watchdog_action' {written(self.watchdog_action)}; "
+                f"{suggest(self.watchdog_action, WATCHDOG_ACTIONS)}"
+            )
         profiled_steps(self.profile)
 
 
@@ -61,10 +77,13 @@ class Init:
         `weights.source.open_source`: a file of Keras, timm or torch, 'timm:NAME', 'hf:OWNER/NAME', or the workdir of a
         run, whose averaged weights are taken if it has them.
       checkpoint: if `weights` is a workdir: latest, best or a step.
+      bn_batches: batches of training images over which the statistics of batch normalization are computed anew before
+        the first step, with the weights as they are, to stay so (with model.bn_frozen); 0 leaves them.
     """
 
     weights: str = "random"
     checkpoint: str = "latest"
+    bn_batches: int = 0
 
 
 def profiled_steps(profile: str) -> range:
@@ -125,15 +144,19 @@ GROUPS = {
 PARTS = {"": LOOP, **GROUPS}  # all keys of a recipe
 
 # Keys that change how a result is computed or shown, but not the result. They may change when a run is resumed.
-# on_bad_image is one, because a run that has not stopped has met no bad image.
+# on_bad_image and on_nonfinite are among them, because a run that has not stopped has met no bad image or value.
 OPERATIONAL = (
     "data.data_dir",
     "data.num_threads",
     "data.num_workers",
     "data.on_bad_image",
     "data.path",
+    "checkpoint_every_minutes",
     "log_every_steps",
     "profile",
+    "step.on_nonfinite",
+    "watchdog_minutes",
+    "watchdog_action",
 )
 
 OPERATIONAL_GROUPS = ("mesh", "checkpoint")

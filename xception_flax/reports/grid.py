@@ -13,8 +13,10 @@ from xception_flax.data.transforms.resampling import KERNELS
 from xception_flax.display import console
 from xception_flax.inference.subject import Subject
 from xception_flax.reports import writing
+from xception_flax.text import values
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
+from xception_flax.text.sizes import ImageSize, normal, sides
 
 FRACTIONS = (0.7, 0.8, 0.875, 0.95, 1.0)  # of the shorter side, that the crop keeps
 
@@ -37,7 +39,7 @@ class Trial(NamedTuple):
     correct: np.ndarray | None
 
 
-def chains(given: str, image_size: int) -> list[str]:
+def chains(given: str, image_size: ImageSize) -> list[str]:
     """Returns the chains to try: the given one, and it with other fractions, kernels and antialiasing.
 
     `center_crop` and `resize_center_crop` keep their order of crop and scaling. For `resize`, which takes the whole
@@ -58,15 +60,16 @@ def chains(given: str, image_size: int) -> list[str]:
             f"{written(given)}."
         )
     place, match = places[0]
-    size = re.search(r"image_size\s*=\s*(\d+)", match[2] or "")
+    size = re.search(r"image_size\s*=\s*(\d+|\([^)]*\)|\[[^]]*\]|[\"'][^\"']*[\"'])", match[2] or "")
     said = f"{size[0]}, " if size else ""
-    side = int(size[1]) if size else image_size
+    inner = sides(values.parse("image_size", size[1], ImageSize) if size else image_size)
     found = [given]
     for kernel, antialias in itertools.product(KERNELS, (False, True)):
         how = f"kernel={kernel}, antialias={antialias}"
         crops = [f"center_crop({said}fraction={fraction:g}, {how})" for fraction in FRACTIONS]
         if match[1] == "resize_center_crop":
-            crops = [f"resize_center_crop({said}resize_size={int(side / f)}, {how})" for f in FRACTIONS]
+            outer = [normal([int(side / fraction) for side in inner]) for fraction in FRACTIONS]
+            crops = [f"resize_center_crop({said}resize_size={size}, {how})" for size in outer]
         elif match[1] == "resize":
             crops.insert(0, f"resize({said + how})")
         found += [" | ".join([*calls[:place], crop, *calls[place + 1 :]]) for crop in crops]
@@ -78,7 +81,7 @@ def best_first(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda trial: (-trial.score, trial.loss))
 
 
-def run(subject: Subject, given: str, image_size: int, metric: str) -> list[Trial]:
+def run(subject: Subject, given: str, image_size: ImageSize, metric: str) -> list[Trial]:
     """Evaluates with each of `chains`; the first is the given one. Each process must call it.
 
     Args:

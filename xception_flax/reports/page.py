@@ -72,7 +72,8 @@ for (const head of document.querySelectorAll("th.sorts")) head.onclick = () => {
   const body = head.closest("table").tBodies[0], column = head.cellIndex;
   const up = head.dataset.up = head.dataset.up === "1" ? "0" : "1";
   const key = row => { const v = row.cells[column].dataset.v; return v === "" ? -Infinity : isNaN(v) ? v : +v };
-  const order = (a, b) => (a[0] < b[0] ? -1 : a[0] > b[0] ? 1 : 0) * (up === "1" ? 1 : -1);
+  const below = (a, b) => typeof a === typeof b ? a < b : typeof a === "number";  // numbers before text
+  const order = ([a], [b]) => (below(a, b) ? -1 : below(b, a) ? 1 : 0) * (up === "1" ? 1 : -1);
   [...body.rows].map(row => [key(row), row]).sort(order).forEach(pair => body.append(pair[1]));
 };
 """

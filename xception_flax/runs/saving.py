@@ -1,14 +1,17 @@
-"""Checks that the data of a run fits its checkpoint, and saves when the data ends too early."""
+"""Checks that the data of a run fits its checkpoint, and says when to save: after minutes, or where the data ends."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from xception_flax import data
 from xception_flax.text.errors import UserError
+from xception_flax.text.ranges import LARGEST
 from xception_flax.training import checkpoint
 from xception_flax.training.metrics import Sum, check_finite
 from xception_flax.training.state import TrainState
@@ -28,6 +31,24 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: P
                 f"the data has changed since {workdir} was begun: {key} was {str(saved.get(key))[:200]}, now it is "
                 f"{str(now[key])[:200]}. Give the same data, or take a new workdir."
             )
+
+
+class SaveClock:
+    """Says when a checkpoint is due because so many minutes have passed since the last one, or since the start."""
+
+    def __init__(self, minutes: float) -> None:
+        self._minutes, self._last = minutes, time.monotonic()
+
+    def saved(self) -> None:
+        """Starts to count anew."""
+        self._last = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether a checkpoint is due: by the clock of the first process. Every process must call it."""
+        if self._minutes >= LARGEST:
+            return False
+        due = time.monotonic() - self._last >= 60 * self._minutes
+        return bool(multihost_utils.broadcast_one_to_all(due)) if jax.process_count() > 1 else due
 
 
 @contextlib.contextmanager

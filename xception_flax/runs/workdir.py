@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from xception_flax.host.files import check_kind, file_errors, write_whole
@@ -35,6 +36,11 @@ FOLDERS = (CHECKPOINTS, TENSORBOARD, PROFILE)
 REPLACED = (CONFIG, HISTORY)  # new files take their place at each start, whoever owns the old ones
 
 CLAIM_AGAIN_SECONDS = 5.0  # before a second try to read the lock
+
+
+def stacks(workdir: Path) -> Path:
+    """Returns where this process writes what its threads do if the run stands still; see `host.watchdog`."""
+    return workdir / (f"stacks-{jax.process_index()}.txt" if jax.process_count() > 1 else "stacks.txt")
 
 
 def mistakes_picture(split: str) -> str:

@@ -1,7 +1,7 @@
 """Values that a user writes in a recipe, on a command line or in a chain of transforms: read and checked by their type.
 
-The types are those of keywords in signatures: `int`, `float`, `bool`, `str`, `X | None`, `Sequence[X]`, `DTypeLike`
-and `Endless`.
+The types are those of keywords in signatures: `int`, `float`, `bool`, `str`, `X | None`, `Sequence[X]`, `DTypeLike`,
+`Endless` and `ImageSize`.
 """
 
 import ast
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from xception_flax.text import sizes
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 from xception_flax.text.ranges import LARGEST, check_number
@@ -30,6 +31,7 @@ _NAMES = {  # of one value, and of several
     float: ("a number", "numbers"),
     str: ("a text", "texts"),
     Endless: ("a number or inf", "numbers or inf"),
+    sizes.ImageSize: (sizes.EXPECTED, "image sizes"),
     types.NoneType: ("None", "None"),
 }
 
@@ -51,12 +53,15 @@ def parse(name: str, text: str, annotation: Any) -> Any:
         literal = _WORDS[text.lower()] if text.lower() in _WORDS else ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # as ast's documentation lists them
         literal = text
-    is_text = fits(text, annotation) and not fits(literal, annotation)
+    # Python reads 0x64 as 100; as a size it is a height of 0.
+    is_text = fits(text, annotation) and (annotation is sizes.ImageSize or not fits(literal, annotation))
     return check(name, text if is_text else literal, annotation)
 
 
 def check(name: str, value: Any, annotation: Any) -> Any:
     """Returns `value` in the form that JSON can give back: tuples for lists, names for data types, 0 for -0.
+
+    An image size comes in its normal form (`sizes.normal`).
 
     Args:
       name: what the user calls it, for messages.
@@ -71,6 +76,8 @@ def check(name: str, value: Any, annotation: Any) -> Any:
         raise UserError(f"{name} must be {describe(annotation)}, got {written(value)}.")
     if annotation is Endless and value == math.inf:
         return LARGEST
+    if annotation is sizes.ImageSize:
+        value = sizes.normal(value)
     return _checked(name, value)
 
 
@@ -78,6 +85,8 @@ def fits(value: Any, annotation: Any) -> bool:
     """Whether a value is of a type. An integer is a number too; a list or a tuple is a sequence, a text is none."""
     if _is_data_type(annotation):
         return isinstance(value, str | type | np.dtype)
+    if annotation is sizes.ImageSize:
+        return sizes.fits(value)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return fits(value, arguments[0])
@@ -116,6 +125,8 @@ def as_text(value: Any, annotation: Any) -> str:
     """Returns the text from which `parse` makes the checked value."""
     if annotation is Endless and value == LARGEST:
         return "inf"
+    if annotation is sizes.ImageSize:
+        return sizes.spelled(value)
     if isinstance(value, str) and parse("", value, annotation) == value:
         return value
     return repr(value)

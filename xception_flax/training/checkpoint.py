@@ -7,6 +7,7 @@ the recipe in `meta` too, which is not read: the workdir has it.
 """
 
 import asyncio
+import contextlib
 import datetime
 import json
 import math
@@ -15,22 +16,23 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from xception_flax import __version__
 from xception_flax.host import files
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import written
+from xception_flax.text.lookup import suggest, written
 from xception_flax.text.ranges import check_range
-from xception_flax.training import checksums
+from xception_flax.training import checksums, damage
 from xception_flax.training.state import TrainState
 
 PyTree = Any
@@ -42,6 +44,8 @@ WEIGHTS = ("raw", "ema")
 # and /s3/ for buckets; TensorStore takes `gs:` for a bucket, and accepts only UTF-8.
 PLAIN_PATH = re.compile(r"(?!/\w\w/)[\w/.,=+@ -]{1,1000}")
 
+ON_DAMAGED = ("stop", "older")
+
 # A step may look damaged because the run is just removing it. A reader then tries again, up to so many times.
 READ_TIMES, READ_AGAIN_SECONDS = 20, 0.5
 
@@ -52,6 +56,7 @@ class Checkpoints(ocp.CheckpointManager):
     Attributes:
       folder: the path that the user gave; `directory` is a plain path to the same folder.
       verified: whether one saved step has been read back from the disk completely.
+      warnings: about damaged steps that were moved away before it was opened.
     """
 
     def __init__(
@@ -63,8 +68,9 @@ class Checkpoints(ocp.CheckpointManager):
     ) -> None:
         self.folder = folder
         self.verified = False
+        self.warnings: list[str] = []
         self._saving: dict[str, PyTree] = {}
-        self._descriptor: int | None = None
+        self._opened = contextlib.ExitStack()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preserved,
             best_fn=score,
@@ -74,12 +80,12 @@ class Checkpoints(ocp.CheckpointManager):
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             temporary_path_class=_make_step_folder(self._check),
         )
-        if not PLAIN_PATH.fullmatch(str(folder)) and (not read_only or folder.is_dir()):
-            folder = self._plain(folder)
+        if not read_only or folder.is_dir():
+            folder = self._opened.enter_context(_plain(folder))
         try:
             super().__init__(folder, options=options)
         except BaseException:
-            self._close_folder()
+            self._opened.close()
             raise
 
     def close(self) -> None:
@@ -95,7 +101,7 @@ class Checkpoints(ocp.CheckpointManager):
             if under_way is None:  # otherwise that exception is the reason, and this one most likely follows from it
                 raise _failed_save(self, error) from error
         finally:
-            self._close_folder()
+            self._opened.close()
 
     def message(self, error: Exception) -> str:
         """Returns the first line of an error, with `folder` in place of the plain path."""
@@ -104,24 +110,7 @@ class Checkpoints(ocp.CheckpointManager):
 
     def expect(self, items: dict[str, PyTree]) -> None:
         """Sets the arrays that the steps saved from now on must have."""
-        self._saving = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), items)
-
-    def _plain(self, folder: Path) -> Path:
-        """Returns a plain path to `folder`: that of an open file descriptor of this process."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(folder, os.O_RDONLY)
-        plain = Path(f"/proc/self/fd/{self._descriptor}")
-        if not plain.is_dir():  # not Linux
-            self._close_folder()
-            raise UserError(
-                "its path is too long or has special characters; take one of letters, digits and . , = + @ _ -"
-            )
-        return plain
-
-    def _close_folder(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._saving = _templates(items)
 
     def _check(self, folder: Path) -> None:
         """Raises UserError if the step in `folder` is not what was saved.
@@ -129,8 +118,8 @@ class Checkpoints(ocp.CheckpointManager):
         The first step is read completely and compared. Of later steps only the files that describe them are read. This
         runs in a thread of the first process alone, so it must not wait for other processes or use a device.
         """
-        if damage := _damage(folder):
-            raise UserError(f"it was written, but {damage}")
+        if wrong := damage.of_files(folder):
+            raise UserError(f"it was written, but {wrong}")
         handler = ocp.StandardCheckpointHandler()
         if not self.verified:
             files.forget(folder)
@@ -147,6 +136,30 @@ class Checkpoints(ocp.CheckpointManager):
             if checksums.of_host_arrays(read) != expected[name]:
                 raise UserError(f"{name} was written, but other values are read back")
         self.verified = True
+
+
+@contextlib.contextmanager
+def _plain(folder: Path) -> Iterator[Path]:
+    """Yields a path to `folder` that is a `PLAIN_PATH`: itself, or that of an open file descriptor of this process."""
+    if PLAIN_PATH.fullmatch(str(folder)):
+        yield folder
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        plain = Path(f"/proc/self/fd/{descriptor}")
+        if not plain.is_dir():  # not Linux
+            raise UserError(
+                "its path is too long or has special characters; take one of letters, digits and . , = + @ _ -"
+            )
+        yield plain
+    finally:
+        os.close(descriptor)
+
+
+def _templates(items: dict[str, PyTree]) -> dict[str, PyTree]:
+    """Returns arrays of NumPy of the same shapes and types, which take no memory."""
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), items)
 
 
 def _make_step_folder(check: Callable[[Path], None]) -> type[ocp.path.atomicity.AtomicRenameTemporaryPath]:
@@ -185,7 +198,15 @@ def _make_step_folder(check: Callable[[Path], None]) -> type[ocp.path.atomicity.
 
 
 def open_manager(
-    folder: Path, /, keep_latest: int = 2, keep_best: int = 1, *, best_metric: str, read_only: bool = False
+    folder: Path,
+    /,
+    keep_latest: int = 2,
+    keep_best: int = 1,
+    on_damaged: str = "stop",
+    *,
+    best_metric: str,
+    read_only: bool = False,
+    abstract_state: TrainState | None = None,
 ) -> Checkpoints:
     """Returns the manager of a run's checkpoints: a context manager that waits for saves at its end.
 
@@ -193,14 +214,20 @@ def open_manager(
       folder: of the checkpoints; created if it does not exist.
       keep_latest: how many of the newest checkpoints to keep.
       keep_best: how many of the checkpoints with the best evaluation to keep beside them.
+      on_damaged: what to do where a run resumes and its newest checkpoint is damaged: 'stop' names it and stops;
+        'older' moves it to the folder `damaged` of the workdir, and the run goes on from the newest that is whole. All
+        of it is read to find out.
       best_metric: the metric of an evaluation whose highest value is 'best'.
       read_only: save and remove nothing, since the run may still be going on.
+      abstract_state: of the run that resumes; without it no checkpoint is moved. With it every process must call this.
 
     Raises:
-      UserError: the folder cannot be read or created, or a checkpoint's metrics are damaged.
+      UserError: the folder cannot be read or created, a checkpoint's metrics are damaged, or no checkpoint is whole.
     """
     check_range("checkpoint.keep_latest", keep_latest, 1)
     check_range("checkpoint.keep_best", keep_best, 0)
+    if on_damaged not in ON_DAMAGED:
+        raise UserError(f"unknown checkpoint.on_damaged {written(on_damaged)}; {suggest(on_damaged, ON_DAMAGED)}")
 
     def score(metrics: dict[str, float]) -> float:
         value = metrics[best_metric]
@@ -210,23 +237,29 @@ def open_manager(
     if keep_best:  # both rules at once: `max_to_keep` with `best_fn` would delete the newest
         kept.append(policies.BestN(get_metric_fn=score, n=keep_best, keep_checkpoints_without_metrics=False))
     folder = folder.absolute()
+    warnings = []
+    if on_damaged == "older" and abstract_state is not None:
+        if jax.process_index() == 0 and has_steps(folder):
+            with _plain(folder) as plain:
+                warnings = damage.set_aside(folder, plain, _templates(_items(abstract_state)), best_metric)
+        multihost_utils.sync_global_devices("damaged checkpoints are moved")
     steps = _steps(folder)
     try:
         if folder.is_dir() and not read_only:  # to fail now, not at the first save
             with tempfile.TemporaryFile(dir=folder):
                 pass
         manager = Checkpoints(folder, score, policies.AnyPreservationPolicy(kept), read_only)
+        manager.warnings = warnings
     except Exception as error:  # Orbax also reads the metrics of all steps, which may be damaged
         for step in steps:
-            if damage := _damage(folder / str(step)):
-                raise _unreadable(folder, step, damage) from error
+            if wrong := damage.of_files(folder / str(step)):
+                raise _unreadable(folder, step, wrong) from error
         raise UserError(f"the checkpoints in {folder} cannot be opened: {error}.") from error
     for step in manager.all_steps():
-        if (folder / str(step) / "metrics").is_dir():
-            metrics = manager.metrics(step)
-            if not isinstance(metrics, dict) or not isinstance(metrics.get(best_metric), int | float):
-                manager.close()
-                raise _damaged(manager, step, ValueError(f"metrics/metrics has no {best_metric}"))
+        evaluated = (folder / str(step) / "metrics").is_dir()
+        if evaluated and (wrong := damage.of_metrics(manager.metrics(step), best_metric)):
+            manager.close()
+            raise _damaged(manager, step, UserError(wrong))
     return manager
 
 
@@ -343,8 +376,8 @@ def restore_state(manager: Checkpoints, abstract_state: TrainState, step: int) -
         finite.
     """
     items = _restore(manager, _items(abstract_state), step)
-    if (saved := int(items["optimizer"]["step"])) != step:
-        raise _unreadable(manager.folder, step, _of_another_step(saved))
+    if wrong := damage.of_name(int(items["optimizer"]["step"]), step):
+        raise _unreadable(manager.folder, step, wrong)
     return TrainState(
         step=items["optimizer"]["step"],
         opt_state=items["optimizer"]["opt_state"],
@@ -404,23 +437,14 @@ def read_meta(manager: Checkpoints, step: int) -> dict[str, Any]:
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     except Exception as error:
         raise _damaged(manager, step, error) from None
-    if not _is_meta(meta):
-        raise _damaged(manager, step, ValueError("meta/metadata is not of this program"))
+    if wrong := damage.of_meta(meta):
+        raise _damaged(manager, step, UserError(wrong))
     if "step" in meta:  # older checkpoints lack it, and their strings are not encoded by `naming.stored`
         meta = naming.restored(meta)
-        if meta["step"] != step:
-            raise _unreadable(manager.folder, step, _of_another_step(meta["step"]))
+        if wrong := damage.of_name(meta["step"], step):
+            raise _unreadable(manager.folder, step, wrong)
     # Older checkpoints have the names of classes as on the disk, in composed or decomposed Unicode.
     return meta | {"class_names": list(map(naming.composed, meta["class_names"]))}
-
-
-def _is_meta(meta: Any) -> bool:
-    """Whether the values that are read have the right types."""
-    if not isinstance(meta, dict):
-        return False
-    names, sums = meta.get("class_names"), meta.get("checksums")
-    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return named and isinstance(sums, dict) and all(isinstance(of_item, dict) for of_item in sums.values())
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
@@ -452,34 +476,9 @@ def _restore(manager: Checkpoints, abstract_items: dict[str, PyTree], step: int)
 
 # Damage --------------------------------------------------------------------------------------------
 
-JSON_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "metadata", "metrics")
-
-
-def _damage(folder: Path) -> str | None:
-    """Returns which file of a step is empty or not valid JSON; None if no damage is found."""
-    try:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            name = path.relative_to(folder)
-            if not path.stat().st_size:
-                return f"{name} is empty"
-            if path.name in JSON_FILES or path.parent.name == "array_metadatas":
-                try:
-                    described = isinstance(json.loads(path.read_bytes()), dict)
-                except ValueError:
-                    described = False
-                if not described:
-                    return f"{name} is no JSON object"
-    except OSError as error:  # the run may also be removing the step
-        return f"{error.filename} cannot be read: {error.strerror}"
-    return None
-
 
 def _damaged(manager: Checkpoints, step: int, error: Exception) -> UserError:
-    return _unreadable(manager.folder, step, _damage(manager.folder / str(step)) or manager.message(error))
-
-
-def _of_another_step(saved: int) -> str:
-    return f"it is of step {saved}: the folder was renamed; give it its name again"
+    return _unreadable(manager.folder, step, damage.of_files(manager.folder / str(step)) or manager.message(error))
 
 
 def _places(name: str, paths: list[str]) -> str:
@@ -489,5 +488,8 @@ def _places(name: str, paths: list[str]) -> str:
 
 def _unreadable(folder: Path, step: int, reason: str) -> UserError:
     others = [other for other in _steps(folder) if other != step]
-    advice = f"move this folder away to go on from step {max(others)}" if others else "there is no other"
+    aside = (
+        f"move this folder away to go on from step {max(others, default=0)}, or train with checkpoint.on_damaged=older"
+    )
+    advice = aside if others else "there is no other"
     return UserError(f"checkpoint {folder / str(step)} cannot be used: {reason}; {advice}.")

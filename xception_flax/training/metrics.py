@@ -233,7 +233,12 @@ class Accumulator:
 
 
 def check_finite(sums: Mapping[str, Sum], step: int) -> None:
-    """Raises UserError if the loss or the gradient of step `step` is not finite. Call it before saving its state."""
+    """Raises UserError if the loss or the gradient of step `step` is not finite. Call it before saving its state.
+
+    A step that was skipped has changed nothing.
+    """
+    if "skipped_steps" in sums and float(sums["skipped_steps"].total):
+        return
     if not float(sums["loss"].count):
         raise UserError(f"none of the images of step {step} can be decoded; look at the data.")
     for name in ("loss", "gradient_norm"):

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from xception_flax import models
 from xception_flax.text.errors import UserError
-from xception_flax.training import losses, metrics, mixing, optimizers, state, steps
+from xception_flax.text.sizes import sides
+from xception_flax.training import losses, metrics, mixing, optimizers, recalibration, state, steps
 from xception_flax.training.length import RunLength, create_length
 
 
@@ -104,7 +105,7 @@ def _frozen(config: ConfigDict, abstract_state: state.TrainState) -> Callable[[A
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
     """Returns `(H, W, C)` of one image, by a resolved recipe."""
-    return config.data.image_size, config.data.image_size, config.data.channels
+    return *sides(config.data.image_size), config.data.channels
 
 
 def evaluated_weights(config: ConfigDict) -> str:
@@ -130,3 +131,12 @@ def make_evaluation(config: ConfigDict, model: nn.Module, mesh: Mesh) -> Callabl
         steps.create_normalizer(**config.normalize),
         mesh,
     )
+
+
+def make_statistics(config: ConfigDict, model: nn.Module, mesh: Mesh) -> Callable[..., Any]:
+    """Returns the step of a resolved recipe that measures the statistics of a batch; as of `make_evaluation`.
+
+    See `recalibration.make_statistics_step`.
+    """
+    normalize = steps.create_normalizer(**config.normalize)
+    return recalibration.make_statistics_step(model, normalize, mesh, lowering=config.step.lowering)

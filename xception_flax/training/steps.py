@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from xception_flax.data.batch import Batch
 from xception_flax.models import ops
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import written
+from xception_flax.text.lookup import suggest, written
 from xception_flax.text.ranges import check_number, check_range
 from xception_flax.training import sharding
 from xception_flax.training.losses import Loss
@@ -64,6 +64,9 @@ def create_normalizer(mean: Sequence[float], std: Sequence[float]) -> Callable[[
     return normalize
 
 
+ON_NONFINITE = ("stop", "skip")
+
+
 # Steps ---------------------------------------------------------------------------------------------
 
 
@@ -79,6 +82,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     accumulation_steps: int = 1,
     lowering: str = "platform",
+    on_nonfinite: str = "stop",
     *,
     seed: int,
     mix: Mix | None = None,
@@ -105,6 +109,10 @@ def make_train_step(
         batches that do not fit into memory. The gradient is the mean over the parts. Batch normalization sees one part
         at a time, and each updates its moving statistics.
       lowering: how operations are computed: one of `ops.LOWERINGS`, see `ops.lowering`.
+      on_nonfinite: what happens to a step whose loss, gradient or new weights are NaN or infinite: 'stop' ends the run
+        at the next record, before anything is saved; 'skip' leaves weights, statistics, averages and moments as they
+        were, and counts the step in `skipped_steps`. Counters go on: the next batch comes, and the schedule. A run ends
+        when all steps between two records were skipped.
       seed: of dropout and mixing.
       mix: from `mixing.make_mixing`; mixes the whole batch before it is split into parts. The loss takes the soft
         labels, and the metrics take the label with the larger share.
@@ -116,6 +124,8 @@ def make_train_step(
     """
     check_range("step.ema_decay, the share kept,", ema_decay, 0, 1, below=True)
     check_range("step.accumulation_steps", accumulation_steps, 1)
+    if on_nonfinite not in ON_NONFINITE:
+        raise UserError(f"unknown step.on_nonfinite {written(on_nonfinite)}; {suggest(on_nonfinite, ON_NONFINITE)}")
     ops.check_lowering(lowering, mesh.devices.flat[0].device_kind)
 
     objective = _make_objective(model, loss, metrics, normalize, mixed=mix is not None, frozen=frozen)
@@ -142,6 +152,14 @@ def make_train_step(
                 ema_params=_average(keep, state.ema_params, params),
                 ema_batch_stats=_average(keep, state.ema_batch_stats, batch_stats),
             )
+        if on_nonfinite == "skip":
+            values = (sums["loss"].total, sums["gradient_norm"].total, params, batch_stats)
+            finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(values)]))
+            new = jax.tree.map(
+                lambda n, o: n if jnp.issubdtype(n.dtype, jnp.integer) else jnp.where(finite, n, o), new, state
+            )
+            sums = jax.tree.map(lambda x: jnp.where(finite, x, 0), sums)
+            sums["skipped_steps"] = Sum(1.0 - finite, jnp.ones(()))
         return new, sums
 
     return jax.jit(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xception_flax.text import naming
+from xception_flax.text.sizes import ImageSize, shown, sides
 from xception_flax.training.metrics import SHARES
 from xception_flax.weights.description import DESCRIPTION, describe
 from xception_flax.weights.pretrained import IMAGE_SIZE, Pretrained, formula
@@ -42,7 +43,7 @@ def config(pretrained: Pretrained, architecture: str | None) -> dict[str, Any]:
         **_labels(pretrained),
         "model_args": {"in_chans": pretrained.channels} if pretrained.channels != 3 else {},
         "pretrained_cfg": {
-            "input_size": [pretrained.channels, size, size],
+            "input_size": [pretrained.channels, *sides(size)],
             **_crop(pretrained.transforms or "resize", size),
             "mean": mean,
             "std": std,
@@ -62,13 +63,16 @@ def _labels(pretrained: Pretrained) -> dict[str, Any]:
     return {"label_names": names} | described if names else {}
 
 
-def _crop(transforms: str, image_size: int) -> dict[str, Any]:
+def _crop(transforms: str, image_size: ImageSize) -> dict[str, Any]:
     """Returns what timm calls the resizing of our chain; the whole image for chains it has no words for."""
     kernel = "bicubic" if "bicubic" in transforms else "bilinear"
+    resizing = r"resize_center_crop\(.*?resize_size=%s.*\)"
     if match := re.fullmatch(r"center_crop\(.*?fraction=([0-9.]+).*\)", transforms):
         share, mode = float(match[1]), "center"
-    elif match := re.fullmatch(r"resize_center_crop\(.*?resize_size=([0-9]+).*\)", transforms):
+    elif isinstance(image_size, int) and (match := re.fullmatch(resizing % "([0-9]+)", transforms)):
         share, mode = image_size / int(match[1]), "center"
+    elif match := re.fullmatch(resizing % r"\(([0-9]+), *[0-9]+\)", transforms):
+        share, mode = sides(image_size)[0] / int(match[1]), "center"
     else:
         share, mode = 1.0, "squash"
     return {"interpolation": kernel, "crop_pct": share, "crop_mode": mode}
@@ -82,7 +86,7 @@ def model_card(pretrained: Pretrained, architecture: str | None, notes: Sequence
     """Returns `README.md`: what the network is, how images become what it takes, and how it is loaded."""
     library = "timm" if architecture else "xception_flax"
     name = pretrained.model["name"]
-    size = f"{pretrained.image_size} x {pretrained.image_size} pixels" if pretrained.image_size else "not recorded"
+    size = f"{shown(pretrained.image_size)} pixels" if pretrained.image_size else "not recorded"
     normalize = pretrained.normalize
     taken = formula(**normalize) if normalize else "not recorded"
     classes = ", ".join(map(naming.shown, pretrained.class_names)) or "their names are not recorded"

@@ -26,3 +26,15 @@ def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
         return wide.sum(axis=2, keepdims=True).astype(kernel.dtype)
     repeated = np.tile(wide, (1, 1, -(-channels // old), 1))[:, :, :channels]
     return (repeated * (old / channels)).astype(kernel.dtype)
+
+
+def add_alpha(kernel: np.ndarray) -> np.ndarray:
+    """Returns a first convolution's kernel for RGBA, with which the network computes what it did, whatever alpha is.
+
+    Args:
+      kernel: `[kh, kw, C, features]`, of gray (C 1) or RGB (C 3).
+
+    Returns:
+      `[kh, kw, 4, features]`, of the kernel's type: for the colours as of `adapt_channels`, for alpha 0.
+    """
+    return np.pad(adapt_channels(kernel, 3), [(0, 0), (0, 0), (0, 1), (0, 0)])

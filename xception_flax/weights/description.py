@@ -11,10 +11,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from xception_flax import models
 from xception_flax.data.decoding import ORIENTATIONS, WHITE
 from xception_flax.data.transforms.geometry import MAX_SIDE
+from xception_flax.text import sizes
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 from xception_flax.text.naming import repeated
 from xception_flax.text.ranges import check_number, check_range
+from xception_flax.text.sizes import ImageSize
 from xception_flax.training.metrics import SHARES
 from xception_flax.weights import timm
 from xception_flax.weights.pretrained import Pretrained
@@ -30,13 +32,14 @@ _REQUIRED = ("framework", "channels", "class_names", "image_size", "transforms",
 
 def describe(pretrained: Pretrained) -> dict[str, Any]:
     """Returns the description of a network."""
+    size = pretrained.image_size
     return {
         "framework": pretrained.framework,
         "model": dict(pretrained.model),
         "channels": pretrained.channels,
         "class_names": list(pretrained.class_names),
         "class_descriptions": list(pretrained.class_descriptions),
-        "image_size": pretrained.image_size,
+        "image_size": list(size) if isinstance(size, tuple) else size,
         "transforms": pretrained.transforms,
         "normalize": pretrained.normalize and {name: list(values) for name, values in pretrained.normalize.items()},
         "min_decoded_side": pretrained.min_decoded_side,
@@ -102,7 +105,7 @@ def checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
             "model": {key: tuple(v) if isinstance(v, list) else v for key, v in description["model"].items()},
             "class_names": _texts("class_names", found("class_names", list)),
             "class_descriptions": _texts("class_descriptions", found("class_descriptions", list, [])),
-            "image_size": found("image_size", int, None),
+            "image_size": _image_size(description["image_size"]),
             "transforms": found("transforms", str, None),
             "normalize": _normalize(found("normalize", dict, None), channels),
             "min_decoded_side": found("min_decoded_side", int, 0),
@@ -112,7 +115,6 @@ def checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
             "measured": {name: _measured(name, value) for name, value in found("measured", dict, {}).items()},
         }
         for name, low, high in [
-            ("image_size", 1, MAX_SIDE),
             ("min_decoded_side", 0, MAX_SIDE),
             ("max_value", 255, WHITE),
         ]:
@@ -149,6 +151,16 @@ def _found(description: Mapping[str, Any], key: str, kind: type, *default: Any) 
         none = " or null" if default == (None,) else ""
         raise ValueError(f"{key} must be {_KINDS[kind]}{none}, got {written(value)}")
     return value
+
+
+def _image_size(value: Any) -> ImageSize | None:
+    """A number of pixels or `[height, width]`, in the normal form."""
+    if value is None:
+        return None
+    if isinstance(value, str) or not sizes.fits(value):
+        raise ValueError(f"image_size must be an integer, [height, width] or null, got {written(value)}")
+    sizes.check_size("image_size", value, MAX_SIDE)
+    return sizes.normal(value)
 
 
 def _texts(key: str, values: list[Any]) -> tuple[str, ...]:

@@ -18,9 +18,11 @@ from jax.sharding import Mesh
 
 from xception_flax import models
 from xception_flax.runs.restore import Run
+from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
-from xception_flax.training import state
-from xception_flax.weights.channels import adapt_channels
+from xception_flax.text.ranges import check_range
+from xception_flax.training import recalibration, state
+from xception_flax.weights.channels import adapt_channels, add_alpha
 from xception_flax.weights.pretrained import FIRST_LAYERS, formula
 from xception_flax.weights.source import open_source
 
@@ -33,6 +35,8 @@ FREE_FIELDS = {
 }
 # Fields that decide nothing but names and shapes of arrays, which are compared anyway.
 SHAPE_FIELDS = {"width", "width_multiple", "middle_repeats", "entry_flow", "fc_layers"}
+
+RGBA = 4  # channels of images with alpha
 
 MAX_LISTED = 10  # arrays that differ, in a message
 
@@ -66,6 +70,7 @@ class Initial(NamedTuple):
 def load(
     weights: str,
     checkpoint: str,
+    bn_batches: int = 0,
     *,
     model: nn.Module,
     image_shape: tuple[int, int, int],
@@ -79,6 +84,7 @@ def load(
     Args:
       weights: as in `recipes.groups.Init`.
       checkpoint: the same.
+      bn_batches: the same; only checked here.
       model: the network that takes them.
       image_shape: `(H, W, C)` of one image.
       mesh: where they go.
@@ -92,6 +98,11 @@ def load(
         else than the weights are for.
     """
     shapes = flatten_dict(state.abstract_variables(model, image_shape, mesh))
+    check_range("init.bn_batches (0: off)", bn_batches, 0, recalibration.MAX_BATCHES)
+    if bn_batches and not getattr(model, "bn_frozen", False):  # training would average the new statistics away
+        has_field = hasattr(model, "bn_frozen")
+        hint = "set model.bn_frozen=True" if has_field else f"{type(model).__name__} has no such field; leave it out"
+        raise UserError(f"init.bn_batches={bn_batches} computes statistics that stay; {hint}.")
     if weights == "random":
         return Initial({}, tuple(shapes), {"weights": "random"})
     source = f"keras:{_network_name(model)}" if weights == "keras" else weights
@@ -109,8 +120,12 @@ def load(
         notes += [f"without {part}" for part in found.left_out]
         if normalize is None:
             notes.append(f"taken to be for images as {formula(mean, std)}")
-    _check_settings(source, theirs, model, skipped, normalize, {"mean": mean, "std": std})
     values = flatten_dict(found.variables)
+    ours = {"mean": mean, "std": std}
+    if normalize is not None and image_shape[-1] == RGBA and _channels(values) < RGBA:
+        # Of alpha the weights know nothing; its normalization is the recipe's.
+        normalize = {name: (*_each(normalize[name], RGBA - 1), ours[name][-1]) for name in ours}
+    _check_settings(source, theirs, model, skipped, normalize, ours)
     values, note = _for_channels(values, shapes)
     notes += note
     same_classes = len(found.class_names) == 0 or tuple(found.class_names) == tuple(class_names)
@@ -153,11 +168,17 @@ def _check_settings(
     fields = {name: (getattr(theirs, name), getattr(ours, name)) for name in names}
     wrong = {f"model.{name}": value for name, (value, own) in fields.items() if _plain(value) != _plain(own)}
     for name, values in (wanted or {}).items():
-        if not np.all(np.equal(values, normalize[name])):  # a value a channel, or one for all
+        count = max(len(values), len(normalize[name]))  # a value a channel, or one for all
+        if _each(values, count) != _each(normalize[name], count):
             wrong[f"normalize.{name}"] = tuple(values)
     if wrong:
         settings = " ".join(f"--config.{key}={value}" for key, value in wrong.items())
         raise UserError(f"the weights of {source} are for another setting of this recipe; set {settings}")
+
+
+def _each(values: Sequence[float], count: int) -> tuple[float, ...]:
+    """Returns a value for each of `count` channels, of one for all; others as they are."""
+    return tuple(values) * count if len(values) == 1 else tuple(values)
 
 
 def _plain(value: Any) -> Any:
@@ -167,11 +188,20 @@ def _plain(value: Any) -> Any:
 # Arrays --------------------------------------------------------------------------------------------
 
 
+def _channels(values: Mapping[Place, Any]) -> int:
+    """Returns how many channels the images have that the weights are for."""
+    kernels = (values[place] for layer in FIRST_LAYERS if (place := ("params", layer, "kernel")) in values)
+    return next((kernel.shape[2] for kernel in kernels), RGBA)  # where there is none, `_check_shapes` says so
+
+
 def _for_channels(values: dict[Place, Any], shapes: Mapping[Place, Any]) -> tuple[dict[Place, Any], list[str]]:
     """Returns the arrays for images of as many channels as ours, and what was done for that, in words."""
     for place in (("params", layer, "kernel") for layer in FIRST_LAYERS):
         if place in values and place in shapes and values[place].shape[2] != (channels := shapes[place].shape[2]):
             had = values[place].shape[2]
+            if channels == RGBA and had < RGBA:
+                note = f"its first kernel, for {counted(had, 'channel')}, extended to {channels} by zeros for alpha"
+                return values | {place: add_alpha(np.asarray(values[place]))}, [note]
             adapted = adapt_channels(np.asarray(values[place]), channels)
             return values | {place: adapted}, [f"its first kernel, for {had} channels, adapted to {channels}"]
     return values, []

@@ -16,6 +16,7 @@ import numpy as np
 
 from xception_flax.text.errors import UserError
 from xception_flax.text.naming import shown
+from xception_flax.text.sizes import ImageSize, normal
 from xception_flax.weights import keras, keras_graph
 from xception_flax.weights.keras_graph import Graph, Layer, Match, Node, Op, numbers
 from xception_flax.weights.pretrained import Pretrained
@@ -41,7 +42,7 @@ class Before(NamedTuple):
     """What a model does to images of 0 to 255, and their size, as of `Pretrained`."""
 
     normalize: dict[str, tuple[float, ...]] | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
 
 
 class Head(NamedTuple):
@@ -255,8 +256,8 @@ def _before(node: Node | None) -> tuple[Before, set[Node], list[str]]:
             left_out.append(f"before the network: {_words([node])}")
         elif not node.is_identity:
             strange.append(node)
-    if size and (size[0] != size[1] or type(size[0]) is not int):
-        left_out.append(f"images of {size[0]!r:.10} x {size[1]!r:.10} pixels, not square")
+    if size and any(type(side) is not int for side in size):
+        left_out.append(f"images of {size[0]!r:.10} x {size[1]!r:.10} pixels")
         size = None
     reason = ""
     if strange:
@@ -269,7 +270,7 @@ def _before(node: Node | None) -> tuple[Before, set[Node], list[str]]:
         left_out.append(f"before the network: {reason}; so the normalization is unsaid")
     said = applied and not reason
     normalize = {"mean": _each(-offset / scale), "std": _each(1 / scale)} if said else None
-    return Before(normalize, size[0] if size else None), set(chain), left_out
+    return Before(normalize, normal(size) if size else None), set(chain), left_out
 
 
 def _each(values: np.ndarray) -> tuple[float, ...]:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from xception_flax.text.sizes import ImageSize
+
 
 def formula(mean: Sequence[float], std: Sequence[float]) -> str:
     """Returns a normalization in words: '(x - 127.5) / 127.5'; with a value a channel '(x - (0, 1, 2)) / 58.4'."""
@@ -29,7 +31,7 @@ class Pretrained(NamedTuple):
       variables: what `model.apply` takes: 'params' and 'batch_stats', NumPy arrays.
       class_names: of the logits, in their order; () where the source does not say.
       class_descriptions: the same in words, where the names are codes such as 'n01440764'; () where unsaid.
-      image_size: pixels a side of the images it was trained on; None where the source does not say.
+      image_size: of the images it was trained on, in the normal form of `text.sizes`; None where unsaid.
       transforms: how an image becomes one of that size, as `data.eval_transforms`; None where unsaid.
       normalize: `mean` and `std` on the scale 0 to 255, a value a channel or one for all; None where unsaid.
       activation: 'softmax' (one label an image) or 'sigmoid' (several): from logits to probabilities.
@@ -44,7 +46,7 @@ class Pretrained(NamedTuple):
     model: dict[str, Any]
     variables: dict[str, Any]
     class_names: tuple[str, ...] = ()
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     transforms: str | None = None
     normalize: dict[str, tuple[float, ...]] | None = None
     activation: str = "softmax"

@@ -10,6 +10,7 @@ from xception_flax.data.transforms.resampling import KERNELS
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 from xception_flax.text.naming import repeated
+from xception_flax.text.sizes import ImageSize, normal
 
 # timm's, where its configuration does not say otherwise.
 CROP_PCT = 0.875
@@ -33,7 +34,7 @@ class Use(NamedTuple):
     pooling: str
     class_names: tuple[str, ...]
     class_descriptions: tuple[str, ...]
-    image_size: int | None
+    image_size: ImageSize | None
     transforms: str | None
     normalize: dict[str, tuple[float, ...]] | None
     left_out: tuple[str, ...]
@@ -79,33 +80,33 @@ def read(config: Mapping[str, Any], channels: int, num_classes: int) -> Use:
     )
 
 
-def _preprocessing(use: Mapping[str, Any], left_out: list[str]) -> tuple[int | None, str | None]:
+def _preprocessing(use: Mapping[str, Any], left_out: list[str]) -> tuple[ImageSize | None, str | None]:
     """Returns `image_size` and `transforms`; timm's `transforms_imagenet_eval` has the same steps."""
     size = use.get("input_size")
     if size is None:
         return None, None
     sides = size[1:] if isinstance(size, Sequence) and len(size) == 3 else ()
-    side = sides[0] if len(set(sides)) == 1 else None
-    if type(side) is not int or not 1 <= side <= MAX_SIDE:
-        left_out.append(f"its images, whose input_size is {written(size)}; expected [C, H, W] of a square")
+    if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
+        left_out.append(f"its images, whose input_size is {written(size)}; expected [C, H, W]")
         return None, None
+    image_size = normal(sides)
     crop_pct, mode = use.get("crop_pct") or CROP_PCT, use.get("crop_mode") or "center"
     kernel = use.get("interpolation") or INTERPOLATION
     options = f'kernel="{kernel}", antialias=True'
     try:
         if kernel not in KERNELS or use.get("crop_border_pixels"):
             raise UserError("no transform here has this kernel, or cuts off a border")
-        resize_size = math.floor(side / crop_pct)
+        resize_size = normal([math.floor(side / crop_pct) for side in sides])
         crop = f"resize_center_crop(resize_size={resize_size}, {options})"
         squash = f"resize(image_size={resize_size}, {options})"
-        transforms = {"center": crop, "squash": squash if resize_size == side else f"{squash} | {crop}"}[mode]
-        parse_transforms(transforms, side)
+        transforms = {"center": crop, "squash": squash if resize_size == image_size else f"{squash} | {crop}"}[mode]
+        parse_transforms(transforms, image_size)
     except (KeyError, TypeError, ArithmeticError, ValueError):
         keys = ("crop_pct", "crop_mode", "crop_border_pixels", "interpolation")
         said = ", ".join(f"{key} {written(use[key])}" for key in keys if use.get(key) is not None)
         left_out.append(f"how its images are scaled and cropped ({said}), which no transform here does")
-        return side, None
-    return side, transforms
+        return image_size, None
+    return image_size, transforms
 
 
 def _normalize(use: Mapping[str, Any], channels: int, left_out: list[str]) -> dict[str, tuple[float, ...]] | None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from xception_flax import models
 from xception_flax.text.errors import UserError
+from xception_flax.text.sizes import sides
 from xception_flax.weights import timm, writing
 from xception_flax.weights.pretrained import Pretrained
 
@@ -70,12 +71,13 @@ def verify(pretrained: Pretrained, images: np.ndarray | None = None) -> Verifica
 
 def random_images(pretrained: Pretrained, seed: int = 0) -> np.ndarray:
     """Returns `[IMAGES, H, W, C]` in [-1, 1]: squares of random colours, of another size in each image."""
-    rng, size = np.random.default_rng(seed), pretrained.image_size or IMAGE_SIZE
+    rng = np.random.default_rng(seed)
+    height, width = sides(pretrained.image_size or IMAGE_SIZE)
     images = []
     for i in range(IMAGES):
         side = 4 << i
-        squares = rng.uniform(-1, 1, (-(-size // side), -(-size // side), pretrained.channels))
-        images.append(squares.repeat(side, axis=0).repeat(side, axis=1)[:size, :size])
+        squares = rng.uniform(-1, 1, (-(-height // side), -(-width // side), pretrained.channels))
+        images.append(squares.repeat(side, axis=0).repeat(side, axis=1)[:height, :width])
     return np.stack(images).astype(np.float32)
 
 
@@ -103,7 +105,7 @@ def reason(pretrained: Pretrained, stage: str) -> str:
 
 def _of_keras(pretrained: Pretrained, images: np.ndarray) -> tuple[str, dict[str, np.ndarray]]:
     """Returns Keras' version, and its outputs by our names. Widths and heights are those of the images."""
-    model = writing.keras_model(pretrained._replace(image_size=images.shape[1]))
+    model = writing.keras_model(pretrained._replace(image_size=images.shape[1:3]))
     import keras
 
     if pretrained.model["name"] == "xception":

@@ -9,11 +9,12 @@ from xception_flax import models
 from xception_flax.data import transforms as chains
 from xception_flax.data.transforms.geometry import MAX_SIDE
 from xception_flax.runs.restore import Run
+from xception_flax.text import values
 from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 from xception_flax.text.naming import repeated
-from xception_flax.text.ranges import check_range
+from xception_flax.text.sizes import ImageSize, check_size
 from xception_flax.training.steps import create_normalizer
 from xception_flax.weights.pretrained import IMAGE_SIZE, Pretrained
 
@@ -24,7 +25,7 @@ def told(
     network: Network,
     *,
     class_names: Sequence[str] | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     transforms: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -65,7 +66,8 @@ def told(
             )
         network = network._replace(normalize={"mean": tuple(map(float, mean)), "std": tuple(map(float, std))})
     if image_size is not None:
-        check_range("image_size", image_size, 1, MAX_SIDE)
+        image_size = values.check("image_size", image_size, ImageSize)
+        check_size("image_size", image_size, MAX_SIDE)
         network = network._replace(image_size=image_size, min_decoded_side=0)
     if transforms is not None:
         chains.parse_transforms(transforms, image_size or network.image_size or IMAGE_SIZE)

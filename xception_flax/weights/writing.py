@@ -20,6 +20,7 @@ from xception_flax import models
 from xception_flax.host.files import beside, check_new
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest
+from xception_flax.text.sizes import sides, spelled
 from xception_flax.weights import cards, timm
 from xception_flax.weights import keras as keras_names
 from xception_flax.weights.description import DESCRIPTION, describe
@@ -99,7 +100,7 @@ def keras_model(pretrained: Pretrained) -> Any:
     options = {
         "include_top": classes > 0 and not hidden,
         "weights": None,
-        "input_shape": (size, size, pretrained.channels),
+        "input_shape": (*sides(size), pretrained.channels),
     }
     if options["include_top"]:
         options |= {"classes": classes, "classifier_activation": pretrained.activation}
@@ -109,7 +110,7 @@ def keras_model(pretrained: Pretrained) -> Any:
         model = constructor(**options)
     except ValueError as error:  # of images too small for it
         reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"Keras cannot build {name} for images of {size} pixels: {reason}.") from None
+        raise UserError(f"Keras cannot build {name} for images of {spelled(size)} pixels: {reason}.") from None
     if classes and hidden:
         x = model.output
         for i, features in enumerate(hidden, start=1):

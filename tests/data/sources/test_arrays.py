@@ -45,7 +45,7 @@ def test_mistakes_in_arrays_are_refused(tmp_path):
             dict(train_images=np.zeros((3, 3, 8, 8), np.uint8), train_labels=labels),
             "come last: np.moveaxis.images, 1, -1",
         ),
-        (dict(train_images=np.zeros((3, 8, 8, 4), np.uint8), train_labels=labels), "1 or 3 channels, got 4 of "),
+        (dict(train_images=np.zeros((3, 8, 8, 5), np.uint8), train_labels=labels), "1, 3 or 4 channels, got 5 of "),
         (dict(train_images=np.zeros((3, 0, 8), np.uint8), train_labels=labels), r"got uint8 \(3, 0, 8\)"),
         (dict(train_images=images, train_labels=labels, class_names=["a", "b"]), "must be in 0 to 1, got 0 to 2"),
         (dict(train_images=images, train_labels=np.eye(3, dtype=int), class_names=["a", "b"]), "2 class_names, got 3"),

@@ -60,15 +60,48 @@ def test_golden_image(chain):
     assert np.mean(difference > 2) <= 0.02
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_transform_is_a_function_of_image_and_seed(chain, channels, photo):
     """It also leaves its input unchanged, which may be a view of the whole data set."""
-    image = photo[..., :channels].copy()
+    image = np.dstack([photo, photo[..., 0]])[..., :channels].copy()
     image.setflags(write=False)
     first, again = (apply(chain, image, seed=3) for _ in range(2))
     np.testing.assert_array_equal(first, again)
     assert (first.dtype, first.shape) == (np.uint8, (32, 32, channels))
+
+
+ADJUSTMENTS = {
+    "brightness": lambda image: colors.adjust_brightness(image, 1.4),
+    "contrast": lambda image: colors.adjust_contrast(image, 1.4),
+    "saturation": lambda image: colors.adjust_saturation(image, 0.3),
+    "sharpness": lambda image: colors.adjust_sharpness(image, 2.0),
+    "hue": lambda image: colors.adjust_hue(image, 0.2),
+    "posterize": lambda image: colors.posterize(image, 3),
+    "solarize": lambda image: colors.solarize(image, 100),
+    "autocontrast": colors.autocontrast,
+    "equalize": colors.equalize,
+    "jitter": lambda image: apply("color_jitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.3)", image),
+}
+
+
+@pytest.mark.parametrize("name", ADJUSTMENTS)
+def test_colours_change_as_without_alpha_and_alpha_stays(name, photo):
+    opacity = photo[::-1, ::-1, 1]
+    changed = ADJUSTMENTS[name](np.dstack([photo, opacity]))
+    np.testing.assert_array_equal(changed[..., :3], ADJUSTMENTS[name](photo))
+    np.testing.assert_array_equal(changed[..., 3], opacity)
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("kernel", resampling.KERNELS)
+def test_alpha_is_scaled_as_a_channel_of_its_own(kernel, antialias, photo):
+    """The colours are those of the image without alpha, where it is 0 too."""
+    opacity = np.where(photo[..., 1] < 128, 0, photo[..., 1])
+    scaled = resampling.resample(np.dstack([photo, opacity]), 50, 70, kernel, antialias)
+    np.testing.assert_array_equal(scaled[..., :3], resampling.resample(photo, 50, 70, kernel, antialias))
+    expected = resampling.resample(opacity[..., None], 50, 70, kernel, antialias)
+    np.testing.assert_array_equal(scaled[..., 3:], expected)
 
 
 # Which rectangle -----------------------------------------------------------------------------------

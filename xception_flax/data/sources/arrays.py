@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from xception_flax.data.decoding import CHANNELS
 from xception_flax.data.sources.source import Arrays, check_memory, check_num_classes, distinct
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest
@@ -43,10 +44,10 @@ def arrays(split: str, /, path: str) -> Arrays:
         )
     if not len(images):
         raise UserError(f"{path}: {split}_images has no image; it must have some.")
-    if images.ndim == 4 and images.shape[-1] not in (1, 3):
-        hint = "; their channels come last: np.moveaxis(images, 1, -1)" if images.shape[1] in (1, 3) else ""
+    if images.ndim == 4 and images.shape[-1] not in CHANNELS:
+        hint = "; their channels come last: np.moveaxis(images, 1, -1)" if images.shape[1] in CHANNELS else ""
         raise UserError(
-            f"{path}: {split}_images [N, H, W, C] must have 1 or 3 channels, got {images.shape[-1]} of "
+            f"{path}: {split}_images [N, H, W, C] must have 1, 3 or 4 channels, got {images.shape[-1]} of "
             f"{images.shape}{hint}."
         )
     labels = _whole_numbers(f"{path}: {split}_labels", labels)

@@ -1,6 +1,6 @@
 """Augmentation on the host: functions (image, rng) -> image.
 
-Images are uint8 `[H, W, C]`, C 1 or 3; `rng` is a `numpy.random.Generator` for one example in one epoch. A recipe
+Images are uint8 `[H, W, C]`, C 1, 3 or 4; `rng` is a `numpy.random.Generator` for one example in one epoch. A recipe
 writes a chain of transforms as `'random_resized_crop(min_area=0.08, kernel="bicubic") | flip_left_right'`. If a
 transform takes an `image_size` and the chain gives none, it is the recipe's `data.image_size`. A transform raises
 UserError for a value out of its range; `parse_transforms` calls each one once to find that out.
@@ -29,6 +29,7 @@ from xception_flax.data.transforms.geometry import (
 from xception_flax.text import values
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup, suggest, written
+from xception_flax.text.sizes import ImageSize, sides
 
 Image = np.ndarray
 Transform = Callable[[Image, np.random.Generator], Image]
@@ -49,11 +50,11 @@ TRANSFORMS: dict[str, Callable[..., Image]] = {
 }
 
 
-def parse_transforms(text: str, image_size: int) -> tuple[Transform, ...]:
+def parse_transforms(text: str, image_size: ImageSize) -> tuple[Transform, ...]:
     """Turns a recipe's `'name(keyword=value) | name'` into functions of (image, rng).
 
-    Values are written as on a command line; text may be without quotes. Each transform is called once, on a black
-    image, so that a value out of its range is found here.
+    Values are written as on a command line; text may be without quotes, and a size that is not square is
+    `(height, width)`. Each transform is called once, on a black image, so that a value out of its range is found here.
 
     Raises:
       UserError: the syntax is wrong, a transform or keyword is unknown, or a value has the wrong type or is out of its
@@ -62,7 +63,7 @@ def parse_transforms(text: str, image_size: int) -> tuple[Transform, ...]:
     return tuple(_parse(call.strip(), image_size) for call in text.split("|"))
 
 
-def _parse(call: str, image_size: int) -> Transform:
+def _parse(call: str, image_size: ImageSize) -> Transform:
     name, texts = _split(call)
     transform = lookup(TRANSFORMS, name, "transform")
     parameters = dict(list(inspect.signature(transform).parameters.items())[2:])
@@ -78,7 +79,7 @@ def _parse(call: str, image_size: int) -> Transform:
             raise UserError(f"transform {name!r} needs {key!r}: {name}({key}=...).")
     transform = partial(transform, **options)
     try:
-        transform(np.zeros((image_size, image_size, 3), np.uint8), np.random.default_rng(0))
+        transform(np.zeros((*sides(image_size), 3), np.uint8), np.random.default_rng(0))
     except UserError as error:
         raise UserError(f"transform {written(call)}: {error}") from None
     return transform

@@ -1,9 +1,14 @@
 """Changes of an image's colours: PIL's `ImageEnhance` and `ImageOps` on uint8 arrays.
 
-Images are uint8 `[H, W, C]` with C 1 or 3. The definitions are those of torchvision and timm, computed with OpenCV and
-tables of 256 entries. A `factor` of 1 changes nothing; 0 gives black, gray, one colour or blur. Results differ from
-PIL's by at most a level or two (`tests/data/transforms`), and by a few for hue, which both compute in 8 bits.
+Images are uint8 `[H, W, C]` with C 1, 3 or 4: of RGBA only the colours change, and alpha stays. The definitions are
+those of torchvision and timm, computed with OpenCV and tables of 256 entries. A `factor` of 1 changes nothing; 0 gives
+black, gray, one colour or blur. Results differ from PIL's by at most a level or two (`tests/data/transforms`), and by a
+few for hue, which both compute in 8 bits.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,6 +21,19 @@ Image = np.ndarray
 MAX_JITTER = 100
 
 _LEVELS = np.arange(256)
+
+
+def _of_colors(change: Callable[..., Image]) -> Callable[..., Image]:
+    """Returns a change of colours that leaves alpha, the fourth channel, as it is."""
+
+    @functools.wraps(change)
+    def changed(image: Image, *arguments: Any) -> Image:
+        if image.shape[-1] != 4:
+            return change(image, *arguments)
+        colors = change(np.ascontiguousarray(image[..., :3]), *arguments)
+        return np.concatenate([colors, image[..., 3:]], axis=-1)
+
+    return changed
 
 
 def _apply(table: np.ndarray, image: Image) -> Image:
@@ -40,17 +58,20 @@ def _histograms(image: Image) -> np.ndarray:
     )
 
 
+@_of_colors
 def adjust_brightness(image: Image, factor: float) -> Image:
     """Blends with black."""
     return _apply(factor * _LEVELS, image)
 
 
+@_of_colors
 def adjust_contrast(image: Image, factor: float) -> Image:
     """Blends with a gray of the image's mean luma."""
     mean = int(cv2.mean(_luma(image))[0] + 0.5)
     return _apply(mean + factor * (_LEVELS - mean), image)
 
 
+@_of_colors
 def adjust_saturation(image: Image, factor: float) -> Image:
     """Blends with the gray image (PIL's `Color`); a gray image stays as it is."""
     if image.shape[-1] == 1:
@@ -58,6 +79,7 @@ def adjust_saturation(image: Image, factor: float) -> Image:
     return _blend(image, cv2.cvtColor(_luma(image), cv2.COLOR_GRAY2RGB), factor)
 
 
+@_of_colors
 def adjust_sharpness(image: Image, factor: float) -> Image:
     """Blends with the image smoothed by PIL's 3 x 3 kernel, which leaves the outermost pixels alone."""
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
@@ -67,6 +89,7 @@ def adjust_sharpness(image: Image, factor: float) -> Image:
     return _blend(image, smooth, factor)
 
 
+@_of_colors
 def adjust_hue(image: Image, turn: float) -> Image:
     """Turns the hue by `turn` of the whole circle, in [-0.5, 0.5]; a gray image stays as it is."""
     if image.shape[-1] == 1:
@@ -76,16 +99,19 @@ def adjust_hue(image: Image, turn: float) -> Image:
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
+@_of_colors
 def posterize(image: Image, bits: int) -> Image:
     """Keeps the `bits` most significant bits of 8."""
     return _apply(_LEVELS & ~(2 ** (8 - bits) - 1), image)
 
 
+@_of_colors
 def solarize(image: Image, threshold: float) -> Image:
     """Inverts the levels that are not below the threshold."""
     return _apply(np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS), image)
 
 
+@_of_colors
 def autocontrast(image: Image) -> Image:
     """Stretches each channel to the whole range."""
     tables = []
@@ -96,6 +122,7 @@ def autocontrast(image: Image) -> Image:
     return _apply(np.stack(tables, -1), image)
 
 
+@_of_colors
 def equalize(image: Image) -> Image:
     """Makes the histogram of each channel as even as a table of 256 levels can."""
     tables = []

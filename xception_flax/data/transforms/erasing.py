@@ -30,8 +30,8 @@ def random_erasing(
       probability: of covering anything; the paper's and torchvision's 0.5.
       min_area, max_area: shares of the image's area, 0 to 1; the paper has 0.02 and 0.4.
       max_aspect: 1 to 1000; the ratio is in [1 / max_aspect, max_aspect].
-      fill: 'noise', uniform 0 to 255 in every pixel and channel, which the paper found best; or 'gray', 128, which
-        is torchvision's 0 after normalization.
+      fill: 'noise', uniform 0 to 255 in every pixel and channel (also in alpha), which the paper found best; or
+        'gray', 128, which is torchvision's 0 after normalization.
     """
     check_range("probability", probability, 0, 1)
     check_range("max_area", max_area, 0, 1, above=True)

@@ -1,4 +1,7 @@
-"""Size and place: resizing, cropping, flipping, affine maps."""
+"""Size and place: resizing, cropping, flipping, affine maps.
+
+An `image_size` is a number for a square, or height x width; see `text.sizes`.
+"""
 
 import cv2
 import numpy as np
@@ -8,6 +11,7 @@ from xception_flax.data.transforms.resampling import resample
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup
 from xception_flax.text.ranges import check_range
+from xception_flax.text.sizes import ImageSize, check_size, shown, sides
 
 Image = np.ndarray
 
@@ -17,67 +21,93 @@ MAX_SCALE = 100
 
 
 def resize(
-    image: Image, rng: np.random.Generator, *, image_size: int, kernel: str = "bilinear", antialias: bool = False
+    image: Image, rng: np.random.Generator, *, image_size: ImageSize, kernel: str = "bilinear", antialias: bool = False
 ) -> Image:
-    """Scales the whole image to a square, whatever its shape.
+    """Scales the whole image to `image_size`, whatever its shape.
 
     Args:
       kernel: 'bilinear' or 'bicubic'; see `resampling.resample`.
       antialias: False as in TensorFlow and OpenCV, True as in PIL, torchvision and timm.
     """
-    check_range("image_size", image_size, 1, MAX_SIDE)
-    return resample(image, image_size, image_size, kernel, antialias)
+    check_size("image_size", image_size, MAX_SIDE)
+    return resample(image, *sides(image_size), kernel, antialias)
 
 
 def center_crop(
     image: Image,
     rng: np.random.Generator,
     *,
-    image_size: int,
+    image_size: ImageSize,
     fraction: float = 0.875,
     kernel: str = "bilinear",
     antialias: bool = False,
 ) -> Image:
-    """Takes the central square of `fraction` of the shorter side, then scales it, as TensorFlow's recipes do."""
-    check_range("image_size", image_size, 1, MAX_SIDE)
+    """Takes the central square of `fraction` of the shorter side, then scales it, as TensorFlow's recipes do.
+
+    For another shape it is the largest central rectangle with the shape of `image_size`, times `fraction`.
+    """
+    check_size("image_size", image_size, MAX_SIDE)
     check_range("fraction", fraction, 0, 1, above=True)
-    height, width = image.shape[:2]
-    side = max(1, round(fraction * min(height, width)))
-    top, left = (height - side) // 2, (width - side) // 2
-    return resample(image[top : top + side, left : left + side], image_size, image_size, kernel, antialias)
+    inner = sides(image_size)
+    wide = inner[1] / inner[0]
+    whole_height, whole_width = image.shape[:2]
+    height = max(1, round(fraction * min(whole_height, whole_width / wide)))
+    width = max(1, round(fraction * min(whole_width, whole_height * wide)))
+    top, left = (whole_height - height) // 2, (whole_width - width) // 2
+    return resample(image[top : top + height, left : left + width], *sides(image_size), kernel, antialias)
 
 
 def resize_center_crop(
     image: Image,
     rng: np.random.Generator,
     *,
-    image_size: int,
-    resize_size: int,
+    image_size: ImageSize,
+    resize_size: ImageSize,
     kernel: str = "bilinear",
     antialias: bool = False,
 ) -> Image:
-    """Scales the shorter side to `resize_size`, then takes the central square, as torchvision and timm do.
+    """Scales the shorter side to `resize_size`, then takes the central `image_size`, as torchvision and timm do.
 
     Their published figures are with `antialias=True`. timm's `crop_pct` is image_size / resize_size.
+
+    Args:
+      resize_size: pixels of the shorter side, no less than either side of `image_size`; or height x width, which the
+        scaled image just covers, as in timm for images that are not square.
+      kernel, antialias: as for `resize`.
     """
-    check_range("image_size", image_size, 1, MAX_SIDE)
-    check_range("resize_size", resize_size, image_size, MAX_SIDE)
-    short = min(image.shape[:2])
+    check_size("image_size", image_size, MAX_SIDE)
+    inner = sides(image_size)
+    if isinstance(resize_size, int):
+        check_range("resize_size", resize_size, max(inner), MAX_SIDE)
+    check_size("resize_size", resize_size, MAX_SIDE)
+    covered = sides(resize_size)
+    for name, least, side in zip(("height", "width"), inner, covered, strict=True):
+        check_range(f"the {name} of resize_size", side, least, MAX_SIDE)
+    # The axis along which the image has the fewest pixels for each one to be covered.
+    tight = 0 if image.shape[0] * covered[1] <= image.shape[1] * covered[0] else 1
+    short = image.shape[tight]
     # Only the middle of a strip is scaled. All of it could fill the memory, and would be cut off afterwards.
-    spare_height, spare_width = (max(0, side - 4 * short) // 2 for side in image.shape[:2])
-    image = image[spare_height : image.shape[0] - spare_height, spare_width : image.shape[1] - spare_width]
-    # As in torchvision, the longer side is truncated to an integer, and the offset is rounded half to even.
-    height, width = (resize_size * side // short for side in image.shape[:2])
+    used = [-(-short * side // covered[tight]) for side in covered]  # pixels of the image that are covered
+    rows, columns = (
+        slice(spare := max(0, side - 4 * least) // 2, side - spare)
+        for side, least in zip(image.shape[:2], used, strict=True)
+    )
+    image = image[rows, columns]
+    if covered[0] == covered[1]:  # as in torchvision, the longer side is truncated to an integer
+        height, width = (covered[0] * side // short for side in image.shape[:2])
+    else:  # as in timm's ResizeKeepRatio
+        height, width = (round(side / (short / covered[tight])) for side in image.shape[:2])
     image = resample(image, height, width, kernel, antialias)
-    top, left = round((height - image_size) / 2), round((width - image_size) / 2)
-    return image[top : top + image_size, left : left + image_size]
+    # As in torchvision, the offset is rounded half to even.
+    top, left = round((height - inner[0]) / 2), round((width - inner[1]) / 2)
+    return image[top : top + inner[0], left : left + inner[1]]
 
 
 def random_resized_crop(
     image: Image,
     rng: np.random.Generator,
     *,
-    image_size: int,
+    image_size: ImageSize,
     min_area: float = 0.08,
     max_area: float = 1.0,
     max_aspect: float = 4 / 3,
@@ -85,38 +115,41 @@ def random_resized_crop(
     kernel: str = "bilinear",
     antialias: bool = False,
 ) -> Image:
-    """Takes a random rectangle and scales it to a square (Szegedy et al. 2015, section 6).
+    """Takes a random rectangle and scales it to `image_size` (Szegedy et al. 2015, section 6).
 
     Args:
       min_area, max_area: shares of the image's area, 0 to 1.
-      max_aspect: 1 to 1000; width / height of the rectangle is in [1 / max_aspect, max_aspect].
+      max_aspect: 1 to 1000; width / height of the rectangle is in [1 / max_aspect, max_aspect], whatever
+        the shape of `image_size`, as in torchvision and timm: the rectangle is stretched to it.
       sampling: 'torchvision' or 'tensorflow', which distribute the rectangles differently; see `crops`.
       kernel, antialias: as for `resize`.
     """
-    check_range("image_size", image_size, 1, MAX_SIDE)
+    check_size("image_size", image_size, MAX_SIDE)
     check_range("max_area", max_area, 0, 1, above=True)
     check_range("min_area", min_area, 0, max_area, above=True)
     check_range("max_aspect", max_aspect, 1, MAX_ASPECT)
     box = lookup(SAMPLINGS, sampling, "sampling")
     top, left, height, width = box(rng, *image.shape[:2], min_area=min_area, max_area=max_area, max_aspect=max_aspect)
-    return resample(image[top : top + height, left : left + width], image_size, image_size, kernel, antialias)
+    return resample(image[top : top + height, left : left + width], *sides(image_size), kernel, antialias)
 
 
-def random_crop_with_padding(image: Image, rng: np.random.Generator, *, image_size: int, padding: int = 4) -> Image:
-    """Adds `padding` black pixels at each side and takes a random square (He et al. 2015, section 4.2, for CIFAR)."""
-    check_range("image_size", image_size, 1, MAX_SIDE)
-    check_range("padding", padding, 0, image_size)
-    height, width = (side + 2 * padding - image_size for side in image.shape[:2])
-    if height < 0 or width < 0:
+def random_crop_with_padding(
+    image: Image, rng: np.random.Generator, *, image_size: ImageSize, padding: int = 4
+) -> Image:
+    """Adds `padding` black pixels at each side, takes a random `image_size` of it (He et al. 2015, 4.2, for CIFAR)."""
+    check_size("image_size", image_size, MAX_SIDE)
+    size = sides(image_size)
+    check_range("padding", padding, 0, min(size))
+    spare = [side + 2 * padding - least for side, least in zip(image.shape[:2], size, strict=True)]
+    if min(spare) < 0:
         raise UserError(
-            f"random_crop_with_padding(padding={padding}) cannot take {image_size} x {image_size} pixels of an image "
+            f"random_crop_with_padding(padding={padding}) cannot take {shown(image_size)} pixels of an image "
             f"of {image.shape[0]} x {image.shape[1]}; put a resize before it."
         )
-    padded = cv2.copyMakeBorder(image, *[padding] * 4, cv2.BORDER_CONSTANT).reshape(
-        height + image_size, width + image_size, -1
-    )
-    top, left = rng.integers(height + 1), rng.integers(width + 1)
-    return padded[top : top + image_size, left : left + image_size]
+    padded = cv2.copyMakeBorder(image, *[padding] * 4, cv2.BORDER_CONSTANT)
+    padded = padded.reshape(*padded.shape[:2], -1)  # OpenCV drops a single channel
+    top, left = (rng.integers(rest + 1) for rest in spare)
+    return padded[top : top + size[0], left : left + size[1]]
 
 
 def random_affine(

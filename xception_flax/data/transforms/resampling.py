@@ -37,8 +37,15 @@ def resample(image: Image, height: int, width: int, kernel: str = "bilinear", an
     # Where nothing shrinks, PIL's bilinear equals OpenCV's up to rounding. Its bicubic is a different kernel.
     shrinks = image.shape[0] > height or image.shape[1] > width
     if antialias and (shrinks or kernel == "bicubic"):
-        pixels = np.ascontiguousarray(image if image.shape[-1] == 3 else image[..., 0])
-        resized = np.asarray(PIL.Image.fromarray(pixels).resize((width, height), pil))
-    else:
-        resized = cv2.resize(image, (width, height), interpolation=opencv)
+        if image.shape[-1] != 4:
+            return _by_pil(image, height, width, pil)
+        # Alpha apart: of an image with it, Pillow scales the colours times alpha, and loses those that nobody sees.
+        return np.concatenate([_by_pil(part, height, width, pil) for part in np.split(image, [3], axis=-1)], axis=-1)
+    resized = cv2.resize(image, (width, height), interpolation=opencv)
     return resized.reshape(height, width, image.shape[-1])
+
+
+def _by_pil(image: Image, height: int, width: int, kernel: PIL.Image.Resampling) -> Image:
+    """Scales `[H, W, C]` with C 1 or 3."""
+    pixels = np.ascontiguousarray(image if image.shape[-1] == 3 else image[..., 0])
+    return np.asarray(PIL.Image.fromarray(pixels).resize((width, height), kernel)).reshape(height, width, -1)

@@ -1,0 +1,199 @@
+"""What fine-tuning reaches on few images, beside the same network from random weights: accuracy, not time.
+
+Trains by `configs/finetune_folder.py` on a few images a class of Fashion-MNIST (72 px), each setting on the same images
+and seeds, and evaluates on 1,000 of its test images. Each run is a line of the results, as it ends; runs that are there
+are not run again. The picture is drawn from all of them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks import command
+from benchmarks.worker import ROOT, WorkerError
+from xception_flax.data.sources.fashion_mnist import fashion_mnist
+from xception_flax.text.errors import UserError
+
+EXAMPLES = """\
+  python -m benchmarks.finetuning --weights keras --results results/finetuning.jsonl
+  python -m benchmarks.finetuning --results results/finetuning.jsonl --picture docs/images/finetuning.png"""
+
+SIZE = 72  # pixels; the network needs 71
+EVALUATED = 100  # test images a class
+
+
+class Setting(NamedTuple):
+    """A way to train: what a picture calls it, and what it changes in the recipe."""
+
+    title: str
+    changes: Mapping[str, object]
+
+
+_TRAINED = {"optimizer.backbone_factor": 1, "model.bn_frozen": False, "model.bn_decay": 0.9}
+_SCRATCH = {"init.weights": "random", **_TRAINED}
+
+# bn_decay is for runs of a hundred steps: moving statistics must forget where they began.
+SETTINGS = {
+    "recipe": Setting("the recipe: layers at 0.01 of the rate, normalization frozen", {}),
+    "classifier": Setting("classifier alone (backbone_factor=0)", {"optimizer.backbone_factor": 0}),
+    "full": Setting("all layers at one rate, normalization trained", _TRAINED),
+    "scratch": Setting("from random weights, the same steps", _SCRATCH),
+    "scratch_long": Setting("from random weights, three times the steps", {**_SCRATCH, "epochs": 60}),
+}
+
+
+def main(argv: list[str]) -> int:
+    arguments = argparse.ArgumentParser(
+        prog="python -m benchmarks.finetuning",
+        description=__doc__,
+        epilog=f"examples:\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    arguments.add_argument("--weights", metavar="SOURCE", help="to start from: keras, a file; without, nothing is run")
+    arguments.add_argument("--results", type=Path, required=True, metavar="FILE", help="a JSON line for each run")
+    arguments.add_argument("--picture", type=Path, metavar="FILE", help="draw the results")
+    arguments.add_argument("--images", type=command.positive(int), default=20, metavar="N", help="a class (20)")
+    arguments.add_argument("--seeds", type=command.positive(int), default=3, metavar="N", help="runs of each (3)")
+    arguments.add_argument("--data-dir", metavar="DIR", help="with the four IDX files (Debian: dataset-fashion-mnist)")
+    command.add_only(arguments)
+    options = arguments.parse_args(argv)
+    names = command.chosen(arguments, options, SETTINGS)
+    if options.weights:
+        for seed in range(options.seeds):
+            for name in names:
+                run(name, seed, options)
+    rows = [row for row in read(options.results) if row["images_per_class"] == options.images]
+    if not rows:
+        raise WorkerError(f"{options.results} has no run with {options.images} images a class; run some by --weights.")
+    print(table(rows))
+    if options.picture:
+        draw(rows, options.picture)
+    return 0
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """Returns the runs of a file, none where there is no file."""
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def run(name: str, seed: int, options: argparse.Namespace) -> None:
+    """Trains and evaluates one setting with one seed, unless the results have it, and writes its line."""
+    key = {"setting": name, "seed": seed, "images_per_class": options.images}
+    if any(row.items() >= key.items() for row in read(options.results)):
+        return
+    progress = command.Progress(f"{name}, seed {seed}")
+    changes = {"init.weights": options.weights, **SETTINGS[name].changes, "seed": seed, "data.image_size": SIZE}
+    never = {"checkpoint_every_epochs": "inf", "eval_every_epochs": "inf"}
+    with tempfile.TemporaryDirectory(prefix="xception_flax_benchmark_") as folder:
+        write_images(Path(folder, "images"), seed, options.images, options.data_dir)
+        workdir = Path(folder, "run")
+        recipe = ["--config", f"configs/finetune_folder.py:{folder}/images", "--workdir", str(workdir)]
+        overrides = [f"--config.{key}={value}" for key, value in (changes | never).items()]
+        begin = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *recipe, *overrides],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            last = ""
+            for line in process.stderr:
+                last = line.strip() or last
+                if line.startswith("step "):
+                    progress.show(line.strip())
+        finally:
+            process.kill()
+        if process.wait():
+            raise WorkerError(f"{name}, seed {seed}: train.py ended with code {process.returncode}: {last}")
+        records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    evaluation = next(record for record in reversed(records) if "eval/top1" in record)
+    row = key | {
+        "changes": changes | {"init.weights": Path(str(changes["init.weights"])).name},
+        "steps": evaluation["step"],
+        "top1": evaluation["eval/top1"],
+        "loss": evaluation["eval/loss"],
+        "evaluated": evaluation["eval/count"],
+        "train_losses": [[r["step"], r["train/loss"]] for r in records if "train/loss" in r],
+        "seconds": round(time.monotonic() - begin, 1),
+        "versions": {library: metadata.version(library) for library in ("jax", "flax", "optax")},
+        "machine": command.machine(),
+    }
+    progress.say(f"top1 {row['top1']:.1%} after {row['steps']} steps")
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    with options.results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_images(folder: Path, seed: int, per_class: int, data_dir: str | None) -> None:
+    """Writes the images of one seed as a folder of classes: 'train', drawn by the seed, and 'val', always the same."""
+    where = {} if data_dir is None else {"data_dir": data_dir}
+    rng = np.random.default_rng(seed)
+    for split, of, count in (("train", "train", per_class), ("val", "test", EVALUATED)):
+        source = fashion_mnist(of, **where)
+        for label, class_name in enumerate(source.class_names):
+            place = folder / split / class_name.replace("/", " or ")
+            place.mkdir(parents=True)
+            of_class = np.flatnonzero(np.asarray(source.labels) == label)
+            for i in (rng.permutation(of_class) if split == "train" else of_class)[:count]:
+                cv2.imwrite(str(place / f"{i:05}.png"), source.images[i])
+
+
+def by_setting(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Returns the accuracies of each setting that was run, by its seeds."""
+    of = {name: sorted((r["seed"], r["top1"]) for r in rows if r["setting"] == name) for name in SETTINGS}
+    return {name: [top1 for _, top1 in runs] for name, runs in of.items() if runs}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a row for each setting in Markdown."""
+    cells = [
+        (SETTINGS[name].title, f"{np.mean(top1):.1%}", f"{min(top1):.1%} to {max(top1):.1%}", str(len(top1)))
+        for name, top1 in by_setting(rows).items()
+    ]
+    return command.markdown((f"{rows[0]['images_per_class']} images a class", "top-1", "of the seeds", "seeds"), cells)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws a point for each run and a line at the mean of each setting."""
+    settings = by_setting(rows)
+    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.45 * len(settings)), layout="constrained")
+    for place, (name, top1) in enumerate(settings.items()):
+        color = "#c8553d" if name.startswith("scratch") else "#2f5d8a"
+        axes.plot(np.array(top1) * 100, [place] * len(top1), "o", color=color, alpha=0.6, markeredgewidth=0)
+        axes.plot([100 * np.mean(top1)] * 2, [place - 0.3, place + 0.3], color=color)
+        axes.annotate(f"{np.mean(top1):.1%}", (100 * np.mean(top1), place - 0.32), ha="center", fontsize=8)
+    axes.set_yticks(range(len(settings)), [SETTINGS[name].title for name in settings])
+    axes.set(xlim=(0, 100), ylim=(len(settings) - 0.5, -0.7))
+    axes.set_xlabel(
+        f"top-1 in %, {rows[0]['evaluated']:,.0f} test images, {rows[0]['images_per_class']} a class to train on"
+    )
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#e3e5e8")
+    axes.set_axisbelow(True)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    try:
+        command.run(main)
+    except UserError as error:
+        sys.exit(f"error: {error}")
