@@ -79,6 +79,12 @@ def whole(whole_timed: tuple[Path, float]) -> Path:
     return whole_timed[0]
 
 
+@pytest.fixture
+def on_one_device() -> Iterator[None]:
+    with shell.on_one_device():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def none_is_left() -> Iterator[None]:
     """Kills the processes that a failed test leaves behind, stopped ones too."""
@@ -97,14 +103,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs the longest files first, so that the workers end together."""
     longest = [
         "test_train",
-        "test_training",
-        "test_imagenet",
-        "test_configs",
-        "test_steps",
+        "test_docs",
         "test_keras",
-        "test_family",
         "test_models",
+        "test_evaluate_weights",
+        "test_family",
+        "test_steps",
+        "test_initial",
         "test_benchmarks",
+        "test_configs",
+        "test_training",
+        "test_evaluate",
     ]
     order = {name: i for i, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.stem, len(longest)))

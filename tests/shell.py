@@ -1,17 +1,21 @@
 """Runs commands as a user does: in processes of their own, or by their entry point in this one."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from xception_flax.commands import cli
+from xception_flax.training import sharding
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,6 +74,14 @@ def pause(process: subprocess.Popen) -> None:
     """Stops a process, and waits until it stands still: the signal alone leaves it a moment to write in."""
     process.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+
+
+@contextlib.contextmanager
+def on_one_device() -> Iterator[None]:
+    """Commands in this process have one device, as a reader's have. With the eight of the tests a step takes longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "create_mesh", partial(sharding.create_mesh, devices=jax.devices()[:1]))
+        yield
 
 
 def call(

@@ -124,7 +124,7 @@ def test_a_worker_sleeps_unless_asked_and_ends(tmp_path):
         with pytest.raises(worker.WorkerError, match="TypeError: "):
             process.ask("turn", seconds=1.0)  # nothing is built
         pid = process._process.pid
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while (state := Path(f"/proc/{pid}/stat").read_text().split()[2]) != "T" and time.monotonic() < deadline:
             time.sleep(0.01)
         assert state == "T"  # stopped

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,7 +26,6 @@ import train
 import xception_flax
 from xception_flax.__main__ import VERBS
 from xception_flax.recipes import reading
-from xception_flax.training import sharding
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -71,6 +69,8 @@ def blocks_of(page: str) -> list[Block]:
     ]
 
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
@@ -88,13 +88,6 @@ def folder(tmp_path_factory) -> Iterator[Path]:
             Image.fromarray(image).save(folder / "photos" / name / f"{i}.jpg")
     with contextlib.chdir(folder):
         yield folder
-
-
-@pytest.fixture(autouse=True)
-def one_device_only(monkeypatch):
-    """One device, as a reader has on a CPU. With the eight of the other tests everything takes twice as long."""
-    one = partial(sharding.create_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(sharding, "create_mesh", one)
 
 
 @pytest.fixture(scope="module")

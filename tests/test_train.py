@@ -24,9 +24,9 @@ import pytest
 
 import shell
 import train
-from shell import ROOT, environment, finish, pause, wait_until
+from shell import ROOT, environment, finish, on_one_device, pause, wait_until
 from shell import call as run
-from small_run import DIGITS, SMALL, start
+from small_run import DIGITS, LENET, SMALL, start
 from workdirs import arrays, evaluations, records
 from xception_flax import data
 from xception_flax.commands import cli, evaluate
@@ -35,9 +35,6 @@ from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import has_checkpoints
 from xception_flax.text.errors import UserError
 from xception_flax.training import sharding
-
-# The same for LeNet, which compiles fast, in tests for which any network will do.
-LENET = [text for text in SMALL if "model." not in text]
 
 
 def test_a_run_leaves_what_it_promises(whole):
@@ -296,53 +293,64 @@ def test_ctrl_c_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert "Traceback" not in err
 
 
-def start_two(*workdirs: Path, overrides: Sequence[str] = ("", "")) -> list[subprocess.Popen]:
+SELDOM = ["--config.eval_every_epochs=2", "--config.checkpoint_every_epochs=2"]
+
+
+def start_two(*workdirs: Path, overrides: Sequence[str] = ("", ""), lenet: bool = False) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    seldom = ["--config.eval_every_epochs=2", "--config.checkpoint_every_epochs=2"]
     return [
         start(
             workdirs[i % len(workdirs)],
             *("--coordinator", address, "--num-processes", "2", "--process-id", str(i)),
-            *seldom,
+            *SELDOM,
             *filter(None, (overrides[i],)),
             devices=1,
+            lenet=lenet,
         )
         for i in range(2)
     ]
 
 
-def test_two_processes_are_one(whole, tmp_path, monkeypatch, capsys):
-    """Two hosts of one device each compute what one host of two devices does: the same losses, and one checkpoint.
+def test_two_processes_are_one(tmp_path, monkeypatch, capsys):
+    """Two hosts of one device each compute what one host does: the same losses, and one checkpoint.
 
-    During the run one host gets Ctrl-C and passes it to JAX as SIGTERM, as if it were preempted. Both hosts save the
-    same step, exit with the code of a signal, and resume from there.
+    Each start compiles anew, so the network is LeNet; test_steps.py has batch normalization over two hosts. During the
+    run one host gets Ctrl-C and passes it to JAX as SIGTERM, as if it were preempted. Both hosts save the same step,
+    exit with the code of a signal, and resume from there.
     """
-    hosts = start_two(tmp_path)
-    wait_until(lambda: len(records(tmp_path)) >= 2, hosts[0])
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    long = "--config.epochs=3"  # 236 steps, so that the signal comes before the end
+    with on_one_device():
+        arguments = ["--config", f"{DIGITS}:lenet", "--workdir", alone, *LENET, *SELDOM, long]
+        code, _, err = run(monkeypatch, capsys, train.main, *arguments)
+    assert code == 0, err
+
+    hosts = start_two(shared, overrides=[long] * 2, lenet=True)
+    wait_until(lambda: len(records(shared)) >= 2, hosts[0])
     hosts[1].send_signal(signal.SIGINT)
     stopped = [finish(host) for host in hosts]
     assert [code for code, _, _ in stopped] == [128 + signal.SIGTERM, 128 + signal.SIGINT], stopped
     assert "checkpoint written" in stopped[0][2]
 
-    hosts = start_two(tmp_path)
+    hosts = start_two(shared, overrides=[long] * 2, lenet=True)
     results = [finish(host) for host in hosts]
     assert [code for code, _, _ in results] == [0, 0], results
     spoken = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for _, out, _ in results]
     assert "finished" in spoken[0]
     assert spoken[1] == []
     assert "going on from the checkpoint of step" in results[0][2]
-    one, two = ({r["step"]: r["train/loss"] for r in records(w) if "train/loss" in r} for w in (whole, tmp_path))
+    one, two = ({r["step"]: r["train/loss"] for r in records(w) if "train/loss" in r} for w in (alone, shared))
     assert one.keys() <= two.keys()
     # The order of sums differs: losses are first equal up to rounding, which training then magnifies.
     np.testing.assert_allclose([two[5], two[10]], [one[5], one[10]], rtol=1e-4)
-    final = [[r for r in records(w) if "eval/loss" in r][-1] for w in (whole, tmp_path)]
+    final = [[r for r in records(w) if "eval/loss" in r][-1] for w in (alone, shared)]
     assert final[0]["eval/count"] == final[1]["eval/count"] == 180
     assert final[1]["eval/top1"] == pytest.approx(final[0]["eval/top1"], abs=0.05)
 
     # One process of eight devices reads what the two have written.
-    code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path)
+    code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", shared)
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["top1"] == pytest.approx(final[1]["eval/top1"], abs=1e-9)
 
@@ -409,7 +417,7 @@ def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
     bad.write_bytes(photo[:-30])
     (tmp_path / "photos" / "val" / "a" / "00.jpg").write_bytes(b"")
 
-    overrides = ["--config.model.name=lenet", "--config.data.image_size=32"]
+    overrides = ["--config.model.name=lenet", "--config.model.width=0.25", "--config.data.image_size=32"]
     overrides += ["--config.batch_size=8", "--config.epochs=2", "--config.schedule.name=constant"]
     overrides += ["--config.log_every_steps=1", "--config.step.ema_decay=0"]
     recipe = f"{ROOT / 'configs' / 'folder.py'}:{tmp_path / 'photos'}"
@@ -611,7 +619,7 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
         (tmp_path / "a" / "train" / "x" / f"{i}.png").write_bytes(content)
 
     def command(name):
-        overrides = ["--config.model.name=lenet", "--config.data.image_size=32"]
+        overrides = ["--config.model.name=lenet", "--config.model.width=0.25", "--config.data.image_size=32"]
         once = ["--config.batch_size=8", "--config.epochs=1", "--config.schedule.name=constant"]
         recipe = f"{ROOT / 'configs' / 'folder.py'}:{tmp_path / name}"
         arguments = ["--config", recipe, "--workdir", str(tmp_path / "w"), *overrides, *once]
@@ -726,16 +734,16 @@ def test_what_does_not_fit_into_memory_is_two_lines(tmp_path, monkeypatch, capsy
         assert raised.value is other
 
 
-@pytest.mark.parametrize("command", [["train.py"], ["-m", "xception_flax", "evaluate"]], ids=" ".join)
-def test_help_is_worth_reading(command):
-    result = subprocess.run(
-        [sys.executable, *command, "--help"], env=environment(1), cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0
+@pytest.mark.parametrize("command", [train, evaluate], ids=lambda command: command.__name__)
+def test_help_is_worth_reading(monkeypatch, capsys, command):
+    """`test_main.py` asks for help from the shell."""
+    code, out, err = run(monkeypatch, capsys, command.main, "--help")
+    assert (code, err) == (0, "")
     for word in ("--workdir", "--config.KEY=VALUE", "examples:", "--coordinator"):
-        assert word in result.stdout
+        assert word in out
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_a_run_without_progress_ends_early(tmp_path, monkeypatch, capsys):
     """At a learning rate of 0 the first evaluation stays the best. What stopped in between ends where a whole run does.
 

@@ -22,7 +22,9 @@ NAMES = ("<b>bold</b>", "$$x$$", "חתול", "n" * 300, "plain", "a\u202eb", "la
 @pytest.fixture(scope="module")
 def explainer(tmp_path_factory) -> Explainer:
     path = tmp_path_factory.mktemp("weights") / "w.npz"
-    writing.write(random_network(name="xception", num_classes=7, width=0.02)._replace(class_names=NAMES), path)
+    writing.write(
+        random_network(name="xception", num_classes=7, width=0.02, middle_repeats=0)._replace(class_names=NAMES), path
+    )
     return demo.create_explainer(xception_flax.load(path, batch_size=1))
 
 

@@ -103,7 +103,7 @@ def test_a_folder_stands_for_other_data(whole, tmp_path, monkeypatch, capsys):
     results = []
     for arguments in ([whole], [whole, tmp_path / "digits"], ["--workdir", whole, tmp_path / "digits"]):
         picture = ["--picture", tmp_path / "m.png"] if len(arguments) > 1 else []
-        code, out, err = run(monkeypatch, capsys, evaluate.main, *arguments, *picture)
+        code, out, err = run(monkeypatch, capsys, evaluate.main, *arguments, *picture, "--no-report")
         assert code == 0, err
         results.append(json.loads(out.splitlines()[-1]))
     assert results[0].pop("loss") == pytest.approx(results[1].pop("loss"), rel=1e-5)
@@ -188,7 +188,7 @@ def test_a_grid_is_a_table(whole, tmp_path, monkeypatch, capsys):
 
 def test_evaluate_by_choice(whole, monkeypatch, capsys):
     def result(*arguments):
-        code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, *arguments)
+        code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, "--no-report", *arguments)
         assert code == 0, err
         return json.loads(out.splitlines()[-1])
 

@@ -19,7 +19,7 @@ from xception_flax.weights import writing
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "w.npz"
-    writing.write(random_network(name="xception", num_classes=4, width=0.02), path)
+    writing.write(random_network(name="xception", num_classes=4, width=0.02, middle_repeats=0), path)
     return path
 
 

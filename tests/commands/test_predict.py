@@ -35,10 +35,18 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.py")
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """Some steps on digits: better than chance, far from perfect."""
-    small = ["data.image_size=32", "batch_size=64", "epochs=6", "data.max_value=4095", "data.min_decoded_side=16"]
+    small = [
+        "model.width=0.25",
+        "data.image_size=32",
+        "batch_size=64",
+        "epochs=6",
+        "data.max_value=4095",
+        "data.min_decoded_side=16",
+    ]
     small += ["schedule.warmup_epochs=0.2", "step.ema_decay=0.5", "eval_every_epochs=6", "checkpoint_every_epochs=6"]
     folder = tmp_path_factory.mktemp("run")
-    assert train.train(reading.load(f"{DIGITS}:lenet", [f"--config.{text}" for text in small]), folder) == 0
+    with shell.on_one_device():
+        assert train.train(reading.load(f"{DIGITS}:lenet", [f"--config.{text}" for text in small]), folder) == 0
     return folder
 
 
@@ -233,7 +241,7 @@ def test_an_output_that_is_not_finite_is_an_error_of_its_image(workdir, digits, 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     """A file that says nothing of its classes."""
-    network = random_network(name="xception", num_classes=4, width=0.02)
+    network = random_network(name="xception", num_classes=4, width=0.02, middle_repeats=0)
     path = tmp_path_factory.mktemp("weights") / "w.npz"
     writing.write(network._replace(class_names=(), activation="softmax"), path)
     return path

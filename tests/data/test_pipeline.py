@@ -189,10 +189,12 @@ def test_a_bounded_number_of_batches_is_made_ahead(tmp_path, num_threads, num_wo
     with contextlib.closing(split.batches()) as iterator:
         next(iterator)
         (tmp_path / "0").touch()
-        seen = -1
-        while seen != (seen := len(list(tmp_path.iterdir()))):
-            time.sleep(1.0)
-        assert 10 * batches <= seen <= 10 * (batches + 1)  # with the one that was taken
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 10 * batches:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1.0)
+        assert len(list(tmp_path.iterdir())) <= 10 * (batches + 1)  # with the one that was taken
 
 
 def test_shared_memory_outlives_nobody():

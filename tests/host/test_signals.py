@@ -1,14 +1,16 @@
 """Signals: during the imports, twice, and in one of several processes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from shell import ROOT, environment, finish, pause
+from shell import ROOT, environment, finish, pause, wait_until
 from xception_flax.host import signals
 
 
@@ -51,6 +53,8 @@ with signals.StopRequest():
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)  # as `timeout` does, which signals the process and then its group
     process.send_signal(signal.SIGCONT)
+    status = Path(f"/proc/{process.pid}/status")
+    wait_until(lambda: re.search(r"ShdPnd:\t0+\n", status.read_text()), process)  # both have come
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)

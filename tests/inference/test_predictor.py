@@ -18,7 +18,7 @@ from xception_flax.text.errors import UserError
 from xception_flax.weights import writing
 from xception_flax.weights.word import told
 
-NARROW = dict(name="xception", num_classes=4, width=0.02)
+NARROW = dict(name="xception", num_classes=4, width=0.02, middle_repeats=0)
 
 
 @pytest.fixture(autouse=True, scope="module")

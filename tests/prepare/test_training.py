@@ -23,6 +23,7 @@ SMALL = [
     "--config.model.width=0.02",
     "--config.model.middle_repeats=0",
     "--config.model.dtype=float32",
+    "--config.data.image_size=149",
     "--config.batch_size=8",
     "--config.epochs=1",
     "--config.log_every_steps=1",
@@ -37,7 +38,7 @@ def start(workdir: Path, data_dir: Path, *arguments: str) -> subprocess.Popen:
 
 
 def test_an_epoch_of_the_papers_recipe(data_dir, tmp_path, capsys):
-    """At 299 pixels on eight devices: a copy of the workdir in mid-epoch is resumed with two worker processes.
+    """At half the size, on eight devices: a copy of the workdir in mid-epoch is resumed with two worker processes.
 
     It ends bit for bit as the run that went on, and the evaluation counts each of the 11 images once.
     """

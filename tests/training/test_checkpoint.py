@@ -572,7 +572,7 @@ def test_a_failed_save_leaves_no_thread(tmp_path, one_device, monkeypatch):
         with pytest.raises(UserError, match=r"could not be written to .*Permission denied.*; checkpoints kept: 1\.$"):
             checkpoint.save(manager, make_state(one_device, 2), META, None)
         for thread in set(threading.enumerate()) - before:
-            thread.join(timeout=5)
+            thread.join(timeout=60)
         assert {t for t in threading.enumerate() if not t.daemon} <= before
 
 

@@ -1,5 +1,7 @@
 """The training step: one device against eight, and each of its parts against a formula."""
 
+import socket
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import optax
 import pytest
 from jax.typing import DTypeLike
 
+import shell
 from xception_flax import create_model
 from xception_flax.models import layers, ops
 from xception_flax.text.errors import UserError
@@ -67,18 +70,30 @@ def batches(count: int, size: int = BATCH) -> list[dict]:
     ]
 
 
-def build(mesh, *, model=SMALL, optimizer="sgd", rate=0.05, ema=False, loss=None, **step):
+def make(mesh, *, model=SMALL, optimizer="sgd", rate=0.05, ema=False, loss=None, **step):
+    """Returns (init, train_step, abstract_state), of which nothing is compiled yet."""
     tx, _ = create_optimizer(optimizer, rate, schedule=lambda step: jnp.ones(()))
     loss = loss or losses.create_loss("softmax", label_smoothing=0.1, weight_decay=1e-3)
     init, abstract = make_init(model, tx, (32, 32, 3), mesh, ema=ema)
     train_step = steps.make_train_step(
         model, tx, loss, create_metrics("single_label"), NORMALIZE, abstract, mesh, seed=0, **step
     )
-    return init(jax.random.key(0)), train_step, abstract
+    return init, train_step, abstract
 
 
-def train(mesh, data, **options):
-    state, train_step, _ = build(mesh, **options)
+def build(mesh, **options):
+    """Returns (state, train_step, abstract_state)."""
+    init, *others = make(mesh, **options)
+    return init(jax.random.key(0)), *others
+
+
+def train(mesh, data, initial=None, **options):
+    """Returns the state after a step with each batch, and the losses; `initial` in place of a random state."""
+    init, train_step, abstract = make(mesh, **options)
+    if initial is None:
+        state = init(jax.random.key(0))
+    else:
+        state = jax.device_put(initial, jax.tree.map(lambda leaf: leaf.sharding, abstract))
     curve = []
     for batch in data:
         state, sums = train_step(state, sharding.global_batch(mesh, batch))
@@ -90,17 +105,18 @@ def train(mesh, data, **options):
 def test_eight_devices_equal_one(monkeypatch, reference, axes):
     """Ten steps of a narrow Xception in float64: losses within 1e-6, each array within 1e-7 of its largest value.
 
-    In float32, the rounding of another order of summation would be enough to flip a ReLU.
+    In float32, the rounding of another order of summation would be enough to flip a ReLU. With both axes the initial
+    state is drawn anew, and is the same too.
     """
     monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)  # a narrow network has no large arrays
     with jax.enable_x64(True):
         mesh = sharding.create_mesh(**({"data": 1} | axes))
-        _, _, abstract = build(mesh, **XCEPTION)
+        _, _, abstract = make(mesh, **XCEPTION)
         split = [leaf for leaf in jax.tree.leaves(abstract.params) if "fsdp" in str(leaf.sharding.spec)]
         assert len(split) > 20 if mesh.shape["fsdp"] > 1 else not split
-        state, curve = train(mesh, batches(10), **XCEPTION)
+        initial, expected_state, expected_curve = reference
+        state, curve = train(mesh, batches(10), None if len(axes) == 2 else initial, **XCEPTION)
 
-    expected_state, expected_curve = reference
     np.testing.assert_allclose(curve, expected_curve, rtol=1e-6)
     assert len(set(curve)) == 10
     assert state.step == 10
@@ -111,9 +127,10 @@ def test_eight_devices_equal_one(monkeypatch, reference, axes):
 
 @pytest.fixture(scope="module")
 def reference(one_device):
-    """The same ten steps on one device, with dropout, averages and momentum."""
+    """The initial state, and the same ten steps on one device, with dropout, averages and momentum."""
     with jax.enable_x64(True):
-        return train(one_device, batches(10), **XCEPTION)
+        initial = jax.device_get(build(one_device, **XCEPTION)[0])
+        return initial, *train(one_device, batches(10), initial, **XCEPTION)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -123,7 +140,7 @@ def test_every_optimizer_shards(monkeypatch, one_device, name):
     with jax.enable_x64(True):
         options = dict(model=SMALL.clone(dtype=jnp.float64), optimizer=name, rate=0.01)
         mesh = sharding.create_mesh(data=2, fsdp=4)
-        _, _, abstract = build(mesh, **options)
+        _, _, abstract = make(mesh, **options)
         kinds = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if "fsdp" in str(leaf.sharding.spec)]
         assert len(kinds) >= 3
         results = [train(m, batches(3), **options) for m in (one_device, mesh)]
@@ -165,6 +182,38 @@ def test_batch_normalization_sees_the_global_batch():
     np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * y.var((0, 1, 2)), rtol=1e-3)
     local = [y[2 * d : 2 * d + 2].var((0, 1, 2)) for d in range(8)]
     assert np.abs(np.mean(local, 0) - y.var((0, 1, 2))).max() > 1e-2  # what statistics per device would give
+
+
+HOST = """
+import sys
+import jax
+import numpy as np
+from xception_flax.host import processes
+address, number, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+processes.connect(address, 2, number)
+sys.path.append("tests")  # as pytest has it
+from tests.training.test_steps import batches, train
+from xception_flax.training import sharding
+half = slice(8 * number, 8 * number + 8)
+state, curve = train(sharding.create_mesh(), [{k: v[half] for k, v in batch.items()} for batch in batches(3)])
+if number == 0:
+    np.savez(path, *jax.tree.leaves(state), curve)
+"""
+
+
+def test_two_hosts_normalize_over_all_images(one_device, tmp_path):
+    """Three steps of two processes, each with half of the images, are those of one: losses, statistics, momentum."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    path = tmp_path / "state.npz"
+    hosts = [shell.start("-c", HOST, address, number, path, devices=1) for number in range(2)]
+    state, curve = train(one_device, batches(3))
+    results = [shell.finish(host) for host in hosts]
+    assert [code for code, _, _ in results] == [0, 0], results
+    with np.load(path) as found:
+        for a, b in zip(found.values(), [*jax.tree.leaves(state), np.array(curve)], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_one_step_is_the_gradient_of_loss_and_penalty(one_device):

@@ -233,12 +233,13 @@ def _report(subject: Subject, config: ConfigDict, paths: Paths, other: comparing
     wrong = None if said.several_labels else int((~said.correct).sum())
     console.show_table(about["source"], _rows(subject, config, results, paths, wrong, comparison))
     print(naming.to_json_line(subject.said | {"split": config.data.eval_split, **results}), flush=True)
-    title = _title(subject, config, results, said, wrong)
+    picture = None
     if paths.picture is not None:
-        pictures.draw_mistakes(*said.mistakes, title, paths.picture)
+        title = _title(subject, config, results, said, wrong)
+        picture = pictures.draw_mistakes(*said.mistakes, title, paths.picture)
     if paths.page is not None:
         with console.waiting("scores and report"):
-            writing.write(said, subject, about, results, comparison, title, paths)
+            writing.write(said, subject, about, results, comparison, picture, paths)
 
 
 def _rows(
@@ -276,12 +277,8 @@ def _rows(
     return rows | {name: naming.shown(path) for name, path in written.items() if path is not None}
 
 
-def _title(
-    subject: Subject, config: ConfigDict, results: dict[str, float], said: Predictions, wrong: int | None
-) -> str:
+def _title(subject: Subject, config: ConfigDict, results: dict[str, float], said: Predictions, wrong: int) -> str:
     """Returns what the picture of the mistakes says above them."""
-    if wrong is None:
-        return ""
     drawn, right = len(said.mistakes.images), (results["count"] - wrong) / results["count"]
     return (
         f"{wrong:,} of {results['count']:,} wrong ({console.percent(right)} right)"

@@ -1,11 +1,9 @@
 """An evaluation from its first batch to its files."""
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xception_flax.display import pictures
 from xception_flax.host import files
 from xception_flax.inference.subject import Subject
 from xception_flax.reports import figures, page, predictions, record, scores
@@ -47,7 +45,7 @@ def write(
     about: Mapping[str, Any],
     results: Mapping[str, float],
     comparison: Comparison | None,
-    title: str,
+    picture: bytes | None,
     paths: Paths,
 ) -> None:
     """Computes the scores and writes record, predictions and page, each whole or not at all.
@@ -58,7 +56,7 @@ def write(
       about: from `record.describe`, with the fingerprint of the data.
       results: from `evaluate`.
       comparison: with another network, if there is one.
-      title: of the picture of the mistakes in the page.
+      picture: PNG of the mistakes, for the page; None with several labels an image.
       paths: of the files.
 
     Raises:
@@ -72,7 +70,6 @@ def write(
     drawn = {"curves": figures.curves(found, said), "reliability": figures.reliability(found)}
     if found.confusion is not None:
         drawn["confusion"] = figures.confusion(found, names)
-    if said.mistakes.images:
-        pictures.draw_mistakes(*said.mistakes, title, content := io.BytesIO())
-        drawn["mistakes"] = content.getvalue()
+    if picture is not None and said.mistakes.images:
+        drawn["mistakes"] = picture
     files.write_whole(paths.page, [page.page(found, names, about, results, drawn, comparison).encode()])
