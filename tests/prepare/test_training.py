@@ -23,7 +23,6 @@ SMALL = [
     "--config.model.width=0.02",
     "--config.model.middle_repeats=0",
     "--config.model.dtype=float32",
-    "--config.data.image_size=149",
     "--config.batch_size=8",
     "--config.epochs=1",
     "--config.log_every_steps=1",
