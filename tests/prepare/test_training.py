@@ -37,7 +37,7 @@ def start(workdir: Path, data_dir: Path, *arguments: str) -> subprocess.Popen:
 
 
 def test_an_epoch_of_the_papers_recipe(data_dir, tmp_path, capsys):
-    """At half the size, on eight devices: a copy of the workdir in mid-epoch is resumed with two worker processes.
+    """At 299 pixels, on eight devices: a copy of the workdir in mid-epoch is resumed with two worker processes.
 
     It ends bit for bit as the run that went on, and the evaluation counts each of the 11 images once.
     """
