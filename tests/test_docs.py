@@ -31,7 +31,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md",
     *(f"docs/{page}.md" for page in ("networks", "recipes", "data", "fine-tuning", "weights", "explaining", "export")),
-    *(f"docs/{page}.md" for page in ("imagenet", "measuring", "runs", "pods", "proof", "paper", "design")),
+    *(
+        f"docs/{page}.md"
+        for page in ("imagenet", "measuring", "runs", "pods", "proof", "paper", "design", "comparison")
+    ),
     "benchmarks/README.md",
     "CONTRIBUTING.md",
 ]
