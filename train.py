@@ -12,8 +12,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
     libraries.check_libraries()
 
+import argparse
 import contextlib
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +31,7 @@ from xception_flax.commands import cli
 from xception_flax.data import sampling
 from xception_flax.data.batch import Batch
 from xception_flax.display import console
-from xception_flax.host import allocator, processes
+from xception_flax.host import allocator, processes, restarting
 from xception_flax.host.watchdog import Watchdog
 from xception_flax.models import costs
 from xception_flax.recipes import groups, reading
@@ -83,11 +85,28 @@ def main(argv: list[str]) -> int:
     parser = cli.parser("train.py", __doc__, EXAMPLES)
     cli.add_recipe(parser)
     parser.add_argument("--workdir", required=True, type=cli.directory, help="folder of the run; may be new")
+    parser.add_argument(
+        "--restarts",
+        type=cli.positive,
+        metavar="N",
+        help="start it again if it is killed or fails by what may pass, up to N times without a new checkpoint",
+    )
     arguments, overrides = parser.parse_known_args(argv)
+    if arguments.restarts:
+        return restarting.run(
+            once(argv), arguments.restarts, lambda: checkpoint.newest_step(arguments.workdir / CHECKPOINTS)
+        )
     config = reading.load(arguments.config, overrides)
     cli.start(arguments)
     with cli.out_of_memory(OUT_OF_MEMORY):
         return train(config, arguments.workdir)
+
+
+def once(argv: list[str]) -> list[str]:
+    """Returns this command without `--restarts`."""
+    restarts = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    restarts.add_argument("--restarts")
+    return [sys.executable, __file__, *restarts.parse_known_args(argv)[1]]
 
 
 def train(config: ConfigDict, workdir: Path) -> int:

@@ -293,6 +293,22 @@ def test_ctrl_c_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert "Traceback" not in err
 
 
+def test_a_killed_run_is_started_again_on_request(whole, tmp_path):
+    """SIGKILL, after a checkpoint: it ends bit for bit as the run that was left alone."""
+    process = start(tmp_path, "--restarts", "1")
+    children_of_it = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until(lambda: has_checkpoints(tmp_path) and records(tmp_path)[-1]["step"] >= 45, process)
+    os.kill(int(children_of_it.read_text()), signal.SIGKILL)
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert "finished" in out
+    assert "train.py: it ended with SIGKILL; start 1 of 1 without a new checkpoint, in 2 s" in err
+    assert "going on from the checkpoint of step" in err
+    expected = arrays(whole, 157)
+    for path, value in arrays(tmp_path, 157).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
 SELDOM = ["--config.eval_every_epochs=2", "--config.checkpoint_every_epochs=2"]
 
 

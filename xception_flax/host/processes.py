@@ -38,6 +38,7 @@ LOOK_SECONDS = 2  # between two signs of life, and between two looks at those of
 STILL_SECONDS = 10  # after an error here, another process without a sign of life for so long counts as dead
 SILENT_SECONDS = 75  # otherwise it does after so long; JAX itself takes 100, and prints a stack trace
 FAREWELL_SECONDS = 15  # a process that ends waits so long for the others to hear of it
+TRY_AGAIN = 75  # exit code where the same command may go on: sysexits.h calls it a temporary failure
 SHARED_SECONDS = 30  # NFS may take so long to show a new file to all hosts
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "simplejpeg", "pillow")
@@ -274,7 +275,7 @@ def end(code: int, message: str, error: BaseException | None = None) -> None:
     if error is not None:  # JAX adds notes, which come after the error itself
         reason = traceback.format_exception_only(error)[0].strip()
     if error is not None and _word() is None and (dead := _standing_still()):
-        code, reason = 2, _died(dead, STILL_SECONDS)
+        code, reason = TRY_AGAIN, _died(dead, STILL_SECONDS)
         message = f"error: {reason}"
     _tell(code, reason)
     word = _word()
@@ -347,9 +348,9 @@ class _Watch:
                 _client().key_value_set(f"{_SIGN}/{me}", str(number), allow_overwrite=True)
                 if me == 0 and (silent := signs.silent(dict(_client().key_value_dir_get(_SIGN)), time.monotonic())):
                     _ending.acquire()
-                    _tell(2, _died(silent, SILENT_SECONDS))
+                    _tell(TRY_AGAIN, _died(silent, SILENT_SECONDS))
                     _say(f"error: {_died(silent, SILENT_SECONDS)}")
-                    _leave(2, dead=len(silent))
+                    _leave(TRY_AGAIN, dead=len(silent))
                 word = _word()
             except Exception:  # the coordinator cannot be reached; JAX ends the process if that lasts
                 word = None

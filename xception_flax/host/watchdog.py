@@ -11,7 +11,6 @@ from pathlib import Path
 from xception_flax.host import processes
 
 LOOKS = 20  # in the time that is allowed
-ENDED = 75  # exit code: sysexits.h calls it a temporary failure, after which one may try again
 
 
 class Watchdog:
@@ -27,8 +26,8 @@ class Watchdog:
         Args:
           minutes: without a sign.
           path: of the file; later reports are appended.
-          stop: whether to end the process then, with exit code `ENDED`; of several processes it ends all. Files on the
-            disk are whole at every moment.
+          stop: whether to end the process then, with exit code `processes.TRY_AGAIN`; of several processes it ends all.
+            Files on the disk are whole at every moment.
         """
         self._seconds, self._path, self._stop = 60 * minutes, path, stop
         self._sign = ("the beginning", time.monotonic())
@@ -62,9 +61,9 @@ class Watchdog:
                 _say(f"WARNING: {sentence}. It goes on if that comes; watchdog_action=stop would end it.")
                 continue
             message = f"error: {sentence}. The same command goes on from the last checkpoint."
-            processes.end(ENDED, message)
+            processes.end(processes.TRY_AGAIN, message)
             _say(message)
-            os._exit(ENDED)
+            os._exit(processes.TRY_AGAIN)
 
     def _write(self, waiting_for: str) -> str:
         """Writes the stacks; returns a sentence about it."""

@@ -269,7 +269,16 @@ def has_steps(folder: Path) -> bool:
     Raises:
       UserError: the folder cannot be read.
     """
-    return any(_steps(folder))
+    return newest_step(folder) > 0
+
+
+def newest_step(folder: Path) -> int:
+    """Returns the step of the newest checkpoint in `folder`, 0 if there is none. It opens and creates nothing.
+
+    Raises:
+      UserError: the folder cannot be read.
+    """
+    return max(_steps(folder), default=0)
 
 
 def _steps(folder: Path) -> list[int]:
