@@ -266,12 +266,12 @@ def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
 
 
 def test_a_signal_to_the_group_while_workers_start(tmp_path):
-    """Workers can ignore it only after Python's imports. The first step ends, and is saved."""
+    """Slurm's notice. Workers can ignore it only after Python's imports. The first step ends, and is saved."""
     process = start(tmp_path, *WORKERS)
     wait_until(lambda: children(process.pid), process)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGUSR1)
     code, _, err = finish(process)
-    assert code == 128 + signal.SIGTERM, err
+    assert code == 128 + signal.SIGUSR1, err
     assert "stopped at step 1, checkpoint written; the same command goes on from there" in err
     assert "Traceback" not in err
 

@@ -28,7 +28,7 @@ from xception_flax.data.sampling import Balanced
 from xception_flax.data.sources.folder import Files
 from xception_flax.data.sources.source import Example, InputError, Source
 from xception_flax.data.transforms import Transform
-from xception_flax.host import allocator
+from xception_flax.host import allocator, signals
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
@@ -43,8 +43,6 @@ THREADS_PER_PROCESS = 8
 
 # What `Split.check_max_value` looks at: images spread over the split and, in a folder, one image each of some classes.
 IMAGES_LOOKED_AT, CLASSES_LOOKED_AT = 32, 900
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a terminal or a batch system sends these to a whole process group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,7 +434,7 @@ def _signals_held() -> Iterator[None]:
         yield
         return
     _start_tracker()  # before the mask is set: Python would unblock the signals when it starts the tracker
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.REQUESTS)
     try:
         yield
     finally:
@@ -479,10 +477,10 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
     Otherwise a signal to the whole process group would end the workers before the trainer can save, and workers of a
     killed trainer would live on for ever.
     """
-    for number in _SIGNALS:
+    for number in signals.REQUESTS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.REQUESTS)
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

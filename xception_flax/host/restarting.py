@@ -8,10 +8,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+from xception_flax.host import signals
 from xception_flax.host.processes import TRY_AGAIN
 from xception_flax.text.counting import counted
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 120.0  # seconds before a start; each is twice as long as the one before
+
+PASSED_ON = (*signals.REQUESTS, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 def run(command: Sequence[str], restarts: int, progress: Callable[[], int]) -> int:
@@ -19,7 +22,7 @@ def run(command: Sequence[str], restarts: int, progress: Callable[[], int]) -> i
 
     It is started again after a signal that nobody sends to stop it (SIGKILL, SIGSEGV, SIGABRT), an exception (code 1)
     and `TRY_AGAIN`; not after a user's mistake or a full disk (code 2), and not once this process was told to stop.
-    SIGTERM and Ctrl-C are passed on to it.
+    Signals that ask it to stop are passed on to it.
 
     Args:
       command: program and arguments.
@@ -51,7 +54,7 @@ def run(command: Sequence[str], restarts: int, progress: Callable[[], int]) -> i
 
 def may_pass(code: int) -> bool:
     """Whether the same command may succeed where it ended with this code, negative for a signal."""
-    return code in (1, TRY_AGAIN) or (code < 0 and -code not in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+    return code in (1, TRY_AGAIN) or (code < 0 and -code not in PASSED_ON)
 
 
 class _Told:
@@ -79,7 +82,7 @@ class _Told:
 def _passed_on() -> Iterator[_Told]:
     """Passes signals on to the process that is waited for, which is in a session of its own and gets each once."""
     told = _Told()
-    before = {number: signal.signal(number, told.handle) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    before = {number: signal.signal(number, told.handle) for number in PASSED_ON}
     try:
         yield told
     finally:

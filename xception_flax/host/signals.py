@@ -11,6 +11,10 @@ from typing import NoReturn
 # signal twice, but one is meant. A second signal within this time is ignored.
 ECHO_SECONDS = 0.1
 
+# What asks a run to save and stop: a terminal, a batch system or a person, and Slurm's notice (`--signal=USR1@120`). A
+# batch system sends them to a whole process group.
+REQUESTS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+
 
 def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
     """Handles a signal by ending the process at once, with code 128 + N and no traceback.
@@ -24,16 +28,16 @@ def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
 
 
 class StopRequest:
-    """A context manager that records whether SIGTERM or Ctrl-C has asked to stop, in `signal`.
+    """A context manager that records in `signal` which of `REQUESTS` has asked to stop.
 
     After the first signal the caller can finish its step and save a checkpoint; the second ends the process at once.
     With several processes JAX handles SIGTERM itself, in C++, and makes all hosts stop at the same step. There the
-    first Ctrl-C is passed on to JAX as SIGTERM, and the second ends the process.
+    first of the others is passed on to JAX as SIGTERM, and the second ends the process.
     """
 
     def __init__(self, *, several_processes: bool = False) -> None:
         self.signal: int | None = None
-        self._numbers = (signal.SIGINT,) if several_processes else (signal.SIGTERM, signal.SIGINT)
+        self._numbers = tuple(n for n in REQUESTS if not several_processes or n != signal.SIGTERM)
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
