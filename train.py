@@ -15,8 +15,9 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import itertools
+import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ OUT_OF_MEMORY = (
 )
 
 NOT_FINITE = "a loss, a gradient or weights that are not finite"
+MAX_SKIPPED_IN_A_ROW = 100  # steps, with step.on_nonfinite=skip: more do not pass by themselves
 
 # How many steps the host runs ahead of the devices: enough to keep them busy, and so few that collectives on CPU
 # devices never run out of threads.
@@ -142,6 +144,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         processes.check_shared(workdir)
         stop_where_still = config.watchdog_action == "stop"
         watchdog = stack.enter_context(Watchdog(config.watchdog_minutes, stacks(workdir), stop=stop_where_still))
+        watchdog.sign("the checkpoints to be opened")
         best_metric = metrics.METRICS[config.metrics.name].best
         manager = stack.enter_context(
             checkpoint.open_manager(
@@ -161,7 +164,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
         # The step is compiled while the state is created or read.
         background = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         compiling = background.submit(program.train_step.lower(program.abstract_state, abstract_batch).compile)
-        train_state, note = begin_or_resume(config, program, mesh, manager, train_data, start_step, pretrained)
+        watchdog.sign("the initial state" if pretrained else f"the checkpoint of step {start_step:,} to be read")
+        train_state, note = begin_or_resume(
+            config, program, mesh, manager, train_data, start_step, pretrained, watchdog
+        )
         del pretrained  # the state has copies of its arrays
         report = stack.enter_context(open_report(config, workdir, program, mesh, train_data, start_step))
         for line in filter(None, [describe(config, workdir, program, mesh), *manager.warnings, *notes, note]):
@@ -179,7 +185,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 watchdog.sign(f"the batch of step {step:,}")
                 with report.input_wait():
                     batch = next(batches)
-                watchdog.sign(f"step {step:,}")
+                watchdog.sign(f"step {step:,}" + (", which is being compiled" if step == start_step + 1 else ""))
                 train_state, sums = compiling.result()(train_state, sharding.global_batch(mesh, batch))
                 totals.add(sums)
             report.advance(step)
@@ -193,7 +199,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
             recording = last or stopping or step % config.log_every_steps == 0
             evaluating = last or length.ends_interval(step, config.eval_every_epochs)
             saving = last or stopping or length.ends_interval(step, config.checkpoint_every_epochs)
-            saving = saving or (recording and save_clock.is_due())
+            giving_up = totals.skipped_in_a_row() >= MAX_SKIPPED_IN_A_ROW if recording else False
+            saving = saving or giving_up or (recording and save_clock.is_due())
             if recording or evaluating or saving:
                 metrics.check_finite(sums, step)
                 checkpoint.check_saves(manager)
@@ -203,10 +210,11 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 means = totals.means() | {"learning_rate": float(program.learning_rate(step - 1))}
                 if train_data.masked:
                     means["bad_images"] = count_masked(totals, config.batch_size)
+                if skipped := round(totals.total("skipped_steps")):
+                    means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+                    report.say(describe_skipped(skipped, step))
                 if "skipped_steps" in means:
-                    means["skipped_steps"] = count_skipped(totals, means, step)
-                    if means["skipped_steps"]:
-                        report.say(describe_skipped(means["skipped_steps"], step))
+                    means["skipped_steps"] = skipped
                 report.train(step, means)
                 totals.clear()
             results = None
@@ -227,6 +235,13 @@ def train(config: ConfigDict, workdir: Path) -> int:
                     checkpoint.save(manager, train_state, meta, results)
                     save_clock.saved()
                 report.checkpoint(step)
+            if giving_up:
+                checkpoint.check_saves(manager, wait=True)
+                raise UserError(
+                    f"{totals.skipped_in_a_row():,} steps in a row up to step {step:,} gave {NOT_FINITE}, and were "
+                    "skipped; the state from before them is saved. Lower optimizer.learning_rate or clip gradients "
+                    "(optimizer.clip_norm), in a new workdir."
+                )
             if last or stopping:
                 break
 
@@ -385,6 +400,7 @@ def begin_or_resume(
     train_data: data.Split,
     start_step: int,
     pretrained: initial.Initial | None,
+    watchdog: Watchdog,
 ) -> tuple[TrainState, str]:
     """Returns the state of step `start_step`, and a line about its origin; '' for random weights."""
     if start_step:
@@ -393,15 +409,24 @@ def begin_or_resume(
     train_state = program.init(jax.random.key(config.seed), pretrained.arrays)
     note = str(pretrained) if config.init.weights != "random" else ""
     if config.init.bn_batches:
-        train_state = recalibrated(config, program, mesh, train_data, train_state)
+        train_state = recalibrated(config, program, mesh, train_data, train_state, watchdog)
         note += f"{'; ' if note else ''}statistics of {counted(config.init.bn_batches, 'batch')} (init.bn_batches)"
     return train_state, note
 
 
 def recalibrated(
-    config: ConfigDict, program: Program, mesh: Mesh, train_data: data.Split, train_state: TrainState
+    config: ConfigDict,
+    program: Program,
+    mesh: Mesh,
+    train_data: data.Split,
+    train_state: TrainState,
+    watchdog: Watchdog,
 ) -> TrainState:
-    """Returns the state with statistics of batch normalization of the first training batches; see `recalibration`."""
+    """Returns the state with statistics of batch normalization of the first training batches; see `recalibration`.
+
+    Raises:
+      UserError: each of the batches has a bad image, which is black and would count.
+    """
     statistics_step, count = make_statistics(config, program.model, mesh), config.init.bn_batches
     with contextlib.ExitStack() as stack:
         advance = None
@@ -411,8 +436,10 @@ def recalibrated(
         batches = stack.enter_context(contextlib.closing(train_data.batches()))
 
         def on_devices() -> Iterator[Batch[jax.Array]]:
-            for batch in itertools.islice(batches, count):
-                yield sharding.global_batch(mesh, batch)
+            for number, batch in enumerate(itertools.islice(batches, count), 1):
+                watchdog.sign(f"batch {number:,} of {count:,} for statistics of batch normalization")
+                if processes.all_say(bool(np.all(batch.get("mask", 1)))):
+                    yield sharding.global_batch(mesh, batch)
                 if advance is not None:
                     advance(config.batch_size)
 
@@ -452,23 +479,6 @@ def count_masked(totals: metrics.Accumulator, batch_size: int) -> int:
     """Returns how many images of the steps in `totals` were left out."""
     steps = totals.count("gradient_norm")  # one for each step
     return round(steps * batch_size - totals.count("loss"))
-
-
-def count_skipped(totals: metrics.Accumulator, means: Mapping[str, float], step: int) -> int:
-    """Returns how many of the steps in `totals`, up to `step`, were skipped.
-
-    Raises:
-      UserError: all of them.
-    """
-    steps = round(totals.count("skipped_steps"))
-    skipped = round(steps * means["skipped_steps"])
-    if skipped == steps:
-        raise UserError(
-            f"the last {counted(steps, 'step')} up to step {step:,} gave {NOT_FINITE}, and were skipped; checkpoints "
-            "from before are kept. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new "
-            "workdir."
-        )
-    return skipped
 
 
 def describe_skipped(skipped: int, step: int) -> str:

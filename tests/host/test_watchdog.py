@@ -30,7 +30,7 @@ def test_it_ends_a_process_that_stands_still(tmp_path):
     assert (result.returncode, result.stdout) == (75, "")
     assert result.stderr == (
         "error: the run has stood still for 0.3 seconds, waiting for the batch of step 7; the stack of every thread is "
-        f"in {file}. The same command goes on from the last checkpoint.\n"
+        f"in {file}. The same command goes on from the last checkpoint, if there is one.\n"
     )
     text = file.read_text()
     assert re.match(

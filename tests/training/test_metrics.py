@@ -137,3 +137,15 @@ def test_mean_of_nothing_is_nan():
     totals = metrics.Accumulator()
     totals.add({"map": metrics.Sum(0.0, 0.0)})
     assert np.isnan(totals.means()["map"])
+
+
+def test_skipped_steps_in_a_row_are_counted():
+    """Over records, which begin the sums anew, and only up to the newest step that was not skipped."""
+    totals = metrics.Accumulator()
+    for total in (1, 1, 0, 1):
+        totals.add({"skipped_steps": metrics.Sum(total, 1)})
+    assert (totals.total("skipped_steps"), totals.skipped_in_a_row()) == (3, 1)
+    totals.clear()
+    assert (totals.total("skipped_steps"), totals.skipped_in_a_row()) == (0, 1)
+    totals.add({"skipped_steps": metrics.Sum(1, 1)})
+    assert totals.skipped_in_a_row() == 2

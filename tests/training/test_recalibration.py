@@ -161,3 +161,10 @@ class Kept:
         state, note = self.function(*given)
         self.statistics = flatten_dict(jax.device_get(state.batch_stats))
         return state, note
+
+
+def test_without_a_whole_batch_there_are_no_statistics(one_device):
+    """A batch with a bad image is left out by the caller."""
+    state, _ = recalibrated(one_device)
+    with pytest.raises(UserError, match=r"^init\.bn_batches: each of the batches has a bad image; look at the data\.$"):
+        recalibrate(state, None, [])

@@ -253,6 +253,11 @@ def per_host() -> int:
     return int(np.sum(multihost_utils.process_allgather(host) == host))
 
 
+def all_say(value: bool) -> bool:
+    """Returns whether the value is true on every process. All processes must call it."""
+    return value if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.bool_(value))))
+
+
 # Ending --------------------------------------------------------------------------------------------
 
 

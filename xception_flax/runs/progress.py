@@ -177,7 +177,8 @@ class RunProgress:
         self._step = step
         if not self._enabled:
             return
-        record, shown = {f"train/{k}": v for k, v in metrics.items()}, f"loss {metrics['loss']:.4f}"
+        record = {f"train/{k}": v for k, v in metrics.items()}
+        shown = f"loss {metrics['loss']:.4f}" if "loss" in metrics else "no loss"  # where all steps were skipped
         if self._first_step_seconds is not None:
             record["train/first_step_seconds"], self._first_step_seconds = self._first_step_seconds, None
         if steps:  # the first step alone has none of these: it was compilation

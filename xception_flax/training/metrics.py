@@ -204,6 +204,7 @@ class Accumulator:
         self._max_pending = max_pending
         self.pending: collections.deque[Mapping[str, Sum]] = collections.deque()
         self._sums: dict[str, Sum] = {}
+        self._skipped_in_a_row = 0
 
     def add(self, sums: Mapping[str, Sum]) -> None:
         """Adds the sums of a batch."""
@@ -214,6 +215,16 @@ class Accumulator:
         """Returns the count that the total of metric `name` is divided by."""
         self._wait()
         return self._sums[name].count
+
+    def total(self, name: str) -> float:
+        """Returns the total of metric `name`; 0 if there is none of that name."""
+        self._wait()
+        return self._sums[name].total if name in self._sums else 0.0
+
+    def skipped_in_a_row(self) -> int:
+        """Returns how many steps up to the newest were skipped one after the other; `clear` does not begin anew."""
+        self._wait()
+        return self._skipped_in_a_row
 
     def means(self) -> dict[str, float]:
         """Returns the mean of each metric; NaN if its count is 0."""
@@ -230,6 +241,8 @@ class Accumulator:
             for name, (total, count) in jax.device_get(dict(self.pending.popleft())).items():
                 old = self._sums.get(name, Sum(0.0, 0.0))
                 self._sums[name] = Sum(old.total + float(total), old.count + float(count))
+                if name == "skipped_steps":
+                    self._skipped_in_a_row = self._skipped_in_a_row + 1 if total else 0
 
 
 def check_finite(sums: Mapping[str, Sum], step: int) -> None:

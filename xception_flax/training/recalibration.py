@@ -31,7 +31,8 @@ def make_statistics_step(
     """Returns the compiled `statistics_step(variables, batch) -> batch_stats`: mean and variance of this batch alone.
 
     They are of the global batch, whatever the number of devices. Images are normalized by their batch, as in training;
-    nothing is dropped out, and no gradient is computed. Images whose `mask` is 0 are black, and count.
+    nothing is dropped out, and no gradient is computed. Images whose `mask` is 0 are black, and would count: leave such
+    batches out.
 
     Args:
       model: a network with the fields `bn_frozen` and `bn_decay`.
@@ -64,10 +65,10 @@ def recalibrate(
     Args:
       state: of a run that has not begun.
       statistics_step: from `make_statistics_step`.
-      batches: at least one, of equal size.
+      batches: of equal size.
 
     Raises:
-      UserError: a statistic is not finite.
+      UserError: there is none, or a statistic is not finite.
     """
     count, sums = 0, {}
     for batch in batches:
@@ -79,6 +80,8 @@ def recalibrate(
                 square = (*place[:-1], "square")
                 sums[square] = sums.get(square, 0) + value**2
         count += 1
+    if not count:
+        raise UserError("init.bn_batches: each of the batches has a bad image; look at the data.")
     means = {place: total / count for place, total in sums.items()}
     for place in [place for place in means if place[-1] == "mean"]:
         spread = means.pop((*place[:-1], "square")) - means[place] ** 2

@@ -112,7 +112,7 @@ def make_train_step(
       on_nonfinite: what happens to a step whose loss, gradient or new weights are NaN or infinite: 'stop' ends the run
         at the next record, before anything is saved; 'skip' leaves weights, statistics, averages and moments as they
         were, and counts the step in `skipped_steps`. Counters go on: the next batch comes, and the schedule. A run ends
-        when all steps between two records were skipped.
+        after 100 of them in a row. It takes the memory of one more state.
       seed: of dropout and mixing.
       mix: from `mixing.make_mixing`; mixes the whole batch before it is split into parts. The loss takes the soft
         labels, and the metrics take the label with the larger share.
