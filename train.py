@@ -122,6 +122,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     """
     # Prepare. Mistakes show here, before anything is written.
     check_workdir(workdir, config)
+    checkpoint.check_options(**config.checkpoint)
     processes.agree("recipe", lambda: alike(config) | processes.software())
     first_host, begun = jax.process_index() == 0, has_checkpoints(workdir)
     mesh = sharding.create_mesh(**config.mesh)

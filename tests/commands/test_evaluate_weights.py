@@ -334,6 +334,7 @@ def test_classes_are_matched():
     ("arguments", "message"),
     [
         ([], r"there is no SOURCE; expected a workdir of a run, file or folder of weights"),
+        (["runs/none"], r"runs/none is neither a file nor a folder; expected"),
         (["{named}"], r"there are no data; give a folder of images \(CLASS/\*\.jpg\) behind the network, or"),
         (["{named}", "/nowhere/photos"], r"data\.data_dir: /nowhere/photos is no directory"),
         (

@@ -27,7 +27,7 @@ from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.training.metrics import METRICS, SHARES
 from xception_flax.weights.pretrained import IMAGE_SIZE
-from xception_flax.weights.source import is_workdir
+from xception_flax.weights.source import check_there, is_workdir
 
 EXAMPLES = """\
   xception-flax evaluate runs/digits --split test --weights raw --checkpoint best
@@ -48,6 +48,8 @@ def main(argv: list[str]) -> int:
     if arguments.split is not None:
         changes.append(f"--config.data.eval_split={arguments.split!r}")
     is_run = arguments.workdir is not None or is_workdir(source)
+    if not is_run:
+        check_there(source)
     config = _recipe(Path(source), arguments, changes) if is_run else _settings(changes)
     split = _split_name(arguments, config)
     other = comparing.open_other(arguments.compare, split) if arguments.compare is not None else None

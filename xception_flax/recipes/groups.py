@@ -62,7 +62,7 @@ class Loop:
             raise UserError(f"recipe key 'seed' must be in [0, 2**32), got {written(self.seed)}.")
         if self.watchdog_action not in WATCHDOG_ACTIONS:
             raise UserError(
-                f"unknown recipe key 'watchdog_action' {written(self.watchdog_action)}; "
+                f"unknown watchdog_action {written(self.watchdog_action)}; "
                 f"{suggest(self.watchdog_action, WATCHDOG_ACTIONS)}"
             )
         profiled_steps(self.profile)

@@ -224,10 +224,7 @@ def open_manager(
     Raises:
       UserError: the folder cannot be read or created, a checkpoint's metrics are damaged, or no checkpoint is whole.
     """
-    check_range("checkpoint.keep_latest", keep_latest, 1)
-    check_range("checkpoint.keep_best", keep_best, 0)
-    if on_damaged not in ON_DAMAGED:
-        raise UserError(f"unknown checkpoint.on_damaged {written(on_damaged)}; {suggest(on_damaged, ON_DAMAGED)}")
+    check_options(keep_latest, keep_best, on_damaged)
 
     def score(metrics: dict[str, float]) -> float:
         value = metrics[best_metric]
@@ -261,6 +258,14 @@ def open_manager(
             manager.close()
             raise _damaged(manager, step, UserError(wrong))
     return manager
+
+
+def check_options(keep_latest: int, keep_best: int, on_damaged: str) -> None:
+    """Raises UserError if a value for `open_manager` is out of its range. It opens nothing."""
+    check_range("checkpoint.keep_latest", keep_latest, 1)
+    check_range("checkpoint.keep_best", keep_best, 0)
+    if on_damaged not in ON_DAMAGED:
+        raise UserError(f"unknown checkpoint.on_damaged {written(on_damaged)}; {suggest(on_damaged, ON_DAMAGED)}")
 
 
 def has_steps(folder: Path) -> bool:

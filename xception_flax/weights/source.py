@@ -75,6 +75,12 @@ def is_workdir(source: str) -> bool:
     return False
 
 
+def check_there(source: str) -> None:
+    """Raises UserError if a source is a path where there is nothing. It fetches nothing."""
+    if not fetching.is_remote(source):
+        _located(source)
+
+
 def _located(source: str) -> Path:
     """Returns the file or folder that a source stands for, fetched where it is elsewhere."""
     if fetching.is_remote(source):

@@ -357,6 +357,7 @@ MISTAKES = {
     "no label": ("image,label\n001.png,\n002.png,a\n003.png, \n", r"row 2 has nothing in column 'label', and so have"),
     "no name": ("image,label\n001.png,a\n,b\n", r"row 3 has nothing in column 'image'\. Fill it in, or remove"),
     "no rows": ("image,label\n", r"has no rows; expected one for each image"),
+    "no end of the first line": ("image,label", r"has no rows; expected one for each image"),
     "nothing": ("", r"is empty; expected the names of the columns in its first line"),
     "no names": ("001.png,cat\n002.png,dog\n", r"no column called image, path.*data\.image_column.*: 001\.png, cat"),
     "no labels": ("image,breed,age\n001.png,pug,3\n", r"no column called label.*label_column.*: image, breed, age"),

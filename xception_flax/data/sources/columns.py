@@ -162,6 +162,7 @@ def _open_csv(path: str) -> TableFile:
     import pyarrow as pa
 
     content = _read_text(path).lstrip(b"\r\n")
+    content += b"\n" if content and not content.endswith(b"\n") else b""  # Arrow wants an end of the line of names
     text = content[:BLOCK].decode("utf-8", "ignore")
     first_line = next((line for line in text.splitlines() if line.strip()), "")
     outside = re.sub(r'"[^"]*"?', "", first_line)
