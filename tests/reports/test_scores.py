@@ -146,6 +146,21 @@ def test_one_class_only_has_no_ranking():
     assert found.classes.average_precision[1, 0] == 1
 
 
+def test_images_that_are_all_right_have_intervals_of_shares_alone():
+    """Wilson's of 12 of 12 begins at 12 / (12 + 1.96^2), by hand. The bootstrap does not know how sure the rest is."""
+    labels = np.arange(12) % 4
+    found = scores.compute(predicted.of(labels, 0.6 * np.eye(4)[labels] + 0.1), 1.0)
+    assert found.overall["top1"] == pytest.approx((1, 12 / (12 + 1.959964**2), 1))
+    rest = set(found.overall) - {"top1", "top5"}
+    assert {"balanced_accuracy", "macro_f1", "macro_roc_auc", "mean_average_precision", "brier"} <= rest
+    for name in rest:
+        assert not math.isnan(found.overall[name].value)
+        assert np.isnan(found.overall[name][1:]).all()
+    for values in (found.classes.f1, found.classes.auc, found.classes.average_precision):
+        np.testing.assert_array_equal(values, [[1, math.nan, math.nan]] * 4)
+    assert np.isfinite(found.classes.recall).all()
+
+
 def test_several_labels_an_image(rng):
     p = predicted.several(rng, 300, 5)
     said = p.probabilities >= 0.5

@@ -38,6 +38,9 @@ UNDEFINED = {  # why a score of a class is not a number; the first that fits
     "average_precision": ("no images",),
 }
 
+NO_INTERVAL = "no interval: the score is the same in every resample"
+NO_INTERVAL_OF = {"expected_calibration_error": "no interval: the score is biased upwards, in a resample more so"}
+
 DEFINITIONS = {
     "precision, recall, f1": "scikit-learn's precision_recall_fscore_support",
     "roc_auc, average_precision": "as scikit-learn's roc_auc_score and average_precision_score, one class against all",
@@ -139,11 +142,15 @@ def record(
         "not_finite": scores.not_finite,
         "loss": _number(results["loss"]),
         **({"map": _number(results["map"])} if "map" in results else {}),
-        "scores": {name: _score(score, "no class has it defined") for name, score in scores.overall.items()},
+        "scores": {
+            name: _score(score, "no class has it defined", NO_INTERVAL_OF.get(name, NO_INTERVAL))
+            for name, score in scores.overall.items()
+        },
         "intervals": {
             "confidence": intervals.CONFIDENCE,
             "shares of images, precision, recall": "Wilson's score interval",
-            "others": "1.96 standard errors of a bootstrap over images, cut at the ends of the scale",
+            "others": "1.96 standard errors of a bootstrap over images, cut at the ends of the scale; too "
+            "narrow for few images",
             "resamples": scores.resamples,
             "seed": intervals.SEED,
         },
@@ -209,12 +216,12 @@ def _confusion(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _score(score: Sequence[float], why: str) -> dict[str, Any]:
-    """Returns value and interval; null and the reason where there is no value."""
+def _score(score: Sequence[float], why: str, no_interval: str = NO_INTERVAL) -> dict[str, Any]:
+    """Returns value and interval; null and the reason where there is no value, or no interval."""
     value, low, high = map(_number, score)
     if value is None:
         return {"value": None, "why": why}
-    return {"value": value} | ({} if low is None else {"low": low, "high": high})
+    return {"value": value, "low": low, "high": high} | ({"why": no_interval} if low is None else {})
 
 
 def _number(value: float) -> float | None:

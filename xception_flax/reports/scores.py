@@ -20,7 +20,7 @@ BLOCK = 64  # classes whose probabilities are copied at a time, so that those of
 
 
 class Score(NamedTuple):
-    """A number and its 95 % interval; NaN where it is not defined, or has none."""
+    """A number and its 95 % interval; NaN where it is not defined, or has none (`intervals.around`)."""
 
     value: float
     low: float = float("nan")
