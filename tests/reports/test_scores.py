@@ -1,13 +1,14 @@
 """Scores against scikit-learn and numbers by hand."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 from sklearn import metrics
 
 from tests.reports import predicted
-from xception_flax.reports import intervals, ranking, scores
+from xception_flax.reports import intervals, predictions, ranking, scores
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -127,6 +128,21 @@ def test_not_finite_is_wrong_and_has_no_probability(rng):
     nothing = scores.compute(p._replace(probabilities=np.full_like(probabilities, np.nan)))
     assert nothing.overall["top1"].value == 0
     assert math.isnan(nothing.overall["macro_roc_auc"].value)
+
+
+@pytest.mark.parametrize("kind", [predicted.single, predicted.several])
+def test_squared_errors_by_blocks_are_the_same_in_little_memory(kind, rng, monkeypatch):
+    p = kind(rng, 2000, 1000)
+    p.probabilities[5] = np.nan
+    truth = p.labels if p.several_labels else np.eye(1000)[p.labels]
+    expected = ((p.probabilities.astype(np.float64) - truth) ** 2).sum(-1)[p.finite]
+    monkeypatch.setattr(predictions, "BLOCK", 30_000)
+    tracemalloc.start()
+    found = scores._squared_errors(p)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert peak < p.probabilities.nbytes / 2
 
 
 def test_two_classes_have_one_roc_curve(rng):

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from xception_flax.training import sharding
 MAX_MISTAKES = 40  # images that are kept, of those that the network gets wrong
 
 ALL_CLASSES, TOP = 1000, 100  # with more classes, a row of the file has only the `TOP` most likely
+
+BLOCK = 1_000_000  # probabilities of which something is computed at a time, a bound on memory
 
 KEY = b"xception_flax"  # of the metadata in the file
 
@@ -73,6 +75,12 @@ class Predictions(NamedTuple):
     def correct(self) -> np.ndarray:
         """Whether the most likely class is the true one, `[N]`; never with a NaN or infinite logit."""
         return (self.predicted == self.labels) & self.finite
+
+
+def blocks(num_images: int, num_classes: int) -> Iterator[slice]:
+    """Returns slices of the rows, of `BLOCK` probabilities each: what is computed of one takes little memory."""
+    step = max(1, BLOCK // num_classes)
+    return (slice(start, start + step) for start in range(0, num_images, step))
 
 
 class Collector:
@@ -224,8 +232,9 @@ def write(predictions: Predictions, names: Sequence[str] | None, about: dict[str
     if len(p.class_names) <= ALL_CLASSES:
         columns["probabilities"] = fixed(p.probabilities)
     else:
-        top = np.argsort(-p.probabilities, axis=-1, kind="stable")[:, :TOP]
-        columns["top_classes"] = fixed(top.astype(np.int32))
+        parts = (p.probabilities[rows] for rows in blocks(*p.probabilities.shape))
+        top = np.concatenate([np.argsort(-part, axis=-1, kind="stable")[:, :TOP].astype(np.int32) for part in parts])
+        columns["top_classes"] = fixed(top)
         columns["top_probabilities"] = fixed(np.take_along_axis(p.probabilities, top, -1))
     about = about | {"class_names": list(p.class_names), "several_labels": p.several_labels}
     table = pyarrow.table(columns).replace_schema_metadata({KEY: naming.to_json(about)})
