@@ -112,6 +112,8 @@ def test_the_file_has_a_row_for_each_image(rng, tmp_path):
     said = predictions.read(tmp_path / "p.parquet")
     assert said.about["class_names"] == NAMES
     np.testing.assert_array_equal(said.correct, p.correct)
+    assert said.names == [names[i] for i in p.index]
+    assert said.truths == [NAMES[i] for i in p.labels]
     assert [path.name for path in tmp_path.iterdir()] == ["p.parquet"]
 
 
@@ -148,7 +150,7 @@ def test_several_labels_are_lists(rng, tmp_path):
     assert rows["true"] == [[f"c{i}" for i in np.flatnonzero(row)] for row in p.labels]
     assert rows["predicted"] == [[f"c{i}" for i in np.flatnonzero(row >= 0.5)] for row in p.probabilities]
     assert set(rows) == {"index", "file", "true", "predicted", "probabilities"}
-    assert predictions.read(tmp_path / "p.parquet").correct is None
+    assert predictions.read(tmp_path / "p.parquet")[3:] == (None, None, None)
 
 
 @pytest.mark.parametrize("content", ["text", "other", "nothing"])

@@ -173,12 +173,16 @@ class Said(NamedTuple):
       path: of the file.
       about: what `write` was given.
       index: as of `Predictions`.
-      correct: `[N]` bool; None if an image may have several labels.
+      names: of the files; None where the source has none.
+      truths: the name of each image's true class; None if an image may have several labels.
+      correct: `[N]` bool; None likewise.
     """
 
     path: Path
     about: dict[str, Any]
     index: np.ndarray
+    names: list[str] | None
+    truths: list[str] | None
     correct: np.ndarray | None
 
 
@@ -257,9 +261,13 @@ def read(path: Path) -> Said:
             file = parquet.ParquetFile(content)
             about = naming.restored(json.loads(file.schema_arrow.metadata[KEY]))
             several = about["several_labels"]
-            table = file.read(["index"] if several else ["index", "correct"])
+            table = file.read(["index", "file"] if several else ["index", "file", "true", "correct"])
+            names = table["file"].to_pylist()
+            names = None if None in names else naming.restored(names)
+            truths = None if several else naming.restored(table["true"].to_pylist())
     except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, KeyError, TypeError, json.JSONDecodeError):
         raise UserError(
             f"{path} is no predictions of `xception-flax evaluate`; expected predictions_SPLIT.parquet."
         ) from None
-    return Said(path, about, table["index"].to_numpy(), None if several else table["correct"].to_numpy())
+    correct = None if several else table["correct"].to_numpy()
+    return Said(path, about, table["index"].to_numpy(), names, truths, correct)

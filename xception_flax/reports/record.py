@@ -69,10 +69,10 @@ def file_names(source: Source) -> list[str] | None:
 
 
 def fingerprint(split: data.Split, class_names: Sequence[str], labels: np.ndarray) -> str:
-    """Returns a SHA-256 that two evaluations share if they are of the same images, in the same order.
+    """Returns a SHA-256 that two evaluations share if they are of the same images.
 
     It covers the number of images, the names of files and of true classes of all, and the content of 16. The numbers
-    of the classes, which differ between networks, do not count.
+    of the classes, which differ between networks, do not count; nor does the order, where files have names.
 
     Args:
       split: with the data's own numbers of classes.
@@ -85,7 +85,9 @@ def fingerprint(split: data.Split, class_names: Sequence[str], labels: np.ndarra
     else:
         truths = [sorted(names[i] for i in np.flatnonzero(row)) for row in labels]
     files = file_names(split.source)
-    whole = [*split.identity().values(), files, truths]
+    order = range(len(truths)) if files is None else sorted(range(len(files)), key=lambda i: (files[i], truths[i]))
+    in_order = None if files is None else [files[i] for i in order]
+    whole = [*split.identity(order).values(), in_order, [truths[i] for i in order]]
     return hashlib.sha256(naming.to_json(whole).encode()).hexdigest()
 
 
