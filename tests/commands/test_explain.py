@@ -76,6 +76,39 @@ def test_a_picture_for_each_image(source, photos, tmp_path, monkeypatch, capsys)
     assert "attributions" not in out
 
 
+def test_each_image_has_the_neighbours_that_there_are(source, photos, tmp_path, monkeypatch, capsys):
+    """The one image of the gallery has none; the other has it. The rows of the picture are as long as the longest."""
+    gallery = tmp_path / "gallery"
+    gallery.mkdir()
+    (gallery / "0.png").symlink_to(photos / "0.png")
+    drawn = []
+    monkeypatch.setattr(explain.pictures, "draw_images", lambda *given, **options: drawn.append((given, options)))
+    arguments = [source, photos / "0.png", photos / "1.png", "--steps", 0, "--neighbours", gallery, "--json"]
+    code, out, err = run(monkeypatch, capsys, *arguments, "--output", tmp_path / "why.png")
+    assert code == 0, err
+    near = [[Path(n["image"]).name for n in json.loads(line)["neighbours"]] for line in out.splitlines()]
+    assert near == [[], ["0.png"]]
+    (images, captions, *_), options = drawn[0]
+    assert len(images) == len(captions) == 6
+    assert options["columns"] % 3 == 0
+    assert (images[2] == 255).all()
+    assert captions[2] == ""
+    assert captions[5].startswith("0.png\nsimilarity")
+
+
+def test_long_names_are_cut_to_what_a_file_may_have(source, photos, tmp_path, monkeypatch, capsys):
+    """A name of 251 bytes, and a longer one that is not UTF-8; the number in front needs five more of 255."""
+    names = ["a" + "é" * 123 + ".png", "b" * 246 + "\udce9\udce9.png"]
+    for name in names:
+        (tmp_path / name).write_bytes((photos / "1.png").read_bytes())
+    folder = tmp_path / "explained"
+    files = [tmp_path / name for name in names]
+    code, _, err = run(monkeypatch, capsys, source, *files, "--steps", 0, "--output", folder)
+    assert code == 0, err
+    expected = ["0000_a" + "é" * 122 + ".png", "0001_" + "b" * 246 + ".png"]
+    assert sorted(path.name for path in folder.iterdir()) == expected
+
+
 def test_mistakes_are_named(source, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     many = tmp_path / "many"

@@ -9,6 +9,8 @@ from tests.reports import predicted
 from xception_flax.reports import comparing, intervals, predictions
 from xception_flax.text.errors import UserError
 
+NAMES = [f"b/{i:02}.png" for i in range(29)] + ["b/\udce9.png"]
+
 
 def test_mcnemar_by_hand():
     """Of ten images that differ one is this network's: p is twice (1 + 10) / 2^10."""
@@ -43,7 +45,7 @@ def test_the_other_is_found_by_its_folder_its_record_and_its_file(rng, tmp_path)
     path = tmp_path / "predictions_val.parquet"
     predictions.write(p, None, {"fingerprint": "f", "split": "val", "title": "other"}, path)
     for named in (path, tmp_path, tmp_path / "evaluation_val.json"):
-        found = comparing.compare(p, "f", comparing.open_other(named, "val"))
+        found = comparing.compare(p, None, "f", comparing.open_other(named, "val"))
         assert (found.other, found.both, found.only_this) == ("other", p.correct.sum(), 0)
     with pytest.raises(
         UserError, match=r"there is no predictions_test\.parquet, which .* evaluate the other network on"
@@ -51,16 +53,42 @@ def test_the_other_is_found_by_its_folder_its_record_and_its_file(rng, tmp_path)
         comparing.open_other(tmp_path, "test")
 
 
+def test_files_in_another_order_are_the_same_images(rng, tmp_path):
+    """A table may be sorted in any way; of two rows of one file either may come first."""
+    p = predicted.single(rng, 30, 3)
+    p.labels[29] = (p.labels[0] + 1) % 3
+    names = [*NAMES[:-1], NAMES[0]]
+    order = rng.permutation(30)
+    path = tmp_path / "predictions_val.parquet"
+    turned = p._replace(labels=p.labels[order], predicted=p.predicted[order], probabilities=p.probabilities[order])
+    about = {"fingerprint": "f", "split": "val", "title": "other"}
+    predictions.write(turned, [names[i] for i in order], about, path)
+    found = comparing.compare(p, names, "f", comparing.open_other(path, "val"))
+    assert (found.only_this, found.only_other, found.both) == (0, 0, p.correct.sum())
+    with pytest.raises(UserError, match=r"names and labels are the same, the content is not"):
+        comparing.compare(p, names, "g", comparing.open_other(path, "val"))
+
+
 def test_other_images_are_refused(rng, tmp_path):
     p = predicted.single(rng, 30, 3)
     path = tmp_path / "predictions_val.parquet"
     predictions.write(p, None, {"fingerprint": "f", "split": "val", "title": "other"}, path)
     other = comparing.open_other(path, "val")
-    with pytest.raises(UserError, match=r"predictions on other images, 30 of split 'val'; here are 30\. Evaluate both"):
-        comparing.compare(p, "g", other)
-    fewer = p._replace(index=p.index[1:], labels=p.labels[1:])
-    with pytest.raises(UserError, match=r"other images, 30 of split 'val' without the bad ones; here are 29\."):
-        comparing.compare(fewer, "f", other)
+    fewer, moved = (p._replace(index=index, labels=p.labels[: len(index)]) for index in (p.index[1:], p.index + 1))
+    others = p._replace(labels=np.where(p.index == 7, (p.labels + 1) % 3, p.labels))
+    for this, names, fingerprint, how in [
+        (fewer, None, "g", "here are 29"),
+        (fewer, None, "f", "here are 29 without the bad ones"),
+        (moved, None, "f", "here is image 1, and there image 0"),
+        (others, None, "g", f"image 7 is c{others.labels[7]} here, and c{p.labels[7]} there"),
+        (p, None, "g", "names and labels are the same, the content is not"),
+        (p, NAMES, "g", "only one of both has names of files"),
+    ]:
+        with pytest.raises(UserError, match=rf"predictions on other images, 30 of split 'val'; {how}\. Evaluate both"):
+            comparing.compare(this, names, fingerprint, other)
+    predictions.write(p, NAMES, {"fingerprint": "f", "split": "val", "title": "other"}, path)
+    with pytest.raises(UserError, match=r"; here is a/1\.png, and there b/00\.png\. Evaluate both"):
+        comparing.compare(p, ["a/1.png", *NAMES[1:]], "g", comparing.open_other(path, "val"))
     predictions.write(predicted.several(rng, 6, 3), None, {}, path)
     with pytest.raises(UserError, match=r"have several labels; McNemar's test is for one label an image"):
         comparing.open_other(path, "val")

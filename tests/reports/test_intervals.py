@@ -51,3 +51,13 @@ def test_fewer_resamples_of_many_images():
 def test_an_interval_is_cut_and_leaves_out_what_is_undefined():
     assert intervals.around(np.array([1.0, 1.0, 0.5, np.nan])) == pytest.approx([1, 1 - 1.959964 * math.sqrt(0.125), 1])
     assert np.isnan(intervals.around(np.array([[np.nan, 1.0, 0.5]]))).all()
+
+
+def test_what_is_the_same_in_all_resamples_has_no_interval():
+    """Also where the same number is computed with other rounding, and where one resample alone has it defined."""
+    third = np.nextafter(1 / 3, 1)
+    for values in ([1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1 / 3, 1 / 3, third], [0.5, np.nan, 0.25], [0.5, np.nan, np.nan]):
+        found = intervals.around(np.array(values))
+        assert found[0] == values[0]
+        assert np.isnan(found[1:]).all()
+    assert np.isfinite(intervals.around(np.array([1e-9, 1e-9, 2e-9]))).all()

@@ -130,12 +130,28 @@ def test_the_record_has_every_number_or_why_not():
     assert read["confusion_matrix"]["counts"] == [[2, 0, 1], [1, 0, 0], [0, 0, 0]]
     assert read["scores"]["top1"]["value"] == 0.5
     assert set(read["scores"]["top1"]) == {"value", "low", "high"}
-    assert set(read["scores"]["expected_calibration_error"]) == {"value"}
+    error = read["scores"]["expected_calibration_error"]
+    assert (error["low"], error["high"], error["why"][:25]) == (None, None, "no interval: the score is")
     assert read["calibration"]["counts"] == found.calibration.counts.tolist()
     assert read["of"]["weights"]["sha256"] == "0" * 64
     one = scores.compute(predicted.of([0, 0], [[0.9, 0.1], [0.8, 0.2]]))
     classes = json.loads(record.record(one, ["a", "b"], ABOUT, RESULTS, None))["classes"]
     assert classes[0]["roc_auc"] == {"value": None, "why": "no images of other classes"}
+
+
+def test_no_interval_is_said_in_the_record_and_left_out_of_the_page():
+    p = predicted.of([0, 1] * 6, [[0.9, 0.1], [0.1, 0.9]] * 6)
+    found = scores.compute(p, 1.0)
+    read = json.loads(record.record(found, p.class_names, ABOUT, RESULTS, None))
+    none = {"value": 1.0, "low": None, "high": None, "why": "no interval: the score is the same in every resample"}
+    assert read["scores"]["balanced_accuracy"] == read["classes"][0]["f1"] == read["classes"][1]["roc_auc"] == none
+    assert read["scores"]["top1"]["low"] == pytest.approx(0.7575, abs=5e-5)
+    pictures = {name: figures.curves(found, p) for name in ("curves", "reliability", "confusion")}
+    text = page.page(found, p.class_names, ABOUT, RESULTS, pictures, comparing.mcnemar(p.correct, p.correct, "same"))
+    assert "<small>balanced accuracy</small><b>100.00 %</b><small>&nbsp;</small>" in text
+    assert "<small>top-1 accuracy</small><b>100.00 %</b><small>(75.75 to 100.00 %)&nbsp;</small>" in text
+    assert "(1.000 to" not in text
+    assert "nan" not in " ".join(Reader(text).words)
 
 
 def test_the_matrix_of_very_many_classes_is_a_list_of_cells(rng, monkeypatch):

@@ -1,6 +1,7 @@
 """Predictions as they are collected from batches, and as they are in the file."""
 
 import json
+import tracemalloc
 
 import jax
 import numpy as np
@@ -111,10 +112,12 @@ def test_the_file_has_a_row_for_each_image(rng, tmp_path):
     said = predictions.read(tmp_path / "p.parquet")
     assert said.about["class_names"] == NAMES
     np.testing.assert_array_equal(said.correct, p.correct)
+    assert said.names == [names[i] for i in p.index]
+    assert said.truths == [NAMES[i] for i in p.labels]
     assert [path.name for path in tmp_path.iterdir()] == ["p.parquet"]
 
 
-def test_of_many_classes_the_most_likely_are_kept(rng, tmp_path):
+def test_of_many_classes_the_most_likely_are_kept(rng, tmp_path, monkeypatch):
     p = predicted.single(rng, 5, ALL_CLASSES + 1)
     predictions.write(p, None, {}, tmp_path / "p.parquet")
     rows = pyarrow.parquet.read_table(tmp_path / "p.parquet").to_pydict()
@@ -123,6 +126,21 @@ def test_of_many_classes_the_most_likely_are_kept(rng, tmp_path):
     top = np.argsort(-p.probabilities, axis=-1)[:, :TOP]
     np.testing.assert_array_equal(rows["top_classes"], top)
     np.testing.assert_array_equal(rows["top_probabilities"], np.take_along_axis(p.probabilities, top, -1))
+    whole = (tmp_path / "p.parquet").read_bytes()
+    monkeypatch.setattr(predictions, "BLOCK", 2 * ALL_CLASSES + 2)  # two rows at a time
+    predictions.write(p, None, {}, tmp_path / "p.parquet")
+    assert (tmp_path / "p.parquet").read_bytes() == whole
+
+
+def test_writing_takes_little_memory_beside_the_predictions(rng, tmp_path):
+    """An order of all classes of all images would be 8 bytes for each probability, twice the predictions themselves."""
+    p = predicted.single(rng, 2000, 2 * ALL_CLASSES)
+    predictions.write(predicted.single(rng, 5, ALL_CLASSES + 1), None, {}, tmp_path / "first.parquet")  # imports
+    tracemalloc.start()
+    predictions.write(p, None, {}, tmp_path / "p.parquet")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * p.probabilities.nbytes
 
 
 def test_several_labels_are_lists(rng, tmp_path):
@@ -132,7 +150,7 @@ def test_several_labels_are_lists(rng, tmp_path):
     assert rows["true"] == [[f"c{i}" for i in np.flatnonzero(row)] for row in p.labels]
     assert rows["predicted"] == [[f"c{i}" for i in np.flatnonzero(row >= 0.5)] for row in p.probabilities]
     assert set(rows) == {"index", "file", "true", "predicted", "probabilities"}
-    assert predictions.read(tmp_path / "p.parquet").correct is None
+    assert predictions.read(tmp_path / "p.parquet")[3:] == (None, None, None)
 
 
 @pytest.mark.parametrize("content", ["text", "other", "nothing"])

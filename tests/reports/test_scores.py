@@ -1,13 +1,14 @@
 """Scores against scikit-learn and numbers by hand."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 from sklearn import metrics
 
 from tests.reports import predicted
-from xception_flax.reports import intervals, ranking, scores
+from xception_flax.reports import intervals, predictions, ranking, scores
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -129,6 +130,21 @@ def test_not_finite_is_wrong_and_has_no_probability(rng):
     assert math.isnan(nothing.overall["macro_roc_auc"].value)
 
 
+@pytest.mark.parametrize("kind", [predicted.single, predicted.several])
+def test_squared_errors_by_blocks_are_the_same_in_little_memory(kind, rng, monkeypatch):
+    p = kind(rng, 2000, 1000)
+    p.probabilities[5] = np.nan
+    truth = p.labels if p.several_labels else np.eye(1000)[p.labels]
+    expected = ((p.probabilities.astype(np.float64) - truth) ** 2).sum(-1)[p.finite]
+    monkeypatch.setattr(predictions, "BLOCK", 30_000)
+    tracemalloc.start()
+    found = scores._squared_errors(p)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert peak < p.probabilities.nbytes / 2
+
+
 def test_two_classes_have_one_roc_curve(rng):
     p = predicted.single(rng, 200, 2)
     found = scores.compute(p)
@@ -144,6 +160,21 @@ def test_one_class_only_has_no_ranking():
     assert np.isnan(found.classes.auc).all()
     assert math.isnan(found.overall["macro_roc_auc"].value)
     assert found.classes.average_precision[1, 0] == 1
+
+
+def test_images_that_are_all_right_have_intervals_of_shares_alone():
+    """Wilson's of 12 of 12 begins at 12 / (12 + 1.96^2), by hand. The bootstrap does not know how sure the rest is."""
+    labels = np.arange(12) % 4
+    found = scores.compute(predicted.of(labels, 0.6 * np.eye(4)[labels] + 0.1), 1.0)
+    assert found.overall["top1"] == pytest.approx((1, 12 / (12 + 1.959964**2), 1))
+    rest = set(found.overall) - {"top1", "top5"}
+    assert {"balanced_accuracy", "macro_f1", "macro_roc_auc", "mean_average_precision", "brier"} <= rest
+    for name in rest:
+        assert not math.isnan(found.overall[name].value)
+        assert np.isnan(found.overall[name][1:]).all()
+    for values in (found.classes.f1, found.classes.auc, found.classes.average_precision):
+        np.testing.assert_array_equal(values, [[1, math.nan, math.nan]] * 4)
+    assert np.isfinite(found.classes.recall).all()
 
 
 def test_several_labels_an_image(rng):

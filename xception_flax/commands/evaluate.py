@@ -231,7 +231,10 @@ def _report(subject: Subject, config: ConfigDict, paths: Paths, other: comparing
     if jax.process_index() != 0:
         return
     about["data"]["fingerprint"] = record.fingerprint(subject.data, said.class_names, said.all_labels)
-    comparison = comparing.compare(said, about["data"]["fingerprint"], other) if other is not None else None
+    comparison = None
+    if other is not None:
+        files_there = record.file_names(subject.data.source)
+        comparison = comparing.compare(said, files_there, about["data"]["fingerprint"], other)
     wrong = None if said.several_labels else int((~said.correct).sum())
     console.show_table(about["source"], _rows(subject, config, results, paths, wrong, comparison))
     print(naming.to_json_line(subject.said | {"split": config.data.eval_split, **results}), flush=True)

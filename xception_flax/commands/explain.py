@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ EXAMPLES = """\
   xception-flax explain runs/photos fork.jpg --neighbours photos/train"""
 
 BATCH_SIZE = 8  # a gradient needs ten times the memory of a prediction
+MAX_NAME_BYTES = 255  # of a file, on most systems
 STEPS = 30
 MAX_ROWS = 30  # images in one picture
 NEAREST = 5
@@ -66,12 +68,16 @@ def main(argv: list[str]) -> int:
                 if in_one:
                     rows.append(row)
                 else:
-                    file = arguments.output / f"{count:04}_{path.stem}.png"
+                    file = arguments.output / _file_name(count, path.stem)
                     pictures.draw_images(row.pictures, row.captions, legend, file, columns=len(row.pictures))
                 count += 1
     if rows:
+        each = max(len(row.pictures) for row in rows)
+        for row in rows:  # an image of the gallery has itself as no neighbour, so it may have one fewer
+            blank = [np.full_like(row.pictures[0], 255)] * (each - len(row.pictures))
+            row.pictures.extend(blank)
+            row.captions.extend("" for _ in blank)
         drawn, captions = (list(itertools.chain.from_iterable(lists)) for lists in zip(*rows, strict=True))
-        each = len(rows[0].pictures)
         side_by_side = min(max(1, pictures.COLUMNS // each), len(rows))
         pictures.draw_images(drawn, captions, legend, arguments.output, columns=each * side_by_side)
     if count and not arguments.json:
@@ -142,7 +148,7 @@ def _neighbours(
     count: int,
     unreadable: list[tuple[Path, UserError]],
 ) -> dict[Path, list[Neighbour]]:
-    """Returns the nearest images in the gallery to each image, of all images as many.
+    """Returns the nearest images in the gallery to each image, `count` or as many as there are besides itself.
 
     Those that cannot be read are added to `unreadable`.
     """
@@ -159,9 +165,7 @@ def _neighbours(
         return {}
     index = Gallery(there, np.stack(features))
     found = images.outputs(predictor, paths, "pooled", "comparing")
-    near = {path: index.nearest(path, values, count) for path, values in found if not isinstance(values, UserError)}
-    fewest = min(map(len, near.values()), default=0)  # an image is not its own neighbour, and a gallery may be small
-    return {path: neighbours[:fewest] for path, neighbours in near.items()}
+    return {path: index.nearest(path, values, count) for path, values in found if not isinstance(values, UserError)}
 
 
 def _row(
@@ -182,6 +186,13 @@ def _row(
         name = neighbour.path.relative_to(folder) if folder else neighbour.path
         row.captions.append(f"{naming.shown(name)}\nsimilarity {neighbour.similarity:.3f}")
     return row
+
+
+def _file_name(number: int, stem: str) -> str:
+    """Returns the name of an image's picture, the stem cut after a whole character where the name would be too long."""
+    while len(os.fsencode(name := f"{number:04}_{stem}.png")) > MAX_NAME_BYTES:
+        stem = stem[:-1]
+    return name
 
 
 def _shown(pixels: np.ndarray) -> np.ndarray:

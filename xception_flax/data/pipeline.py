@@ -110,10 +110,13 @@ class Split:
             raise InputError(f"the data cannot be read: {error}.") from error
         return shapes(self.batch_size, self.image_shape, label.shape, masked=self.masked, rounded=self.rounded)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, order: Sequence[int] | None = None) -> dict[str, Any]:
         """Returns values by which hosts can check that they have the same data.
 
         They cover 16 examples, spread over the split.
+
+        Args:
+          order: of all examples, from which the 16 are taken; default: their own.
 
         Raises:
           InputError: one of these examples cannot be read.
@@ -121,7 +124,7 @@ class Split:
         digest = hashlib.sha256()
         for index in np.linspace(0, self.num_images - 1, 16).astype(int):
             try:
-                example = self.source[int(index)]
+                example = self.source[int(index if order is None else order[index])]
             except OSError as error:
                 raise InputError(f"the data cannot be read: {error}.") from error
             digest.update(bytes(example["image"]))

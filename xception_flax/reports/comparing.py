@@ -1,13 +1,15 @@
 """Two networks on the same images: which differ, and whether by more than chance."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from xception_flax.reports import intervals
 from xception_flax.reports.predictions import Predictions, Said, read
 from xception_flax.runs.workdir import evaluation_predictions
+from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
 
@@ -78,17 +80,56 @@ def open_other(path: Path, split: str) -> Said:
     return said
 
 
-def compare(this: Predictions, fingerprint: str, other: Said) -> Comparison:
-    """Compares these predictions with another network's.
+def compare(this: Predictions, names: Sequence[str] | None, fingerprint: str, other: Said) -> Comparison:
+    """Compares these predictions with another network's; images whose files have names may be in another order.
+
+    Args:
+      this: one label an image.
+      names: of all images of the split, or None.
+      fingerprint: of these images.
+      other: from `open_other`.
 
     Raises:
       UserError: they are of other images.
     """
-    there: dict[str, Any] = other.about
-    if there["fingerprint"] != fingerprint or not np.array_equal(this.index, other.index):
-        bad = " without the bad ones" if there["fingerprint"] == fingerprint else ""
+    names = None if names is None else [names[i] for i in this.index]
+    here = _by_name(this.index, names, [this.class_names[i] for i in this.labels])
+    there = _by_name(other.index, other.names, other.truths)
+    if differing := _difference(here, there, same=other.about["fingerprint"] == fingerprint):
         raise UserError(
-            f"--compare {other.path}: these are predictions on other images, {len(other.index):,} of split "
-            f"{there['split']!r}{bad}; here are {len(this.index):,}. Evaluate both networks on the same data."
+            f"--compare {other.path}: these are predictions on other images, {len(there):,} of split "
+            f"{other.about['split']!r}; {differing}. Evaluate both networks on the same data."
         )
-    return mcnemar(this.correct, other.correct, there["title"])
+    rows, other_rows = ([image.row for image in images] for images in (here, there))
+    return mcnemar(this.correct[rows], other.correct[other_rows], other.about["title"])
+
+
+class _Image(NamedTuple):
+    name: str | int  # the place in the split, where the source has no names
+    truth: str
+    row: int
+
+
+def _by_name(index: np.ndarray, names: Sequence[str] | None, truths: Sequence[str]) -> list[_Image]:
+    composed = map(naming.composed, truths)
+    return sorted(map(_Image, index.tolist() if names is None else names, composed, range(len(index))))
+
+
+def _difference(here: Sequence[_Image], there: Sequence[_Image], *, same: bool) -> str:
+    """Returns in words how the images differ; nothing if they do not, and the fingerprint is the `same`."""
+    if len(here) != len(there):
+        return f"here are {len(here):,}" + (" without the bad ones" if same else "")
+    pairs = list(zip(here, there, strict=True))
+    if isinstance(here[0].name, str) != isinstance(there[0].name, str):
+        return "only one of both has names of files"
+    for one, other in pairs:
+        if one.name != other.name:
+            return f"here is {_said(one)}, and there {_said(other)}"
+    for one, other in pairs:
+        if one.truth != other.truth:
+            return f"{_said(one)} is {naming.shown(one.truth)} here, and {naming.shown(other.truth)} there"
+    return "" if same else "names and labels are the same, the content is not"
+
+
+def _said(image: _Image) -> str:
+    return naming.shown(image.name) if isinstance(image.name, str) else f"image {image.name:,}"

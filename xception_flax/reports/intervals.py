@@ -7,6 +7,7 @@ import numpy as np
 CONFIDENCE = 0.95
 Z = 1.959964  # standard deviations of a normal distribution that hold 95 %
 SEED = 0  # of the resamples
+ROUNDING = 1e-12  # a standard error of so small a share of the score is the rounding of equal numbers
 
 # So many images are drawn for the resamples of an evaluation, in all: a bound on time and memory.
 MAX_DRAWN = 5_000_000
@@ -47,7 +48,10 @@ def around(values: np.ndarray, most: float = 1.0) -> np.ndarray:
 
     The bounds are 1.96 standard errors away, cut at 0 and `most`; the standard error is the standard deviation over
     the resamples in which the score is defined. Percentiles would not do: images that a resample has twice raise
-    average precision, for classes of few images by more than its standard error. The bounds are NaN where the score is.
+    average precision, for classes of few images by more than its standard error.
+
+    The bounds are NaN where the score is, and where it is the same in all resamples, as of images that are all right: a
+    standard error of 0 would say that the score is certain.
     """
     known = ~np.isnan(values[..., 1:])
     count = known.sum(-1)
@@ -57,6 +61,7 @@ def around(values: np.ndarray, most: float = 1.0) -> np.ndarray:
         squares = np.where(known, (resampled - means[..., None]) ** 2, 0).sum(-1)
         error = np.sqrt(squares / (count - 1))
     value = values[..., 0]
+    error = np.where(error > ROUNDING * np.abs(value), error, np.nan)
     low, high = (np.clip(value + sign * Z * error, 0, most) for sign in (-1, 1))
     return np.stack([value, low, high], -1)
 

@@ -110,8 +110,9 @@ def page(
         f"{counted(len(class_names), 'class')}{bad}</p>",
         _headline(scores, results),
         '<p class="note">In parentheses 95 % intervals: Wilson\'s for shares of images, otherwise 1.96 standard errors '
-        f"of {scores.resamples:,} bootstrap resamples of the images. They say how far other images of the same kind "
-        "would move the number, and nothing of images of another kind.</p>",
+        f"of {scores.resamples:,} bootstrap resamples of the images, which is too narrow for few images. A score that "
+        "is the same in all resamples has none. They say how far other images of the same kind would move the number, "
+        "and nothing of images of another kind.</p>",
     ]
     if scores.not_finite:
         parts.append(

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from xception_flax.training import sharding
 MAX_MISTAKES = 40  # images that are kept, of those that the network gets wrong
 
 ALL_CLASSES, TOP = 1000, 100  # with more classes, a row of the file has only the `TOP` most likely
+
+BLOCK = 1_000_000  # probabilities of which something is computed at a time, a bound on memory
 
 KEY = b"xception_flax"  # of the metadata in the file
 
@@ -73,6 +75,12 @@ class Predictions(NamedTuple):
     def correct(self) -> np.ndarray:
         """Whether the most likely class is the true one, `[N]`; never with a NaN or infinite logit."""
         return (self.predicted == self.labels) & self.finite
+
+
+def blocks(num_images: int, num_classes: int) -> Iterator[slice]:
+    """Returns slices of the rows, of `BLOCK` probabilities each: what is computed of one takes little memory."""
+    step = max(1, BLOCK // num_classes)
+    return (slice(start, start + step) for start in range(0, num_images, step))
 
 
 class Collector:
@@ -165,12 +173,16 @@ class Said(NamedTuple):
       path: of the file.
       about: what `write` was given.
       index: as of `Predictions`.
-      correct: `[N]` bool; None if an image may have several labels.
+      names: of the files; None where the source has none.
+      truths: the name of each image's true class; None if an image may have several labels.
+      correct: `[N]` bool; None likewise.
     """
 
     path: Path
     about: dict[str, Any]
     index: np.ndarray
+    names: list[str] | None
+    truths: list[str] | None
     correct: np.ndarray | None
 
 
@@ -224,8 +236,9 @@ def write(predictions: Predictions, names: Sequence[str] | None, about: dict[str
     if len(p.class_names) <= ALL_CLASSES:
         columns["probabilities"] = fixed(p.probabilities)
     else:
-        top = np.argsort(-p.probabilities, axis=-1, kind="stable")[:, :TOP]
-        columns["top_classes"] = fixed(top.astype(np.int32))
+        parts = (p.probabilities[rows] for rows in blocks(*p.probabilities.shape))
+        top = np.concatenate([np.argsort(-part, axis=-1, kind="stable")[:, :TOP].astype(np.int32) for part in parts])
+        columns["top_classes"] = fixed(top)
         columns["top_probabilities"] = fixed(np.take_along_axis(p.probabilities, top, -1))
     about = about | {"class_names": list(p.class_names), "several_labels": p.several_labels}
     table = pyarrow.table(columns).replace_schema_metadata({KEY: naming.to_json(about)})
@@ -248,9 +261,13 @@ def read(path: Path) -> Said:
             file = parquet.ParquetFile(content)
             about = naming.restored(json.loads(file.schema_arrow.metadata[KEY]))
             several = about["several_labels"]
-            table = file.read(["index"] if several else ["index", "correct"])
+            table = file.read(["index", "file"] if several else ["index", "file", "true", "correct"])
+            names = table["file"].to_pylist()
+            names = None if None in names else naming.restored(names)
+            truths = None if several else naming.restored(table["true"].to_pylist())
     except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, KeyError, TypeError, json.JSONDecodeError):
         raise UserError(
             f"{path} is no predictions of `xception-flax evaluate`; expected predictions_SPLIT.parquet."
         ) from None
-    return Said(path, about, table["index"].to_numpy(), None if several else table["correct"].to_numpy())
+    correct = None if several else table["correct"].to_numpy()
+    return Said(path, about, table["index"].to_numpy(), names, truths, correct)

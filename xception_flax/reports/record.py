@@ -38,6 +38,9 @@ UNDEFINED = {  # why a score of a class is not a number; the first that fits
     "average_precision": ("no images",),
 }
 
+NO_INTERVAL = "no interval: the score is the same in every resample"
+NO_INTERVAL_OF = {"expected_calibration_error": "no interval: the score is biased upwards, in a resample more so"}
+
 DEFINITIONS = {
     "precision, recall, f1": "scikit-learn's precision_recall_fscore_support",
     "roc_auc, average_precision": "as scikit-learn's roc_auc_score and average_precision_score, one class against all",
@@ -66,10 +69,10 @@ def file_names(source: Source) -> list[str] | None:
 
 
 def fingerprint(split: data.Split, class_names: Sequence[str], labels: np.ndarray) -> str:
-    """Returns a SHA-256 that two evaluations share if they are of the same images, in the same order.
+    """Returns a SHA-256 that two evaluations share if they are of the same images.
 
     It covers the number of images, the names of files and of true classes of all, and the content of 16. The numbers
-    of the classes, which differ between networks, do not count.
+    of the classes, which differ between networks, do not count; nor does the order, where files have names.
 
     Args:
       split: with the data's own numbers of classes.
@@ -82,7 +85,9 @@ def fingerprint(split: data.Split, class_names: Sequence[str], labels: np.ndarra
     else:
         truths = [sorted(names[i] for i in np.flatnonzero(row)) for row in labels]
     files = file_names(split.source)
-    whole = [*split.identity().values(), files, truths]
+    order = range(len(truths)) if files is None else sorted(range(len(files)), key=lambda i: (files[i], truths[i]))
+    in_order = None if files is None else [files[i] for i in order]
+    whole = [*split.identity(order).values(), in_order, [truths[i] for i in order]]
     return hashlib.sha256(naming.to_json(whole).encode()).hexdigest()
 
 
@@ -139,11 +144,15 @@ def record(
         "not_finite": scores.not_finite,
         "loss": _number(results["loss"]),
         **({"map": _number(results["map"])} if "map" in results else {}),
-        "scores": {name: _score(score, "no class has it defined") for name, score in scores.overall.items()},
+        "scores": {
+            name: _score(score, "no class has it defined", NO_INTERVAL_OF.get(name, NO_INTERVAL))
+            for name, score in scores.overall.items()
+        },
         "intervals": {
             "confidence": intervals.CONFIDENCE,
             "shares of images, precision, recall": "Wilson's score interval",
-            "others": "1.96 standard errors of a bootstrap over images, cut at the ends of the scale",
+            "others": "1.96 standard errors of a bootstrap over images, cut at the ends of the scale; too "
+            "narrow for few images",
             "resamples": scores.resamples,
             "seed": intervals.SEED,
         },
@@ -209,12 +218,12 @@ def _confusion(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _score(score: Sequence[float], why: str) -> dict[str, Any]:
-    """Returns value and interval; null and the reason where there is no value."""
+def _score(score: Sequence[float], why: str, no_interval: str = NO_INTERVAL) -> dict[str, Any]:
+    """Returns value and interval; null and the reason where there is no value, or no interval."""
     value, low, high = map(_number, score)
     if value is None:
         return {"value": None, "why": why}
-    return {"value": value} | ({} if low is None else {"low": low, "high": high})
+    return {"value": value, "low": low, "high": high} | ({"why": no_interval} if low is None else {})
 
 
 def _number(value: float) -> float | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from xception_flax.data.pipeline import usable_cpus
 from xception_flax.reports import intervals, ranking
-from xception_flax.reports.predictions import Predictions
+from xception_flax.reports.predictions import Predictions, blocks
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -20,7 +20,7 @@ BLOCK = 64  # classes whose probabilities are copied at a time, so that those of
 
 
 class Score(NamedTuple):
-    """A number and its 95 % interval; NaN where it is not defined, or has none."""
+    """A number and its 95 % interval; NaN where it is not defined, or has none (`intervals.around`)."""
 
     value: float
     low: float = float("nan")
@@ -247,13 +247,16 @@ def _rankings(p: Predictions, truth, finite: np.ndarray) -> tuple[np.ndarray, ..
 
 def _squared_errors(p: Predictions) -> np.ndarray:
     """Returns the sum of squared errors of each image with finite logits, float64."""
-    probabilities = p.probabilities[p.finite]
-    squares = np.einsum("ij,ij->i", probabilities, probabilities, dtype=np.float64)
-    if p.several_labels:
-        labels = p.labels[p.finite] > 0
-        return squares + (labels * (1 - 2 * probabilities)).sum(-1, dtype=np.float64)
-    of_true = probabilities[np.arange(len(probabilities)), p.labels[p.finite]]
-    return squares + 1 - 2 * of_true.astype(np.float64)
+    errors = []
+    for rows in blocks(*p.probabilities.shape):
+        probabilities, labels = p.probabilities[rows], p.labels[rows]
+        squares = np.einsum("ij,ij->i", probabilities, probabilities, dtype=np.float64)
+        if p.several_labels:
+            errors.append(squares + ((labels > 0) * (1 - 2 * probabilities)).sum(-1, dtype=np.float64))
+        else:
+            of_true = probabilities[np.arange(len(probabilities)), labels]
+            errors.append(squares + 1 - 2 * of_true.astype(np.float64))
+    return np.concatenate(errors)[p.finite]
 
 
 def _share(right: np.ndarray) -> Score:
