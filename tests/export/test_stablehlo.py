@@ -1,7 +1,11 @@
 """StableHLO: what JAX alone computes from the file is what `predict` computes, and mistakes are a line each."""
 
+import errno
 import json
 import re
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import jax
@@ -14,6 +18,7 @@ import shell
 from tests.weights.test_writing import random_network
 from xception_flax.commands import export
 from xception_flax.export import program, stablehlo, verifying, writing
+from xception_flax.host import files as host_files
 from xception_flax.inference import predictor
 from xception_flax.weights import writing as weights_writing
 
@@ -150,6 +155,61 @@ def test_a_file_that_computes_something_else_is_not_written(files, tmp_path, mon
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert code == 1
     assert "its own runtime does not run it" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def child_of(process: subprocess.Popen) -> Path:
+    """Waits until a process has another one; returns the place of that in /proc."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    shell.wait_until(children.read_text, process)
+    return Path("/proc", children.read_text().split()[0])
+
+
+def wait_for_end(process: Path) -> None:
+    """Where nobody asks for its code it is a zombie."""
+    deadline = time.monotonic() + 10
+    while process.exists() and (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing_behind(files, tmp_path, monkeypatch, number):
+    """While the file is run by another process."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    arguments = ["--format", "stablehlo", "--output", tmp_path / "n.stablehlo"]
+    process = shell.start("-m", "xception_flax", "export", files["lenet"], *arguments)
+    shell.wait_until(lambda: list(tmp_path.glob(".*.partial/n.stablehlo")), process)
+    child = child_of(process)
+    process.send_signal(number)
+    code, _, err = shell.finish(process)
+    assert (code, err) == (128 + number, "writing n.stablehlo ...\n\ninterrupted\n")
+    wait_for_end(child)
+    assert [path.name for path in tmp_path.rglob("*")] == ["tmp"]
+
+
+def test_the_other_process_ends_with_one_that_is_killed():
+    program = "from xception_flax.export import process; process.run('import time; time.sleep(60)')"
+    process = shell.start("-c", program)
+    child = child_of(process)
+    process.kill()
+    wait_for_end(child)
+    assert shell.finish(process)[0] == -signal.SIGKILL
+
+
+def test_a_description_is_not_left_alone(files, tmp_path, monkeypatch, capsys):
+    """It is written before its file has its name, which may fail."""
+
+    def fail(path: Path) -> None:
+        if path.parent.suffix == ".partial":
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(host_files, "sync", fail)
+    arguments = [files["lenet"], "--format", "stablehlo", "--output", tmp_path / "n.stablehlo", "--no-verify"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert err.endswith("n.stablehlo cannot be written: Input/output error.\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,12 +11,13 @@ import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import ExifTags, Image
 
 from preparing import PATH, SYNSETS, fail, run
 from xception_flax import data
 from xception_flax.commands import prepare
 from xception_flax.data import sources
+from xception_flax.export import verifying
 from xception_flax.text.errors import UserError
 
 
@@ -180,6 +181,39 @@ def test_check_says_what_is_white_in_sixteen_bits(tmp_path, capsys):
         "train": {"images": 17, "dark": 16, "largest": 40_000},
         "val": {"images": 3, "dark": 3, "largest": 1680},
     }
+
+
+def test_check_sees_images_as_training_does(tmp_path, capsys, monkeypatch):
+    """A photo that lies on its side and says so is the upright one of split val; one of 12 bits has its white."""
+    photo = Image.fromarray(verifying.photos()[4])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
+    for split, image, more in (
+        ("train", photo.transpose(Image.Transpose.ROTATE_90), {"exif": exif}),
+        ("val", photo, {}),
+    ):
+        (path := tmp_path / "photos" / split / "a" / "photo.jpg").parent.mkdir(parents=True)
+        image.save(path, quality=95, **more)
+    photos, report = tmp_path / "photos", tmp_path / "report.json"
+    for orientation, number in (("ignore", 0), ("apply", 1)):
+        run("check", photos, "--json", report, f"--config.data.orientation={orientation}")
+        assert len(json.loads(report.read_text())["alike"]) == number
+    cv2.imwrite(str(photos / "val" / "a" / "dark.png"), np.full((8, 8), 5000, np.uint16))
+    for white, bad in (("5000", []), ("4095", ["dark.png"])):
+        assert prepare.main(["check", str(photos), "--json", str(report), f"--config.data.max_value={white}"]) == len(
+            bad
+        )
+        undecodable = json.loads(report.read_text())["splits"]["val"]["undecodable"]
+        assert [Path(name).name for name in undecodable] == bad
+    message = fail(capsys, monkeypatch, "check", photos, "--config.data.orientation=turn")
+    assert message.startswith("error: unknown data.orientation 'turn'; ")
+    for command, key, value in [
+        (("check",), "channels", 1),
+        (("check",), "min_decoded_side", 9),
+        (("folder", "--data-dir", tmp_path), "orientation", "apply"),
+    ]:
+        message = fail(capsys, monkeypatch, *command, photos, f"--config.data.{key}={value}")
+        assert message == f"error: data.{key} has no effect here, only in training; leave out --config.data.{key}."
 
 
 def test_check_and_training_agree_on_a_folder(folder, tmp_path, capsys):

@@ -12,6 +12,7 @@ from xception_flax.export.options import PLATFORMS, Options
 from xception_flax.export.program import OUTPUTS, create_program
 from xception_flax.export.quantizing import Quantized
 from xception_flax.export.verifying import MAX_DIFFERENCE, NotVerifiedError
+from xception_flax.host import signals
 from xception_flax.inference import predictor
 from xception_flax.runs.restore import Run
 from xception_flax.text import naming
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> int:
         print(note, file=sys.stderr)
     program = create_program(network, arguments.outputs)
     try:
-        with console.waiting(f"writing {arguments.output.name}"):
+        with signals.unwinding(), console.waiting(f"writing {arguments.output.name}"):
             made = writing.write(program, network, pretrained, arguments.format, arguments.output, options, photos)
     except NotVerifiedError as error:
         cli.complain(f"{arguments.output} was not written: {error}.")

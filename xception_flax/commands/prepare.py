@@ -37,6 +37,7 @@ from xception_flax.text.errors import UserError
 GROUPING = "keep images of one video, patient or object in one split by data.group_by (docs/data.md)"
 
 OVERRIDES = "how training divides and reads a folder or a table: group_by, stratify, label_column, ..."
+CHECKED = f"{OVERRIDES}; {', '.join(check.DECODED)}"
 
 EXAMPLES = """\
   xception-flax prepare imagenet --tars downloads --data-dir /data/tfds --hashes
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
         help="NAME/VERSION of a prepared data set, a folder or a table",
     )
     command.add_argument("--json", type=Path, metavar="FILE", help="write the report with all names to FILE")
-    cli.add_overrides(command, "data.KEY", OVERRIDES)
+    cli.add_overrides(command, "data.KEY", CHECKED)
     _add_val_fraction(command, "DATASET")
     _add_threads(command)
     arguments, arguments.changes = parser.parse_known_args(argv)
@@ -88,14 +89,27 @@ def main(argv: list[str]) -> int:
     return arguments.function(arguments)
 
 
-def _options(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the keywords of the source that were given: as training takes them, and --val-fraction."""
+def _options(path: Path, arguments: argparse.Namespace, others: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the keywords of the source that were given: as training takes them, and --val-fraction.
+
+    Args:
+      path: of the data.
+      arguments: of the command.
+      others: further keys of training's data that have an effect here.
+
+    Raises:
+      UserError: a key is unknown or has no effect here, a value is wrong, or the data are given twice.
+    """
     given = data.source_at(os.fspath(path))
     said = overrides.split(arguments.changes, ("data",))["data"]
     if twice := given.keys() & said.keys():
         raise UserError(f"the data are given twice, by {path} and by --config.data.{min(twice)}; give one.")
     group = resolve_group("data", {**given, "image_size": 1}, arguments.changes)
-    options = {key: group[key] for key in keys_of(data.SOURCES[given["source"]]) if key in said}
+    known = (*keys_of(data.SOURCES[given["source"]]), *others)
+    if idle := said.keys() - set(known):
+        raise UserError(f"data.{min(idle)} has no effect here, only in training; leave out --config.data.{min(idle)}.")
+    data.check_options(**group)
+    options = {key: group[key] for key in known if key in said}
     return options if arguments.val_fraction is None else options | {"val_fraction": arguments.val_fraction}
 
 
@@ -215,14 +229,16 @@ def _prepare(
 
 def check_data_set(arguments: argparse.Namespace) -> int:
     path = arguments.dataset.expanduser().absolute()
-    splits, refused = check.open_splits(path, _options(path, arguments))
+    options = _options(path, arguments, check.DECODED)
+    decoded = {key: options.pop(key) for key in check.DECODED if key in options}
+    splits, refused = check.open_splits(path, options)
     of_training = {split: source for split, source in splits.items() if split in ("train", "val")} or splits
     class_names = folder.common_classes(arguments.dataset, of_training)
     if arguments.json is not None:
         files.check_writable(arguments.json)  # before hours of reading, not after
     total = sum(map(len, splits.values()))
     with console.counting(f"reading {arguments.dataset.name}", total, "image") as advance:
-        images = check.read_all(splits, arguments.num_threads, advance)
+        images = check.read_all(splits, arguments.num_threads, advance, decoded)
     report = {split: check.describe(found, splits[split].class_names) for split, found in images.items()}
     repeated, alike = check.repeated(images), check.alike(images)
     if arguments.json is not None:

@@ -47,6 +47,15 @@ def write(program: Program, path: Path, metadata: dict[str, Any], options: Optio
     onnx.save(model, path)
 
 
+def describe(path: Path, metadata: dict[str, Any]) -> None:
+    """Gives a file other metadata."""
+    import onnx
+
+    model = onnx.load(path)
+    set_metadata(model, metadata)
+    onnx.save(model, path)
+
+
 def set_metadata(model: Any, metadata: dict[str, Any]) -> None:
     """Makes the metadata the `metadata_props` of an `onnx.ModelProto`, in place of those that it has."""
     from onnx import helper

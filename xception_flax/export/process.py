@@ -11,6 +11,15 @@ TIMEOUT_SECONDS = 1800
 # This process may hold all memory of an accelerator.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
+# So that it does not live on, if this process is killed. 1 is PR_SET_PDEATHSIG, linux/prctl.h.
+_TIED = """\
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != {parent}:
+        os._exit(1)
+"""
+
 
 def run(program: str, *arguments: Path) -> str | None:
     """Returns None, or where the program fails the line that says why: the first with 'error: ', or the last.
@@ -21,7 +30,12 @@ def run(program: str, *arguments: Path) -> str | None:
     """
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, "-c", program, *(path.absolute() for path in arguments)],
+            [
+                sys.executable,
+                "-c",
+                _TIED.format(parent=os.getpid()) + program,
+                *(path.absolute() for path in arguments),
+            ],
             cwd=folder,
             env=os.environ | ENVIRONMENT,
             capture_output=True,

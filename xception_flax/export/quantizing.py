@@ -84,7 +84,7 @@ def quantize(
       program: that was exported, probabilities or logits.
       predictor: the same network.
       file: in float32.
-      metadata: that of `file`; what was done is added, and what it costs.
+      metadata: what was done is added, and what it costs. Those in `file` get lost.
       options: with `int8`, a folder of images.
 
     Raises:
@@ -94,9 +94,7 @@ def quantize(
     calibrated, measured = images_of(options.int8)
     pixels = verifying.prepared(predictor.preprocessing, measured)
     before = _probabilities(program, predictor, verifying.run(file, onnx.RUNNER, pixels))
-    metadata["quantized"] = {"scheme": SCHEME, "by": "onnxruntime.quantization", "calibrated_images": len(calibrated)}
-    metadata["versions"] = _with_onnxruntime(metadata["versions"])
-    _write(file, verifying.prepared(predictor.preprocessing, calibrated), metadata)
+    _write(file, verifying.prepared(predictor.preprocessing, calibrated))
     after = _probabilities(program, predictor, verifying.run(file, onnx.RUNNER, pixels))
     labels = _labels(options.int8, measured, predictor)
     change = np.abs(after - before)
@@ -110,11 +108,17 @@ def quantize(
         labelled=int((labels >= 0).sum()),
         right=(int((_top1(before) == labels).sum()), int((_top1(after) == labels).sum())),
     )
-    metadata["quantized"] = metadata["quantized"] | {"measured": quantized.describe()}
+    metadata["quantized"] = {
+        "scheme": SCHEME,
+        "by": "onnxruntime.quantization",
+        "calibrated_images": len(calibrated),
+        "measured": quantized.describe(),
+    }
+    metadata["versions"] = _with_onnxruntime(metadata["versions"])
     return quantized
 
 
-def _write(file: Path, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
+def _write(file: Path, pixels: np.ndarray) -> None:
     """Quantizes a file in its place; activations get the ranges that they have for pixels `[N, H, W, C]`."""
     import onnx as library
     from onnxruntime import quantization
@@ -141,10 +145,7 @@ def _write(file: Path, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
         weight_type=quantization.QuantType.QInt8,
         extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]},
     )
-    model = library.load(file)
-    onnx.set_metadata(model, metadata)
-    library.checker.check_model(model, full_check=True)
-    library.save(model, file)
+    library.checker.check_model(library.load(file), full_check=True)
 
 
 def _with_onnxruntime(versions: dict[str, str]) -> dict[str, str]:

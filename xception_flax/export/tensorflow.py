@@ -59,10 +59,17 @@ numpy.save(sys.argv[3], numpy.stack(outputs))
 def write_saved_model(program: Program, path: Path, metadata: dict[str, Any], options: Options) -> None:
     """Writes the program as a folder, for any number of images, for the platforms of `options`.
 
+    Args:
+      metadata: see `describe_saved_model`.
+
     Raises:
       UserError: TensorFlow fails.
     """
     _write(_SAVED_MODEL_WRITER, program, path, stablehlo.exported(program, options))
+
+
+def describe_saved_model(path: Path, metadata: dict[str, Any]) -> None:
+    """Writes the metadata into the folder."""
     (path / DESCRIPTION).parent.mkdir()
     (path / DESCRIPTION).write_bytes(naming.to_json(metadata, indent=2).encode())
 

@@ -1,6 +1,8 @@
 """Writes a network as a program of another runtime: whole, verified, or not at all."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ class Format(NamedTuple):
       runtimes: that run it.
       distributions: whose versions go into the metadata.
       any_size: whether it can be written for images of other sizes too.
+      describe: puts metadata into a file that was written, in place of those there; None if it has no place for them.
     """
 
     write: Callable[[Program, Path, dict[str, Any], Options], None]
@@ -41,12 +44,22 @@ class Format(NamedTuple):
     runtimes: tuple[str, ...]
     distributions: tuple[str, ...]
     any_size: bool = True
+    describe: Callable[[Path, dict[str, Any]], None] | None = None
 
 
 # The name of a format is that of the extra that installs its libraries.
 FORMATS = {
     "stablehlo": Format(stablehlo.write, stablehlo.RUNNER, ".stablehlo", "for JAX", ("flatbuffers",), (), ("jax",)),
-    "onnx": Format(onnx.write, onnx.RUNNER, ".onnx", "for ONNX Runtime", ("onnx",), ("onnxruntime",), ("onnx",)),
+    "onnx": Format(
+        onnx.write,
+        onnx.RUNNER,
+        ".onnx",
+        "for ONNX Runtime",
+        ("onnx",),
+        ("onnxruntime",),
+        ("onnx",),
+        describe=onnx.describe,
+    ),
     "savedmodel": Format(
         tensorflow.write_saved_model,
         tensorflow.SAVED_MODEL_RUNNER,
@@ -56,6 +69,7 @@ FORMATS = {
         ("tensorflow",),
         ("jax", "tensorflow"),
         any_size=False,
+        describe=tensorflow.describe_saved_model,
     ),
     "litert": Format(
         tensorflow.write_litert,
@@ -114,7 +128,7 @@ def write(
     options: Options,
     images: Sequence | None,
 ) -> Written:
-    """Writes a network, and its description beside it in `OUTPUT.json`.
+    """Writes a network, and its description beside it in `OUTPUT.json` and, where the format has a place, inside.
 
     Args:
       program: the network as a function.
@@ -131,15 +145,29 @@ def write(
     check(form, output, options, verify=images is not None)
     found, verified, quantized = FORMATS[form], None, None
     metadata = describe(program, predictor, pretrained, form, found.distributions)
-    with beside(output) as partial:
+    with _no_description_alone(output), beside(output) as partial:
         found.write(program, partial, metadata, options)
         if images is not None:
             height, width, _ = program.image_shape
             larger = sizes.normal((height + stablehlo.SIZE_STEP, width + stablehlo.SIZE_STEP))
             others = [larger] if options.any_size else []
             verified = verifying.verify(program, predictor, partial, found.runner, images, sizes=others)
-            metadata |= {"verified": {"largest_difference": verified.difference, "images": verified.images}}
+            key = "verified" if options.int8 is None else "verified_float32"  # before it is quantized
+            metadata |= {key: {"largest_difference": verified.difference, "images": verified.images}}
         if options.int8 is not None:
             quantized = quantizing.quantize(program, predictor, partial, metadata, options)
+        if found.describe is not None:
+            found.describe(partial, metadata)
         write_whole(beside_it(output), [naming.to_json(metadata, indent=2).encode()])  # before the file has its name
     return Written(verified, quantized)
+
+
+@contextlib.contextmanager
+def _no_description_alone(output: Path) -> Iterator[None]:
+    """Removes the description of a file that did not get its name after all."""
+    try:
+        yield
+    except BaseException:
+        if not os.path.lexists(output):
+            beside_it(output).unlink(missing_ok=True)
+        raise

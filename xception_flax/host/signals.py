@@ -1,9 +1,11 @@
 """Stopping by signal. It imports very little, so that a command can handle Ctrl-C before its slow imports."""
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -25,6 +27,31 @@ def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
     show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # the progress bar hides it
     os.write(2, f"{show_cursor}\ninterrupted\n".encode())
     os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def unwinding() -> Iterator[None]:
+    """Within, SIGINT and SIGTERM are a KeyboardInterrupt, so that what is half done is removed; then the process ends.
+
+    It ends as `stop_at_once` does, which the second signal calls. For what has little native code in its own process.
+    """
+    first: list[tuple[int, float]] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not first:
+            first.append((number, time.monotonic()))
+            raise KeyboardInterrupt
+        if time.monotonic() - first[0][1] > ECHO_SECONDS:
+            stop_at_once(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if first:  # whatever the exception became on its way
+            stop_at_once(first[0][0])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from xception_flax.prepare import similar
 from xception_flax.prepare.folder import check_directory, open_split, splits_there
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
+
+DECODED = ("max_value", "orientation")  # the keys of a recipe's data that change what an image looks like
 
 BLOCK = 1024  # images submitted at a time; futures for all images of a data set would take gigabytes
 
@@ -90,7 +93,10 @@ def _splits_of_table(path: Path, options: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def read_all(
-    splits: Mapping[str, sources.Source], num_threads: int, advance: Callable[[int], None]
+    splits: Mapping[str, sources.Source],
+    num_threads: int,
+    advance: Callable[[int], None],
+    decoded: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, list[Checked]]:
     """Reads every image of every split, in order.
 
@@ -98,20 +104,27 @@ def read_all(
       splits: by name.
       num_threads: that read at the same time.
       advance: called with the number of images read since the last call.
+      decoded: see `read`.
     """
     images: dict[str, list[Checked]] = {split: [] for split in splits}
     with futures.ThreadPoolExecutor(num_threads) as executor:
         for split, source in splits.items():
             for begin in range(0, len(source), BLOCK):
                 block = range(begin, min(begin + BLOCK, len(source)))
-                for image in executor.map(lambda i, source=source: read(source, i), block):
+                for image in executor.map(lambda i, source=source: read(source, i, decoded), block):
                     images[split].append(image)
                     advance(1)
     return images
 
 
-def read(source: sources.Source, index: int) -> Checked:
-    """Reads one example and decodes its image. It raises nothing for a bad image: the result shows what is wrong."""
+def read(source: sources.Source, index: int, decoded: Mapping[str, Any] = MappingProxyType({})) -> Checked:
+    """Reads one example and decodes its image. It raises nothing for a bad image: the result shows what is wrong.
+
+    Args:
+      source: of the example.
+      index: of it.
+      decoded: how its image is, some of `DECODED`, as of `decoding.decode`.
+    """
     try:
         example = source[index]
     except (sources.InputError, OSError):
@@ -123,7 +136,7 @@ def read(source: sources.Source, index: int) -> Checked:
     )
     classes = np.flatnonzero(label) if label.ndim else label[None]
     try:
-        image = decoding.decode(content, 3)
+        image = decoding.decode(content, 3, **decoded)
         (height, width), largest = image.shape[:2], decoding.largest_value(content)
         look = similar.perceptual_hash(image)
     except decoding.BadImageError:

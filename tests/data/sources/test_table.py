@@ -337,6 +337,26 @@ def test_texts_of_excel_are_read(photos, tmp_path):
         assert rows.class_names == ("é",)
 
 
+@pytest.mark.parametrize("separator", [None, "|"])
+def test_blanks_around_a_value_are_none_of_it(photos, tmp_path, separator):
+    """A person writes `, ` between fields: names of columns, images, labels, groups and splits are without blanks."""
+    names = [Path(path).name for path in folder("all", data_dir=str(photos)).paths][:8]
+    rows = [(name, "dog"[: 2 + i % 2], "ab"[i // 4], ("train", "val")[i // 4]) for i, name in enumerate(names)]
+    found = {}
+    for mark in (",", ", ", " , "):
+        text = "".join(mark.join(row) + "\n" for row in [("image", "label", "patient", "split"), *rows])
+        (tmp_path / "a.csv").write_text(text)
+        given = dict(path=str(tmp_path / "a.csv"), data_dir=str(photos), label_separator=separator)
+        assert sources.table.table_splits(given["path"]) == ("train", "val")
+        groups = dict(split_column="", label_column="label", group_by="patient", val_fraction=0.5)
+        found[mark] = [
+            (split.class_names, [Path(split.path(i)).name for i in range(len(split))], split.labels.to_pylist())
+            for split in (table("train", **given), table("val", **given), table("val", **given, **groups))
+        ]
+    assert found[","][0][:2] == (("do", "dog"), names[:4])
+    assert found[", "] == found[" , "] == found[","]
+
+
 def test_numbers_are_texts(photos, tmp_path):
     """In CSV as they are written; in Parquet without the '.0' of pandas. Order is that of texts, as of folders."""
     names = [Path(path).name for path in folder("all", data_dir=str(photos)).paths][:4]

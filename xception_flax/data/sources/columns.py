@@ -172,7 +172,7 @@ def _open_csv(path: str) -> TableFile:
         names = next((row for row in reader if row), [])
     except csv.Error as error:
         raise UserError(f"{path}: its first line, with the names of the columns, cannot be read ({error}).") from None
-    names = [name or f"column {i}" for i, name in enumerate(names, start=1)]  # Excel and pandas leave some out
+    names = [name.strip() or f"column {i}" for i, name in enumerate(names, start=1)]  # Excel and pandas leave some out
     if not names:
         raise UserError(f"{path} is empty; expected the names of the columns in its first line, then a row an image.")
     _check_names(path, names)

@@ -358,19 +358,21 @@ def _are_zeros_and_ones(file: TableFile, names: Sequence[str]) -> bool:
 
 
 def _texts(column: "pa.ChunkedArray") -> "pa.Array":
-    """Returns values as texts: those of a whole number without '.0', which pandas adds where others are missing.
+    """Returns values as texts: without white space around them, as a CSV has after commas, and those of a whole number
+    without '.0', which pandas adds where others are missing.
 
     Raises:
       pa.ArrowException: values of this type have no text, or a number is not whole.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     if pa.types.is_floating(column.type):
         column = column.cast(pa.int64())
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     column = column.cast(pa.large_string())
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return pc.utf8_trim_whitespace(column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column)
 
 
 def _cells(file: TableFile, name: str, column: "pa.ChunkedArray") -> "pa.Array":
@@ -388,7 +390,7 @@ def _cells(file: TableFile, name: str, column: "pa.ChunkedArray") -> "pa.Array":
         raise UserError(
             f"{file.path}: column {written(name)} has values of type {column.type}; expected texts or whole numbers."
         ) from None
-    empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True)
+    empty = pc.fill_null(pc.equal(texts, ""), True)
     if number := pc.sum(empty).as_py():
         row = pc.index(empty, True).as_py() + file.first_row
         others = f", and so have {counted(number - 1, 'other')}" if number > 1 else ""
