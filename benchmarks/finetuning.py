@@ -6,6 +6,7 @@ are not run again. The picture is drawn from all of them.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -42,15 +43,13 @@ class Setting(NamedTuple):
 
 
 _TRAINED = {"optimizer.backbone_factor": 1, "model.bn_frozen": False, "model.bn_decay": 0.9}
-_SCRATCH = {"init.weights": "random", **_TRAINED}
 
 # bn_decay is for runs of a hundred steps: moving statistics must forget where they began.
 SETTINGS = {
     "recipe": Setting("the recipe: layers at 0.01 of the rate, normalization frozen", {}),
     "classifier": Setting("classifier alone (backbone_factor=0)", {"optimizer.backbone_factor": 0}),
     "full": Setting("all layers at one rate, normalization trained", _TRAINED),
-    "scratch": Setting("from random weights, the same steps", _SCRATCH),
-    "scratch_long": Setting("from random weights, three times the steps", {**_SCRATCH, "epochs": 60}),
+    "scratch": Setting("from random weights", {"init.weights": "random", **_TRAINED}),
 }
 
 
@@ -76,6 +75,12 @@ def main(argv: list[str]) -> int:
             for name in names:
                 run(name, seed, options)
     rows = [row for row in read(options.results) if row["images_per_class"] == options.images]
+    for name in SETTINGS:
+        kinds = {
+            json.dumps([row["changes"] | {"seed": 0}, row["weights_sha256"]]) for row in rows if row["setting"] == name
+        }
+        if len(kinds) > 1:
+            raise WorkerError(f"{options.results} has runs of '{name}' of several kinds: {'; '.join(sorted(kinds))}.")
     if not rows:
         raise WorkerError(f"{options.results} has no run with {options.images} images a class; run some by --weights.")
     print(table(rows))
@@ -91,11 +96,14 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 def run(name: str, seed: int, options: argparse.Namespace) -> None:
     """Trains and evaluates one setting with one seed, unless the results have it, and writes its line."""
+    changes = {"init.weights": options.weights, **SETTINGS[name].changes, "seed": seed, "data.image_size": SIZE}
     key = {"setting": name, "seed": seed, "images_per_class": options.images}
+    key |= {"changes": changes | {"init.weights": Path(changes["init.weights"]).name}, "weights_sha256": None}
+    if Path(changes["init.weights"]).is_file():
+        key["weights_sha256"] = hashlib.sha256(Path(changes["init.weights"]).read_bytes()).hexdigest()
     if any(row.items() >= key.items() for row in read(options.results)):
         return
     progress = command.Progress(f"{name}, seed {seed}")
-    changes = {"init.weights": options.weights, **SETTINGS[name].changes, "seed": seed, "data.image_size": SIZE}
     never = {"checkpoint_every_epochs": "inf", "eval_every_epochs": "inf"}
     with tempfile.TemporaryDirectory(prefix="xception_flax_benchmark_") as folder:
         write_images(Path(folder, "images"), seed, options.images, options.data_dir)
@@ -123,7 +131,6 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
         records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     evaluation = next(record for record in reversed(records) if "eval/top1" in record)
     row = key | {
-        "changes": changes | {"init.weights": Path(str(changes["init.weights"])).name},
         "steps": evaluation["step"],
         "top1": evaluation["eval/top1"],
         "loss": evaluation["eval/loss"],

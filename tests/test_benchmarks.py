@@ -1,10 +1,12 @@
 """The benchmarks run, and their reports are right; times are never asserted."""
 
+import gzip
 import io
 import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from benchmarks import (
     cold_start,
     command,
     contenders,
+    finetuning,
     growth,
     input_pipeline,
     inputs,
@@ -208,3 +211,50 @@ def test_mistakes(capsys, arguments, message):
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
+
+
+# Fine-tuning ---------------------------------------------------------------------------------------
+
+
+def test_what_the_docs_say_of_fine_tuning_is_in_the_results(tmp_path):
+    result = benchmark(f"finetuning --results results/finetuning.jsonl --picture {tmp_path / 'p.png'}")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.strip() in (shell.ROOT / "docs" / "fine-tuning.md").read_text()
+    with Image.open(tmp_path / "p.png") as drawn, Image.open(shell.ROOT / "docs/images/finetuning.png") as shown:
+        assert drawn.size == shown.size
+
+
+def test_runs_of_several_kinds_are_not_drawn_together(tmp_path):
+    first, *others = (shell.ROOT / "results" / "finetuning.jsonl").read_text().splitlines()
+    (tmp_path / "r.jsonl").write_text(
+        "\n".join([json.dumps(json.loads(first) | {"weights_sha256": "0" * 64}), *others])
+    )
+    result = benchmark(f"finetuning --results {tmp_path / 'r.jsonl'}")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.match(r"error: .*r\.jsonl has runs of 'recipe' of several kinds: ", result.stderr)
+
+
+def test_images_to_fine_tune_on(tmp_path):
+    """Each seed draws its own of the training images; those to evaluate on are the first of the test images."""
+    labels = np.tile(np.arange(10, dtype=np.uint8), 120)
+    for part in ("train", "t10k"):
+        images = np.arange(1200, dtype=">u2").view(np.uint8).reshape(1200, 1, 2).repeat(4, 1)
+        content = struct.pack(">HBB3I", 0, 8, 3, 1200, 4, 2) + images.tobytes()
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
+        content = struct.pack(">HBBI", 0, 8, 1, 1200) + labels.tobytes()
+        (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(content))
+    found = {}
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        finetuning.write_images(folder, seed, 7, str(tmp_path))
+        found[seed] = {
+            split: {p.relative_to(folder) for p in (folder / split).rglob("*.png")} for split in ("train", "val")
+        }
+        assert {len(list(path.iterdir())) for path in (folder / "train").iterdir()} == {7}
+        for path in (folder / "train" / "coat").iterdir():
+            number = int(path.stem)
+            assert number % 10 == 4
+            np.testing.assert_array_equal(np.asarray(Image.open(path))[0], [number >> 8, number & 255])
+    assert found[0]["val"] == found[1]["val"]
+    assert {int(path.stem) for path in found[0]["val"]} == set(range(1000))
+    assert found[0]["train"] != found[1]["train"]

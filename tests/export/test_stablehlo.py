@@ -88,7 +88,10 @@ def test_any_size(files, tmp_path, monkeypatch, capsys):
     """The network's 71 px and multiples of 32 more, height and width each by itself; other sizes are refused."""
     output = tmp_path / "n.stablehlo"
     arguments = [files["xception"], "--format", "stablehlo", "--output", output, "--outputs", "logits", "--any-size"]
-    assert run(monkeypatch, capsys, *arguments)[0] == 0
+    code, out, _ = run(monkeypatch, capsys, *arguments)
+    assert code == 0
+    assert "uint8 [batch, height, width, 3], 0 to 255" in out
+    assert json.loads((tmp_path / "n.stablehlo.json").read_text())["input"]["shape"] == ["batch", "height", "width", 3]
     found = predictor.load(str(files["xception"]))
     rng = np.random.default_rng(0)
     for shape in ((2, 71, 71, 3), (1, 103, 135, 3)):

@@ -328,6 +328,7 @@ def test_infinite_epochs_between_two_are_at_the_end_alone(tmp_path):
     assert json.loads(text, parse_constant=pytest.fail)["eval_every_epochs"] == largest
     (tmp_path / "config.json").write_text(text.replace(str(largest), "Infinity"))
     assert differences(read_recipe(tmp_path), config) == []
+    assert [line.partition("-> ")[2] for line in differences(reading.load(DIGITS), config)] == ["inf", "inf"]
     with pytest.raises(UserError, match="'eval_every_epochs' must be a finite number, got nan"):
         reading.load(DIGITS, ["--config.eval_every_epochs=nan"])
 

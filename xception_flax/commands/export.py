@@ -79,9 +79,8 @@ def main(argv: list[str]) -> int:
     except NotVerifiedError as error:
         cli.complain(f"{arguments.output} was not written: {error}.")
         return 1
-    height, width, channels = program.image_shape
     rows = {
-        "images": f"uint8 [batch, {height}, {width}, {channels}], 0 to 255",
+        "images": f"uint8 [{', '.join(map(str, writing.input_shape(program, options)))}], 0 to 255",
         arguments.outputs: f"float32 [batch, {program.size:,}]",
         "verified": "no" if made.verified is None else _figure(made.verified, "in float32, " if options.int8 else ""),
         **({} if made.quantized is None else _quantized(made.quantized)),

@@ -33,7 +33,6 @@ def describe(
         "input": {
             "name": "images",
             "dtype": "uint8",
-            "shape": ["batch", *program.image_shape],
             "channels": {1: "gray", 3: "RGB", 4: "RGBA"}.get(p.channels, p.channels),
             "normalized_inside": True,
         },

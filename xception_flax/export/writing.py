@@ -101,6 +101,9 @@ def check(form: str, output: Path, options: Options, *, verify: bool) -> None:
     found = lookup(FORMATS, form, "format")
     if found.suffix and output.suffix != found.suffix:
         raise UserError(f"--output {output}: a file of {form} must end in {found.suffix!r}, got {output.suffix!r}.")
+    others = [each.suffix for each in FORMATS.values() if each.suffix]
+    if not found.suffix and output.suffix in others:
+        raise UserError(f"--output {output}: {form} is a folder; take a name that does not end in {output.suffix!r}.")
     if options.any_size and not found.any_size:
         raise UserError(f"--any-size is not of {form}, which is written for images of one size.")
     check_extra(form, found.writers, f"writing {form}")
@@ -117,6 +120,12 @@ def check(form: str, output: Path, options: Options, *, verify: bool) -> None:
 def beside_it(output: Path) -> Path:
     """Returns the path of the description beside a file."""
     return output.with_name(f"{output.name}.json")
+
+
+def input_shape(program: Program, options: Options) -> list[int | str]:
+    """Returns the sizes of the input, with names for those that are free."""
+    height, width, channels = program.image_shape
+    return ["batch", *(("height", "width") if options.any_size else (height, width)), channels]
 
 
 def write(
@@ -145,6 +154,7 @@ def write(
     check(form, output, options, verify=images is not None)
     found, verified, quantized = FORMATS[form], None, None
     metadata = describe(program, predictor, pretrained, form, found.distributions)
+    metadata["input"]["shape"] = input_shape(program, options)
     with _no_description_alone(output), beside(output) as partial:
         found.write(program, partial, metadata, options)
         if images is not None:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from xception_flax.recipes.groups import OPERATIONAL, OPERATIONAL_GROUPS, PER_HOST
 from xception_flax.text import naming
 from xception_flax.text.lookup import differing
+from xception_flax.text.ranges import LARGEST
 
 
 def recipe_json(config: ConfigDict) -> str:
@@ -19,10 +20,14 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns a line 'key: old -> new' for each key that differs and changes the result."""
     old, new = _flat(old), _flat(new)
     return [
-        f"{key}: {old.get(key, '(none)')!r} -> {new.get(key, '(none)')!r}"
+        f"{key}: {_shown(old.get(key, '(none)'))} -> {_shown(new.get(key, '(none)'))}"
         for key in sorted(differing([old, new]))
         if key not in OPERATIONAL and key.partition(".")[0] not in OPERATIONAL_GROUPS
     ]
+
+
+def _shown(value: Any) -> str:
+    return "inf" if value == LARGEST else repr(value)  # as `text.values.Endless` is written
 
 
 def alike(config: ConfigDict) -> dict[str, Any]:
