@@ -120,7 +120,7 @@ def curves(scores: Scores, predictions: Predictions) -> bytes:
             if not len(sampled):
                 continue
             low, high = np.quantile(sampled, [0.1, 0.9], axis=0)
-            axes.fill_between(GRID, low, high, color=ACCENT, alpha=0.15, lw=0, label="8 of 10 classes")
+            axes.fill_between(GRID, low, high, color=ACCENT, alpha=0.15, lw=0, label="80 % of the classes")
             axes.plot(GRID, sampled.mean(0), color=ACCENT, lw=1.8, label="mean of all classes")
             axes.legend(frameon=False, fontsize=8, loc="best")
     roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
