@@ -353,7 +353,7 @@ def test_a_recipe(monkeypatch, capsys):
         (["--all", "--layers"], "argument --layers: not allowed with argument --all"),
         (["xception", "--image-size", "0"], "argument --image-size: must be positive and at most .*, got '0'"),
         (["xception", "--image-size", "-5"], "argument --image-size: must be positive and at most .*, got '-5'"),
-        (["xception", "--image-size", "big"], "argument --image-size: must be a number of pixels, or .*, got 'big'"),
+        (["xception", "--image-size", "big"], "argument --image-size: must be a number, or .*, got 'big'"),
         (["xception", "--image-size", "64,x"], "argument --image-size: must be .* height x width such as .* '64,x'"),
         (["xception", "--image-size", "0x64"], "argument --image-size: must be positive and at most .*, got '0x64'"),
         (["xception", "--image-size", "64x31"], "Xception needs images of at least 32 x 32 pixels, got 64 x 31"),

@@ -77,7 +77,8 @@ ACCEPTED = {
         "checkpoint_every_epochs",
         "checkpoint_every_minutes",
         "patience_epochs",
-    ),  # at the end alone
+        "watchdog_minutes",
+    ),  # at the end alone, or never
     # A seed, a backbone without classifier, no middle flow, off, none.
     "0": (
         *("seed", "model.num_classes", "model.middle_repeats", "data.num_workers", "data.min_decoded_side"),

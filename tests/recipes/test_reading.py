@@ -108,7 +108,7 @@ def test_a_resolved_recipe_is_json_and_resolves_to_itself():
         ),
         (
             {"data": {"source": "digits", "image_size": (32, 48, 3)}},
-            r"'data.image_size' must be a number of pixels, or height x width such as 224x320, got \(32, 48, 3\)",
+            r"'data.image_size' must be a number, or height x width such as 224x320, got \(32, 48, 3\)",
         ),
         ({"step": {"seed": 1}}, r"unknown recipe key 'step\.seed'; did you mean 'seed'\?$"),
         ({"normalize": {"mean": [0.0]}}, "recipe key 'normalize.std' is missing"),

@@ -14,7 +14,7 @@ from xception_flax.text.ranges import check_range
 
 ImageSize = Annotated[int | tuple[int, int], "HxW"]
 
-EXPECTED = "a number of pixels, or height x width such as 224x320"
+EXPECTED = "a number, or height x width such as 224x320"
 
 _SPELLED = re.compile(r"([0-9]{1,18})x([0-9]{1,18})")
 

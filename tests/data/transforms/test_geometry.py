@@ -152,7 +152,7 @@ def test_random_crop_with_padding_of_a_rectangle(photo):
         ("resize_center_crop(resize_size=(23, 60))", r"the height of resize_size must be in \[24, 10,000\], got 23"),
         ("resize_center_crop(resize_size=(60, 47))", r"the width of resize_size must be in \[48, 10,000\], got 47"),
         ("resize(image_size=(8, 0))", r"the width of image_size must be in \[1, 10,000\], got 0"),
-        ("resize(image_size=(8, 8, 8))", r"image_size must be a number of pixels, or height x width such as 224x320"),
+        ("resize(image_size=(8, 8, 8))", r"image_size must be a number, or height x width such as 224x320"),
         ("resize(image_size=8x8)", "a transform must be written as name"),
         ("random_crop_with_padding(padding=25)", r"padding must be in \[0, 24\], got 25"),
     ],
