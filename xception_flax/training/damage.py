@@ -110,8 +110,9 @@ def set_aside(folder: Path, plain: Path, templates: Mapping[str, PyTree], best_m
         )
     warnings = []
     for step, reason in damaged.items():
-        place = _free(folder.parent / ASIDE, str(step))
-        (folder / str(step)).rename(place)
+        with files.file_errors(folder.parent / ASIDE, "written"):
+            place = _free(folder.parent / ASIDE, str(step))
+            (folder / str(step)).rename(place)
         warnings.append(
             f"WARNING: checkpoint {folder / str(step)} is damaged: {reason}. It was moved to {place}; the newest whole "
             f"one is of step {whole}."
