@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -391,10 +391,10 @@ PARTS = ("value", "input gradient", "kernel gradient")
 # is. A lowering may also be off by three times as much as 'stock' in bfloat16.
 BOUNDS = {"operation": {"float32": 1e-5, "bfloat16": 1e-2}, "network": {"float32": 1e-5, "bfloat16": 1e-2}}
 
-# In a network rounding decides which pixels are the maxima of windows and which pass a ReLU, and so moves gradients far
-# more than values. So its gradients in float32 may be off by three times as much as those of 'stock' for images
-# multiplied by 1 +- n * 2^-23, with the first of these n that moves the logits as much as the lowering does.
-NUDGES = (1, 8, 64)
+# In a network rounding decides which pixels are the maxima of windows and which pass a ReLU. It moves gradients far
+# more than values, a little or a lot as it happens: those of 'stock' by 9e-4 to 5e-3 for images with other last bits.
+# So a network's gradients in float32 may be off by twice the largest of so many such draws.
+DRAWS = 16
 
 
 def _cases(tiny: bool) -> list[tuple]:
@@ -476,13 +476,12 @@ def correctness(job: Job) -> Iterator[Record]:
     comparisons = _comparisons(job)
     yield {}
 
-    def evaluate(
-        comparison: Comparison, dtype: str, lowering: str, nudges: Sequence[int] = (0,)
-    ) -> list[list[jax.Array]] | str:
-        """Returns [value, gradients], each as one vector, for the input moved by each of `nudges`, or the error."""
+    def evaluate(comparison: Comparison, dtype: str, lowering: str, draws: int = 0) -> list[list[jax.Array]] | str:
+        """Returns [value, gradients], each as one vector, for the input or `draws` of its last bits; or an error."""
         function, key = comparison.make(dtype), jax.random.key(3)
         x, *others = comparison.operands
-        signs = jax.random.rademacher(key, x.shape)
+        last_bits = (jax.random.rademacher(jax.random.fold_in(key, i), x.shape) * 2.0**-23 for i in range(draws))
+        inputs = (x * (1 + bits) for bits in last_bits) if draws else (x,)
 
         def both(*operands: Any) -> list[Any]:
             y, pull = jax.vjp(function, *operands)
@@ -494,7 +493,7 @@ def correctness(job: Job) -> Iterator[Record]:
         with ops.lowering(lowering), jax.default_matmul_precision(precision):
             try:
                 program = jax.jit(both)
-                return [jax.block_until_ready(program(x * (1 + signs * n * 2.0**-23), *others)) for n in nudges]
+                return [jax.block_until_ready(program(x, *others)) for x in inputs]
             except Exception as error:
                 traceback.print_exc()
                 return one_line(error)
@@ -508,7 +507,7 @@ def correctness(job: Job) -> Iterator[Record]:
         }
         # In an operation the last bit would decide between equal maxima, which all lowerings decide alike.
         nudged = {
-            i: pool.submit(evaluate, comparison, "float32", "stock", NUDGES)
+            i: pool.submit(evaluate, comparison, "float32", "stock", DRAWS)
             for i, comparison in enumerate(comparisons)
             if comparison.level == "network"
         }
@@ -523,9 +522,9 @@ def correctness(job: Job) -> Iterator[Record]:
             errors, *usual = (
                 [relative_error(*pair) for pair in zip(x, reference, strict=True)] for x in (outputs, *usual)
             )
-            as_far = next((error for error in usual if error[0] >= errors[0]), usual[-1])
+            factor = 2 if len(usual) > 1 else 3
             bound = BOUNDS[comparisons[i].level][dtype]
-            limits = [max(bound, 3 * error) for error in as_far]
+            limits = [max(bound, factor * error) for error in map(max, zip(*usual, strict=True))]
             same = all(error <= limit < math.inf for error, limit in zip(errors, limits, strict=True))
             parts = PARTS[: len(errors)]
             yield {**record, "same": same, "errors": dict(zip(parts, errors, strict=True)), "limits": limits}
