@@ -37,7 +37,7 @@ from xception_flax.host.watchdog import Watchdog
 from xception_flax.models import costs
 from xception_flax.recipes import groups, reading
 from xception_flax.recipes.comparing import alike
-from xception_flax.runs import curves, history, profiling, progress
+from xception_flax.runs import history, profiling, progress
 from xception_flax.runs.saving import SaveClock, check_same_data, save_where_input_ends
 from xception_flax.runs.workdir import (
     CHECKPOINTS,
@@ -504,7 +504,7 @@ def already_finished(workdir: Path, steps: int) -> int:
     if jax.process_index() == 0:
         print(f"{naming.shown(workdir)}: this run is finished ({counted(steps, 'step')}); nothing to do.")
         print(naming.harmless(how_to_train_on(workdir)))
-        curves.draw_run(workdir)
+        draw_curves(workdir)
     return 0
 
 
@@ -521,7 +521,14 @@ def show_results(config: ConfigDict, workdir: Path, results: dict[str, float], w
             "`xception-flax prepare check` names those of a folder or TFDS data set"
         )
     console.show_table("finished", rows | {"curves": naming.shown(workdir / CURVES)})
-    curves.draw_run(workdir)  # last: if it fails, the results are already shown
+    draw_curves(workdir)  # last: if it fails, the results are already shown
+
+
+def draw_curves(workdir: Path) -> None:
+    """Draws the curves of a run."""
+    from xception_flax.runs import curves  # Matplotlib takes a quarter of all imports, and a run needs it at its end
+
+    curves.draw_run(workdir)
 
 
 if __name__ == "__main__":
