@@ -17,9 +17,13 @@ PyTree = Any
 
 def inspect(tree: PyTree) -> tuple[dict[str, int], list[str]]:
     """Returns a uint32 for each leaf, by path, and the paths of the leaves with values that are not finite."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    paths = [jax.tree_util.keystr(path) for path, _ in leaves]
-    sums, finite = jax.device_get(_inspect_all([leaf for _, leaf in leaves]))
+    with_paths = jax.tree_util.tree_leaves_with_path(tree)
+    paths, leaves = [jax.tree_util.keystr(path) for path, _ in with_paths], [leaf for _, leaf in with_paths]
+    if all(map(_is_in_host_memory, leaves)):  # a program for hundreds of shapes would compile for ten seconds
+        arrays = [np.asarray(_numbers(leaf)) for leaf in leaves]
+        sums, finite = map(_checksum_on_host, arrays), map(_is_finite_on_host, arrays)
+    else:
+        sums, finite = jax.device_get(_inspect_all(leaves))
     not_finite = [path for path, is_finite in zip(paths, finite, strict=True) if not is_finite]
     return dict(zip(paths, map(int, sums), strict=True)), not_finite
 
@@ -50,6 +54,18 @@ def sha256(tree: PyTree) -> str:
     return digest.hexdigest()
 
 
+def _is_in_host_memory(x: Any) -> bool:
+    """Whether this process has all of it without a copy from a device."""
+    if not isinstance(x, jax.Array):
+        return True
+    return x.is_fully_addressable and all(device.platform == "cpu" for device in x.devices())
+
+
+def _numbers(x: Any) -> Any:
+    """Returns the integers of a random key; other arrays as they are."""
+    return jax.random.key_data(x) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
 @jax.jit
 def _inspect_all(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
     return [_checksum(leaf) for leaf in leaves], [_is_finite(leaf) for leaf in leaves]
@@ -64,8 +80,7 @@ def _checksum(x: jax.Array) -> jax.Array:
 
     A sum of integers does not depend on their order, so the checksum does not depend on the sharding.
     """
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
+    x = _numbers(x)
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     if x.dtype.itemsize == 8:
@@ -85,3 +100,7 @@ def _checksum_on_host(x: np.ndarray) -> int:
     bits = x.view(f"uint{8 * min(x.dtype.itemsize, 4)}").astype(np.uint32)
     position = np.arange(bits.size, dtype=np.uint32)
     return int(np.sum(bits * (2 * position * np.uint32(2654435761) + np.uint32(1)), dtype=np.uint32))
+
+
+def _is_finite_on_host(x: np.ndarray) -> bool:
+    return not jnp.issubdtype(x.dtype, jnp.inexact) or bool(np.all(np.isfinite(x)))
