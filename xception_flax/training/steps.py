@@ -109,8 +109,8 @@ def make_train_step(
         batches that do not fit into memory. The gradient is the mean over the parts. Batch normalization sees one part
         at a time, and each updates its moving statistics.
       lowering: how operations are computed: one of `ops.LOWERINGS`, see `ops.lowering`.
-      on_nonfinite: what happens to a step whose loss, gradient or new weights are NaN or infinite: 'stop' ends the run
-        at the next record, before anything is saved; 'skip' leaves weights, statistics, averages and moments as they
+      on_nonfinite: what happens to a step whose loss, gradient or new state (weights, statistics, averages, moments) is
+        NaN or infinite: 'stop' ends the run at the next record, before anything is saved; 'skip' leaves weights, statistics, averages and moments as they
         were, and counts the step in `skipped_steps`. Counters go on: the next batch comes, and the schedule. A run ends
         after 100 of them in a row. It takes the memory of one more state.
       seed: of dropout and mixing.
@@ -153,8 +153,10 @@ def make_train_step(
                 ema_batch_stats=_average(keep, state.ema_batch_stats, batch_stats),
             )
         if on_nonfinite == "skip":
-            values = (sums["loss"].total, sums["gradient_norm"].total, params, batch_stats)
-            finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(values)]))
+            # What a checkpoint refuses too: see `checkpoint.WEIGHTS` about single numbers of the optimizer.
+            arrays = [x for x in jax.tree.leaves(new) if x.ndim and jnp.issubdtype(x.dtype, jnp.inexact)]
+            values = (sums["loss"].total, sums["gradient_norm"].total, *arrays)
+            finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in values]))
             new = jax.tree.map(
                 lambda n, o: n if jnp.issubdtype(n.dtype, jnp.integer) else jnp.where(finite, n, o), new, state
             )
