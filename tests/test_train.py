@@ -866,8 +866,8 @@ def test_an_update_that_overflows_exactly_at_a_save_is_not_saved(tmp_path, monke
         code, _, err = run(monkeypatch, capsys, train.main, *arguments)
         assert code == 2
         assert re.search(
-            r"^error: values of raw\['params'\]\['conv1'\]\['kernel'\] and \d+ other arrays are not finite after step 2; "
-            r"checkpoints from before it are kept\. Lower optimizer\.learning_rate or clip",
+            r"^error: values of raw\['params'\]\['conv1'\]\['kernel'\] and \d+ other arrays are not finite after step "
+            r"2; checkpoints from before it are kept\. Lower optimizer\.learning_rate or clip",
             err,
             re.MULTILINE,
         )

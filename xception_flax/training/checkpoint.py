@@ -385,6 +385,35 @@ def find_step(manager: Checkpoints, which: str) -> int:
     return int(which)
 
 
+def mesh_shape(manager: Checkpoints, step: int) -> tuple[int, ...] | None:
+    """Returns the shape of the mesh that computed the checkpoint of `step`; None if its files do not say it."""
+    try:
+        found = ocp.StandardCheckpointHandler().metadata(manager.directory / str(step) / "raw")
+    except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
+        raise _damaged(manager, step, error) from None
+    arrays = jax.tree.leaves(found.tree, is_leaf=lambda x: hasattr(x, "sharding"))
+    shape = getattr(arrays[0].sharding, "shape", None)
+    return None if shape is None else tuple(map(int, shape))
+
+
+def differs(manager: Checkpoints, state: TrainState) -> list[str]:
+    """Returns the arrays of `state` whose bits differ from the checkpoint of its step, such as raw['params']['x'].
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    expected, different = read_meta(manager, int(state.step))["checksums"], []
+    for name, item in _items(state).items():
+        sums, _ = checksums.inspect(item)
+        different += [f"{name}{path}" for path, found in sums.items() if found != expected.get(name, {}).get(path)]
+    return different
+
+
+def steps_in(manager: Checkpoints) -> list[int]:
+    """Returns the steps that have a checkpoint, in order."""
+    return sorted(manager.all_steps())
+
+
 def restore_state(manager: Checkpoints, abstract_state: TrainState, step: int) -> TrainState:
     """Reads the whole state of `step`; each array gets the sharding of its leaf in `abstract_state`.
 
@@ -465,7 +494,7 @@ def read_meta(manager: Checkpoints, step: int) -> dict[str, Any]:
 
 
 def not_finite(state: TrainState) -> list[str]:
-    """Returns what would keep a state from being saved: its arrays with values that are not finite, such as raw['x']."""
+    """Returns the arrays that keep a state from being saved, since they are not finite: raw['params'][...]."""
     return [
         f"{name}{path}"
         for name, item in _items(state).items()
