@@ -109,10 +109,10 @@ def make_train_step(
         batches that do not fit into memory. The gradient is the mean over the parts. Batch normalization sees one part
         at a time, and each updates its moving statistics.
       lowering: how operations are computed: one of `ops.LOWERINGS`, see `ops.lowering`.
-      on_nonfinite: what happens to a step whose loss, gradient or new state is NaN or infinite: 'stop' ends the run at the
-        next record, before anything is saved; 'skip' leaves weights, statistics, averages and moments as they were, and
-        counts the step in `skipped_steps`. Counters go on: the next batch comes, and the schedule. A run ends after 100
-        of them in a row. It takes the memory of one more state.
+      on_nonfinite: what happens to a step whose loss, gradient or new state is NaN or infinite: 'stop' ends the run at
+        the next record, before anything is saved; 'skip' leaves weights, statistics, averages and moments as they were,
+        and counts the step in `skipped_steps`. Counters go on: the next batch comes, and the schedule. A run ends after
+        100 of them in a row. It takes the memory of one more state.
       seed: of dropout and mixing.
       mix: from `mixing.make_mixing`; mixes the whole batch before it is split into parts. The loss takes the soft
         labels, and the metrics take the label with the larger share.
