@@ -838,6 +838,47 @@ def test_steps_that_are_not_finite_are_skipped_on_request(tmp_path, monkeypatch,
     assert all(np.isfinite(value).all() for value in arrays(tmp_path / "w", 105).values())
 
 
+# The second update overflows: its rate is 3e38, that of the first is 0. Loss and gradient of both steps are finite. The
+# first step is saved.
+SECOND_OVERFLOWS = ["--config", f"{DIGITS}:lenet", *(text for text in LENET if "_epochs" not in text)]
+SECOND_OVERFLOWS += ["--config.epochs=1", "--config.eval_every_epochs=inf", "--config.checkpoint_every_epochs=0.0127"]
+SECOND_OVERFLOWS += [f"--config.schedule.{text}" for text in ("name=cosine", "warmup_epochs=0.0127")]
+SECOND_OVERFLOWS += [f"--config.optimizer.{text}" for text in ("name=adamw", "learning_rate=3e38", "clip_norm=None")]
+SECOND_OVERFLOWS += ["--config.optimizer.decoupled_weight_decay=1e4"]
+
+
+@pytest.mark.parametrize("cause", ["the end of an interval", "SIGTERM"])
+def test_an_update_that_overflows_exactly_at_a_save_is_not_saved(tmp_path, monkeypatch, capsys, cause):
+    """The array is named, and the last good checkpoint stays, from which the same command does the same again."""
+    arguments = [*SECOND_OVERFLOWS, "--workdir", tmp_path / "w"]
+    if cause == "SIGTERM":  # by which step 1 is saved, and then step 2 would be
+        arguments += ["--config.checkpoint_every_epochs=inf"]
+        advance = progress.RunProgress.advance
+
+        def stop(report: progress.RunProgress, step: int) -> None:
+            advance(report, step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(progress.RunProgress, "advance", stop)
+        assert run(monkeypatch, capsys, train.main, *arguments)[0] == 128 + signal.SIGTERM
+        assert list(checkpoint_steps(tmp_path / "w")) == [1]
+    for _ in range(2):
+        code, _, err = run(monkeypatch, capsys, train.main, *arguments)
+        assert code == 2
+        assert re.search(
+            r"^error: values of raw\['params'\]\['conv1'\]\['kernel'\] and \d+ other arrays are not finite after step "
+            r"2; checkpoints from before it are kept\. Lower optimizer\.learning_rate or clip",
+            err,
+            re.MULTILINE,
+        )
+        assert list(checkpoint_steps(tmp_path / "w")) == [1]
+    assert all(np.isfinite(value).all() for value in arrays(tmp_path / "w", 1).values())
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
 def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
     arguments = ["--config", f"{DIGITS}:lenet", "--workdir", tmp_path, *OVERFLOW]
     code, out, err = run(monkeypatch, capsys, train.main, *arguments)

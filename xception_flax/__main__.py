@@ -23,6 +23,7 @@ VERBS = {
     "show-data": "draws images as the network sees them, augmented and mixed",
     "summary": "shows parameters, multiply-adds and activations of a network",
     "recipe": "shows every key of a recipe: value, type, default and meaning",
+    "replay": "computes a step of a run again, layer by layer: why a loss or a gradient is not finite",
     "precompile": "compiles the training step for a TPU slice, without one: memory, traffic, estimated time",
 }
 

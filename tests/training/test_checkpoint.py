@@ -195,7 +195,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_read(tmp_path, one_de
         with pytest.raises(UserError, match=rf"^{what} after step 2; checkpoints from before it are kept\. Lower"):
             checkpoint.save(manager, bad.replace(step=jnp.int32(2)), META, None)
         assert manager.all_steps() == [1]
-        monkeypatch.setattr(checkpoint, "WEIGHTS", ())
+        monkeypatch.setattr(checkpoint, "_refused", lambda *_: [])
         checkpoint.save(manager, bad.replace(step=jnp.int32(2)), META, None)
     monkeypatch.undo()
     with open_manager(tmp_path) as manager:
@@ -216,6 +216,29 @@ def test_optimizers_may_begin_at_infinity(tmp_path, one_device):
         checkpoint.save(manager, state, META, None)
     with open_manager(tmp_path) as manager:
         assert_equal(checkpoint.restore_state(manager, abstract(state), 1), state)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_moments_that_are_not_finite_are_neither_saved_nor_read(tmp_path, one_device, monkeypatch, value):
+    """A weight whose second moment is infinite would stand still for ever, and every loss would be finite."""
+    state = make_state(one_device, 2)
+    trace = state.opt_state[0]["trace"].at[3, 4].set(value)
+    bad = state.replace(opt_state=({"trace": trace}, state.opt_state[1]))
+    what = r"optimizer\['opt_state'\]\[0\]\['trace'\]"
+    assert [re.fullmatch(what, found) is not None for found in checkpoint.not_finite(bad)] == [True]
+    assert checkpoint.not_finite(state) == []
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, make_state(one_device, 1), META, None)
+        with pytest.raises(UserError, match=rf"^values of {what} are not finite after step 2; checkpoints from before"):
+            checkpoint.save(manager, bad, META, None)
+        assert manager.all_steps() == [1]
+        monkeypatch.setattr(checkpoint, "_refused", lambda *_: [])  # as an older version did
+        checkpoint.save(manager, bad, META, None)
+    monkeypatch.undo()
+    with open_manager(tmp_path) as manager:
+        with pytest.raises(UserError, match=rf"/checkpoints/2 cannot be used: values of {what} are not finite; "):
+            checkpoint.restore_state(manager, abstract(state), 2)
+        checkpoint.restore_variables(manager, abstract(state).variables("raw"), "raw", 2)  # the network is whole
 
 
 def test_what_fails_at_the_end_hides_no_reason(tmp_path, monkeypatch):

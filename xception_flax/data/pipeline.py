@@ -204,6 +204,22 @@ class Split:
         """Whether batches have a `mask`: in evaluation, and where bad images are replaced."""
         return not self.train or self.on_bad_image == "replace"
 
+    def indices(self, step: int) -> np.ndarray:
+        """Returns which examples of the source are in the global batch `step` of training, `[batch_size]` in its order.
+
+        It reads no image.
+        """
+        if self.sampling == "balanced":
+            index_at = Balanced(self.source, self.seed).index
+        else:
+            index_at = self._shuffled(range(self.num_images)).__getitem__
+        first = step * self.batch_size
+        return np.array([index_at(place) for place in range(first, first + self.batch_size)])
+
+    def _shuffled(self, source: Sequence[Any]) -> grain.MapDataset:
+        """Returns a source in the endless order of training, another in each epoch."""
+        return grain.MapDataset.source(source).seed(self.seed).shuffle().repeat()
+
     def batches(self, start_step: int = 0) -> Iterator[Batch[np.ndarray]]:
         """Yields this host's share of batch `start_step`, `start_step + 1`, ...
 
@@ -223,8 +239,7 @@ class Split:
         elif self.sampling == "balanced":
             examples = grain.MapDataset.source(Balanced(self.source, self.seed)).seed(self.seed)
         else:
-            # Another order each epoch.
-            examples = grain.MapDataset.source(self.source).seed(self.seed).shuffle().repeat()
+            examples = self._shuffled(self.source)
         prepare = _Prepare(
             self.transforms,
             self.image_shape,

@@ -37,7 +37,9 @@ from xception_flax.training.state import TrainState
 
 PyTree = Any
 
-# The items that must be finite, since every output depends on all weights.
+# The items of which everything must be finite, since every output depends on all weights. Of the optimizer all arrays
+# must be: an infinite second moment would stop its weight for ever. Its single numbers may begin at infinity, as the
+# best value so far of optax's reduce_on_plateau does.
 WEIGHTS = ("raw", "ema")
 
 # A path that all libraries below read literally. Orbax takes `[`, `*` and a backslash for patterns; etils takes /gs/
@@ -310,17 +312,18 @@ def save(
       metrics: of an evaluation of this state; None if there was none.
 
     Raises:
-      UserError: this save or the one before it failed (a full disk, say), or the weights are not finite.
+      UserError: this save or the one before it failed (a full disk, say), or `not_finite` finds something; then nothing
+        is saved.
     """
     step = int(state.step)
     if step in manager.all_steps():
         return
     items, sums = _items(state), {}
     for name, item in items.items():
-        sums[name], not_finite = checksums.inspect(item)
-        if name in WEIGHTS and not_finite:
+        sums[name], wrong = checksums.inspect(item)
+        if wrong := _refused(name, item, wrong):
             raise UserError(
-                f"{_places(name, not_finite)} after step {step}; checkpoints from before it are kept. Lower "
+                f"{_places(name, wrong)} after step {step}; checkpoints from before it are kept. Lower "
                 "optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir."
             )
     args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
@@ -380,6 +383,35 @@ def find_step(manager: Checkpoints, which: str) -> int:
             f"{', '.join(map(str, steps))}."
         )
     return int(which)
+
+
+def mesh_shape(manager: Checkpoints, step: int) -> tuple[int, ...] | None:
+    """Returns the shape of the mesh that computed the checkpoint of `step`; None if its files do not say it."""
+    try:
+        found = ocp.StandardCheckpointHandler().metadata(manager.directory / str(step) / "raw")
+    except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
+        raise _damaged(manager, step, error) from None
+    arrays = jax.tree.leaves(found.tree, is_leaf=lambda x: hasattr(x, "sharding"))
+    shape = getattr(arrays[0].sharding, "shape", None)
+    return None if shape is None else tuple(map(int, shape))
+
+
+def differs(manager: Checkpoints, state: TrainState) -> list[str]:
+    """Returns the arrays of `state` whose bits differ from the checkpoint of its step, such as raw['params']['x'].
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    expected, different = read_meta(manager, int(state.step))["checksums"], []
+    for name, item in _items(state).items():
+        sums, _ = checksums.inspect(item)
+        different += [f"{name}{path}" for path, found in sums.items() if found != expected.get(name, {}).get(path)]
+    return different
+
+
+def steps_in(manager: Checkpoints) -> list[int]:
+    """Returns the steps that have a checkpoint, in order."""
+    return sorted(manager.all_steps())
 
 
 def restore_state(manager: Checkpoints, abstract_state: TrainState, step: int) -> TrainState:
@@ -461,6 +493,23 @@ def read_meta(manager: Checkpoints, step: int) -> dict[str, Any]:
     return meta | {"class_names": list(map(naming.composed, meta["class_names"]))}
 
 
+def not_finite(state: TrainState) -> list[str]:
+    """Returns the arrays that keep a state from being saved, since they are not finite: raw['params'][...]."""
+    return [
+        f"{name}{path}"
+        for name, item in _items(state).items()
+        for path in _refused(name, item, checksums.not_finite(item))
+    ]
+
+
+def _refused(name: str, item: PyTree, paths: list[str]) -> list[str]:
+    """Returns those of an item's `paths`, which are not finite, that must be; see `WEIGHTS`."""
+    if name in WEIGHTS or not paths:
+        return paths
+    single = {jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(item) if not leaf.ndim}
+    return [path for path in paths if path not in single]
+
+
 def _items(state: TrainState) -> dict[str, PyTree]:
     items = {
         "raw": {"params": state.params, "batch_stats": state.batch_stats},
@@ -479,12 +528,12 @@ def _restore(manager: Checkpoints, abstract_items: dict[str, PyTree], step: int)
     except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
         raise _damaged(manager, step, error) from None
     for name in abstract_items:
-        sums, not_finite = checksums.inspect(items[name])
+        sums, wrong = checksums.inspect(items[name])
         for path, checksum in sums.items():
             if checksum != expected.get(name, {}).get(path):
                 raise _unreadable(manager.folder, step, f"the values of {name}{path} have changed on disk")
-        if name in WEIGHTS and not_finite:
-            raise _unreadable(manager.folder, step, _places(name, not_finite))
+        if wrong := _refused(name, items[name], wrong):
+            raise _unreadable(manager.folder, step, _places(name, wrong))
     return {name: items[name] for name in abstract_items}
 
 

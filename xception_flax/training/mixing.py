@@ -51,15 +51,13 @@ def make_mixing(
     check_range("mix.switch_probability", switch_probability, 0, 1)
     if not mixup_alpha and not cutmix_alpha:
         return None
-    if not mixup_alpha or not cutmix_alpha:
-        switch_probability = float(cutmix_alpha > 0)
 
     def mix(key: jax.Array, batch: Batch[jax.Array]) -> Batch[jax.Array]:
         images, labels = batch["images"], batch["labels"]
         if images.shape[0] % 2:
             raise UserError(f"mix needs an even number of images, got a batch of {images.shape[0]}.")
-        any_key, switch_key, share_key, box_key = jax.random.split(key, 4)
-        cut = jax.random.bernoulli(switch_key, switch_probability)
+        any_key, _, share_key, box_key = jax.random.split(key, 4)
+        cut = is_cutmix(key, mixup_alpha, cutmix_alpha, switch_probability=switch_probability)
         alpha = jnp.where(cut, cutmix_alpha, mixup_alpha)
         share = jax.random.beta(share_key, alpha, alpha, dtype=jnp.float32)
         share = jnp.where(jax.random.bernoulli(any_key, probability), share, 1.0)
@@ -85,6 +83,19 @@ def make_mixing(
         return mixed_batch
 
     return mix
+
+
+def is_cutmix(
+    key: jax.Array,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+    probability: float = 1.0,
+    switch_probability: float = 0.5,
+) -> jax.Array:
+    """Whether it is by CutMix, not by mixup, that a batch with this key is mixed; arguments as of `make_mixing`."""
+    if not mixup_alpha or not cutmix_alpha:
+        switch_probability = float(cutmix_alpha > 0)
+    return jax.random.bernoulli(jax.random.split(key, 4)[1], switch_probability)
 
 
 def mixing_key(seed: int, step: jax.Array | int) -> jax.Array:

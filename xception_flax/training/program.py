@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from xception_flax import models
 from xception_flax.text.errors import UserError
 from xception_flax.text.sizes import sides
-from xception_flax.training import losses, metrics, mixing, optimizers, recalibration, state, steps
+from xception_flax.training import losses, metrics, mixing, optimizers, probing, recalibration, state, steps
 from xception_flax.training.length import RunLength, create_length
 
 
@@ -130,6 +130,26 @@ def make_evaluation(config: ConfigDict, model: nn.Module, mesh: Mesh) -> Callabl
         metrics.create_metrics(**config.metrics),
         steps.create_normalizer(**config.normalize),
         mesh,
+    )
+
+
+def make_probe(
+    config: ConfigDict,
+    program: Program,
+    mesh: Mesh,
+    class_shares: Sequence[float] | None = None,
+) -> Callable[..., probing.Probed]:
+    """Returns what looks at each layer in a training step of a resolved recipe; see `probing.make_probe`."""
+    return probing.make_probe(
+        program.model,
+        losses.create_loss(**config.loss, class_shares=class_shares),
+        steps.create_normalizer(**config.normalize),
+        mesh,
+        accumulation_steps=config.step.accumulation_steps,
+        lowering=config.step.lowering,
+        seed=config.seed,
+        mix=mixing.make_mixing(**config.mix),
+        frozen=_frozen(config, program.abstract_state),
     )
 
 

@@ -109,10 +109,10 @@ def make_train_step(
         batches that do not fit into memory. The gradient is the mean over the parts. Batch normalization sees one part
         at a time, and each updates its moving statistics.
       lowering: how operations are computed: one of `ops.LOWERINGS`, see `ops.lowering`.
-      on_nonfinite: what happens to a step whose loss, gradient or new weights are NaN or infinite: 'stop' ends the run
-        at the next record, before anything is saved; 'skip' leaves weights, statistics, averages and moments as they
-        were, and counts the step in `skipped_steps`. Counters go on: the next batch comes, and the schedule. A run ends
-        after 100 of them in a row. It takes the memory of one more state.
+      on_nonfinite: what happens to a step whose loss, gradient or new state is NaN or infinite: 'stop' ends the run at
+        the next record, before anything is saved; 'skip' leaves weights, statistics, averages and moments as they were,
+        and counts the step in `skipped_steps`. Counters go on: the next batch comes, and the schedule. A run ends after
+        100 of them in a row. It takes the memory of one more state.
       seed: of dropout and mixing.
       mix: from `mixing.make_mixing`; mixes the whole batch before it is split into parts. The loss takes the soft
         labels, and the metrics take the label with the larger share.
@@ -128,18 +128,18 @@ def make_train_step(
         raise UserError(f"unknown step.on_nonfinite {written(on_nonfinite)}; {suggest(on_nonfinite, ON_NONFINITE)}")
     ops.check_lowering(lowering, mesh.devices.flat[0].device_kind)
 
-    objective = _make_objective(model, loss, metrics, normalize, mixed=mix is not None, frozen=frozen)
+    objective = make_objective(model, loss, metrics, normalize, mixed=mix is not None, frozen=frozen)
     gradient = _make_gradient(objective, mesh, accumulation_steps, lowering)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
 
     def train_step(state: TrainState, batch: Batch[jax.Array]) -> tuple[TrainState, Sums]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = step_key(seed, state.step)
         if mix is not None:
             batch = mix(mixing_key(seed, state.step), batch)
         # Arrays that 'fsdp' splits are stored in shares and gathered for the computation, so that the network splits
         # only the batch. Otherwise the compiler would split channels too, and copy back and forth.
         params = jax.lax.with_sharding_constraint(state.params, sharding.replicated(mesh))
-        grads, (batch_stats, sums) = gradient(params, state.batch_stats, _complete(batch), key)
+        grads, (batch_stats, sums) = gradient(params, state.batch_stats, complete(batch), key)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         sums["gradient_norm"] = Sum(optax.tree.norm(grads), jnp.ones(()))
 
@@ -153,8 +153,10 @@ def make_train_step(
                 ema_batch_stats=_average(keep, state.ema_batch_stats, batch_stats),
             )
         if on_nonfinite == "skip":
-            values = (sums["loss"].total, sums["gradient_norm"].total, params, batch_stats)
-            finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(values)]))
+            # What a checkpoint refuses too: see `checkpoint.WEIGHTS` about single numbers of the optimizer.
+            arrays = [x for x in jax.tree.leaves(new) if x.ndim and jnp.issubdtype(x.dtype, jnp.inexact)]
+            values = (sums["loss"].total, sums["gradient_norm"].total, *arrays)
+            finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in values]))
             new = jax.tree.map(
                 lambda n, o: n if jnp.issubdtype(n.dtype, jnp.integer) else jnp.where(finite, n, o), new, state
             )
@@ -170,7 +172,12 @@ def make_train_step(
     )
 
 
-def _make_objective(
+def step_key(seed: int, step: jax.Array | int) -> jax.Array:
+    """Returns the key of dropout in step `step`, counted from 0."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def make_objective(
     model: nn.Module,
     loss: Loss,
     metrics: MetricFunction,
@@ -206,11 +213,25 @@ def _make_objective(
     return objective
 
 
-def _complete(batch: Batch[jax.Array]) -> Batch[jax.Array]:
+def complete(batch: Batch[jax.Array]) -> Batch[jax.Array]:
     """Returns the batch with a `mask`, of ones if it has none, and with `weight`. The compiler folds the ones away."""
     mask = batch.get("mask", jnp.ones(batch["labels"].shape[0]))
     weight = mask.size / jnp.maximum(jnp.sum(mask), 1)
     return {**batch, "mask": mask, "weight": jnp.broadcast_to(weight, mask.shape)}
+
+
+def split(batch: Batch[jax.Array], accumulation_steps: int, mesh: Mesh) -> Batch[jax.Array]:
+    """Returns the parts of a batch, `[accumulation_steps, N / accumulation_steps, ...]`.
+
+    Part i takes every accumulation_steps-th image, so that each image stays on its device.
+    """
+
+    def parts(x: jax.Array) -> jax.Array:
+        x = x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
+        spec = PartitionSpec(None, sharding.BATCH_AXES)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(parts, batch)
 
 
 def _make_gradient(objective: Callable[..., Any], mesh: Mesh, accumulation_steps: int, lowering: str) -> Gradient:
@@ -221,19 +242,13 @@ def _make_gradient(objective: Callable[..., Any], mesh: Mesh, accumulation_steps
         with ops.lowering(lowering), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return jax.grad(objective, has_aux=True)(*arguments)
 
-    def split(x: jax.Array) -> jax.Array:
-        # Part i takes every accumulation_steps-th image, so that each image stays on its device.
-        x = x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
-        spec = PartitionSpec(None, sharding.BATCH_AXES)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
     def accumulated(params: PyTree, batch_stats: PyTree, batch: Batch[jax.Array], key: jax.Array):
         def add(carry, part_and_key):
             batch_stats, total = carry
             grads, (batch_stats, sums) = at_once(params, batch_stats, *part_and_key)
             return (batch_stats, jax.tree.map(jnp.add, total, (grads, sums))), None
 
-        parts = (jax.tree.map(split, batch), jax.random.split(key, accumulation_steps))
+        parts = (split(batch, accumulation_steps, mesh), jax.random.split(key, accumulation_steps))
         first = jax.tree.map(lambda x: x[0], parts)
         grads, (_, sums) = jax.eval_shape(at_once, params, batch_stats, *first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
