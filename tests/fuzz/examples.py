@@ -17,6 +17,7 @@ import pyarrow as pa
 from array_record.python import array_record_module
 from pyarrow import parquet
 
+from preparing import PATH, SYNSETS, write_tars
 from tests.fuzz import images, mutation
 from tests.fuzz.kinds import Files, Kind, WrongError
 from xception_flax.commands import prepare
@@ -365,7 +366,31 @@ def read_records(folder: Path) -> None:
             raise WrongError("an image is another one than was written")
 
 
+# ImageNet's tars ----------------------------------------------------------------------------------
+
+
+@cache
+def _tars() -> dict[str, bytes]:
+    train = {f"{synset}_{i}.JPEG": _image(0) for i in range(2) for synset in SYNSETS}
+    with tempfile.TemporaryDirectory() as folder:
+        write_tars(Path(folder), train, {f"ILSVRC2012_val_{i:08}.JPEG": _image(0) for i in range(1, 4)})
+        return {f"tars/{file.name}": file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def _make_tars(draw: random.Random) -> Files:
+    files = dict(_tars())
+    name = draw.choice(sorted(files))
+    return files | {name: mutation.changed_bytes(draw, files[name], [files[other] for other in sorted(files)])}
+
+
+def read_tars(folder: Path) -> None:
+    """ImageNet as `prepare imagenet` makes records of it, and these as training reads them."""
+    assert prepare.main(["imagenet", "--tars", f"{folder}/tars", "--data-dir", f"{folder}/data", "--subset"]) == 0
+    _finish(sources.tfds.tfds("train", data_dir=f"{folder}/data/{PATH}"))
+
+
 KINDS = {
+    "tars": Kind(_make_tars, read_tars, share=0.2),
     "csv": Kind(_make_csv, read_table, share=1.5),
     "jsonl": Kind(_make_json, read_table),
     "parquet": Kind(_make_parquet, read_table, share=1.5),

@@ -18,6 +18,7 @@ FOUND = Path(__file__).parent / "found"
 
 # A reader of weights is a process for each input, so that these take longer than all others together.
 SLOW = (
+    "tars",
     "hdf5",
     "keras",
     "npz",
