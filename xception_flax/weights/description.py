@@ -139,7 +139,9 @@ def checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
 
 def _damaged(path: Path, error: Exception) -> UserError:
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
-    return UserError(f"{path}: its description ({DESCRIPTION}) is damaged: {kind}{str(error).rstrip('.')[:MAX_REASON]}.")
+    return UserError(
+        f"{path}: its description ({DESCRIPTION}) is damaged: {kind}{str(error).rstrip('.')[:MAX_REASON]}."
+    )
 
 
 _KINDS = {int: "an integer", str: "a text", list: "a list", dict: "names and values"}
