@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 60  # after which a worker is ended: an input takes a tenth of a second, the slowest 2
+SECONDS = 180  # after which a worker is ended; in the time of the processor an input has `worker.CPU_SECONDS`
 START_SECONDS = 120  # the first input of a worker imports the program, and makes the originals
 
 
