@@ -61,7 +61,7 @@ def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Mod
     known = signature.keys() - NO_FIELDS
     for field, value in {"num_classes": num_classes, **fields}.items():
         if field not in known:
-            raise UserError(f"model {name!r} has no attribute {field!r}; {suggest(field, known)}")
+            raise UserError(f"model {name!r} has no attribute {written(field)}; {suggest(field, known)}")
         kind = signature[field].annotation
         if field in ("dtype", "param_dtype"):
             fields[field] = _float_type(field, value)

@@ -11,6 +11,7 @@ from xception_flax.reports.predictions import Predictions, Said, read
 from xception_flax.runs.workdir import evaluation_predictions
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import cut
 
 
 class Comparison(NamedTuple):
@@ -127,9 +128,10 @@ def _difference(here: Sequence[_Image], there: Sequence[_Image], *, same: bool) 
             return f"here is {_said(one)}, and there {_said(other)}"
     for one, other in pairs:
         if one.truth != other.truth:
-            return f"{_said(one)} is {naming.shown(one.truth)} here, and {naming.shown(other.truth)} there"
+            here_is, there_is = (cut(naming.shown(image.truth)) for image in (one, other))
+            return f"{_said(one)} is {here_is} here, and {there_is} there"
     return "" if same else "names and labels are the same, the content is not"
 
 
 def _said(image: _Image) -> str:
-    return naming.shown(image.name) if isinstance(image.name, str) else f"image {image.name:,}"
+    return cut(naming.shown(image.name)) if isinstance(image.name, str) else f"image {image.name:,}"

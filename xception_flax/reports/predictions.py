@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from xception_flax.host import allocator, files
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.training import sharding
+
+if TYPE_CHECKING:
+    import pyarrow
 
 MAX_MISTAKES = 40  # images that are kept, of those that the network gets wrong
 
@@ -256,18 +259,40 @@ def read(path: Path) -> Said:
     import pyarrow
     from pyarrow import parquet
 
+    types = pyarrow.types
     try:
         with files.file_errors(path, "read"), path.open("rb") as content:
             file = parquet.ParquetFile(content)
             about = naming.restored(json.loads(file.schema_arrow.metadata[KEY]))
             several = about["several_labels"]
             table = file.read(["index", "file"] if several else ["index", "file", "true", "correct"])
-            names = table["file"].to_pylist()
-            names = None if None in names else naming.restored(names)
-            truths = None if several else naming.restored(table["true"].to_pylist())
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, KeyError, TypeError, json.JSONDecodeError):
+        if not several and not all(isinstance(about[key], str) for key in ("title", "split", "fingerprint")):
+            raise TypeError("what is compared is said in texts")
+        index = _whole_column(table, "index", types.is_integer).to_numpy()
+        names = table["file"].to_pylist()
+        names = None if None in names else naming.restored(_texts(table, "file"))
+        truths = None if several else naming.restored(_texts(table, "true"))
+        correct = None if several else _whole_column(table, "correct", types.is_boolean).to_numpy()
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, KeyError, TypeError, ValueError, RecursionError):
         raise UserError(
             f"{path} is no predictions of `xception-flax evaluate`; expected predictions_SPLIT.parquet."
         ) from None
-    correct = None if several else table["correct"].to_numpy()
-    return Said(path, about, table["index"].to_numpy(), names, truths, correct)
+    return Said(path, about, index, names, truths, correct)
+
+
+def _whole_column(
+    table: "pyarrow.Table", name: str, fits: "Callable[[pyarrow.DataType], bool]"
+) -> "pyarrow.ChunkedArray":
+    column = table[name]
+    if not fits(column.type) or column.null_count:
+        raise TypeError(f"{name} is {column.type}, or has nothing in some rows")
+    return column
+
+
+def _texts(table: "pyarrow.Table", name: str) -> list[str]:
+    import pyarrow
+
+    kinds = (pyarrow.string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))
+    return _whole_column(table, name, kinds.__contains__).to_pylist()

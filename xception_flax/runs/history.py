@@ -82,7 +82,8 @@ def count_bad_images(path: Path) -> int:
     Raises:
       UserError: it cannot be read.
     """
-    return sum(record.get("train/bad_images", 0) for record in read_metrics(path))
+    counts = (record.get("train/bad_images") for record in read_metrics(path))
+    return sum(count for count in counts if type(count) is int)  # null and others are of a hand, not of a run
 
 
 def open_metrics(path: Path, start_step: int) -> tuple[Any, list[int]]:

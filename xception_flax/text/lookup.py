@@ -9,6 +9,7 @@ from xception_flax.text.errors import UserError
 T = TypeVar("T")
 
 MAX_LISTED = 30  # names in an error message
+MAX_LETTERS = 1500  # of them all
 MAX_SHOWN = 120  # characters of a value in an error message
 
 
@@ -32,11 +33,12 @@ def suggest(name: str, names: Iterable[str], spell: Callable[[str], str] = str) 
       spell: returns a name as the message writes it.
     """
     names = sorted(names)
+    listed = ", ".join(map(spell, names)) or "none"
     close = difflib.get_close_matches(str(name)[:MAX_SHOWN], names, n=3)
     hint = f"did you mean {' or '.join(repr(spell(n)) for n in close)}? " if close else ""
-    if len(names) > MAX_LISTED:
+    if len(names) > MAX_LISTED or len(listed) > MAX_LETTERS:
         return hint.strip() or f"there are {len(names)}, and none is like it."
-    return f"{hint}{'There' if hint else 'there'} are: {', '.join(map(spell, names)) if names else 'none'}."
+    return f"{hint}{'There' if hint else 'there'} are: {listed}."
 
 
 def differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -25,6 +25,7 @@ from xception_flax.weights.shapes import shapes_of
 
 MAX_CHANNELS = 4  # of an image
 LARGEST_COUNT = 2**63 - 1  # of images and steps
+MAX_REASON = 500  # letters of what is wrong
 
 # Keys that files of every version have.
 _REQUIRED = ("framework", "channels", "class_names", "image_size", "transforms", "normalize", "activation")
@@ -138,7 +139,9 @@ def checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
 
 def _damaged(path: Path, error: Exception) -> UserError:
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
-    return UserError(f"{path}: its description ({DESCRIPTION}) is damaged: {kind}{str(error).rstrip('.')}.")
+    return UserError(
+        f"{path}: its description ({DESCRIPTION}) is damaged: {kind}{str(error).rstrip('.')[:MAX_REASON]}."
+    )
 
 
 _KINDS = {int: "an integer", str: "a text", list: "a list", dict: "names and values"}

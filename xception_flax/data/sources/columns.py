@@ -126,7 +126,7 @@ class TableFile:
             if isinstance(feature, list):  # as older versions write a list
                 (feature,) = feature
             return tuple(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else None
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             return None
 
 

@@ -10,11 +10,13 @@ import numpy as np
 
 from xception_flax.data.sources.source import Arrays, check_memory, existing_directory
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import lookup
+from xception_flax.text.lookup import cut, lookup
 
 FASHION_CLASSES = (
     "t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
+
+BLOCK = 2**22  # bytes that are read at a time
 
 
 def fashion_mnist(split: str, /, data_dir: str = "/usr/share/datasets/fashion-mnist") -> Arrays:
@@ -70,11 +72,14 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
             expected = math.prod(shape)
             if (zero, kind, dims) == (0, 8, ndim):
                 check_memory(path, expected)
-                pixels = np.frombuffer(file.read(expected + 1), np.uint8)
+                content = bytearray()  # takes what is there, and not what the header says
+                while len(content) <= expected and (part := file.read(BLOCK)):
+                    content += part
+                pixels = np.frombuffer(content, np.uint8)
     except (OSError, EOFError, struct.error, zlib.error) as error:
         raise UserError(f"{path}: not a readable IDX file ({error}).") from None
     if (zero, kind, dims) != (0, 8, ndim):
-        raise UserError(f"{path}: expected an IDX file of bytes with {ndim} dimensions, got {shape}.")
+        raise UserError(f"{path}: expected an IDX file of bytes with {ndim} dimensions, got {cut(str(shape))}.")
     if pixels.size != expected:
         wrong = "more" if pixels.size > expected else f"{pixels.size:,}; it has been cut"
         raise UserError(f"{path}: expected {expected:,} bytes of {shape}, got {wrong}.")

@@ -11,7 +11,7 @@ from xception_flax.data.sources.source import Example, InputError, check_num_cla
 from xception_flax.text import naming
 from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import suggest
+from xception_flax.text.lookup import cut, suggest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Example:
         try:
             record = self.records[index]
-        except (RuntimeError, OSError) as error:
-            raise InputError(f"record {index} cannot be read: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # array_record, protobuf and TFDS raise any exception for what is no example
+            raise InputError(f"record {index} cannot be read: {_first_line(error)}.") from None
         if record.get(self.image_key) is None:
             raise InputError(f"record {index} cannot be read: it is not there.")
         label, num_classes = record[self.label_key], len(self.class_names)
@@ -136,7 +136,10 @@ def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
                 f"{directory} has no dataset_info.json; point data.data_dir at NAME/VERSION of a prepared "
                 "data set, or give data.name too."
             )
-        return library.builder_from_directory(directory)
+        try:
+            return library.builder_from_directory(directory)
+        except Exception as error:  # of JSON, protobuf and TFDS
+            raise UserError(f"{directory}: what describes the data set is damaged: {_first_line(error)}.") from None
     if data_dir is not None:
         data_dir = str(
             _bucket(library, data_dir) if "://" in data_dir else existing_directory(data_dir, "TFDS data sets")
@@ -150,8 +153,12 @@ def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
             f"{suggest(name, known)}"
         ) from None
     except (ValueError, AssertionError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"TFDS data set {name!r}: {first}") from None
+        raise UserError(f"TFDS data set {name!r}: {_first_line(error)}.") from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return cut(lines[0].rstrip("."))
 
 
 def _bucket(library: Any, url: str) -> Any:
