@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -42,7 +43,8 @@ class Sample(NamedTuple):
 
     Attributes:
       step: of the last record in metrics.jsonl.
-      memory_mb: proportional set size, 10^6 bytes: memory that processes share counts once.
+      memory_mb: 10^6 bytes that are no file's: what processes share counts once. Pages of libraries are left out, since
+        they are divided among all processes of the machine.
       open_files: descriptors.
       threads: threads.
       shared_memory: files in /dev/shm that are open or mapped.
@@ -167,13 +169,15 @@ def held(pid: int) -> tuple[float, int, int, set[str]]:
     memory, files, threads, shared = 0.0, 0, 0, set()
     for folder in map(Path, [f"/proc/{pid}", *(f"/proc/{child}" for child in descendants(pid))]):
         try:
-            pss = next(x for x in (folder / "smaps_rollup").read_text().splitlines() if x.startswith("Pss:"))
+            sizes = (folder / "smaps_rollup").read_text()
             status = (folder / "status").read_text()
             links = list(links_of(folder / "fd"))
             mapped = [line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines()]
         except OSError:  # it ended meanwhile
             continue
-        memory += int(pss.split()[1]) * 1024 / 1e6
+        memory += (
+            sum(int(kib) for kib in re.findall(r"^Pss_(?:Anon|Shmem): +(\d+) kB", sizes, re.MULTILINE)) * 1024 / 1e6
+        )
         files += len(links)
         threads += int(status.partition("Threads:")[2].split()[0])
         shared |= {name for name in (*links, *mapped) if name.startswith(SHARED)}
