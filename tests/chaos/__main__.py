@@ -3,6 +3,15 @@
 The usual kills, at random moments in every phase, each run then compared with an untouched one:
 
     python -m tests.chaos --kills 200
+
+Several processes as one run, of which one is killed, stopped, starved or broken:
+
+    python -m tests.chaos --processes 2 --starts 20
+
+The same run on other devices, one after the other; and started by `mpirun`, and as Slurm starts it:
+
+    python -m tests.chaos --meshes
+    python -m tests.chaos --launchers
 """
 
 import argparse
@@ -23,7 +32,7 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, which reads the checkpoints here
 
-from tests.chaos import kills, phases, run
+from tests.chaos import kills, launchers, meshes, phases, run, several
 from tests.chaos.kills import Outcome, Untouched
 from tests.chaos.run import Failure, Setting
 
@@ -113,6 +122,79 @@ def kill(wanted: int, seed: int, folder: Path, report: Report) -> None:
         print(f"{name}: {value}")
 
 
+def starve(
+    starts: int, processes: int, seed: int, folder: Path, report: Report, *, silent_seconds: int, stop_seconds: float
+) -> None:
+    """Starts a run of several processes so many times, and makes one fault at each start."""
+    setting = Setting("lenet", processes)  # of one device each
+    untouched, outcomes = folder / "untouched" / "workdir", []
+    untouched.parent.mkdir(parents=True)
+    seconds = several.train(setting, untouched.parent, untouched, processes)
+    print(f"an untouched run of {processes} processes takes {seconds:.0f} s", flush=True)
+    for number in range(starts):
+        if report.is_over or len(report.failures) == MOST_FAILURES:
+            break
+        fault = several.draw(seed + number, processes)
+        try:
+            outcome = several.trial(
+                seed + number,
+                fault,
+                setting,
+                untouched,
+                seconds,
+                folder / f"seed {seed + number}",
+                processes=processes,
+                silent_seconds=silent_seconds,
+                stop_seconds=stop_seconds,
+            )
+        except Failure as failure:
+            report.fail(f"seed {seed + number} (--processes {processes} --starts 1): {failure}\n  kept: {folder}")
+        else:
+            outcomes.append(outcome)
+            text = f"{fault.kind:13} of process {fault.victim}: codes {outcome.codes} after {outcome.seconds} s"
+            report.progress(number + 1, starts, text)
+        by_kind = {kind: [each.seconds for each in outcomes if each.kind == kind] for kind in several.FAULTS}
+        report.write(
+            **{
+                "number of starts": number + 1,
+                "that ended as an untouched run": len(outcomes),
+                "most seconds to the end of the others": {
+                    kind: max(all_, default=None) for kind, all_ in by_kind.items()
+                },
+                "starts": [dataclasses.asdict(each) for each in outcomes],
+            }
+        )
+
+
+def change_meshes(folder: Path, report: Report) -> None:
+    """Changes devices and processes on the way, and compares with a run of two processes."""
+    setting, untouched = Setting("lenet", 2), folder / "untouched" / "workdir"
+    untouched.parent.mkdir(parents=True)
+    several.train(setting, untouched.parent, untouched, processes=2)
+    try:
+        steps, share = meshes.walk(untouched, setting, folder / "cache", folder / "meshes")
+    except Failure as failure:
+        report.fail(f"meshes: {failure}\n  kept: {folder}")
+        return
+    print(f"changed after steps {steps}; parameters differ by at most {share:.2g} of the largest")
+    report.write(meshes={"changed after steps": steps, "largest difference": share})
+
+
+def launch(folder: Path, report: Report) -> None:
+    """Compares runs of two processes that launchers have started with one that was started by hand."""
+    setting, untouched = Setting("lenet", 2), folder / "untouched" / "workdir"
+    untouched.parent.mkdir(parents=True)
+    several.train(setting, untouched.parent, untouched, processes=2)
+    for launcher in ("mpirun", "slurm"):
+        try:
+            run.check_same(untouched, launchers.train(launcher, setting, folder / launcher, tasks=2))
+        except Failure as failure:
+            report.fail(f"{launcher}: {failure}\n  kept: {folder}")
+        else:
+            print(f"{launcher}: the same bits")
+            report.write(**{launcher: "the same bits"})
+
+
 def struck(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Returns those that met the run before its end."""
     return [outcome for outcome in outcomes if outcome.phase != "finished"]
@@ -146,16 +228,37 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="kill runs of one process N times")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="with --starts: 2 or 4")
+    parser.add_argument("--starts", type=int, default=0, metavar="N", help="start several processes N times")
+    parser.add_argument("--silent-seconds", type=int, default=75, help="with --starts: of train.py")
+    parser.add_argument("--stop-seconds", type=float, default=60, help="with --starts: how long one stands still")
+    parser.add_argument("--meshes", action="store_true", help="change devices and processes on the way")
+    parser.add_argument("--launchers", action="store_true", help="start by mpirun, and as Slurm does")
     parser.add_argument("--seed", type=int, default=0, help="of the first trial; the next ones count on")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no trial after so many")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, as they come")
     parser.add_argument("--folder", type=Path, help="of the runs; what has failed stays in it (a new temporary one)")
     arguments = parser.parse_args(argv)
-    if not arguments.kills:
+    if not (arguments.kills or arguments.starts or arguments.meshes or arguments.launchers):
         parser.error("say what to do, such as --kills 200")
     report = Report(argv, arguments.json, arguments.minutes)
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))).absolute()
-    kill(arguments.kills, arguments.seed, folder, report)
+    if arguments.kills:
+        kill(arguments.kills, arguments.seed, folder, report)
+    if arguments.starts:
+        starve(
+            arguments.starts,
+            arguments.processes,
+            arguments.seed,
+            folder,
+            report,
+            silent_seconds=arguments.silent_seconds,
+            stop_seconds=arguments.stop_seconds,
+        )
+    if arguments.meshes:
+        change_meshes(folder / "meshes", report)
+    if arguments.launchers:
+        launch(folder / "launchers", report)
     return report.end()
 
 

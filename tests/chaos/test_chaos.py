@@ -2,10 +2,11 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 
-from tests.chaos import kills, phases, run
+from tests.chaos import kills, phases, run, several
 from tests.chaos.run import Failure, Setting
 
 ONE, EIGHT = Setting("lenet", 1), Setting("lenet", 8)
@@ -26,6 +27,26 @@ def test_a_run_that_is_killed_ten_times_ends_as_an_untouched_one(tmp_path, untou
     assert len(met) >= 3, outcomes  # where a kill falls depends on the load of the machine
     assert {outcome.signal for outcome in outcomes} > {"SIGKILL"}
     assert not (tmp_path / "trial").exists()
+
+
+def test_a_host_that_dies_ends_the_other_which_goes_on_later(tmp_path):
+    """The first of two processes, which split the state and so each write a part of a checkpoint, is killed."""
+    setting, untouched = Setting("lenet", 2), tmp_path / "untouched"
+    seconds = several.train(setting, tmp_path, untouched, processes=2)
+    fault = several.Fault("kill", victim=0, step=16, after=0.5)
+    outcome = several.trial(
+        0,
+        fault,
+        setting,
+        untouched,
+        seconds,
+        tmp_path / "trial",
+        processes=2,
+        silent_seconds=20,
+        stop_seconds=0,
+    )
+    assert outcome.codes == [-signal.SIGKILL, 75]
+    assert outcome.said.startswith("error: process 0 has gone: killed, or its machine is down;")
 
 
 def test_what_is_not_the_same_is_named(tmp_path, untouched):

@@ -267,6 +267,19 @@ multihost_utils.process_allgather(np.zeros(7))
     assert err.splitlines()[-1] == "error: process 1 has failed, and ends all: it was interrupted"
 
 
+def test_tasks_of_slurm_find_each_other():
+    """In the environment that `srun` gives each task; the job's number gives the port, as JAX says."""
+    body = """
+os.environ |= {"SLURM_JOB_ID": address.rpartition(":")[2], "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+os.environ |= {"SLURM_PROCID": str(me), "SLURM_LOCALID": str(me), "SLURM_STEP_NUM_NODES": "1"}
+cli.start(argparse.Namespace(
+    coordinator=None, num_processes=None, process_id=None, distributed=True, silent_seconds=75))
+print(jax.process_index(), multihost_utils.process_allgather(np.int32(me)).tolist())
+"""
+    results = run([0, 1], body)
+    assert [(code, out) for code, out, _ in results] == [(0, ["0 [0, 1]"]), (0, ["1 [0, 1]"])], results
+
+
 @pytest.mark.parametrize(
     ("number", "reason"),
     [(0, "process 1 has not come to ADDRESS"), (1, "process 0 does not answer at ADDRESS: Connection refused")],
