@@ -19,7 +19,7 @@ STOPPED = {
     signal.SIGINT: 128 + signal.SIGINT,
     signal.SIGUSR1: 128 + signal.SIGUSR1,
 }
-STOP_SECONDS = 30  # from the signal to the exit: a step, which may be compiling, and a checkpoint
+STOP_SECONDS = 60  # from the signal to the exit: a step, which may be compiling, and a checkpoint
 AT_ONCE_SECONDS = 5  # from a second signal
 RUN_SECONDS = 300  # a start that takes longer hangs
 WARM = 0.55  # a start that compiles nothing takes so much of the time of one that compiles all

@@ -34,7 +34,7 @@ class Fault:
     Attributes:
       kind: one of `FAULTS`. 'stop' lasts less than the others wait, 'stop for good' longer.
       victim: the process.
-      step: when a record of this step is there; 0: some seconds after the start.
+      step: when a record of this step is there; 0: when the run begins, as all have found each other.
       after: a fraction of the seconds from then on.
     """
 
@@ -178,8 +178,8 @@ def strike(
     Raises:
       Failure: one ended with another code, too late or without the reason.
     """
-    wait_for(lambda: phases.last_step(workdir) >= fault.step, begun)
-    time.sleep(fault.after * (0.3 if fault.step else seconds / 2))
+    wait_for(lambda: (workdir / "config.json").exists() and phases.last_step(workdir) >= fault.step, begun)
+    time.sleep(fault.after * (0.3 if fault.step else seconds / 4))
     victim, others = begun[fault.victim], [each for each in begun if each is not begun[fault.victim]]
     struck, until = time.monotonic(), time.monotonic() + silent_seconds + SPARE_SECONDS
     if fault.kind == "kill":
