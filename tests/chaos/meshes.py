@@ -22,7 +22,7 @@ LEGS = [
 
 # Sums in another order differ by rounding, which AdamW's division magnifies where a gradient is nearly zero. Of the
 # largest value of an array.
-BOUND = 0.02
+BOUND = 1e-3
 
 
 def walk(untouched: Path, setting: Setting, cache: Path, folder: Path) -> tuple[list[int], float]:
