@@ -104,6 +104,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     longest = [
         "test_train",
         "test_docs",
+        "test_chaos",
         "test_keras",
         "test_models",
         "test_evaluate_weights",

@@ -33,7 +33,7 @@ PAGES = [
     *(f"docs/{page}.md" for page in ("networks", "recipes", "data", "fine-tuning", "weights", "explaining", "export")),
     *(
         f"docs/{page}.md"
-        for page in ("imagenet", "measuring", "runs", "pods", "proof", "paper", "design", "comparison")
+        for page in ("imagenet", "measuring", "runs", "reliability", "pods", "proof", "paper", "design", "comparison")
     ),
     "benchmarks/README.md",
     "CONTRIBUTING.md",
@@ -52,6 +52,7 @@ WITH_LENET = ("docs/recipes.md", "docs/data.md", "docs/runs.md", "docs/measuring
 
 # Commands that prepare a machine. They are not run, but the files that they name must exist.
 SETUP = ("make", "pip", "curl", "git", "source", "cd")
+LAUNCHERS = ("srun", "mpirun")
 
 
 class Block(NamedTuple):
@@ -108,6 +109,8 @@ def commands(text: str) -> list[list[str]]:
 
 def our_main(words: list[str]) -> tuple[Callable[[list[str]], int] | None, list[str]]:
     """Returns the function behind a command of ours, or None if it prepares a machine, and its arguments."""
+    if words[0] in LAUNCHERS:
+        words = words[words.index("python") :]
     program, *arguments = words
     if program == "xception-flax":
         verb, *arguments = arguments
@@ -118,6 +121,8 @@ def our_main(words: list[str]) -> tuple[Callable[[list[str]], int] | None, list[
             return train.main, arguments[1:]
         if arguments[0] == "-m" and arguments[1].startswith("benchmarks."):
             return importlib.import_module(arguments[1]).main, arguments[2:]
+        if arguments[0] == "-m" and arguments[1].startswith("tests."):
+            return importlib.import_module(f"{arguments[1]}.__main__").main, arguments[2:]
         if arguments[0] == "-c":
             compile(arguments[1], "<docs>", "exec")
         else:

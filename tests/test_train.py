@@ -600,7 +600,7 @@ def test_without_a_cluster_none_is_joined(tmp_path):
     process = start(tmp_path / "w", "--distributed")
     code, out, err = finish(process)
     assert (code, out) == (2, "")
-    assert re.fullmatch(r"error: --distributed finds no cluster \(TPU pod, Slurm\) here: .*\n", err), err
+    assert re.fullmatch(r"error: --distributed finds no cluster \(TPU pod, Slurm, mpirun\) here: .*\n", err), err
     assert not (tmp_path / "w").exists()
 
 

@@ -20,11 +20,12 @@ def evaluations(workdir: Path) -> list[dict]:
 
 
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Returns every array of a checkpoint by its path."""
-    leaves = {}
+    """Returns every array of a checkpoint by its path, whatever devices and processes have saved it."""
+    leaves, handler = {}, ocp.StandardCheckpointHandler()
     for item in ("raw", "ema", "optimizer"):
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore((workdir / "checkpoints" / str(step) / item).absolute())
+        folder = (workdir / "checkpoints" / str(step) / item).absolute()
+        template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), handler.metadata(folder).tree)
+        tree = handler.restore(folder, args=ocp.args.StandardRestore(template))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             leaves[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return leaves

@@ -36,7 +36,7 @@ def test_what_differs_is_said():
 
 def test_who_gives_no_sign_for_too_long():
     """Of three processes one never comes, and one gives no sign after 10 seconds."""
-    signs = processes.Signs(3)
+    signs = processes.Signs(3, processes.SILENT_SECONDS)
     assert signs.silent({"s/0": "0", "s/1": "0"}, 0.0) == []
     assert signs.silent({"s/0": "1", "s/1": "1"}, 10.0) == []
     assert signs.silent({"s/0": "2", "s/1": "1"}, processes.SILENT_SECONDS + 1) == [2]
@@ -91,8 +91,9 @@ from xception_flax.host import processes
 from xception_flax.text import lookup
 me, address = int(sys.argv[1]), sys.argv[2]
 processes.SHARED_SECONDS = processes.LOOK_SECONDS = 0.5
-def start():
-    cli.start(argparse.Namespace(coordinator=address, num_processes=2, process_id=me, distributed=False))
+def start(silent_seconds=75):
+    connected = dict(coordinator=address, num_processes=2, process_id=me, distributed=False)
+    cli.start(argparse.Namespace(**connected, silent_seconds=silent_seconds))
 def refused(check, *arguments):
     try:
         check(*arguments)
@@ -166,8 +167,7 @@ def test_a_workdir_of_each_hosts_own_and_one_that_is_killed(tmp_path):
     for i in "01":
         (tmp_path / i).mkdir()
     body = f"""
-processes.SILENT_SECONDS = 8  # long enough for a busy machine
-start()
+start(silent_seconds=8)  # long enough for a busy machine
 refused(processes.check_shared, pathlib.Path({str(tmp_path)!r}) / str(me))
 if me:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -208,6 +208,45 @@ multihost_utils.process_allgather(np.zeros(7))
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("waits", ["multihost_utils.process_allgather(np.zeros(7))", "while True: sum(range(100))"])
+def test_the_death_of_the_first_is_said(waits):
+    """JAX would abort with a stack trace, since its coordinator is in process 0."""
+    body = f"""
+start()
+multihost_utils.process_allgather(np.zeros(7))
+if me == 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+{waits}
+"""
+    (code_of_0, _, _), (code, _, err) = run([0, 1], body)
+    assert code_of_0 == -signal.SIGKILL
+    assert (code, err.splitlines()[-1]) == (
+        processes.TRY_AGAIN,
+        "error: process 0 has gone: killed, or its machine is down; see what was said there last. The same command on "
+        "all goes on from the last checkpoint.",
+    ), err
+
+
+def test_a_first_that_stands_still_is_left():
+    """Process 0 is stopped, which closes no connection; the other has ended when it goes on."""
+    body = """
+start(silent_seconds=5)
+multihost_utils.process_allgather(np.zeros(7))
+if me:
+    print(os.getpid(), flush=True)
+    multihost_utils.process_allgather(np.zeros(7))
+import subprocess
+subprocess.Popen(["sh", "-c", f"sleep 12; kill -CONT {os.getpid()}"], start_new_session=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+multihost_utils.process_allgather(np.zeros(7))
+"""
+    (code_of_0, _, err_of_0), (code, _, err) = run([0, 1], body)
+    said = "error: nothing has been heard of process {} for {} s: killed, or the machine or the network is down; see"
+    assert (code, err.splitlines()[-1][: len(said.format(0, 5))]) == (processes.TRY_AGAIN, said.format(0, 5)), err
+    assert code_of_0 == processes.TRY_AGAIN, err_of_0
+    assert said[:38] in err_of_0
+
+
 def test_ctrl_c_and_a_defect_are_said_by_the_other():
     """JAX adds a note to an error that passes through `jit`; the note is not the reason."""
     body = """
@@ -226,6 +265,19 @@ multihost_utils.process_allgather(np.zeros(7))
     (code, _, err), (code_of_1, _, _) = run([0, 1], body.format("os.kill(os.getpid(), signal.SIGINT)"))
     assert (code, code_of_1) == (130, 130)
     assert err.splitlines()[-1] == "error: process 1 has failed, and ends all: it was interrupted"
+
+
+def test_tasks_of_slurm_find_each_other():
+    """In the environment that `srun` gives each task; the job's number gives the port, as JAX says."""
+    body = """
+os.environ |= {"SLURM_JOB_ID": address.rpartition(":")[2], "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+os.environ |= {"SLURM_PROCID": str(me), "SLURM_LOCALID": str(me), "SLURM_STEP_NUM_NODES": "1"}
+cli.start(argparse.Namespace(
+    coordinator=None, num_processes=None, process_id=None, distributed=True, silent_seconds=75))
+print(jax.process_index(), multihost_utils.process_allgather(np.int32(me)).tolist())
+"""
+    results = run([0, 1], body)
+    assert [(code, out) for code, out, _ in results] == [(0, ["0 [0, 1]"]), (0, ["1 [0, 1]"])], results
 
 
 @pytest.mark.parametrize(

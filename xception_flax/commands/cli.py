@@ -81,15 +81,26 @@ def parser(prog: str, description: str | None, examples: str, *, hosts: bool = T
         allow_abbrev=False,
     )
     if not hosts:
-        arguments.set_defaults(distributed=False, coordinator=None, num_processes=None, process_id=None)
+        arguments.set_defaults(
+            distributed=False, coordinator=None, num_processes=None, process_id=None, silent_seconds=None
+        )
         return arguments
     group = arguments.add_argument_group("several hosts (run the same command on each)")
     group.add_argument(
-        "--distributed", action="store_true", help="find the other hosts by the cluster's own means (TPU pod, Slurm)"
+        "--distributed",
+        action="store_true",
+        help="find the other hosts by the cluster's own means (TPU pod, Slurm, mpirun)",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where there is no such means")
     group.add_argument("--num-processes", type=int, metavar="N", help="with --coordinator: processes in all")
     group.add_argument("--process-id", type=int, metavar="I", help="with --coordinator: number of this one, from 0")
+    group.add_argument(
+        "--silent-seconds",
+        type=positive,
+        default=processes.SILENT_SECONDS,
+        metavar="S",
+        help="a process of which nothing is heard for so long is dead, and all others end (75)",
+    )
     return arguments
 
 
@@ -135,9 +146,9 @@ def start(arguments: argparse.Namespace) -> None:
     if any(value is not None for value in by_hand):
         if None in by_hand or arguments.distributed:
             raise UserError("--coordinator, --num-processes and --process-id go together, without --distributed.")
-        processes.connect(*by_hand)
+        processes.connect(*by_hand, arguments.silent_seconds)
     elif arguments.distributed:
-        processes.connect_cluster()
+        processes.connect_cluster(arguments.silent_seconds)
     try:
         platform = jax.devices()[0].platform
     except RuntimeError as error:

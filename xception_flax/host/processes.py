@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 import signal
@@ -36,7 +37,8 @@ START_SECONDS = 300  # a process waits so long for the others to start; JAX's ow
 JAX_START_SECONDS = START_SECONDS + 30  # later than ours, since JAX ends the process with a stack trace
 LOOK_SECONDS = 2  # between two signs of life, and between two looks at those of the others
 STILL_SECONDS = 10  # after an error here, another process without a sign of life for so long counts as dead
-SILENT_SECONDS = 75  # otherwise it does after so long; JAX itself takes 100, and prints a stack trace
+SILENT_SECONDS = 75  # otherwise it does after so long, if the command says nothing else
+JAX_AFTER_SECONDS = 25  # later than we do, JAX ends the processes by itself, with a stack trace
 FAREWELL_SECONDS = 15  # a process that ends waits so long for the others to hear of it
 TRY_AGAIN = 75  # exit code where the same command may go on: sysexits.h calls it a temporary failure
 SHARED_SECONDS = 30  # NFS may take so long to show a new file to all hosts
@@ -56,7 +58,7 @@ _WORD, _SIGN, _HEARD = (f"xception_flax/{name}" for name in ("word", "sign", "he
 # Beginning -----------------------------------------------------------------------------------------
 
 
-def connect(coordinator: str, num_processes: int, process_id: int) -> None:
+def connect(coordinator: str, num_processes: int, process_id: int, silent_seconds: float = SILENT_SECONDS) -> None:
     """Joins the processes of a run. Call it before JAX uses a device.
 
     If they do not all start within `START_SECONDS`, this process prints the reason and ends with code 2.
@@ -65,6 +67,7 @@ def connect(coordinator: str, num_processes: int, process_id: int) -> None:
       coordinator: `HOST:PORT` of process 0.
       num_processes: of the whole run.
       process_id: of this process, from 0.
+      silent_seconds: a process of which nothing is heard for so long counts as dead, and all others end.
 
     Raises:
       UserError: invalid numbers, an invalid address, or a port that process 0 cannot listen on.
@@ -80,25 +83,33 @@ def connect(coordinator: str, num_processes: int, process_id: int) -> None:
     if process_id == 0 and (reason := _cannot_listen(address[1])):
         raise UserError(f"process 0 cannot listen on port {port}: {reason}; take another --coordinator on all hosts.")
     with _bounded(lambda: _nobody_came(address, num_processes, process_id)):
-        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=JAX_START_SECONDS)
-    watch()
+        jax.distributed.initialize(coordinator, num_processes, process_id, **_patience(silent_seconds))
+    watch(silent_seconds)
 
 
-def connect_cluster() -> None:
-    """Joins the processes that the cluster (TPU pod, Slurm) has started; otherwise as `connect`.
+def connect_cluster(silent_seconds: float = SILENT_SECONDS) -> None:
+    """Joins the processes that the cluster (TPU pod, Slurm, mpirun) has started; otherwise as `connect`.
 
     Raises:
       UserError: JAX finds no cluster here.
     """
     with _bounded(lambda: f"this process has waited {START_SECONDS} s for the others of the cluster. {_EACH_HOST}"):
         try:
-            jax.distributed.initialize(initialization_timeout=JAX_START_SECONDS)
+            jax.distributed.initialize(**_patience(silent_seconds))
         except ValueError as error:  # JAX does not know this kind of cluster, or it is not set up
             raise UserError(
-                f"--distributed finds no cluster (TPU pod, Slurm) here: {str(error).rstrip('.')}. Leave it out on "
-                "one machine, or give --coordinator, --num-processes and --process-id."
+                f"--distributed finds no cluster (TPU pod, Slurm, mpirun) here: {str(error).rstrip('.')}. Leave it out "
+                "on one machine, or give --coordinator, --num-processes and --process-id."
             ) from None
-    watch()
+    watch(silent_seconds)
+
+
+def _patience(silent_seconds: float) -> dict[str, int]:
+    """Returns how long JAX itself waits."""
+    return {
+        "initialization_timeout": JAX_START_SECONDS,
+        "heartbeat_timeout_seconds": math.ceil(silent_seconds) + JAX_AFTER_SECONDS,
+    }
 
 
 @contextlib.contextmanager
@@ -302,7 +313,7 @@ def _standing_still() -> list[int]:
             time.sleep(0.1)
             now = dict(_client().key_value_dir_get(_SIGN))
             still = {i for i in still if before.get(f"{_SIGN}/{i}") == now.get(f"{_SIGN}/{i}")}
-    except Exception:  # the coordinator has gone, and JAX ends this process
+    except Exception:  # the coordinator has gone, and another thread ends this process
         return []
     return sorted(still)
 
@@ -322,42 +333,51 @@ def leave() -> None:
         _watching.stop()
 
 
-def watch() -> None:
-    """Starts a thread that ends this process when another has failed or died."""
+def watch(silent_seconds: float = SILENT_SECONDS) -> None:
+    """Starts threads that end this process when another has failed, or has given no sign of life for so long."""
     if _is_several():
-        _watching.start()
+        _watching.start(silent_seconds)
         signal.signal(signal.SIGINT, interrupted)
 
 
 class _Watch:
-    """The thread that gives signs of life, and looks for those of other processes and for their failures."""
+    """The threads that give signs of life, and look for those of other processes and for their failures."""
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
-    def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        atexit.register(self.stop)  # Python must not end while the thread is in native code
+    def start(self, silent_seconds: float) -> None:
+        self._silent_seconds, self._heard = silent_seconds, time.monotonic()
+        bodies = [self._run] if _client_state().process_id == 0 else [self._run, self._watch_first]
+        self._threads = [threading.Thread(target=body, daemon=True) for body in bodies]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.stop)  # Python must not end while a thread is in native code
 
     def stop(self) -> None:
+        self.ignore()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def ignore(self) -> None:
+        """Whatever ends from now on is no failure."""
         self._stopped.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
 
     def _run(self) -> None:
-        me, signs = _client_state().process_id, Signs(_client_state().num_processes)
+        me, signs = _client_state().process_id, Signs(_client_state().num_processes, self._silent_seconds)
         for number in range(2**62):
             try:
                 _client().key_value_set(f"{_SIGN}/{me}", str(number), allow_overwrite=True)
+                self._heard = time.monotonic()
                 if me == 0 and (silent := signs.silent(dict(_client().key_value_dir_get(_SIGN)), time.monotonic())):
                     _ending.acquire()
-                    _tell(TRY_AGAIN, _died(silent, SILENT_SECONDS))
-                    _say(f"error: {_died(silent, SILENT_SECONDS)}")
+                    _tell(TRY_AGAIN, _died(silent, self._silent_seconds))
+                    _say(f"error: {_died(silent, self._silent_seconds)}")
                     _leave(TRY_AGAIN, dead=len(silent))
                 word = _word()
-            except Exception:  # the coordinator cannot be reached; JAX ends the process if that lasts
+            except Exception:  # the coordinator cannot be reached, which is for `_watch_first`
                 word = None
             if word is not None and word[1] != me:
                 _ending.acquire()
@@ -366,13 +386,43 @@ class _Watch:
             if self._stopped.wait(LOOK_SECONDS):
                 return
 
+    def _watch_first(self) -> None:
+        """Ends this process when process 0 has gone, and with it the coordinator.
+
+        JAX notices it at the same moment. It prints a stack trace and aborts, which takes a tenth of a second, and
+        does not say which process it was. So this thread keeps a connection to the coordinator's port that is never
+        used: the system closes it when process 0 ends. gRPC too closes it, after two minutes; then a new one is opened.
+        """
+        host, _, port = _client_state().coordinator_address.rpartition(":")
+        while not self._stopped.is_set():
+            try:
+                with socket.create_connection((host.strip("[]"), int(port)), timeout=1) as line:
+                    while not self._stopped.is_set():
+                        if time.monotonic() - self._heard > self._silent_seconds:
+                            self._end_without_first(_died([0], self._silent_seconds))
+                        with contextlib.suppress(TimeoutError):
+                            if not line.recv(1024):
+                                break
+            except ConnectionRefusedError:
+                self._end_without_first(_gone())
+            except OSError:  # closed at this moment, or the network is down
+                if time.monotonic() - self._heard > self._silent_seconds:
+                    self._end_without_first(_died([0], self._silent_seconds))
+
+    def _end_without_first(self, reason: str) -> None:
+        """Ends this process at once, without the lock: who has it cannot reach the others either."""
+        if self._stopped.is_set():
+            return
+        _say(f"error: {reason}")
+        os._exit(TRY_AGAIN)
+
 
 class Signs:
     """When each process gave its last sign of life, by this process's clock."""
 
-    def __init__(self, num_processes: int) -> None:
+    def __init__(self, num_processes: int, silent_seconds: float) -> None:
         self._last: dict[int, tuple[str | None, float]] = {}
-        self._num_processes = num_processes
+        self._num_processes, self._silent_seconds = num_processes, silent_seconds
 
     def silent(self, signs: Mapping[str, str], now: float) -> list[int]:
         """Returns the processes whose sign has not changed for too long."""
@@ -381,7 +431,7 @@ class Signs:
             sign = by_process.get(process)
             if process not in self._last or self._last[process][0] != sign:
                 self._last[process] = (sign, now)
-        return [process for process, (_, since) in self._last.items() if now - since > SILENT_SECONDS]
+        return [process for process, (_, since) in self._last.items() if now - since > self._silent_seconds]
 
 
 _watching = _Watch()
@@ -396,6 +446,13 @@ def _died(silent: list[int], seconds: float) -> str:
     return (
         f"nothing has been heard of {_processes(silent)} for {seconds:g} s: killed, or the machine or the "
         "network is down; see what was said there last. The same command on all goes on from the last checkpoint."
+    )
+
+
+def _gone() -> str:
+    return (
+        "process 0 has gone: killed, or its machine is down; see what was said there last. The same command on all "
+        "goes on from the last checkpoint."
     )
 
 
@@ -414,6 +471,7 @@ def _word() -> tuple[int, int, str] | None:
 def _leave(code: int, dead: int = 0) -> NoReturn:
     """Ends the process when all but the dead have heard. Python's and JAX's own exit would wait for the dead."""
     state = _client_state()
+    _watching.ignore()
     deadline = time.monotonic() + FAREWELL_SECONDS
     with contextlib.suppress(Exception):
         _client().key_value_set(f"{_HEARD}/{state.process_id}", "", allow_overwrite=True)
