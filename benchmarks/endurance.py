@@ -34,7 +34,6 @@ EXAMPLES = """\
 BATCH = 16
 IMAGES = 1257  # of the digits
 SHARED = "/dev/shm"
-EPOCHS_PER_SAVE = 5  # in 20,000 steps 51 evaluations and checkpoints, each of which starts processes for its images
 STEADY = 0.1  # share of a run after which caches are full
 
 
@@ -76,6 +75,9 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--steps", type=command.positive(int), default=20_000, metavar="N", help="length (20,000)")
     arguments.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read images (2)")
     arguments.add_argument("--devices", type=command.positive(int), default=2, metavar="N", help="virtual CPUs (2)")
+    arguments.add_argument(
+        "--epochs", type=command.positive(float), default=5, metavar="N", help="between evaluations and checkpoints (5)"
+    )
     arguments.add_argument("--seconds", type=command.positive(float), default=3.0, metavar="S", help="of a look (3)")
     arguments.add_argument("--picture", type=Path, metavar="FILE", help="draw the samples")
     arguments.add_argument("--results", type=Path, metavar="FILE", help="a --json of before: only print and draw it")
@@ -147,8 +149,8 @@ def recipe(options: argparse.Namespace) -> list[str]:
         "model.width": 0.1,
         "schedule.warmup_epochs": 0,
         "optimizer.learning_rate": 1e-4,
-        "eval_every_epochs": EPOCHS_PER_SAVE,
-        "checkpoint_every_epochs": EPOCHS_PER_SAVE,
+        "eval_every_epochs": options.epochs,
+        "checkpoint_every_epochs": options.epochs,
         "checkpoint_every_minutes": 1,
         "step.on_nonfinite": "skip",
     }

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import random
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable
@@ -17,11 +18,14 @@ import pyarrow as pa
 from array_record.python import array_record_module
 from pyarrow import parquet
 
-from preparing import PATH, SYNSETS, write_tars
 from tests.fuzz import images, mutation
 from tests.fuzz.kinds import Files, Kind, WrongError
 from xception_flax.commands import prepare
 from xception_flax.data import decoding, sources
+
+sys.path.append(str(Path(__file__).parents[1]))  # as pytest has it; `python -m tests.fuzz` does not
+
+from preparing import PATH, SYNSETS, write_tars
 
 CLASSES = ("cat", "dog")
 VERSION = "1.0.0"

@@ -259,10 +259,14 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _check_pixels_of_png(content: bytes) -> None:
-    """Raises BadImageError if pixels have another CRC-32 than the PNG says; Pillow compares that of other chunks."""
+    """Raises BadImageError if the PNG is cut, or pixels have another CRC-32 than it says; Pillow sees other chunks'."""
     whole, place = memoryview(content), 8  # behind the signature
     while place + 8 <= len(whole):
         kind, end = whole[place + 4 : place + 8], place + 8 + int.from_bytes(whole[place : place + 4], "big")
+        if kind == b"IEND":
+            return  # some files have more behind it
+        if end + 4 > len(whole):
+            raise BadImageError("the image cannot be decoded: the file is cut.")
         if kind == b"IDAT" and zlib.crc32(whole[place + 4 : end]) != int.from_bytes(whole[end : end + 4], "big"):
             raise BadImageError("the image cannot be decoded: its pixels have another checksum than the PNG says.")
         place = end + 4
