@@ -42,6 +42,10 @@ PyTree = Any
 # best value so far of optax's reduce_on_plateau does.
 WEIGHTS = ("raw", "ema")
 
+# A host whose part of a checkpoint is not written so long after another's has failed: its disk is full, say, and Orbax
+# says so on no host before all have waited for each other.
+HOSTS_DIFFER_SECONDS = 600
+
 # A path that all libraries below read literally. Orbax takes `[`, `*` and a backslash for patterns; etils takes /gs/
 # and /s3/ for buckets; TensorStore takes `gs:` for a bucket, and accepts only UTF-8.
 PLAIN_PATH = re.compile(r"(?!/\w\w/)[\w/.,=+@ -]{1,1000}")
@@ -79,7 +83,7 @@ class Checkpoints(ocp.CheckpointManager):
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             # If it fails in the background, threads remain that wait five minutes for it.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=HOSTS_DIFFER_SECONDS),
             temporary_path_class=_make_step_folder(self._check),
         )
         if not read_only or folder.is_dir():
