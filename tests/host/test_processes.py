@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from xception_flax.commands import cli
 from xception_flax.host import processes
 from xception_flax.text.errors import UserError
 
@@ -42,6 +43,16 @@ def test_who_gives_no_sign_for_too_long():
     assert signs.silent({"s/0": "2", "s/1": "1"}, processes.SILENT_SECONDS + 1) == [2]
     assert signs.silent({"s/0": "3", "s/1": "1"}, processes.SILENT_SECONDS + 11) == [1, 2]
     assert signs.silent({"s/0": "4", "s/1": "2", "s/2": "0"}, processes.SILENT_SECONDS + 12) == []
+
+
+def test_silence_is_longer_than_a_few_signs():
+    parser = cli.parser("train.py", None, "")
+    assert parser.parse_args([]).silent_seconds == 75
+    assert parser.parse_args(["--silent-seconds=10"]).silent_seconds == 10
+    with pytest.raises(
+        UserError, match=r"--silent-seconds: must be at least 10, since .* sign of life each 2 s, got 9;"
+    ):
+        parser.parse_args(["--silent-seconds=9"])
 
 
 @pytest.mark.parametrize(

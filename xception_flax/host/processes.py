@@ -38,6 +38,7 @@ JAX_START_SECONDS = START_SECONDS + 30  # later than ours, since JAX ends the pr
 LOOK_SECONDS = 2  # between two signs of life, and between two looks at those of the others
 STILL_SECONDS = 10  # after an error here, another process without a sign of life for so long counts as dead
 SILENT_SECONDS = 75  # otherwise it does after so long, if the command says nothing else
+LEAST_SILENT_SECONDS = 10  # and it cannot say less: a few signs may be late where a machine is busy
 JAX_AFTER_SECONDS = 25  # later than we do, JAX ends the processes by itself, with a stack trace
 FAREWELL_SECONDS = 15  # a process that ends waits so long for the others to hear of it
 TRY_AGAIN = 75  # exit code where the same command may go on: sysexits.h calls it a temporary failure
