@@ -6,6 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -87,6 +90,18 @@ def test_one_process_agrees_with_itself(tmp_path):
     assert processes.per_host() == 1
     assert list(tmp_path.iterdir()) == []
     assert processes.differences([processes.software(), processes.software()]) == []
+
+
+def test_without_a_route_it_does_not_spin(monkeypatch):
+    """No connection can be made to the address of all hosts, which the system says at once."""
+    everyone = types.SimpleNamespace(coordinator_address="255.255.255.255:1234")
+    monkeypatch.setattr(processes, "_client_state", lambda: everyone)
+    watch = processes._Watch()
+    watch._silent_seconds, watch._heard = processes.SILENT_SECONDS, time.monotonic()
+    threading.Timer(1, watch.ignore).start()
+    begin = time.thread_time()
+    watch._watch_first()
+    assert time.thread_time() - begin < 0.1  # of a second; without a wait it was 0.8
 
 
 # Real processes ------------------------------------------------------------------------------------

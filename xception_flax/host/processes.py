@@ -409,6 +409,7 @@ class _Watch:
             except OSError:  # closed at this moment, or the network is down
                 if time.monotonic() - self._heard > self._silent_seconds:
                     self._end_without_first(_died([0], self._silent_seconds))
+                self._stopped.wait(0.5)  # without a route, connecting fails at once
 
     def _end_without_first(self, reason: str) -> None:
         """Ends this process at once, without the lock: who has it cannot reach the others either."""
