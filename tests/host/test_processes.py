@@ -40,12 +40,30 @@ def test_what_differs_is_said():
 
 def test_who_gives_no_sign_for_too_long():
     """Of three processes one never comes, and one gives no sign after 10 seconds."""
-    signs = processes.Signs(3, processes.SILENT_SECONDS)
-    assert signs.silent({"s/0": "0", "s/1": "0"}, 0.0) == []
-    assert signs.silent({"s/0": "1", "s/1": "1"}, 10.0) == []
-    assert signs.silent({"s/0": "2", "s/1": "1"}, processes.SILENT_SECONDS + 1) == [2]
-    assert signs.silent({"s/0": "3", "s/1": "1"}, processes.SILENT_SECONDS + 11) == [1, 2]
-    assert signs.silent({"s/0": "4", "s/1": "2", "s/2": "0"}, processes.SILENT_SECONDS + 12) == []
+    signs = processes.Signs(3, silent_seconds=75)
+    found = {now: signs.silent({"s/0": f"{now}", "s/1": f"{min(now, 10)}"}, now) for now in range(0, 90, 2)}
+    assert found == {now: [2] if 75 < now <= 85 else [1, 2] if now > 85 else [] for now in range(0, 90, 2)}
+    assert signs.silent({"s/0": "90", "s/1": "90", "s/2": "0"}, 90) == []
+
+
+def test_who_was_away_itself_has_no_silence_to_report():
+    """All hosts are suspended for an hour: the first to go on finds the signs of before; then one of them is dead."""
+    signs = processes.Signs(2, silent_seconds=20)
+    assert signs.silent({"s/0": "0", "s/1": "0"}, 0) == []
+    assert [signs.silent({"s/0": f"{now}", "s/1": "0"}, now) for now in range(3600, 3622, 2)] == [[]] * 11
+    assert signs.silent({"s/0": "3622", "s/1": "0"}, 3622) == [1]
+
+
+def test_who_was_away_itself_waits_again_for_the_first(monkeypatch):
+    monkeypatch.setattr(processes, "LOOK_SECONDS", 0.01)
+    watch = processes._Watch()
+    watch._heard = before = time.monotonic()
+    with watch._waiting():
+        pass
+    assert watch._heard == before
+    with watch._waiting():
+        time.sleep(0.1)
+    assert watch._heard >= before + 0.1
 
 
 def test_silence_is_longer_than_a_few_signs():
