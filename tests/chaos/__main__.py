@@ -22,6 +22,7 @@ import json
 import os
 import random
 import shlex
+import signal
 import statistics
 import sys
 import tempfile
@@ -241,6 +242,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if not (arguments.kills or arguments.starts or arguments.meshes or arguments.launchers):
         parser.error("say what to do, such as --kills 200")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # each `finally` ends its trainers
     report = Report(argv, arguments.json, arguments.minutes)
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))).absolute()
     if arguments.kills:
