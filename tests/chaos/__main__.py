@@ -40,9 +40,6 @@ from tests.chaos.run import Failure, Setting
 KILLS_IN_A_TRIAL = 10
 MOST_FAILURES = 5
 
-# A signal in one of these phases is answered by a checkpoint.
-STOPS_WITH_A_SAVE = ("compilation", "step", "evaluation", "save")
-
 
 class Report:
     """What has happened so far, on the terminal and in a file of JSON."""
@@ -209,7 +206,7 @@ def summary(outcomes: Sequence[Outcome], identical: int) -> dict[str, Any]:
     stops = [
         each.seconds
         for each in met
-        if each.code > 0 and not each.signal.endswith("+") and each.phase in STOPS_WITH_A_SAVE
+        if each.code > 0 and not each.signal.endswith("+") and each.phase in phases.STOPS_WITH_A_SAVE
     ]
     return {
         "number of kills": len(met),
