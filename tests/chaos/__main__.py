@@ -22,6 +22,7 @@ import json
 import os
 import random
 import shlex
+import signal
 import statistics
 import sys
 import tempfile
@@ -38,9 +39,6 @@ from tests.chaos.run import Failure, Setting
 
 KILLS_IN_A_TRIAL = 10
 MOST_FAILURES = 5
-
-# A signal in one of these phases is answered by a checkpoint.
-STOPS_WITH_A_SAVE = ("compilation", "step", "evaluation", "save")
 
 
 class Report:
@@ -208,7 +206,7 @@ def summary(outcomes: Sequence[Outcome], identical: int) -> dict[str, Any]:
     stops = [
         each.seconds
         for each in met
-        if each.code > 0 and not each.signal.endswith("+") and each.phase in STOPS_WITH_A_SAVE
+        if each.code > 0 and not each.signal.endswith("+") and each.phase in phases.STOPS_WITH_A_SAVE
     ]
     return {
         "number of kills": len(met),
@@ -241,6 +239,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if not (arguments.kills or arguments.starts or arguments.meshes or arguments.launchers):
         parser.error("say what to do, such as --kills 200")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # each `finally` ends its trainers
     report = Report(argv, arguments.json, arguments.minutes)
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))).absolute()
     if arguments.kills:

@@ -10,6 +10,11 @@ from pathlib import Path
 from tests.chaos.run import ROOT
 
 PHASES = ("imports", "preparation", "compilation", "restoring", "step", "evaluation", "save", "end")
+
+# A request to stop in one of these is answered by a checkpoint and 128 + N. Before the loop, no handler is there for
+# SIGTERM and SIGUSR1, and 'compilation' may be that of the initial state.
+STOPS_WITH_A_SAVE = ("step", "evaluation", "save")
+
 ASK_SECONDS = 0.3  # it answers within milliseconds, unless it has just ended
 
 FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)

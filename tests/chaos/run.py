@@ -101,7 +101,11 @@ def untouched(setting: Setting, folder: Path) -> tuple[Path, Path, float]:
     folder.mkdir(parents=True)
     log, begin = folder / "log", time.monotonic()
     process = start(command(setting, folder / "workdir"), environment(setting.devices, folder / "cache"), log)
-    if process.wait() != 0:
+    try:
+        process.wait()
+    finally:
+        end([process])
+    if process.returncode != 0:
         raise Failure(f"the untouched run of {setting} ended with code {process.returncode}:\n{log.read_text()}")
     return folder / "workdir", folder / "cache", time.monotonic() - begin
 

@@ -1,8 +1,11 @@
 """Twenty kills of real runs, as `python -m tests.chaos` makes hundreds: each run ends as one that nobody killed."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -76,6 +79,21 @@ def test_what_is_not_the_same_is_named(tmp_path, untouched):
     (other / "checkpoints" / "40").rename(other / "checkpoints" / "47")
     with pytest.raises(Failure, match=r"^raw\['params'\].* differs in \d+ of \d+ values, by up to \d\.\d+"):
         run.check_same(expected, other)
+
+
+def test_asking_for_the_phase_ends_no_process(tmp_path):
+    """From when there is someone to answer to the end, as Python takes its handlers away."""
+    answered = 0
+    for number in range(10):
+        answers = tmp_path / str(number)
+        environment = os.environ | {"PYTHONPATH": str(run.ROOT / "tests/chaos/startup"), "CHAOS_STACK": str(answers)}
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.05)"], env=environment)
+        while process.poll() is None:
+            if answers.exists():
+                process.send_signal(signal.SIGUSR2)
+        assert process.returncode == 0
+        answered += "most recent call first" in answers.read_text()
+    assert answered > 0
 
 
 @pytest.mark.parametrize(

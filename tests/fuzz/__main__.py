@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tests.fuzz import running
 from tests.fuzz.kinds import Kind, all_kinds
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     arguments = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.partition("\n")[0])
     length = arguments.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="how long to try (1)")
@@ -32,7 +32,8 @@ def main() -> int:
     arguments.add_argument("--json", type=Path, metavar="FILE", help="write counts and findings, as they are made")
     arguments.add_argument("--keep", type=Path, default=Path("fuzz_findings"), help="folder for the files of findings")
     arguments.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    given = arguments.parse_args()
+    arguments.set_defaults(argv=argv)
+    given = arguments.parse_args(argv)
     known = all_kinds()
     if unknown := set(given.only or ()) - set(known):
         arguments.error(f"no kind {', '.join(unknown)}; there are {', '.join(known)}")
@@ -84,7 +85,7 @@ def _write(given: argparse.Namespace, counts: Any, findings: list[dict[str, Any]
         return
     total = sum((counts[kind] for kind in counts), Counter())
     whole = {
-        "command": ["python", "-m", "tests.fuzz", *sys.argv[1:]],
+        "command": ["python", "-m", "tests.fuzz", *given.argv],
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "seconds": round(seconds, 1),
         "inputs": sum(total.values()),
@@ -108,4 +109,4 @@ def _table(counts: dict[str, Counter[str]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -6,10 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+import types
 from pathlib import Path
 
 import pytest
 
+from xception_flax.commands import cli
 from xception_flax.host import processes
 from xception_flax.text.errors import UserError
 
@@ -36,12 +40,40 @@ def test_what_differs_is_said():
 
 def test_who_gives_no_sign_for_too_long():
     """Of three processes one never comes, and one gives no sign after 10 seconds."""
-    signs = processes.Signs(3, processes.SILENT_SECONDS)
-    assert signs.silent({"s/0": "0", "s/1": "0"}, 0.0) == []
-    assert signs.silent({"s/0": "1", "s/1": "1"}, 10.0) == []
-    assert signs.silent({"s/0": "2", "s/1": "1"}, processes.SILENT_SECONDS + 1) == [2]
-    assert signs.silent({"s/0": "3", "s/1": "1"}, processes.SILENT_SECONDS + 11) == [1, 2]
-    assert signs.silent({"s/0": "4", "s/1": "2", "s/2": "0"}, processes.SILENT_SECONDS + 12) == []
+    signs = processes.Signs(3, silent_seconds=75)
+    found = {now: signs.silent({"s/0": f"{now}", "s/1": f"{min(now, 10)}"}, now) for now in range(0, 90, 2)}
+    assert found == {now: [2] if 75 < now <= 85 else [1, 2] if now > 85 else [] for now in range(0, 90, 2)}
+    assert signs.silent({"s/0": "90", "s/1": "90", "s/2": "0"}, 90) == []
+
+
+def test_who_was_away_itself_has_no_silence_to_report():
+    """All hosts are suspended for an hour: the first to go on finds the signs of before; then one of them is dead."""
+    signs = processes.Signs(2, silent_seconds=20)
+    assert signs.silent({"s/0": "0", "s/1": "0"}, 0) == []
+    assert [signs.silent({"s/0": f"{now}", "s/1": "0"}, now) for now in range(3600, 3622, 2)] == [[]] * 11
+    assert signs.silent({"s/0": "3622", "s/1": "0"}, 3622) == [1]
+
+
+def test_who_was_away_itself_waits_again_for_the_first(monkeypatch):
+    monkeypatch.setattr(processes, "LOOK_SECONDS", 0.01)
+    watch = processes._Watch()
+    watch._heard = before = time.monotonic()
+    with watch._waiting():
+        pass
+    assert watch._heard == before
+    with watch._waiting():
+        time.sleep(0.1)
+    assert watch._heard >= before + 0.1
+
+
+def test_silence_is_longer_than_a_few_signs():
+    parser = cli.parser("train.py", None, "")
+    assert parser.parse_args([]).silent_seconds == 75
+    assert parser.parse_args(["--silent-seconds=10"]).silent_seconds == 10
+    with pytest.raises(
+        UserError, match=r"--silent-seconds: must be at least 10, since .* sign of life each 2 s, got 9;"
+    ):
+        parser.parse_args(["--silent-seconds=9"])
 
 
 @pytest.mark.parametrize(
@@ -76,6 +108,18 @@ def test_one_process_agrees_with_itself(tmp_path):
     assert processes.per_host() == 1
     assert list(tmp_path.iterdir()) == []
     assert processes.differences([processes.software(), processes.software()]) == []
+
+
+def test_without_a_route_it_does_not_spin(monkeypatch):
+    """No connection can be made to the address of all hosts, which the system says at once."""
+    everyone = types.SimpleNamespace(coordinator_address="255.255.255.255:1234")
+    monkeypatch.setattr(processes, "_client_state", lambda: everyone)
+    watch = processes._Watch()
+    watch._silent_seconds, watch._heard = processes.SILENT_SECONDS, time.monotonic()
+    threading.Timer(1, watch.ignore).start()
+    begin = time.thread_time()
+    watch._watch_first()
+    assert time.thread_time() - begin < 0.1  # of a second; without a wait it was 0.8
 
 
 # Real processes ------------------------------------------------------------------------------------

@@ -60,6 +60,16 @@ def positive(text: str) -> int:
     return number
 
 
+def _silent_seconds(text: str) -> int:
+    """The type of `--silent-seconds`."""
+    if (seconds := positive(text)) < processes.LEAST_SILENT_SECONDS:
+        raise argparse.ArgumentTypeError(
+            f"must be at least {processes.LEAST_SILENT_SECONDS}, since a process gives a sign of life each "
+            f"{processes.LOOK_SECONDS} s, got {seconds}"
+        )
+    return seconds
+
+
 def image_size(text: str) -> int | tuple[int, int]:
     """The type of an argument that is an image size: 299, or 224x320 for height x width."""
     try:
@@ -96,10 +106,11 @@ def parser(prog: str, description: str | None, examples: str, *, hosts: bool = T
     group.add_argument("--process-id", type=int, metavar="I", help="with --coordinator: number of this one, from 0")
     group.add_argument(
         "--silent-seconds",
-        type=positive,
+        type=_silent_seconds,
         default=processes.SILENT_SECONDS,
         metavar="S",
-        help="a process of which nothing is heard for so long is dead, and all others end (75)",
+        help="a process of which nothing is heard for so long is dead, and all others end "
+        f"({processes.SILENT_SECONDS}; at least {processes.LEAST_SILENT_SECONDS})",
     )
     return arguments
 

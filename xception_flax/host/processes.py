@@ -36,8 +36,10 @@ from xception_flax.text.lookup import differing
 START_SECONDS = 300  # a process waits so long for the others to start; JAX's own default
 JAX_START_SECONDS = START_SECONDS + 30  # later than ours, since JAX ends the process with a stack trace
 LOOK_SECONDS = 2  # between two signs of life, and between two looks at those of the others
+AWAY_LOOKS = 4  # if so many looks are missing, it was this process that stood still, perhaps all at once
 STILL_SECONDS = 10  # after an error here, another process without a sign of life for so long counts as dead
 SILENT_SECONDS = 75  # otherwise it does after so long, if the command says nothing else
+LEAST_SILENT_SECONDS = 10  # and it cannot say less: a few signs may be late where a machine is busy
 JAX_AFTER_SECONDS = 25  # later than we do, JAX ends the processes by itself, with a stack trace
 FAREWELL_SECONDS = 15  # a process that ends waits so long for the others to hear of it
 TRY_AGAIN = 75  # exit code where the same command may go on: sysexits.h calls it a temporary failure
@@ -400,7 +402,7 @@ class _Watch:
                     while not self._stopped.is_set():
                         if time.monotonic() - self._heard > self._silent_seconds:
                             self._end_without_first(_died([0], self._silent_seconds))
-                        with contextlib.suppress(TimeoutError):
+                        with self._waiting(), contextlib.suppress(TimeoutError):
                             if not line.recv(1024):
                                 break
             except ConnectionRefusedError:
@@ -408,6 +410,18 @@ class _Watch:
             except OSError:  # closed at this moment, or the network is down
                 if time.monotonic() - self._heard > self._silent_seconds:
                     self._end_without_first(_died([0], self._silent_seconds))
+                with self._waiting():
+                    self._stopped.wait(0.5)  # without a route, connecting fails at once
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around a wait of a second at most. If it took far longer, process 0 may have stood still as well."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            if (now := time.monotonic()) - begin > AWAY_LOOKS * LOOK_SECONDS:
+                self._heard = now
 
     def _end_without_first(self, reason: str) -> None:
         """Ends this process at once, without the lock: who has it cannot reach the others either."""
@@ -423,9 +437,16 @@ class Signs:
     def __init__(self, num_processes: int, silent_seconds: float) -> None:
         self._last: dict[int, tuple[str | None, float]] = {}
         self._num_processes, self._silent_seconds = num_processes, silent_seconds
+        self._looked: float | None = None
 
     def silent(self, signs: Mapping[str, str], now: float) -> list[int]:
-        """Returns the processes whose sign has not changed for too long."""
+        """Returns the processes whose sign has not changed for too long. Call it every `LOOK_SECONDS`.
+
+        After a pause of `AWAY_LOOKS` looks it begins anew: all hosts may have been suspended together.
+        """
+        if self._looked is not None and now - self._looked > AWAY_LOOKS * LOOK_SECONDS:
+            self._last.clear()
+        self._looked = now
         by_process = {int(key.rpartition("/")[2]): sign for key, sign in signs.items()}
         for process in range(self._num_processes):
             sign = by_process.get(process)

@@ -9,8 +9,12 @@ import os
 import signal
 
 if path := os.environ.pop("CHAOS_STACK", None):  # worker processes must not have it
-    # It stays open to the end of the process, as faulthandler needs it.
-    faulthandler.register(signal.SIGUSR2, open(path, "a"), all_threads=False)  # noqa: SIM115
+    # At its end Python takes faulthandler's handler away, and what was before is there again: by default, the signal
+    # would then kill the process.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    # It stays open to the end of the process, as faulthandler needs it. It gets its name when there is who answers.
+    faulthandler.register(signal.SIGUSR2, open(f"{path}.new", "a"), all_threads=False)  # noqa: SIM115
+    os.rename(f"{path}.new", path)
 
 if number := os.environ.pop("CHAOS_RAISE", None):
 

@@ -108,7 +108,8 @@ def _read_npz(path: str, needed: Sequence[str], optional: Sequence[str]) -> dict
             files = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             keys = [key for key in (*needed, *optional) if key in files]
             declared = {key: _declared(archive, files[key]) for key in keys}
-    except Exception as error:  # zipfile, and NumPy's parser of headers, raise any exception
+    # zipfile, and NumPy's parser of headers, raise any exception: MemoryError too, for a header that nests too deep.
+    except Exception as error:
         raise UserError(f"{path} is not a readable .npz file ({cut(str(error))}).") from None
     for key in needed:
         if key not in files:
@@ -134,6 +135,8 @@ def _read_npz(path: str, needed: Sequence[str], optional: Sequence[str]) -> dict
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in keys}
+    except MemoryError:
+        raise
     except Exception as error:
         raise UserError(f"{path} is not a readable .npz file ({cut(str(error))}).") from None
 

@@ -33,6 +33,8 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Example:
         try:
             record = self.records[index]
+        except MemoryError:
+            raise
         except Exception as error:  # array_record, protobuf and TFDS raise any exception for what is no example
             raise InputError(f"record {index} cannot be read: {_first_line(error)}.") from None
         if record.get(self.image_key) is None:
