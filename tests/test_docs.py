@@ -51,7 +51,7 @@ LENET = ["--config.model.name=lenet", "--config.model.width=0.1"]  # a fifth of 
 WITH_LENET = ("docs/recipes.md", "docs/data.md", "docs/runs.md", "docs/measuring.md")
 
 # Commands that prepare a machine. They are not run, but the files that they name must exist.
-SETUP = ("make", "pip", "curl", "git", "source", "cd")
+SETUP = ("make", "pip", "curl", "git", "source", "cd", "gcloud", "aws")
 LAUNCHERS = ("srun", "mpirun")
 
 
