@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,8 @@ from workdirs import records
 from xception_flax import data
 from xception_flax.commands import replay
 from xception_flax.data.sources.source import Arrays
-from xception_flax.runs import progress
+from xception_flax.runs import progress, replaying
+from xception_flax.training.metrics import Sum
 
 # 24 steps of 16 images, each recorded, with all that is random: crops, dropout, mixing. The batch is computed in parts.
 RUN = [text for text in LENET if "epochs" not in text and "log_every" not in text]
@@ -153,6 +155,23 @@ def test_a_run_of_eight_devices_is_replayed_on_one(random_run, tmp_path, monkeyp
     assert table["notes"][0] == "the run computed on 8 devices, this is on 1: sums may be rounded otherwise"
     said = table["notes"][1].removeprefix("4 records of the run: ")
     assert said == "equal, to the last digit" or float(said.split()[2]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("run", "here", "said"),
+    [
+        (2.0, 2.0, "equal, to the last digit"),
+        (2.0, 2.5, "differ by 0.2 of a value, at most"),
+        (2.0, math.nan, "differ: a value is finite in the run and not here, or the reverse"),
+        (math.inf, 2.0, "differ: a value is finite in the run and not here, or the reverse"),
+        (math.nan, math.nan, "equal, to the last digit"),
+    ],
+)
+def test_a_record_is_compared_also_where_it_is_not_finite(run, here, said):
+    """0.5 of 2 is a quarter, which one digit rounds to 0.2."""
+    sums = [{"loss": Sum(4 * here, 4.0), "top1": Sum(2.0, 4.0)}]
+    record = {"step": 1, "train/loss": run, "train/top1": 0.5}
+    assert replaying._compared([record], 0, sums) == [f"1 record of the run: {said}"]
 
 
 # Planted ---------------------------------------------------------------------------------------------

@@ -321,19 +321,30 @@ def _compared(recorded: Sequence[Mapping[str, Any]], start: int, sums: Sequence[
                 compared, largest = compared + 1, max(largest, found)
     if not compared:
         return []
-    said = f"differ by {largest:.1g} of a value, at most" if largest else "equal, to the last digit"
+    said = "equal, to the last digit"
+    if largest:
+        said = f"differ by {largest:.1g} of a value, at most"
+    if math.isinf(largest):
+        said = "differ: a value is finite in the run and not here, or the reverse"
     return [f"{counted(compared, 'record')} of the run: {said}"]
 
 
 def _difference(record: Mapping[str, Any], sums: Sequence[Mapping[str, Sum]]) -> float:
-    """Returns the largest difference between a record and the means of steps, relative to the record."""
+    """Returns the largest difference between a record and the means of steps, relative to the record.
+
+    It is infinite where a value is finite in one of the two alone; one that is finite in neither is left out.
+    """
     totals = metrics.Accumulator()
     for each in sums:
         totals.add(each)
     largest = 0.0
     for name, mean in totals.means().items():
         there = record.get(f"train/{name}")
-        if name == "skipped_steps" or there is None or not math.isfinite(mean):
+        if name == "skipped_steps" or there is None:
+            continue
+        if math.isfinite(mean) != math.isfinite(there):
+            return math.inf
+        if not math.isfinite(mean):
             continue
         largest = max(largest, abs(mean - there) / max(abs(there), sys.float_info.min))
     return largest
