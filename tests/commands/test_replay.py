@@ -194,8 +194,8 @@ def test_a_layer_that_explodes_is_named(tmp_path, monkeypatch, capsys):
     assert "first not finite  forward, the output of conv2: " in out
 
     table, out = replayed(monkeypatch, capsys, tmp_path / "w", "--step", 4)
-    assert table["earlier_step_not_finite"] == 2
-    assert "step 2 was not finite already: look at --step 2" in out
+    assert (table["earlier_step_not_finite"], table["earlier_update_not_finite"]) == (2, False)
+    assert "before it         step 2 was not finite already: look at --step 2" in out
     assert table["first_not_finite"].startswith("the state before the step: raw['params']['conv1']['kernel']")
 
 
@@ -212,6 +212,10 @@ def test_an_update_that_overflows_is_named(tmp_path, monkeypatch, capsys):
     assert table["first_not_finite"].startswith("the update: the new values of raw['params']['conv1']['kernel'], ")
     assert np.isfinite([table["values"]["loss"], table["values"]["gradient_norm"]]).all()
     assert all(layer["output"]["not_finite"] == 0 for layer in table["layers"])
+    for later in (3, 4):  # the loss of step 3 is the first that is not finite
+        table, out = replayed(monkeypatch, capsys, tmp_path / "w", "--step", later)
+        assert (table["earlier_step_not_finite"], table["earlier_update_not_finite"]) == (2, True)
+        assert "the update of step 2 was not finite already: look at --step 2" in out
 
 
 @dataclasses.dataclass

@@ -125,6 +125,7 @@ def _table(found: Replayed, workdir: Path) -> dict[str, Any]:
         "devices": found.devices,
         "first_not_finite": found.first(),
         "earlier_step_not_finite": found.earlier,
+        "earlier_update_not_finite": found.earlier_update,
         "values": {name: _number(value) for name, value in found.values.items()},
         "skipped": found.skipped,
         "mixing": found.mixing,
@@ -195,7 +196,8 @@ def _show(found: Replayed, workdir: Path) -> None:
         "first not finite": found.first() or "nothing: all is finite",
     }
     if found.earlier is not None:
-        rows["before it"] = f"step {found.earlier:,} was not finite already: look at --step {found.earlier}"
+        what = f"{'the update of ' if found.earlier_update else ''}step {found.earlier:,}"
+        rows["before it"] = f"{what} was not finite already: look at --step {found.earlier}"
     console.show_table(f"{naming.shown(workdir)}, step {found.step:,}", rows)
 
 

@@ -88,6 +88,7 @@ class Replayed(NamedTuple):
       mixing: how the batch was mixed, in words; '' if the recipe mixes none.
       before, after: arrays of the state before and after the step that are not finite.
       earlier: the first step on the way that was not finite; None if there was none.
+      earlier_update: whether only the update of that step was not, its loss and gradient were.
       skipped: whether the step changed nothing, by `step.on_nonfinite=skip`.
       notes: how this replay differs from the run, and whether it found what the run has.
     """
@@ -103,6 +104,7 @@ class Replayed(NamedTuple):
     before: list[str]
     after: list[str]
     earlier: int | None
+    earlier_update: bool
     skipped: bool
     notes: list[str]
 
@@ -189,16 +191,30 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
             raise UserError(f"the run in {workdir} has {counted(total, 'step')}, and {what}; give --step 1 to {total}.")
         if start:
             check_same_data(checkpoint.read_meta(manager, start), _meta(split), workdir)
-            state = checkpoint.restore_state(manager, made.abstract_state, start)
-        else:
-            state = begin(made, mesh, split)
-        found = _walk(config, made, mesh, split, state, start, end, searching=step is None)
+        with console.waiting("compiling the step"):
+            abstract_batch = sharding.abstract_batch(mesh, split.batch_shapes)
+            train_step = made.train_step.lower(made.abstract_state, abstract_batch).compile()
+
+        def walk(end: int, *, searching: bool) -> Walked | None:
+            if start:
+                state = checkpoint.restore_state(manager, made.abstract_state, start)
+            else:
+                state = begin(made, mesh, split)
+            return _walk(train_step, mesh, split, state, start, end, searching=searching)
+
+        found = walk(end, searching=step is None)
         if found is None:
             raise UserError(
                 f"all steps from {start + 1:,} to {end:,} of {workdir} are finite, where it would have recorded next; "
                 "give the step to look at by --step."
             )
         at, before, batch, after, sums = found
+        not_finite_before = checkpoint.not_finite(before)
+        earlier = next((i for i, s in enumerate(sums[:-1], start + 1) if not _is_finite(s)), None)
+        earlier_update = False
+        # An update that overflows shows in no loss or gradient of its own step: look at the states too.
+        if not_finite_before and (first := walk(at - 1 if earlier is None else earlier, searching=True)) is not None:
+            earlier, earlier_update = first[0], _is_finite(first[-1][-1])
         notes += _compared(recorded, start, sums)
         if at in saved:
             different = checkpoint.differs(manager, after)
@@ -215,9 +231,10 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
             batch=batch,
             examples=_examples(split, at, batch, probed),
             mixing=_mixing(config, at, probed),
-            before=checkpoint.not_finite(before),
+            before=not_finite_before,
             after=checkpoint.not_finite(after),
-            earlier=next((i for i, s in enumerate(sums[:-1], start + 1) if not _is_finite(s)), None),
+            earlier=earlier,
+            earlier_update=earlier_update,
             skipped=bool(sums[-1].get("skipped_steps", Sum(0.0, 1.0)).total),
             notes=notes,
         )
@@ -254,9 +271,12 @@ def _next_record(config: ConfigDict, made: Program, start: int, recorded: Sequen
 # Steps ---------------------------------------------------------------------------------------------
 
 
+# The last step, the state before it, its batch, the state after it, and the sums of all steps.
+Walked = tuple[int, TrainState, Batch[np.ndarray], TrainState, list[dict[str, Sum]]]
+
+
 def _walk(
-    config: ConfigDict,
-    made: Program,
+    train_step: Callable[[TrainState, Batch[jax.Array]], tuple[TrainState, dict[str, Sum]]],
     mesh: Mesh,
     split: data.Split,
     state: TrainState,
@@ -264,16 +284,11 @@ def _walk(
     end: int,
     *,
     searching: bool,
-) -> tuple[int, TrainState, Batch[np.ndarray], TrainState, list[dict[str, Sum]]] | None:
+) -> Walked | None:
     """Computes the steps after `start` up to `end`; if `searching` only up to the first that is not finite.
 
-    Returns:
-      The last step, the state before it, its batch, the state after it, and the sums of all steps. None if `searching`
-      and all are finite.
+    Returns None if `searching` and all are finite. It takes the memory of `state`.
     """
-    abstract_batch = sharding.abstract_batch(mesh, split.batch_shapes)
-    with console.waiting("compiling the step"):
-        train_step = made.train_step.lower(made.abstract_state, abstract_batch).compile()
     sums: list[dict[str, Sum]] = []
     pending: deque[dict[str, Sum]] = deque()
     with (
