@@ -157,6 +157,23 @@ def test_a_run_of_eight_devices_is_replayed_on_one(random_run, tmp_path, monkeyp
     assert said == "equal, to the last digit" or float(said.split()[2]) < 1e-4
 
 
+def test_another_record_and_another_checksum_are_noticed(random_run, tmp_path, monkeypatch, capsys):
+    """A loss that was twice as large, and the checksum of one array."""
+    workdir = shutil.copytree(random_run, tmp_path / "w")
+    changed = records(workdir)
+    changed[15]["train/loss"] *= 2
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in changed))
+    path = workdir / "checkpoints" / "16" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["checksums"]["raw"]["['params']['conv1']['kernel']"] += 1
+    path.write_text(json.dumps(meta))
+    table, _ = replayed(monkeypatch, capsys, workdir, "--step", 16)
+    assert table["notes"] == [
+        "8 records of the run: differ by 0.5 of a value, at most",
+        "checkpoint of step 16: the state differs from it in raw['params']['conv1']['kernel']",
+    ]
+
+
 @pytest.mark.parametrize(
     ("run", "here", "said"),
     [
