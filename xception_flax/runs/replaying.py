@@ -191,18 +191,15 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
             raise UserError(f"the run in {workdir} has {counted(total, 'step')}, and {what}; give --step 1 to {total}.")
         if start:
             check_same_data(checkpoint.read_meta(manager, start), _meta(split), workdir)
+
+        def first_state() -> TrainState:
+            return checkpoint.restore_state(manager, made.abstract_state, start) if start else begin(made, mesh, split)
+
+        state = first_state()
         with console.waiting("compiling the step"):
             abstract_batch = sharding.abstract_batch(mesh, split.batch_shapes)
             train_step = made.train_step.lower(made.abstract_state, abstract_batch).compile()
-
-        def walk(end: int, *, searching: bool) -> Walked | None:
-            if start:
-                state = checkpoint.restore_state(manager, made.abstract_state, start)
-            else:
-                state = begin(made, mesh, split)
-            return _walk(train_step, mesh, split, state, start, end, searching=searching)
-
-        found = walk(end, searching=step is None)
+        found = _walk(train_step, mesh, split, state, start, end, searching=step is None)
         if found is None:
             raise UserError(
                 f"all steps from {start + 1:,} to {end:,} of {workdir} are finite, where it would have recorded next; "
@@ -213,8 +210,10 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
         earlier = next((i for i, s in enumerate(sums[:-1], start + 1) if not _is_finite(s)), None)
         earlier_update = False
         # An update that overflows shows in no loss or gradient of its own step: look at the states too.
-        if not_finite_before and (first := walk(at - 1 if earlier is None else earlier, searching=True)) is not None:
-            earlier, earlier_update = first[0], _is_finite(first[-1][-1])
+        if not_finite_before:
+            first = _walk(train_step, mesh, split, first_state(), start, earlier or at - 1, searching=True)
+            if first is not None:
+                earlier, earlier_update = first[0], _is_finite(first[-1][-1])
         notes += _compared(recorded, start, sums)
         if at in saved:
             different = checkpoint.differs(manager, after)
