@@ -382,6 +382,28 @@ def test_skipped_steps_are_found(tmp_path, monkeypatch, capsys):
     assert table["state_after_not_finite"] == []
 
 
+def test_a_damaged_checkpoint_is_no_start_and_not_compared(random_run, tmp_path, monkeypatch, capsys):
+    """Steps up to its own can be computed from an older one."""
+    workdir = shutil.copytree(random_run, tmp_path / "w")
+    folder = workdir / "checkpoints" / "16"
+    path = folder / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["checksums"]["raw"]["['params']['conv1']['kernel']"] += 1
+    path.write_text(json.dumps(meta))
+    reason = "the values of raw['params']['conv1']['kernel'] have changed on disk"
+    said = refused(monkeypatch, capsys, workdir, "--step", "17", "--output", tmp_path / "out")
+    assert said == f"error: checkpoint {folder} cannot be used: {reason}; give an earlier step, --step 16 at most."
+    path.write_text("{")
+    said = refused(monkeypatch, capsys, workdir, "--step", "17", "--output", tmp_path / "out")
+    assert said.startswith(f"error: checkpoint {folder} cannot be used: ")
+    assert said.endswith("; give an earlier step, --step 16 at most.")
+    table, _ = replayed(monkeypatch, capsys, workdir, "--step", 16)
+    assert (table["from_checkpoint"], table["notes"][0]) == (8, "8 records of the run: equal, to the last digit")
+    assert table["notes"][1].startswith(
+        f"checkpoint of step 16: was not compared, checkpoint {folder} cannot be used: "
+    )
+
+
 # Refused ---------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import itertools
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,7 +164,9 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
             )
         saved = checkpoint.steps_in(manager) if manager is not None else []
         start = max((s for s in saved if step is None or s < step), default=0)
-        shape = checkpoint.mesh_shape(manager, start) if start else None
+        with _advice(start):
+            shape = checkpoint.mesh_shape(manager, start) if start else None
+            meta = checkpoint.read_meta(manager, start) if start else None
         mesh, notes = sharding.create_mesh(**config.mesh) if own_mesh else _mesh(config, shape), []
         if shape is not None and math.prod(shape) != mesh.size:
             notes.append(
@@ -189,11 +191,14 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
         if end > total:
             what = "it is finished" if step is None else f"there is no step {step:,}"
             raise UserError(f"the run in {workdir} has {counted(total, 'step')}, and {what}; give --step 1 to {total}.")
-        if start:
-            check_same_data(checkpoint.read_meta(manager, start), _meta(split), workdir)
+        if meta is not None:
+            check_same_data(meta, _meta(split), workdir)
 
         def first_state() -> TrainState:
-            return checkpoint.restore_state(manager, made.abstract_state, start) if start else begin(made, mesh, split)
+            if not start:
+                return begin(made, mesh, split)
+            with _advice(start):
+                return checkpoint.restore_state(manager, made.abstract_state, start)
 
         state = first_state()
         with console.waiting("compiling the step"):
@@ -216,9 +221,7 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
                 earlier, earlier_update = first[0], _is_finite(first[-1][-1])
         notes += _compared(recorded, start, sums)
         if at in saved:
-            different = checkpoint.differs(manager, after)
-            said = f"differs from it in {_listed(different)}" if different else "equals it, bit for bit"
-            notes.append(f"checkpoint of step {at:,}: the state {said}")
+            notes.append(f"checkpoint of step {at:,}: {_same_state(manager, after)}")
         on_devices = sharding.global_batch(mesh, batch)
         probed = program.make_probe(config, made, mesh, shares)(before, on_devices)
         return Replayed(
@@ -237,6 +240,27 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
             skipped=bool(sums[-1].get("skipped_steps", Sum(0.0, 1.0)).total),
             notes=notes,
         )
+
+
+@contextlib.contextmanager
+def _advice(start: int) -> Iterator[None]:
+    """Says what to do here about a damaged checkpoint, in place of what to do in training."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{_reason(error)}; give an earlier step, --step {start} at most.") from None
+
+
+def _reason(error: UserError) -> str:
+    return str(error).rpartition("; ")[0]  # the advice for training comes last
+
+
+def _same_state(manager: checkpoint.Checkpoints, state: TrainState) -> str:
+    try:
+        different = checkpoint.differs(manager, state)
+    except UserError as error:
+        return f"was not compared, {_reason(error)}"
+    return f"the state differs from it in {_listed(different)}" if different else "the state equals it, bit for bit"
 
 
 def _mesh(config: ConfigDict, shape: tuple[int, ...] | None) -> Mesh:
