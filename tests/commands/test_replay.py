@@ -43,12 +43,12 @@ def train_digits(monkeypatch, capsys, workdir: Path, *arguments: str) -> tuple[i
 
 
 def replayed(monkeypatch, capsys, workdir: Path, *arguments: object, output: Path | None = None) -> tuple[dict, str]:
-    """Returns the table and what was printed."""
+    """Returns the table and what was printed, on standard error first."""
     output = workdir.parent / "replayed" if output is None else output
     shutil.rmtree(output, ignore_errors=True)
     code, out, err = run(monkeypatch, capsys, replay.main, workdir, "--output", output, *arguments)
     assert code == 0, err
-    return json.loads((output / "step.json").read_text()), out
+    return json.loads((output / "step.json").read_text()), err + out
 
 
 def refused(monkeypatch, capsys, *arguments: object) -> str:
@@ -85,6 +85,12 @@ def test_it_is_the_step_of_the_run_bit_for_bit(random_run, tmp_path, monkeypatch
     assert snapshot(random_run) == before
     start = step - 1 - (step - 1) % 8
     assert (table["step"], table["from_checkpoint"], table["devices"]) == (step, start, "8 x cpu")
+    origin = f"the checkpoint of step {start}" if start else "the initial weights"
+    announced, compiling, _ = out.partition("compiling the step")
+    assert (announced, compiling) == (
+        f"from {origin}, {step - start} step{'s' * (step - start > 1)}\n",
+        "compiling the step",
+    )
     notes = [f"{step - start} record{'s' * (step - start > 1)} of the run: equal, to the last digit"]
     notes += ["checkpoint of step 16: the state equals it, bit for bit"] if step == 16 else []
     assert table["notes"] == notes

@@ -187,9 +187,8 @@ def _show(found: Replayed, workdir: Path) -> None:
             "loss": [f"{example.loss:.4g}" if example.counts else "left out" for example in shown],
         },
     )
-    origin = f"the checkpoint of step {found.start:,}" if found.start else "the initial weights"
     rows = {
-        "computed": f"from {origin}, on {found.devices}",
+        "computed": f"from {replaying.origin(found.start)}, on {found.devices}",
         **{name: f"{value:.6g}" for name, value in found.values.items() if name in ("loss", "gradient_norm")},
         **({"mixing": found.mixing} if found.mixing else {}),
         **{f"note {number}": note for number, note in enumerate(found.notes, 1)},

@@ -131,6 +131,11 @@ class Replayed(NamedTuple):
         return f"the update: the new values of {_listed(self.after)}" if self.after else ""
 
 
+def origin(start: int) -> str:
+    """Returns in words what `Replayed.start` means."""
+    return f"the checkpoint of step {start:,}" if start else "the initial weights"
+
+
 def _share(count: int, layer: Layer) -> str:
     return f"{counted(count, 'value')} in {counted(int(layer.images.sum()), 'image')}"
 
@@ -201,6 +206,7 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
                 return checkpoint.restore_state(manager, made.abstract_state, start)
 
         state = first_state()
+        console.stderr_console().print(f"from {origin(start)}, {counted(end - start, 'step')}", soft_wrap=True)
         with console.waiting("compiling the step"):
             abstract_batch = sharding.abstract_batch(mesh, split.batch_shapes)
             train_step = made.train_step.lower(made.abstract_state, abstract_batch).compile()
