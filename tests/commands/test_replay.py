@@ -107,8 +107,7 @@ def test_it_is_the_step_of_the_run_bit_for_bit(random_run, tmp_path, monkeypatch
 
 def test_the_batch_is_saved_by_name_and_says_what_was_mixed(random_run, tmp_path, monkeypatch, capsys):
     """The images of CutMix are of pixels of both, those of mixup are between them, by the shares that are said."""
-    kinds = set()
-    for step in range(1, 9):
+    for step, kind in {1: "CutMix", 2: "mixup", 6: "this batch was not mixed"}.items():  # by the seed of the run
         table, out = replayed(monkeypatch, capsys, random_run, "--step", step, output=tmp_path / "out")
         assert f"mixing            {table['mixing']}" in out
         with np.load(tmp_path / "out" / "batch.npz") as batch:
@@ -119,8 +118,7 @@ def test_the_batch_is_saved_by_name_and_says_what_was_mixed(random_run, tmp_path
             source = data.SOURCES["digits"]("train")
             assert batch["labels"].tolist() == [source.labels[index] for index in batch["index"]]
         others = images.reshape(8, 2, *images.shape[1:])[:, ::-1].reshape(images.shape)
-        kind = table["mixing"].partition(":")[0]
-        kinds.add(kind)
+        assert table["mixing"].partition(":")[0] == kind
         with_whom = [image["mixed_with"] for image in table["images"]]
         if kind == "this batch was not mixed":
             np.testing.assert_array_equal(mixed, images)
@@ -134,7 +132,6 @@ def test_the_batch_is_saved_by_name_and_says_what_was_mixed(random_run, tmp_path
         if kind == "mixup":
             near = [np.abs(s * images + (1 - s) * others - mixed).max() for s in (share[0], 1 - share[0])]
             assert min(near) <= 0.51
-    assert kinds == {"this batch was not mixed", "CutMix", "mixup"}
 
 
 def test_the_run_of_a_user_is_replayed_bit_for_bit(whole, tmp_path):
