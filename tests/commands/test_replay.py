@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,8 @@ from workdirs import records
 from xception_flax import data
 from xception_flax.commands import replay
 from xception_flax.data.sources.source import Arrays
-from xception_flax.runs import progress
+from xception_flax.runs import progress, replaying
+from xception_flax.training.metrics import Sum
 
 # 24 steps of 16 images, each recorded, with all that is random: crops, dropout, mixing. The batch is computed in parts.
 RUN = [text for text in LENET if "epochs" not in text and "log_every" not in text]
@@ -41,12 +43,12 @@ def train_digits(monkeypatch, capsys, workdir: Path, *arguments: str) -> tuple[i
 
 
 def replayed(monkeypatch, capsys, workdir: Path, *arguments: object, output: Path | None = None) -> tuple[dict, str]:
-    """Returns the table and what was printed."""
+    """Returns the table and what was printed, on standard error first."""
     output = workdir.parent / "replayed" if output is None else output
     shutil.rmtree(output, ignore_errors=True)
     code, out, err = run(monkeypatch, capsys, replay.main, workdir, "--output", output, *arguments)
     assert code == 0, err
-    return json.loads((output / "step.json").read_text()), out
+    return json.loads((output / "step.json").read_text()), err + out
 
 
 def refused(monkeypatch, capsys, *arguments: object) -> str:
@@ -83,6 +85,12 @@ def test_it_is_the_step_of_the_run_bit_for_bit(random_run, tmp_path, monkeypatch
     assert snapshot(random_run) == before
     start = step - 1 - (step - 1) % 8
     assert (table["step"], table["from_checkpoint"], table["devices"]) == (step, start, "8 x cpu")
+    origin = f"the checkpoint of step {start}" if start else "the initial weights"
+    announced, compiling, _ = out.partition("compiling the step")
+    assert (announced, compiling) == (
+        f"from {origin}, {step - start} step{'s' * (step - start > 1)}\n",
+        "compiling the step",
+    )
     notes = [f"{step - start} record{'s' * (step - start > 1)} of the run: equal, to the last digit"]
     notes += ["checkpoint of step 16: the state equals it, bit for bit"] if step == 16 else []
     assert table["notes"] == notes
@@ -99,8 +107,7 @@ def test_it_is_the_step_of_the_run_bit_for_bit(random_run, tmp_path, monkeypatch
 
 def test_the_batch_is_saved_by_name_and_says_what_was_mixed(random_run, tmp_path, monkeypatch, capsys):
     """The images of CutMix are of pixels of both, those of mixup are between them, by the shares that are said."""
-    kinds = set()
-    for step in range(1, 9):
+    for step, kind in {1: "CutMix", 2: "mixup", 6: "this batch was not mixed"}.items():  # by the seed of the run
         table, out = replayed(monkeypatch, capsys, random_run, "--step", step, output=tmp_path / "out")
         assert f"mixing            {table['mixing']}" in out
         with np.load(tmp_path / "out" / "batch.npz") as batch:
@@ -111,8 +118,7 @@ def test_the_batch_is_saved_by_name_and_says_what_was_mixed(random_run, tmp_path
             source = data.SOURCES["digits"]("train")
             assert batch["labels"].tolist() == [source.labels[index] for index in batch["index"]]
         others = images.reshape(8, 2, *images.shape[1:])[:, ::-1].reshape(images.shape)
-        kind = table["mixing"].partition(":")[0]
-        kinds.add(kind)
+        assert table["mixing"].partition(":")[0] == kind
         with_whom = [image["mixed_with"] for image in table["images"]]
         if kind == "this batch was not mixed":
             np.testing.assert_array_equal(mixed, images)
@@ -126,7 +132,6 @@ def test_the_batch_is_saved_by_name_and_says_what_was_mixed(random_run, tmp_path
         if kind == "mixup":
             near = [np.abs(s * images + (1 - s) * others - mixed).max() for s in (share[0], 1 - share[0])]
             assert min(near) <= 0.51
-    assert kinds == {"this batch was not mixed", "CutMix", "mixup"}
 
 
 def test_the_run_of_a_user_is_replayed_bit_for_bit(whole, tmp_path):
@@ -155,6 +160,40 @@ def test_a_run_of_eight_devices_is_replayed_on_one(random_run, tmp_path, monkeyp
     assert said == "equal, to the last digit" or float(said.split()[2]) < 1e-4
 
 
+def test_another_record_and_another_checksum_are_noticed(random_run, tmp_path, monkeypatch, capsys):
+    """A loss that was twice as large, and the checksum of one array."""
+    workdir = shutil.copytree(random_run, tmp_path / "w")
+    changed = records(workdir)
+    changed[15]["train/loss"] *= 2
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in changed))
+    path = workdir / "checkpoints" / "16" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["checksums"]["raw"]["['params']['conv1']['kernel']"] += 1
+    path.write_text(json.dumps(meta))
+    table, _ = replayed(monkeypatch, capsys, workdir, "--step", 16)
+    assert table["notes"] == [
+        "8 records of the run: differ by 0.5 of a value, at most",
+        "checkpoint of step 16: the state differs from it in raw['params']['conv1']['kernel']",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("run", "here", "said"),
+    [
+        (2.0, 2.0, "equal, to the last digit"),
+        (2.0, 2.5, "differ by 0.2 of a value, at most"),
+        (2.0, math.nan, "differ: a value is finite in the run and not here, or the reverse"),
+        (math.inf, 2.0, "differ: a value is finite in the run and not here, or the reverse"),
+        (math.nan, math.nan, "equal, to the last digit"),
+    ],
+)
+def test_a_record_is_compared_also_where_it_is_not_finite(run, here, said):
+    """0.5 of 2 is a quarter, which one digit rounds to 0.2."""
+    sums = [{"loss": Sum(4 * here, 4.0), "top1": Sum(2.0, 4.0)}]
+    record = {"step": 1, "train/loss": run, "train/top1": 0.5}
+    assert replaying._compared([record], 0, sums) == [f"1 record of the run: {said}"]
+
+
 # Planted ---------------------------------------------------------------------------------------------
 
 
@@ -175,8 +214,8 @@ def test_a_layer_that_explodes_is_named(tmp_path, monkeypatch, capsys):
     assert "first not finite  forward, the output of conv2: " in out
 
     table, out = replayed(monkeypatch, capsys, tmp_path / "w", "--step", 4)
-    assert table["earlier_step_not_finite"] == 2
-    assert "step 2 was not finite already: look at --step 2" in out
+    assert (table["earlier_step_not_finite"], table["earlier_update_not_finite"]) == (2, False)
+    assert "before it         step 2 was not finite already: look at --step 2" in out
     assert table["first_not_finite"].startswith("the state before the step: raw['params']['conv1']['kernel']")
 
 
@@ -193,6 +232,10 @@ def test_an_update_that_overflows_is_named(tmp_path, monkeypatch, capsys):
     assert table["first_not_finite"].startswith("the update: the new values of raw['params']['conv1']['kernel'], ")
     assert np.isfinite([table["values"]["loss"], table["values"]["gradient_norm"]]).all()
     assert all(layer["output"]["not_finite"] == 0 for layer in table["layers"])
+    for later in (3, 4):  # the loss of step 3 is the first that is not finite
+        table, out = replayed(monkeypatch, capsys, tmp_path / "w", "--step", later)
+        assert (table["earlier_step_not_finite"], table["earlier_update_not_finite"]) == (2, True)
+        assert "the update of step 2 was not finite already: look at --step 2" in out
 
 
 @dataclasses.dataclass
@@ -340,6 +383,28 @@ def test_skipped_steps_are_found(tmp_path, monkeypatch, capsys):
     assert (table["skipped"], table["from_checkpoint"]) == (True, 8)
     assert table["first_not_finite"] == "the update, which was left out (step.on_nonfinite=skip)"
     assert table["state_after_not_finite"] == []
+
+
+def test_a_damaged_checkpoint_is_no_start_and_not_compared(random_run, tmp_path, monkeypatch, capsys):
+    """Steps up to its own can be computed from an older one."""
+    workdir = shutil.copytree(random_run, tmp_path / "w")
+    folder = workdir / "checkpoints" / "16"
+    path = folder / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["checksums"]["raw"]["['params']['conv1']['kernel']"] += 1
+    path.write_text(json.dumps(meta))
+    reason = "the values of raw['params']['conv1']['kernel'] have changed on disk"
+    said = refused(monkeypatch, capsys, workdir, "--step", "17", "--output", tmp_path / "out")
+    assert said == f"error: checkpoint {folder} cannot be used: {reason}; give an earlier step, --step 16 at most."
+    path.write_text("{")
+    said = refused(monkeypatch, capsys, workdir, "--step", "17", "--output", tmp_path / "out")
+    assert said.startswith(f"error: checkpoint {folder} cannot be used: ")
+    assert said.endswith("; give an earlier step, --step 16 at most.")
+    table, _ = replayed(monkeypatch, capsys, workdir, "--step", 16)
+    assert (table["from_checkpoint"], table["notes"][0]) == (8, "8 records of the run: equal, to the last digit")
+    assert table["notes"][1].startswith(
+        f"checkpoint of step 16: was not compared, checkpoint {folder} cannot be used: "
+    )
 
 
 # Refused ---------------------------------------------------------------------------------------------

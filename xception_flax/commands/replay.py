@@ -125,6 +125,7 @@ def _table(found: Replayed, workdir: Path) -> dict[str, Any]:
         "devices": found.devices,
         "first_not_finite": found.first(),
         "earlier_step_not_finite": found.earlier,
+        "earlier_update_not_finite": found.earlier_update,
         "values": {name: _number(value) for name, value in found.values.items()},
         "skipped": found.skipped,
         "mixing": found.mixing,
@@ -186,16 +187,16 @@ def _show(found: Replayed, workdir: Path) -> None:
             "loss": [f"{example.loss:.4g}" if example.counts else "left out" for example in shown],
         },
     )
-    origin = f"the checkpoint of step {found.start:,}" if found.start else "the initial weights"
     rows = {
-        "computed": f"from {origin}, on {found.devices}",
+        "computed": f"from {replaying.origin(found.start)}, on {found.devices}",
         **{name: f"{value:.6g}" for name, value in found.values.items() if name in ("loss", "gradient_norm")},
         **({"mixing": found.mixing} if found.mixing else {}),
         **{f"note {number}": note for number, note in enumerate(found.notes, 1)},
         "first not finite": found.first() or "nothing: all is finite",
     }
     if found.earlier is not None:
-        rows["before it"] = f"step {found.earlier:,} was not finite already: look at --step {found.earlier}"
+        what = f"{'the update of ' if found.earlier_update else ''}step {found.earlier:,}"
+        rows["before it"] = f"{what} was not finite already: look at --step {found.earlier}"
     console.show_table(f"{naming.shown(workdir)}, step {found.step:,}", rows)
 
 

@@ -9,7 +9,7 @@ import itertools
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +88,7 @@ class Replayed(NamedTuple):
       mixing: how the batch was mixed, in words; '' if the recipe mixes none.
       before, after: arrays of the state before and after the step that are not finite.
       earlier: the first step on the way that was not finite; None if there was none.
+      earlier_update: whether only the update of that step was not, its loss and gradient were.
       skipped: whether the step changed nothing, by `step.on_nonfinite=skip`.
       notes: how this replay differs from the run, and whether it found what the run has.
     """
@@ -103,6 +104,7 @@ class Replayed(NamedTuple):
     before: list[str]
     after: list[str]
     earlier: int | None
+    earlier_update: bool
     skipped: bool
     notes: list[str]
 
@@ -127,6 +129,11 @@ class Replayed(NamedTuple):
         if self.skipped:
             return "the update, which was left out (step.on_nonfinite=skip)"
         return f"the update: the new values of {_listed(self.after)}" if self.after else ""
+
+
+def origin(start: int) -> str:
+    """Returns in words what `Replayed.start` means."""
+    return f"the checkpoint of step {start:,}" if start else "the initial weights"
 
 
 def _share(count: int, layer: Layer) -> str:
@@ -162,7 +169,9 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
             )
         saved = checkpoint.steps_in(manager) if manager is not None else []
         start = max((s for s in saved if step is None or s < step), default=0)
-        shape = checkpoint.mesh_shape(manager, start) if start else None
+        with _advice(start):
+            shape = checkpoint.mesh_shape(manager, start) if start else None
+            meta = checkpoint.read_meta(manager, start) if start else None
         mesh, notes = sharding.create_mesh(**config.mesh) if own_mesh else _mesh(config, shape), []
         if shape is not None and math.prod(shape) != mesh.size:
             notes.append(
@@ -187,23 +196,38 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
         if end > total:
             what = "it is finished" if step is None else f"there is no step {step:,}"
             raise UserError(f"the run in {workdir} has {counted(total, 'step')}, and {what}; give --step 1 to {total}.")
-        if start:
-            check_same_data(checkpoint.read_meta(manager, start), _meta(split), workdir)
-            state = checkpoint.restore_state(manager, made.abstract_state, start)
-        else:
-            state = begin(made, mesh, split)
-        found = _walk(config, made, mesh, split, state, start, end, searching=step is None)
+        if meta is not None:
+            check_same_data(meta, _meta(split), workdir)
+
+        def first_state() -> TrainState:
+            if not start:
+                return begin(made, mesh, split)
+            with _advice(start):
+                return checkpoint.restore_state(manager, made.abstract_state, start)
+
+        state = first_state()
+        console.stderr_console().print(f"from {origin(start)}, {counted(end - start, 'step')}", soft_wrap=True)
+        with console.waiting("compiling the step"):
+            abstract_batch = sharding.abstract_batch(mesh, split.batch_shapes)
+            train_step = made.train_step.lower(made.abstract_state, abstract_batch).compile()
+        found = _walk(train_step, mesh, split, state, start, end, searching=step is None)
         if found is None:
             raise UserError(
                 f"all steps from {start + 1:,} to {end:,} of {workdir} are finite, where it would have recorded next; "
                 "give the step to look at by --step."
             )
         at, before, batch, after, sums = found
+        not_finite_before = checkpoint.not_finite(before)
+        earlier = next((i for i, s in enumerate(sums[:-1], start + 1) if not _is_finite(s)), None)
+        earlier_update = False
+        # An update that overflows shows in no loss or gradient of its own step: look at the states too.
+        if not_finite_before:
+            first = _walk(train_step, mesh, split, first_state(), start, earlier or at - 1, searching=True)
+            if first is not None:
+                earlier, earlier_update = first[0], _is_finite(first[-1][-1])
         notes += _compared(recorded, start, sums)
         if at in saved:
-            different = checkpoint.differs(manager, after)
-            said = f"differs from it in {_listed(different)}" if different else "equals it, bit for bit"
-            notes.append(f"checkpoint of step {at:,}: the state {said}")
+            notes.append(f"checkpoint of step {at:,}: {_same_state(manager, after)}")
         on_devices = sharding.global_batch(mesh, batch)
         probed = program.make_probe(config, made, mesh, shares)(before, on_devices)
         return Replayed(
@@ -215,12 +239,34 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
             batch=batch,
             examples=_examples(split, at, batch, probed),
             mixing=_mixing(config, at, probed),
-            before=checkpoint.not_finite(before),
+            before=not_finite_before,
             after=checkpoint.not_finite(after),
-            earlier=next((i for i, s in enumerate(sums[:-1], start + 1) if not _is_finite(s)), None),
+            earlier=earlier,
+            earlier_update=earlier_update,
             skipped=bool(sums[-1].get("skipped_steps", Sum(0.0, 1.0)).total),
             notes=notes,
         )
+
+
+@contextlib.contextmanager
+def _advice(start: int) -> Iterator[None]:
+    """Says what to do here about a damaged checkpoint, in place of what to do in training."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{_reason(error)}; give an earlier step, --step {start} at most.") from None
+
+
+def _reason(error: UserError) -> str:
+    return str(error).rpartition("; ")[0]  # the advice for training comes last
+
+
+def _same_state(manager: checkpoint.Checkpoints, state: TrainState) -> str:
+    try:
+        different = checkpoint.differs(manager, state)
+    except UserError as error:
+        return f"was not compared, {_reason(error)}"
+    return f"the state differs from it in {_listed(different)}" if different else "the state equals it, bit for bit"
 
 
 def _mesh(config: ConfigDict, shape: tuple[int, ...] | None) -> Mesh:
@@ -254,9 +300,12 @@ def _next_record(config: ConfigDict, made: Program, start: int, recorded: Sequen
 # Steps ---------------------------------------------------------------------------------------------
 
 
+# The last step, the state before it, its batch, the state after it, and the sums of all steps.
+Walked = tuple[int, TrainState, Batch[np.ndarray], TrainState, list[dict[str, Sum]]]
+
+
 def _walk(
-    config: ConfigDict,
-    made: Program,
+    train_step: Callable[[TrainState, Batch[jax.Array]], tuple[TrainState, dict[str, Sum]]],
     mesh: Mesh,
     split: data.Split,
     state: TrainState,
@@ -264,16 +313,11 @@ def _walk(
     end: int,
     *,
     searching: bool,
-) -> tuple[int, TrainState, Batch[np.ndarray], TrainState, list[dict[str, Sum]]] | None:
+) -> Walked | None:
     """Computes the steps after `start` up to `end`; if `searching` only up to the first that is not finite.
 
-    Returns:
-      The last step, the state before it, its batch, the state after it, and the sums of all steps. None if `searching`
-      and all are finite.
+    Returns None if `searching` and all are finite. It takes the memory of `state`.
     """
-    abstract_batch = sharding.abstract_batch(mesh, split.batch_shapes)
-    with console.waiting("compiling the step"):
-        train_step = made.train_step.lower(made.abstract_state, abstract_batch).compile()
     sums: list[dict[str, Sum]] = []
     pending: deque[dict[str, Sum]] = deque()
     with (
@@ -321,19 +365,30 @@ def _compared(recorded: Sequence[Mapping[str, Any]], start: int, sums: Sequence[
                 compared, largest = compared + 1, max(largest, found)
     if not compared:
         return []
-    said = f"differ by {largest:.1g} of a value, at most" if largest else "equal, to the last digit"
+    said = "equal, to the last digit"
+    if largest:
+        said = f"differ by {largest:.1g} of a value, at most"
+    if math.isinf(largest):
+        said = "differ: a value is finite in the run and not here, or the reverse"
     return [f"{counted(compared, 'record')} of the run: {said}"]
 
 
 def _difference(record: Mapping[str, Any], sums: Sequence[Mapping[str, Sum]]) -> float:
-    """Returns the largest difference between a record and the means of steps, relative to the record."""
+    """Returns the largest difference between a record and the means of steps, relative to the record.
+
+    It is infinite where a value is finite in one of the two alone; one that is finite in neither is left out.
+    """
     totals = metrics.Accumulator()
     for each in sums:
         totals.add(each)
     largest = 0.0
     for name, mean in totals.means().items():
         there = record.get(f"train/{name}")
-        if name == "skipped_steps" or there is None or not math.isfinite(mean):
+        if name == "skipped_steps" or there is None:
+            continue
+        if math.isfinite(mean) != math.isfinite(there):
+            return math.inf
+        if not math.isfinite(mean):
             continue
         largest = max(largest, abs(mean - there) / max(abs(there), sys.float_info.min))
     return largest
