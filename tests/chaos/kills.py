@@ -74,6 +74,7 @@ class Outcome:
 
     Attributes:
       seed, number: of the trial, and of the kill in it.
+      aim: as of `Kill`.
       signal: its name; with '+' if there was a second.
       phase: one of `phases.PHASES`, of the main thread; 'finished' if the run was over before.
       saving: whether a checkpoint was being written meanwhile.
@@ -85,6 +86,7 @@ class Outcome:
 
     seed: int
     number: int
+    aim: str
     signal: str
     phase: str
     saving: bool
@@ -137,9 +139,10 @@ def trial(
                 number += 1
                 if number > 3 * kills:
                     raise Failure(f"of {number} kills only {struck} have met a run that was not over")
-                outcome = strike(next(drawn), number, setting, untouched.seconds, cache, workdir, log)
+                kill = next(drawn)
+                outcome = strike(kill, number, setting, untouched.seconds, cache, workdir, log)
                 struck += outcome[1] != "finished"
-                yield Outcome(seed, number, *outcome)
+                yield Outcome(seed, number, kill.aim, *outcome)
             code = start_and_wait(setting, cache, workdir, log)
             if code != 0:
                 raise Failure(f"the last start ended with code {code}")

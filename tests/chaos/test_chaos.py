@@ -25,9 +25,9 @@ def untouched(tmp_path_factory) -> dict[Setting, kills.Untouched]:
 def test_a_run_that_is_killed_ten_times_ends_as_an_untouched_one(tmp_path, untouched, seed, setting):
     outcomes = list(kills.trial(seed, setting, untouched[setting], tmp_path / "trial"))
     assert sum(outcome.phase != "finished" for outcome in outcomes) == 10
-    met = {outcome.phase for outcome in outcomes} - {"finished"}
-    assert met <= set(phases.PHASES)
-    assert len(met) >= 3, outcomes  # where a kill falls depends on the load of the machine
+    assert {outcome.phase for outcome in outcomes} <= {*phases.PHASES, "finished"}
+    # Which phase a kill meets depends on the load of the machine, but not what it waits for.
+    assert sorted(outcome.aim for outcome in outcomes[:10]) == sorted([*kills.AIMS, kills.LAST_AIM])
     assert {outcome.signal for outcome in outcomes} > {"SIGKILL"}
     assert not (tmp_path / "trial").exists()
 
