@@ -611,6 +611,10 @@ def test_a_folder_that_cannot_be_read_or_made_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
+        (  # seen at two processes of which the second had a full disk, 602 s after it
+            "DEADLINE_EXCEEDED: Barrier timed out. Id: ThreadSaveMultiHostValueHolder:set_value_start::3. This usually",
+            "a host has not written its part within 600 s, its disk may be full; ",
+        ),
         (
             "RESOURCE_EXHAUSTED: writing:\n[OS error 28: ENOSPC No space left on device]",
             "the disk is full; make room, and ",

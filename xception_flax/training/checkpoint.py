@@ -358,6 +358,8 @@ def _failed_save(manager: Checkpoints, error: Exception) -> UserError:
         reason = "the folder was removed or renamed meanwhile"
     elif re.search(r"no space left|ENOSPC|quota exceeded", str(error), re.IGNORECASE):
         reason = "the disk is full; make room, and the same command goes on"
+    elif "barrier timed out" in str(error).lower():
+        reason = f"a host has not written its part within {HOSTS_DIFFER_SECONDS} s, its disk may be full"
     else:
         reason = manager.message(error)
     kept = ", ".join(map(str, _steps(manager.folder)))
