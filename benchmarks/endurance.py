@@ -34,6 +34,7 @@ EXAMPLES = """\
 BATCH = 16
 IMAGES = 1257  # of the digits
 SHARED = "/dev/shm"
+SHORT = 5_000  # steps
 STEADY = 0.1  # share of a run after which caches are full
 
 
@@ -90,6 +91,8 @@ def main(argv: list[str]) -> int:
         samples, left = watch(options)
         results = {"samples": [sample._asdict() for sample in samples], "left_in_shared_memory": left}
         command.write_json(options.json, options, results)
+    if samples[-1].step < SHORT:
+        print(f"\n{samples[-1].step:,} steps are too few to judge by: the first of them still fill caches.")
     print(f"\n{table(samples)}\n\nleft in {SHARED} after the end: {len(results['left_in_shared_memory'])} files")
     if options.picture:
         draw(samples, options.picture)

@@ -208,7 +208,7 @@ def test_evaluate_by_choice(whole, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workdir", "/nowhere"], "is no workdir of a run"),
+        (["--workdir", "/nowhere"], "there is no /nowhere; expected the workdir of a run"),
         (["--checkpoint", "3"], "no checkpoint '3' in .*; take latest, best or a step of"),
         (["--checkpoint", "9" * 5000], r"no checkpoint '9{59} \.\.\. 9{29}' in .*; take latest, best or a step of"),
         (["--split", "tset"], "unknown split of digits 'tset'; did you mean 'test'"),

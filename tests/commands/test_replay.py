@@ -92,7 +92,7 @@ def test_it_is_the_step_of_the_run_bit_for_bit(random_run, tmp_path, monkeypatch
         "compiling the step",
     )
     notes = [f"{step - start} record{'s' * (step - start > 1)} of the run: equal, to the last digit"]
-    notes += ["checkpoint of step 16: the state equals it, bit for bit"] if step == 16 else []
+    notes += ["checkpoint of step 16: the state has its checksums, bit for bit"] if step == 16 else []
     assert table["notes"] == notes
     record = next(r for r in records(random_run) if r["step"] == step)
     for name, value in table["values"].items():
@@ -145,7 +145,7 @@ def test_the_run_of_a_user_is_replayed_bit_for_bit(whole, tmp_path):
     assert (table["from_checkpoint"], table["devices"]) == (138, "2 x cpu")
     assert table["notes"] == [
         "4 records of the run: equal, to the last digit",
-        "checkpoint of step 157: the state equals it, bit for bit",
+        "checkpoint of step 157: the state has its checksums, bit for bit",
     ]
 
 
@@ -414,7 +414,7 @@ def test_mistakes_are_refused_and_write_nothing(random_run, tmp_path, monkeypatc
     before = snapshot(random_run)
     (tmp_path / "there").mkdir()
     rows = [
-        ([tmp_path / "none"], f"error: {tmp_path / 'none'} is no workdir of a run: it has no config.json."),
+        ([tmp_path / "none"], f"error: there is no {tmp_path / 'none'}; expected the workdir of a run."),
         ([random_run, "--output", tmp_path / "there"], f"error: {tmp_path / 'there'} is there already; nothing was "),
         (
             [random_run, "--output", random_run / "x"],

@@ -266,7 +266,11 @@ def _same_state(manager: checkpoint.Checkpoints, state: TrainState) -> str:
         different = checkpoint.differs(manager, state)
     except UserError as error:
         return f"was not compared, {_reason(error)}"
-    return f"the state differs from it in {_listed(different)}" if different else "the state equals it, bit for bit"
+    return (
+        f"the state differs from it in {_listed(different)}"
+        if different
+        else "the state has its checksums, bit for bit"
+    )
 
 
 def _mesh(config: ConfigDict, shape: tuple[int, ...] | None) -> Mesh:

@@ -85,6 +85,8 @@ def read_recipe(workdir: Path) -> ConfigDict:
     path = workdir / CONFIG
     with file_errors(path, "read"):
         if not path.is_file():
+            if not workdir.exists() and not run_around(workdir):
+                raise UserError(f"there is no {workdir}; expected the workdir of a run.")
             raise UserError(f"{workdir} is no workdir of a run: it has no {CONFIG}{run_around(workdir)}.")
         content = path.read_bytes()
     try:
