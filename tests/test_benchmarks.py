@@ -23,6 +23,7 @@ from benchmarks import (
     cold_start,
     command,
     contenders,
+    endurance,
     finetuning,
     growth,
     input_pipeline,
@@ -258,3 +259,34 @@ def test_images_to_fine_tune_on(tmp_path):
     assert found[0]["val"] == found[1]["val"]
     assert {int(path.stem) for path in found[0]["val"]} == set(range(1000))
     assert found[0]["train"] != found[1]["train"]
+
+
+# A long run ----------------------------------------------------------------------------------------
+
+
+def test_what_the_docs_say_of_a_long_run_is_in_the_results(tmp_path):
+    result = benchmark(f"endurance --results results/endurance.json --picture {tmp_path / 'p.png'}")
+    assert (result.returncode, result.stderr) == (0, "")
+    table, left = result.stdout.strip().split("\n\n")
+    assert table in (shell.ROOT / "docs" / "reliability.md").read_text()
+    assert left == "left in /dev/shm after the end: 0 files"
+    with Image.open(tmp_path / "p.png") as drawn, Image.open(shell.ROOT / "docs/images/endurance.png") as shown:
+        assert drawn.size == shown.size
+
+
+def test_what_a_process_holds_is_counted():
+    """A child of this process that holds 64 MB, three more files and a file of shared memory."""
+    program = (
+        "import mmap, os, sys, time; x = bytearray(os.urandom(64_000_000)); "
+        "files = [open('/dev/null') for _ in range(3)]; shared = open('/dev/shm/xception_flax_test', 'w+b'); "
+        "os.unlink('/dev/shm/xception_flax_test'); print('ready', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "ready\n"
+        memory, files, threads, shared = endurance.held(child.pid)
+        assert 64 < memory < 100
+        assert files == 3 + 3 + 1  # the standard ones, /dev/null, shared memory
+        assert threads == 1
+        assert len(shared) == 1
+        assert child.pid in endurance.descendants(os.getpid())
+        child.kill()
