@@ -258,7 +258,7 @@ def _advice(start: int) -> Iterator[None]:
 
 
 def _reason(error: UserError) -> str:
-    return str(error).rpartition("; ")[0]  # the advice for training comes last
+    return str(error).rpartition("; ")[0] or str(error)  # the advice for training comes last, if there is one
 
 
 def _same_state(manager: checkpoint.Checkpoints, state: TrainState) -> str:

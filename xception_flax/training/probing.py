@@ -61,7 +61,7 @@ class Probed(NamedTuple):
       layers: in the order of the forward pass.
       pixels: `[N]`: whether all pixels of an image, mixed and normalized, are finite.
       losses: `[N]`, of each image.
-      loss: their mean over the images that count, as the step has it.
+      loss: their mean over the images that count, as the step has it: 0 if none does.
       penalty: of the parameters.
       batch: as the network got it: mixed, but not normalized; with `mask` and, if mixed, `minor_labels` and `share`.
     """
@@ -160,7 +160,7 @@ def make_probe(
             )
         ]
         losses, counts = _in_order(seen["losses"]), batch["mask"] > 0
-        mean = float(losses[counts].mean(dtype=np.float64)) if counts.any() else math.nan
+        mean = float(losses[counts].mean(dtype=np.float64)) if counts.any() else 0.0  # as in the step
         return Probed(layers, _in_order(seen["pixels"]), losses, mean, float(seen["penalty"][0]), batch)
 
     return run

@@ -12,8 +12,9 @@ if path := os.environ.pop("CHAOS_STACK", None):  # worker processes must not hav
     # At its end Python takes faulthandler's handler away, and what was before is there again: by default, the signal
     # would then kill the process.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    # It stays open to the end of the process, as faulthandler needs it. It gets its name when there is who answers.
-    faulthandler.register(signal.SIGUSR2, open(f"{path}.new", "a"), all_threads=False)  # noqa: SIM115
+    # A descriptor, which stays open to the end of the process. The file gets its name when there is who answers.
+    answers = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    faulthandler.register(signal.SIGUSR2, answers, all_threads=False)
     os.rename(f"{path}.new", path)
 
 if number := os.environ.pop("CHAOS_RAISE", None):
