@@ -16,7 +16,6 @@ from pathlib import Path
 from tests.chaos import phases, run
 from tests.chaos.kills import RUN_SECONDS, tail
 from tests.chaos.run import Failure, Setting
-from xception_flax.training.checkpoint import HOSTS_DIFFER_SECONDS
 
 FAIL = signal.SIGRTMIN + 1  # on it, a process raises a ValueError: see `startup/sitecustomize.py`
 FULL_BYTES = 1000  # no file may become larger: such a limit stands for a full disk, which needs no mount
@@ -187,8 +186,7 @@ def strike(
         victim.kill()
     elif fault.kind == "full disk":
         resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, (FULL_BYTES, FULL_BYTES))
-        until += RUN_SECONDS  # it is noticed at the next record or checkpoint,
-        until += HOSTS_DIFFER_SECONDS if fault.victim else 0  # and of another process than 0 not before that
+        until += RUN_SECONDS  # it is noticed at the next record or checkpoint
     elif fault.kind == "error":
         victim.send_signal(FAIL)
     else:
@@ -214,10 +212,7 @@ def strike(
     expected = {"kill": {75}, "stop for good": {75}, "full disk": {2}, "error": {1}, "stop": set()}[fault.kind]
     if not codes_of_others <= expected:
         raise Failure(f"codes {in_order}, expected {sorted(expected)} of the others")
-    named = rf"\bprocess {fault.victim}\b" + (
-        r"|: a host has not written its part" if fault.kind == "full disk" else ""
-    )
-    if not of_others or not all(re.search(named, line) for line in of_others):
+    if not of_others or not all(re.search(rf"\bprocess {fault.victim}\b", line) for line in of_others):
         raise Failure(f"the others do not say that it was process {fault.victim}: {sorted(of_others)}")
     return outcome
 

@@ -311,6 +311,32 @@ multihost_utils.process_allgather(np.zeros(7))
     assert err.splitlines()[-1] == "error: process 1 has failed, and ends all: it was interrupted"
 
 
+def test_a_full_disk_of_one_host_is_said_by_both(tmp_path):
+    """Each writes a part of the checkpoint. Orbax says nothing before both have waited for each other in vain."""
+    body = f"""
+import resource, time
+from xception_flax.training import checkpoint
+from xception_flax.training.state import TrainState
+start()
+mesh = jax.make_mesh((2,), ("fsdp",))
+split = jax.NamedSharding(mesh, jax.P("fsdp"))
+x = jax.make_array_from_callback((2, 4096), split, lambda index: np.random.default_rng(0).random((1, 4096)))
+whole = jax.device_put(np.int32(1), jax.NamedSharding(mesh, jax.P()))
+state = TrainState(whole, {{"x": x}}, {{}}, (), None, None)
+with checkpoint.open_manager(pathlib.Path({str(tmp_path)!r}) / "checkpoints", best_metric="top1") as manager:
+    if me:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    checkpoint.save(manager, state, {{"class_names": []}}, None)
+    time.sleep(100)
+"""
+    (code, _, err), (code_of_1, _, err_of_1) = run([0, 1], body)
+    assert (code, code_of_1) == (2, 2), err_of_1
+    reason = f"a checkpoint could not be written to {tmp_path}/checkpoints: File too large; there is no earlier one."
+    assert err_of_1.splitlines()[-1] == f"error: {reason}"
+    assert err.splitlines()[-1] == f"error: process 1 has failed, and ends all: {reason}"
+    assert not any(path.name.isdecimal() for path in (tmp_path / "checkpoints").iterdir())
+
+
 def test_tasks_of_slurm_find_each_other():
     """In the environment that `srun` gives each task; the job's number gives the port, as JAX says."""
     body = """

@@ -611,14 +611,15 @@ def test_a_folder_that_cannot_be_read_or_made_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (  # seen at two processes of which the second had a full disk, 602 s after it
+        (  # seen at two processes of which the second had not written its part
             "DEADLINE_EXCEEDED: Barrier timed out. Id: ThreadSaveMultiHostValueHolder:set_value_start::3. This usually",
-            "a host has not written its part within 600 s, its disk may be full; ",
+            "a host has not written its part within 600 s; its file system may stand still; ",
         ),
         (
             "RESOURCE_EXHAUSTED: writing:\n[OS error 28: ENOSPC No space left on device]",
             "the disk is full; make room, and ",
         ),
+        ("OUT_OF_RANGE: Failed writing: Failed to write 9 bytes: [os_error_code='27']", "File too large; there is"),
         ("INTERNAL: a\nb", "INTERNAL: a; there is no earlier one\\.$"),
     ],
 )

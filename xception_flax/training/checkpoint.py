@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from xception_flax import __version__
-from xception_flax.host import files
+from xception_flax.host import files, processes
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest, written
@@ -42,8 +42,8 @@ PyTree = Any
 # best value so far of optax's reduce_on_plateau does.
 WEIGHTS = ("raw", "ema")
 
-# A host whose part of a checkpoint is not written so long after another's has failed: its disk is full, say, and Orbax
-# says so on no host before all have waited for each other.
+# A host that has not written its part of a checkpoint so long after another has failed: its disk may stand still.
+# One that gets an error (a full disk) tells the others at once; see `_Handler`.
 HOSTS_DIFFER_SECONDS = 600
 
 # A path that all libraries below read literally. Orbax takes `[`, `*` and a backslash for patterns; etils takes /gs/
@@ -86,10 +86,13 @@ class Checkpoints(ocp.CheckpointManager):
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=HOSTS_DIFFER_SECONDS),
             temporary_path_class=_make_step_folder(self._check),
         )
+        registry, handler = ocp.handlers.DefaultCheckpointHandlerRegistry(), _Handler(self._part_failed)
+        for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
+            registry.add(None, args, handler)
         if not read_only or folder.is_dir():
             folder = self._opened.enter_context(_plain(folder))
         try:
-            super().__init__(folder, options=options)
+            super().__init__(folder, options=options, handler_registry=registry)
         except BaseException:
             self._opened.close()
             raise
@@ -118,6 +121,10 @@ class Checkpoints(ocp.CheckpointManager):
         """Sets the arrays that the steps saved from now on must have."""
         self._saving = _templates(items)
 
+    def _part_failed(self, error: Exception) -> None:
+        """Ends all processes of the run. One process alone goes on to where it looks for errors."""
+        processes.end(2, f"error: {_failed_save(self, error)}")
+
     def _check(self, folder: Path) -> None:
         """Raises UserError if the step in `folder` is not what was saved.
 
@@ -142,6 +149,34 @@ class Checkpoints(ocp.CheckpointManager):
             if checksums.of_host_arrays(read) != expected[name]:
                 raise UserError(f"{name} was written, but other values are read back")
         self.verified = True
+
+
+class _Handler(ocp.StandardCheckpointHandler):
+    """Orbax's handler of arrays, which says at once that this process could not write its part.
+
+    Orbax itself keeps such an error until all processes have waited for each other in vain, `HOSTS_DIFFER_SECONDS`.
+    """
+
+    def __init__(self, failed: Callable[[Exception], None]) -> None:
+        super().__init__()
+        self._failed = failed
+
+    async def async_save(self, *args: Any, **options: Any) -> list["_Part"]:
+        return [_Part(each, self._failed) for each in await super().async_save(*args, **options) or []]
+
+
+class _Part:
+    """A future of Orbax's: arrays that are being written."""
+
+    def __init__(self, future: Any, failed: Callable[[Exception], None]) -> None:
+        self._future, self._failed = future, failed
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self._future.result(timeout)
+        except Exception as error:
+            self._failed(error)
+            raise
 
 
 @contextlib.contextmanager
@@ -359,7 +394,9 @@ def _failed_save(manager: Checkpoints, error: Exception) -> UserError:
     elif re.search(r"no space left|ENOSPC|quota exceeded", str(error), re.IGNORECASE):
         reason = "the disk is full; make room, and the same command goes on"
     elif "barrier timed out" in str(error).lower():
-        reason = f"a host has not written its part within {HOSTS_DIFFER_SECONDS} s, its disk may be full"
+        reason = f"a host has not written its part within {HOSTS_DIFFER_SECONDS} s; its file system may stand still"
+    elif found := re.search(r"(?:os_error_code='|OS error )(\d+)", str(error)):  # TensorStore's, behind long paths
+        reason = os.strerror(int(found[1]))
     else:
         reason = manager.message(error)
     kept = ", ".join(map(str, _steps(manager.folder)))
