@@ -1,7 +1,6 @@
 """The built package works outside of the clone: its files, its recipes by name, and training."""
 
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -9,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import shell
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +56,7 @@ def test_a_network_is_trained_and_used_without_the_clone(wheel, tmp_path):
     here.mkdir()
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
     subprocess.run([sys.executable, *install], check=True, timeout=120)
-    environment = os.environ | {"PYTHONPATH": str(site), "COLUMNS": "120"}
+    environment = shell.environment(devices=1) | {"PYTHONPATH": str(site), "COLUMNS": "120"}
 
     def run(*arguments: str) -> str:
         command = [sys.executable, "-P", *arguments]
@@ -91,4 +92,4 @@ def test_a_network_is_trained_and_used_without_the_clone(wheel, tmp_path):
         "from configs import digits\ndef get_config():\n    config = digits.get_config()\n    config.epochs = 3.0\n"
         "    return config\n"
     )
-    assert json.loads(run(*package, "recipe", "mine.py", "--json"))["epochs"] == 3.0
+    assert json.loads(run(*package, "recipe", "mine.py", "--json"))["epochs"]["value"] == 3.0
