@@ -37,6 +37,7 @@ PAGES = [
     ),
     "benchmarks/README.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
 ]
 
 SMALL = [
