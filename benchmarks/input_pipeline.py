@@ -26,6 +26,9 @@ EXAMPLES = f"""\
 
 contenders: {", ".join(READERS)}"""
 
+# Rows without a difference: the work alone reads nothing, and records have other pixels, which `reencoding` measures.
+UNCOMPARED = ("alone", "prepared")
+
 CHECKED = 8  # images, not cropped, whose pixels are compared
 
 # Largest mean difference from this project's pixels, of 255, for photos scaled down to 299 pixels. Rounding and the
@@ -70,7 +73,7 @@ def measure(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]
 
         whole = Job(str(Path(folder) / "whole"), "whole", CHECKED, options.size, 1)
         random = Job(str(Path(folder) / "random"), "random", options.batch, options.size, 1)
-        checked = [name for name in names if name != "alone"]
+        checked = [name for name in names if name not in UNCOMPARED]
         differences: dict[str, float] = {}
         for name in sorted({*checked, "xception_flax"}, key=lambda name: not READERS[name].ours):
             with Turns(progress) as alone:  # with rows of its own: a failure is not the end
