@@ -212,13 +212,13 @@ class Split:
         if self.sampling == "balanced":
             index_at = Balanced(self.source, self.seed).index
         else:
-            index_at = self._shuffled(range(self.num_images)).__getitem__
+            index_at = self._shuffled(self.num_images).__getitem__
         first = step * self.batch_size
         return np.array([index_at(place) for place in range(first, first + self.batch_size)])
 
-    def _shuffled(self, source: Sequence[Any]) -> grain.MapDataset:
-        """Returns a source in the endless order of training, another in each epoch."""
-        return grain.MapDataset.source(source).seed(self.seed).shuffle().repeat()
+    def _shuffled(self, number: int) -> grain.MapDataset:
+        """Returns the numbers from 0 to `number` - 1 in the endless order of training, another in each epoch."""
+        return grain.MapDataset.range(number).seed(self.seed).shuffle().repeat()
 
     def batches(self, start_step: int = 0) -> Iterator[Batch[np.ndarray]]:
         """Yields this host's share of batch `start_step`, `start_step + 1`, ...
@@ -234,13 +234,17 @@ class Split:
           InputError: an image is bad and `on_bad_image` is 'stop', a file cannot be read, or a worker process has
             ended.
         """
+        # What grain orders are numbers, by which `_Prepare` reads: it measures the size of whatever a source gives.
         if not self.train:
-            examples = grain.MapDataset.source(_Padded(self.source, self.batch_size)).seed(self.seed)
+            read = _Padded(self.source, self.batch_size)
+            places = grain.MapDataset.range(len(read)).seed(self.seed)
         elif self.sampling == "balanced":
-            examples = grain.MapDataset.source(Balanced(self.source, self.seed)).seed(self.seed)
+            read = Balanced(self.source, self.seed)
+            places = grain.MapDataset.range(len(read)).seed(self.seed)
         else:
-            examples = self._shuffled(self.source)
+            read, places = self.source, self._shuffled(self.num_images)
         prepare = _Prepare(
+            read,
             self.transforms,
             self.image_shape,
             self.min_decoded_side,
@@ -249,7 +253,7 @@ class Split:
             rounded=self.rounded,
             orientation=self.orientation,
         )
-        examples = examples.random_map(prepare)
+        examples = places.random_map(prepare)
         # The hosts' shares are taken after the random map, since an example's randomness comes from its place in the
         # global order. They are whole blocks, so that together they make up the global batch in that order.
         shares = grain.MapDataset.source(_Shares(examples, self))
@@ -377,10 +381,11 @@ def prepare_image(
 
 
 class _Prepare(grain.transforms.RandomMap):
-    """Decodes and augments one example: a row of each array of a batch."""
+    """Reads, decodes and augments one example: a row of each array of a batch."""
 
     def __init__(
         self,
+        examples: Sequence[Example],
         transforms: tuple[Transform, ...],
         image_shape: tuple[int, int, int],
         min_side: int,
@@ -390,6 +395,7 @@ class _Prepare(grain.transforms.RandomMap):
         rounded: bool,
         orientation: str,
     ) -> None:
+        self._examples = examples
         self._transforms = transforms
         self._image_shape = image_shape
         self._min_side = min_side
@@ -398,7 +404,8 @@ class _Prepare(grain.transforms.RandomMap):
         self._rounded = rounded
         self._orientation = orientation
 
-    def random_map(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        example = self._examples[index]
         prepared = {"labels": _label(example), "mask": example.get("mask", np.float32(1))}
         try:
             image = prepare_image(
