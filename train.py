@@ -31,6 +31,7 @@ from xception_flax import data
 from xception_flax.commands import cli
 from xception_flax.data import sampling
 from xception_flax.data.batch import Batch
+from xception_flax.data.sources.tfds import REENCODED
 from xception_flax.display import console
 from xception_flax.host import allocator, processes, restarting
 from xception_flax.host.watchdog import Watchdog
@@ -135,7 +136,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     profiled = steps_to_profile(config, total_steps)
     patience = Patience(config.metrics.name, config.patience_metric, config.patience_epochs, length)
     abstract_batch = check_program(program, mesh, train_data, eval_data)
-    notes = [data.unread_of((train_data.source, eval_data.source))]
+    notes = [data.unread_of((train_data.source, eval_data.source)), describe_images(train_data)]
     notes += [] if begun else [split.check_max_value() for split in (train_data, eval_data)]
     pretrained = None if begun else load_initial(config, program, mesh, train_data)
 
@@ -383,6 +384,7 @@ def find_start(
         "class_names": list(train_data.class_names),
         "num_images": train_data.num_images,
         "init": pretrained.meta() if pretrained else None,
+        REENCODED: None if (how := data.reencoding_of(train_data.source)) is None else how._asdict(),
     }
     processes.agree("start", lambda: {"the newest checkpoint": start_step, "the initial weights": meta["init"]})
     if start_step:
@@ -475,6 +477,12 @@ def describe(config: ConfigDict, workdir: Path, program: Program, mesh: Mesh) ->
         f"{counted(length.total_steps, 'step')} of {length.batch_size} on {mesh.size} x {device_kind}, "
         f"{naming.shown(workdir)}"
     )
+
+
+def describe_images(train_data: data.Split) -> str:
+    """Returns a line about images that are not the originals, or ''."""
+    how = data.reencoding_of(train_data.source)
+    return "" if how is None else f"re-encoded images: {how}"
 
 
 def count_masked(totals: metrics.Accumulator, batch_size: int) -> int:

@@ -1,7 +1,7 @@
 """Times reading, decoding, cropping and batching of images: this pipeline beside tf.data and torchvision's.
 
 Each contender is a process of its own on one CPU, and another on all of --threads. They take turns; the processes that
-wait are stopped. See benchmarks/README.md.
+wait are stopped. CPU time depends less than images per second on other load of the machine. See benchmarks/README.md.
 """
 
 import argparse
@@ -25,6 +25,9 @@ EXAMPLES = f"""\
   python -m benchmarks.input_pipeline --only xception_flax,alone --rounds 3 --json input_pipeline.json
 
 contenders: {", ".join(READERS)}"""
+
+# Rows without a difference: the work alone reads nothing, and records have other pixels, which `reencoding` measures.
+UNCOMPARED = ("alone", "prepared")
 
 CHECKED = 8  # images, not cropped, whose pixels are compared
 
@@ -70,7 +73,7 @@ def measure(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]
 
         whole = Job(str(Path(folder) / "whole"), "whole", CHECKED, options.size, 1)
         random = Job(str(Path(folder) / "random"), "random", options.batch, options.size, 1)
-        checked = [name for name in names if name != "alone"]
+        checked = [name for name in names if name not in UNCOMPARED]
         differences: dict[str, float] = {}
         for name in sorted({*checked, "xception_flax"}, key=lambda name: not READERS[name].ours):
             with Turns(progress) as alone:  # with rows of its own: a failure is not the end
@@ -97,6 +100,8 @@ def measure(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]
     for row in turns.rows.values():
         if "error" not in row:
             row["images_per_second"] = images / row["seconds"]
+            # torchvision's workers are other processes, whose time is not known.
+            row["cpu_ms_per_image"] = None if row["contender"] == "torchvision" else 1e3 * row["cpu_seconds"] / images
             row["images_per_second_of_rounds"] = [images / statistics.median(laps) for laps in row["lap_seconds"]]
     return {"mean_file_bytes": size, "images": images, "rows": list(turns.rows.values())}
 
@@ -119,13 +124,23 @@ def table(result: Mapping[str, Any]) -> str:
         base = done.get(("xception_flax", row["cpus"]))
         return f"{base['images_per_second'] / row['images_per_second']:.2f}" if base else "-"
 
-    header = ("photos", "images/s", "of rounds", "xception_flax is", "MB imported", "MB peak run", "difference")
+    header = (
+        "photos",
+        "images/s",
+        "of rounds",
+        "xception_flax is",
+        "CPU ms an image",
+        "MB imported",
+        "MB peak run",
+        "difference",
+    )
     rows = [
         (
             row["title"],
             f"{row['images_per_second']:.0f}",
             f"{min(row['images_per_second_of_rounds']):.0f} to {max(row['images_per_second_of_rounds']):.0f}",
             relative(row),
+            "-" if row["cpu_ms_per_image"] is None else f"{row['cpu_ms_per_image']:.2f}",
             f"{row['imported_mb']:,.0f}",
             f"{row['run_peak_mb']:,.0f}",
             "-" if row["difference"] is None else f"{row['difference']:.2f}",
@@ -135,8 +150,11 @@ def table(result: Mapping[str, Any]) -> str:
     failures = [f"| {row['title']} | failed: {row['error']} |" for row in result["rows"] if "error" in row]
     lines = [f"Files of {result['mean_file_bytes'] / 1e3:.0f} kB."]
     if ours and (alone := done.get(("alone", 1))):
-        share = 1 - ours["images_per_second"] / alone["images_per_second"]
+        share = 1 - alone["cpu_ms_per_image"] / ours["cpu_ms_per_image"]
         lines.append(f"{100 * share:.1f} % of one CPU's time is outside of decode, crop, resize and flip.")
+    if (prepared := done.get(("prepared", 1))) and (theirs := done.get(("tf_data", 1))):
+        ratio = theirs["cpu_ms_per_image"] / prepared["cpu_ms_per_image"]
+        lines.append(f"The records take 1/{ratio:.2f} of the CPU time that tf.data takes for the originals.")
     for (name, cpus), row in done.items():
         if name == "xception_flax" and cpus > 1 and ours:
             lines.append(f"{cpus} CPUs are {row['images_per_second'] / ours['images_per_second']:.2f} times one.")

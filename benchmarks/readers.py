@@ -5,8 +5,9 @@ and 3:4 to 4:3 in aspect, scaled bilinearly to `job.size` pixels a side, half of
 it is all files in order, scaled without a crop; it is written to `whole_NAME.npy` to be compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,9 @@ BATCHES = 8  # of a run: several, because some pipelines make two at once, and e
 
 # A few files have as many names as ImageNet has images, so that costs of a data set's length are included.
 NUM_IMAGES = 1_281_167
+
+
+MAX_SIDE, QUALITY = 400, 90  # of the records that `prepared` reads
 
 
 def _paths(job: Job) -> list[str]:
@@ -44,15 +48,60 @@ def build_xception_flax(job: Job) -> Work:
     """`Split.batches`, as `train.py` reads them, with its allocator."""
     import dataclasses
 
+    whole = job.mode == "whole"
+    split = _split(job, "folder", job.folder)
+    if not whole:
+        times = NUM_IMAGES // len(split.source)
+        many = dataclasses.replace(split.source, paths=split.source.paths * times, labels=split.source.labels * times)
+        split = dataclasses.replace(split, source=many)
+    iterator = split.batches()
+    return _reader(job, "xception_flax", lambda: next(iterator)["images"])
+
+
+def build_prepared(job: Job) -> Work:
+    """The same of the records that `xception-flax prepare --max-side` makes of these files, which it writes first."""
+    import dataclasses
+
+    from xception_flax.data.sources.tfds import Reencoding
+    from xception_flax.prepare import folder, records
+
+    how = Reencoding(MAX_SIDE, QUALITY)
+    info = folder.create_info("photos", ("photo", "none"), Path(job.folder), reencoding=how)
+    paths = [Path(path) for path in _paths(job)]
+    images = [records.EncodedImage(path.name, 0, str(path), 0, path.stat().st_size) for path in paths]
+    layout = records.create_layout(info, {"train": images}, Path(job.folder), job.folder, how)
+    if not records.is_complete(layout):
+        with records.claim(layout) as missing:
+            records.complete(layout, records.write(layout, missing, 1, lambda num_bytes: None))
+    split = _split(job, "tfds", str(layout.directory))
+    many = dataclasses.replace(split.source, records=_Many(split.source.records))
+    iterator = dataclasses.replace(split, source=many).batches()
+    return _reader(job, "prepared", lambda: next(iterator)["images"])
+
+
+class _Many:
+    """Records, again and again, as many as ImageNet has."""
+
+    def __init__(self, records: Sequence[Any]) -> None:
+        self._records = records
+
+    def __len__(self) -> int:
+        return NUM_IMAGES
+
+    def __getitem__(self, index: int) -> Any:
+        return self._records[index % len(self._records)]
+
+
+def _split(job: Job, source: str, data_dir: str) -> Any:
+    """Returns the split 'train' as training has it; in mode 'whole' as evaluation does."""
     from xception_flax import data
     from xception_flax.host import allocator
 
     allocator.keep_freed_memory()
-    whole = job.mode == "whole"
-    split = data.load(
-        "folder",
-        data_dir=job.folder,
-        train=not whole,
+    return data.load(
+        source,
+        data_dir=data_dir,
+        train=job.mode != "whole",
         eval_split="train",
         batch_size=job.batch,
         image_size=job.size,
@@ -60,12 +109,6 @@ def build_xception_flax(job: Job) -> Work:
         num_threads=job.threads,
         num_workers=0,
     )
-    if not whole:
-        times = NUM_IMAGES // len(split.source)
-        many = dataclasses.replace(split.source, paths=split.source.paths * times, labels=split.source.labels * times)
-        split = dataclasses.replace(split, source=many)
-    iterator = split.batches()
-    return _reader(job, "xception_flax", lambda: next(iterator)["images"])
 
 
 def build_alone(job: Job) -> Work:
@@ -157,6 +200,9 @@ def build_torchvision(job: Job) -> Work:
 
 READERS: dict[str, Contender] = {
     "xception_flax": Contender("xception_flax", build_xception_flax, ("grain", "cv2", "simplejpeg"), ours=True),
+    "prepared": Contender(
+        f"xception_flax, records of {MAX_SIDE} px", build_prepared, ("grain", "cv2", "simplejpeg"), ours=True
+    ),
     "alone": Contender("decode, crop, resize, flip alone", build_alone, ("grain", "cv2", "simplejpeg"), ours=True),
     "tf_data": Contender("tf.data, decode_and_crop_jpeg", build_tf_data, ("tensorflow",)),
     "torchvision": Contender("torchvision's DataLoader, Pillow", build_torchvision, ("torch", "torchvision", "PIL")),

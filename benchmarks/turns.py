@@ -43,7 +43,9 @@ class Turns:
         self._progress.say(f"{self.rows[name]['title']}: {error}")
 
     def take(self, rounds: int, seconds_per_turn: float) -> None:
-        """Fills the rows: `lap_seconds`, a list a round; their median `seconds`; `run_peak_mb`; `last_value`."""
+        """Fills the rows: `lap_seconds` and `lap_cpu_seconds`, a list a round each; their medians `seconds` and
+        `cpu_seconds`; `run_peak_mb`; `last_value`.
+        """
         start, taken = time.monotonic(), 0
         for number in range(1, rounds + 1):
             for name in list(self._workers):
@@ -55,13 +57,15 @@ class Turns:
                 taken += 1
                 with self._failing(name):
                     turn = self._workers[name].ask("turn", seconds=seconds_per_turn)
-                    row.setdefault("lap_seconds", []).append(turn["lap_seconds"])
+                    for what in ("lap_seconds", "lap_cpu_seconds"):
+                        row.setdefault(what, []).append(turn[what])
                     row |= {"run_peak_mb": turn["run_peak_mb"], "last_value": turn["last_value"]}
                     if not math.isfinite(turn["last_value"]):
                         raise WorkerError("its results are not finite")
         for name in self._workers:
             row = self.rows[name]
-            row["seconds"] = statistics.median(lap for laps in row["lap_seconds"] for lap in laps)
+            for what in ("seconds", "cpu_seconds"):
+                row[what] = statistics.median(lap for laps in row[f"lap_{what}"] for lap in laps)
 
     @contextlib.contextmanager
     def _failing(self, name: str) -> Iterator[None]:

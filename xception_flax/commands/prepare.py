@@ -5,13 +5,14 @@
   check      reads every image of a data set, a folder or a table
 
 If it was stopped or killed, the same command continues. A data set is in VERSION.incomplete until it is complete.
+`--max-side` writes smaller images, which are read faster.
 """
 
 import argparse
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from xception_flax.data import decoding
 from xception_flax.data.loading import MAX_THREADS
 from xception_flax.data.sources.splitting import VAL_FRACTION
 from xception_flax.data.sources.table import Rows
+from xception_flax.data.sources.tfds import REENCODED, Reencoding
 from xception_flax.data.sources.unread import unread_of
+from xception_flax.data.transforms.geometry import MAX_SIDE
 from xception_flax.display import console
 from xception_flax.host import files
-from xception_flax.prepare import check, folder, imagenet, records, similar
+from xception_flax.prepare import check, encoding, folder, imagenet, records, similar
 from xception_flax.recipes import overrides
 from xception_flax.recipes.checking import resolve_group
 from xception_flax.recipes.signatures import keys_of
@@ -36,11 +39,14 @@ from xception_flax.text.errors import UserError
 
 GROUPING = "keep images of one video, patient or object in one split by data.group_by (docs/data.md)"
 
+QUALITY = 90  # of JPEGs with --max-side, as FFCV's default
+
 OVERRIDES = "how training divides and reads a folder or a table: group_by, stratify, label_column, ..."
 CHECKED = f"{OVERRIDES}; {', '.join(check.DECODED)}"
 
 EXAMPLES = """\
   xception-flax prepare imagenet --tars downloads --data-dir /data/tfds --hashes
+  xception-flax prepare imagenet --tars downloads --data-dir /data/tfds --max-side 400
   xception-flax prepare folder photos --data-dir /data/tfds --val-fraction 0.2
   xception-flax prepare folder labels.csv --data-dir /data/tfds --config.data.label_column=breed
   xception-flax prepare check /data/tfds/imagenet2012/5.1.0 --json report.json"""
@@ -66,7 +72,9 @@ def main(argv: list[str]) -> int:
         metavar="SRC",
         help="folder with CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg; or a table, .csv or .parquet",
     )
-    command.add_argument("--name", help="of the data set; default: SRC's name in small letters")
+    command.add_argument(
+        "--name", help="of the data set; default: SRC's name in small letters, and size and quality with --max-side"
+    )
     cli.add_overrides(command, "data.KEY", OVERRIDES)
     _add_val_fraction(command, "SRC")
     _add_output(command)
@@ -127,24 +135,51 @@ def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data-dir", type=cli.directory, required=True, metavar="DIR", help="folder of TFDS data sets; may be new"
     )
+    command.add_argument(
+        "--max-side",
+        type=_number_to(MAX_SIDE),
+        metavar="PX",
+        help="write images with a larger side anew, as JPEGs whose longer side is PX; default: the originals",
+    )
+    command.add_argument(
+        "--quality", type=_number_to(100), metavar="Q", help=f"of these JPEGs, 1 to 100; default: {QUALITY}"
+    )
     _add_threads(command)
 
 
 def _add_threads(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--num-threads",
-        type=_threads,
+        type=_number_to(MAX_THREADS),
         default=min(16, os.cpu_count() or 1),
         metavar="N",
         help="threads that read; default: %(default)s",
     )
 
 
-def _threads(text: str) -> int:
-    number = cli.positive(text)
-    if number > MAX_THREADS:
-        raise argparse.ArgumentTypeError(f"must be at most {MAX_THREADS:,}, got {text}")
-    return number
+def _number_to(largest: int) -> Callable[[str], int]:
+    """Returns a type of arguments: a whole number from 1 to `largest`."""
+
+    def parse(text: str) -> int:
+        number = cli.positive(text)
+        if number > largest:
+            raise argparse.ArgumentTypeError(f"must be at most {largest:,}, got {text}")
+        return number
+
+    return parse
+
+
+def _reencoding(arguments: argparse.Namespace) -> Reencoding | None:
+    """Returns what is to be done to the images; None for nothing.
+
+    Raises:
+      UserError: --quality is given alone.
+    """
+    if arguments.max_side is None:
+        if arguments.quality is not None:
+            raise UserError("--quality is of images that --max-side scales; give both, or leave it out.")
+        return None
+    return Reencoding(arguments.max_side, arguments.quality or QUALITY)
 
 
 def _fraction(text: str) -> float:
@@ -161,28 +196,32 @@ def _fraction(text: str) -> float:
 
 
 def prepare_imagenet(arguments: argparse.Namespace) -> int:
+    reencoding = _reencoding(arguments)
     paths = imagenet.find(arguments.tars, subset=arguments.subset)
     if arguments.hashes:
         for split, path in paths.items():
             with console.counting(f"MD5 of {path.name}", path.stat().st_size, "bytes") as advance:
                 imagenet.check_hash(path, imagenet.TARS[split].md5, advance)
-    info = imagenet.create_info(arguments.data_dir)
+    info = imagenet.create_info(arguments.data_dir, reencoding)
     with console.counting("listing the tars", sum(path.stat().st_size for path in paths.values()), "bytes") as advance:
         splits = imagenet.list_images(paths, info, advance, subset=arguments.subset)
-    return _prepare(info, splits, arguments, f"{arguments.tars}")
+    return _prepare(info, splits, arguments, f"{arguments.tars}", reencoding)
 
 
 def prepare_folder(arguments: argparse.Namespace) -> int:
+    reencoding = _reencoding(arguments)
     path = arguments.source.expanduser().absolute()
     options = _options(path, arguments)
     splits = folder.open_images(path, options)
     first = next(iter(splits.values()))
     several = isinstance(first, Rows) and first.several
-    name = arguments.name or folder.default_name(path)
-    info = folder.create_info(name, first.class_names, arguments.data_dir, several=several)
+    name = folder.default_name(path)
+    name = arguments.name or (name if reencoding is None else encoding.name_of(name, reencoding))
+    info = folder.create_info(name, first.class_names, arguments.data_dir, several=several, reencoding=reencoding)
     if unread := unread_of(splits.values()):
         print(f"{naming.shown(path)}: {unread}", file=sys.stderr)
-    return _prepare(info, folder.list_images(path, splits, options.get("data_dir")), arguments, str(path))
+    images = folder.list_images(path, splits, options.get("data_dir"))
+    return _prepare(info, images, arguments, str(path), reencoding)
 
 
 def _prepare(
@@ -190,8 +229,9 @@ def _prepare(
     splits: Mapping[str, Sequence[records.EncodedImage]],
     arguments: argparse.Namespace,
     origin: str,
+    reencoding: Reencoding | None,
 ) -> int:
-    layout = records.create_layout(info, splits, arguments.data_dir, origin)
+    layout = records.create_layout(info, splits, arguments.data_dir, origin, reencoding)
     if records.is_complete(layout):
         print(f"{naming.shown(layout.directory)} is prepared; nothing to do.")
         return 0
@@ -202,8 +242,8 @@ def _prepare(
         if len(missing) < len(layout.shards):
             what += f", going on from shard {len(layout.shards) - len(missing):,} of {len(layout.shards):,}"
         with console.counting(what, total, "bytes", done=done) as advance:
-            records.write(layout, missing, arguments.num_threads, advance)
-        records.complete(layout)
+            written = records.write(layout, missing, arguments.num_threads, advance)
+        records.complete(layout, written)
     label = info.features["label"]
     several = isinstance(label, tfds.features.Sequence)
     num_classes = (label.feature if several else label).num_classes
@@ -211,6 +251,8 @@ def _prepare(
     empty = num_classes - len({number for image in first for number in (image.label if several else (image.label,))})
     classes = f"{num_classes:,}" + (f", {empty:,} without an image" if empty else "")
     rows = {split: counted(len(images), "image") for split, images in splits.items()} | {"classes": classes}
+    if reencoding is not None:
+        rows["re-encoded"] = f"{reencoding}: {info.dataset_size / 1e6:,.1f} MB of {total / 1e6:,.1f}"
     console.show_table(
         naming.shown(layout.directory),
         rows
@@ -234,6 +276,7 @@ def check_data_set(arguments: argparse.Namespace) -> int:
     splits, refused = check.open_splits(path, options)
     of_training = {split: source for split, source in splits.items() if split in ("train", "val")} or splits
     class_names = folder.common_classes(arguments.dataset, of_training)
+    reencoding = data.reencoding_of(next(iter(splits.values())))
     if arguments.json is not None:
         files.check_writable(arguments.json)  # before hours of reading, not after
     total = sum(map(len, splits.values()))
@@ -248,10 +291,13 @@ def check_data_set(arguments: argparse.Namespace) -> int:
             "repeated": repeated,
             "alike": alike,
             "unread": [file._asdict() for file in unread],
+            REENCODED: None if reencoding is None else reencoding._asdict(),
         }
         arguments.json.write_text(naming.to_json(content, indent=1) + "\n")
     _show(report, repeated)
     _show_alike(alike)
+    if reencoding is not None:
+        print(f"\nre-encoded: {reencoding}")
     if unread := unread_of(splits.values()):
         print(f"\n{unread}")
     other = [split for split, source in splits.items() if source.class_names != class_names]

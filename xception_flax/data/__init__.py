@@ -6,12 +6,23 @@ No module in this folder calls JAX: worker processes import them, and must never
 import importlib
 import sys
 
-__all__ = ["SOURCES", "InputError", "Split", "check_class_names", "check_options", "load", "source_at", "unread_of"]
+__all__ = [
+    "SOURCES",
+    "InputError",
+    "Split",
+    "check_class_names",
+    "check_options",
+    "load",
+    "reencoding_of",
+    "source_at",
+    "unread_of",
+]
 
 _HOMES = {
     "InputError": "pipeline",
     "SOURCES": "sources",
     "Split": "pipeline",
+    "reencoding_of": "sources.tfds",
     "source_at": "sources",
     "unread_of": "sources.unread",
 }

@@ -144,10 +144,29 @@ def turned(image: Image, orientation: int) -> Image:
     return np.ascontiguousarray(image)
 
 
+def orientation_of(content: bytes) -> int:
+    """Returns by which of EXIF's orientations `decode` turns an image if `orientation` is 'apply'; 1 for none.
+
+    Raises:
+      BadImageError: see `decode`.
+    """
+    if content[:2] == b"\xff\xd8":
+        return _orientation_of_jpeg(content)
+    with _opened(content) as file:
+        file.load()
+        return _orientation(file)
+
+
+def _orientation(file: pillow.Image) -> int:
+    # Of other files than JPEGs once they are loaded: a PNG may say it at its end, and of a TIFF Pillow has then applied
+    # and removed it.
+    return file.getexif().get(ExifTags.Base.Orientation, 1)
+
+
 def _orientation_of_jpeg(content: bytes) -> int:
     with _opened(content, ("JPEG",)) as file:  # reads the header alone
         pillow.Exif().load(file.info.get("exif"))  # raises an error that Pillow has met before, and hides from then on
-        return file.getexif().get(ExifTags.Base.Orientation, 1)
+        return _orientation(file)
 
 
 def _decode_other(content: bytes, max_value: int | None, orientation: str, *, alpha: bool) -> Image:
@@ -155,8 +174,7 @@ def _decode_other(content: bytes, max_value: int | None, orientation: str, *, al
         # Gray of 16 bits has no alpha in Pillow but one value that is transparent, which is not looked at.
         alpha = alpha and file.has_transparency_data and not file.mode.startswith("I")
         pixels = _pixels(file, content, max_value or WHITE, alpha=alpha)
-        # After they are read: a PNG may say it at its end, and of a TIFF Pillow has then applied and removed it.
-        return turned(pixels, file.getexif().get(ExifTags.Base.Orientation, 1)) if orientation == "apply" else pixels
+        return turned(pixels, _orientation(file)) if orientation == "apply" else pixels
 
 
 def _pixels(file: pillow.Image, content: bytes, max_value: int, *, alpha: bool) -> Image:

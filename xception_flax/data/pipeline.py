@@ -212,13 +212,13 @@ class Split:
         if self.sampling == "balanced":
             index_at = Balanced(self.source, self.seed).index
         else:
-            index_at = self._shuffled(range(self.num_images)).__getitem__
+            index_at = self._shuffled(self.num_images).__getitem__
         first = step * self.batch_size
         return np.array([index_at(place) for place in range(first, first + self.batch_size)])
 
-    def _shuffled(self, source: Sequence[Any]) -> grain.MapDataset:
-        """Returns a source in the endless order of training, another in each epoch."""
-        return grain.MapDataset.source(source).seed(self.seed).shuffle().repeat()
+    def _shuffled(self, number: int) -> grain.MapDataset:
+        """Returns the numbers from 0 to `number` - 1 in the endless order of training, another in each epoch."""
+        return grain.MapDataset.range(number).seed(self.seed).shuffle().repeat()
 
     def batches(self, start_step: int = 0) -> Iterator[Batch[np.ndarray]]:
         """Yields this host's share of batch `start_step`, `start_step + 1`, ...
@@ -234,13 +234,17 @@ class Split:
           InputError: an image is bad and `on_bad_image` is 'stop', a file cannot be read, or a worker process has
             ended.
         """
+        # What grain orders are numbers, by which `_Prepare` reads.
         if not self.train:
-            examples = grain.MapDataset.source(_Padded(self.source, self.batch_size)).seed(self.seed)
+            read = _Padded(self.source, self.batch_size)
+            places = grain.MapDataset.range(len(read)).seed(self.seed)
         elif self.sampling == "balanced":
-            examples = grain.MapDataset.source(Balanced(self.source, self.seed)).seed(self.seed)
+            read = Balanced(self.source, self.seed)
+            places = grain.MapDataset.range(len(read)).seed(self.seed)
         else:
-            examples = self._shuffled(self.source)
+            read, places = self.source, self._shuffled(self.num_images)
         prepare = _Prepare(
+            read,
             self.transforms,
             self.image_shape,
             self.min_decoded_side,
@@ -249,10 +253,9 @@ class Split:
             rounded=self.rounded,
             orientation=self.orientation,
         )
-        examples = examples.random_map(prepare)
         # The hosts' shares are taken after the random map, since an example's randomness comes from its place in the
         # global order. They are whole blocks, so that together they make up the global batch in that order.
-        shares = grain.MapDataset.source(_Shares(examples, self))
+        shares = grain.MapDataset.source(_Shares(places.random_map(_with_rng), prepare, self))
         batches = shares[self.process_index :: self.process_count][start_step:]
         ahead = min(BATCHES_AHEAD, self.num_threads)
         iterator = batches.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=BATCHES_AHEAD))
@@ -297,32 +300,43 @@ def _worker_ended(code: int) -> str:
     )
 
 
+def _with_rng(number: int, rng: np.random.Generator) -> tuple[int, np.random.Generator]:
+    """Returns the number with a copy of the generator, which grain uses for the next number."""
+    own = np.random.Philox(key=0)
+    own.state = rng.bit_generator.state
+    return number, np.random.Generator(own)
+
+
 class _Shares:
     """A source of the hosts' shares of batches, each filled in place by `num_threads` threads.
+
+    Order and randomness of a batch are drawn before its images are read. Between two images the same code takes four
+    times as long: a decoder leaves nothing of it in the caches.
 
     The threads share the images of one batch. So the first batch is ready sooner than with a batch a thread, and two
     batches ahead are enough for any number of threads.
     """
 
-    def __init__(self, examples: grain.MapDataset, split: Split) -> None:
-        self._examples = examples
+    def __init__(self, drawn: grain.MapDataset, prepare: "_Prepare", split: Split) -> None:
+        self._drawn, self._prepare = drawn, prepare
         self._size = split.batch_size // split.process_count
         self._num_threads = min(split.num_threads, self._size)
         self._arrays = {name: (shape[1:], dtype) for name, (shape, dtype) in split.batch_shapes.items()}
 
     def __len__(self) -> int:
-        return len(self._examples) // self._size
+        return len(self._drawn) // self._size
 
     def __repr__(self) -> str:
         return f"shares of {self._size} images"
 
     def __getitem__(self, index: int) -> Batch[np.ndarray]:
         batch = {name: np.empty((self._size, *shape), dtype) for name, (shape, dtype) in self._arrays.items()}
+        drawn = [self._drawn[place] for place in range(index * self._size, (index + 1) * self._size)]
         rows = iter(range(self._size))  # shared by the threads: its `next` is atomic
 
         def fill() -> None:
             for row in rows:
-                example = self._examples[index * self._size + row]
+                example = self._prepare(*drawn[row])
                 for name, array in batch.items():
                     array[row] = example[name]
 
@@ -376,11 +390,12 @@ def prepare_image(
     return image
 
 
-class _Prepare(grain.transforms.RandomMap):
-    """Decodes and augments one example: a row of each array of a batch."""
+class _Prepare:
+    """Reads, decodes and augments one example: a row of each array of a batch."""
 
     def __init__(
         self,
+        examples: Sequence[Example],
         transforms: tuple[Transform, ...],
         image_shape: tuple[int, int, int],
         min_side: int,
@@ -390,6 +405,7 @@ class _Prepare(grain.transforms.RandomMap):
         rounded: bool,
         orientation: str,
     ) -> None:
+        self._examples = examples
         self._transforms = transforms
         self._image_shape = image_shape
         self._min_side = min_side
@@ -398,7 +414,8 @@ class _Prepare(grain.transforms.RandomMap):
         self._rounded = rounded
         self._orientation = orientation
 
-    def random_map(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        example = self._examples[index]
         prepared = {"labels": _label(example), "mask": example.get("mask", np.float32(1))}
         try:
             image = prepare_image(

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from xception_flax import data
+from xception_flax.data.sources.tfds import REENCODED, Reencoding
 from xception_flax.host import processes
 from xception_flax.inference import evaluation as evaluations
 from xception_flax.inference import preprocessing as preprocessings
@@ -78,6 +79,7 @@ def of_run(
     run = restore(Path(workdir), mesh, checkpoint, weights)
     processes.agree("checkpoint", lambda: {"the checkpoint": {"step": run.step, "meta": run.meta}})
     data.check_class_names(run.class_names, split)
+    rows |= _trained_on(run.meta.get(REENCODED), split)
     what = f"step {run.step}, {run.weights} weights"
     return Subject(
         f"{naming.shown(Path(workdir))}, {what}",
@@ -163,6 +165,14 @@ def elsewhere(
     )
 
 
+def _trained_on(trained: dict[str, int] | None, split: data.Split) -> dict[str, str]:
+    """Returns a row about the images of training, if these are encoded otherwise; `trained` is of its checkpoint."""
+    how = data.reencoding_of(split.source)
+    if trained == (None if how is None else how._asdict()):
+        return {}
+    return {"trained on": "original images" if trained is None else f"re-encoded images: {Reencoding(**trained)}"}
+
+
 def _batch_size(batch_size: int | None, default: int, mesh: Mesh) -> int:
     """Returns what the user says, or as much as the default or a little more: each device gets as many images."""
     batch_size = batch_size or -(-default // mesh.size) * mesh.size
@@ -183,4 +193,6 @@ def _data(config: ConfigDict, batch_size: int, weights: str | None) -> tuple[dat
     processes.agree("data", lambda: {"--batch-size": batch_size, "--weights": weights} | split.identity())
     dark = split.check_max_value()  # the data may be others than in training
     unread = data.unread_of([split.source], whole=False)
-    return split, {**({"not read": unread} if unread else {}), **({"16 bits": dark} if dark else {})}
+    reencoding = data.reencoding_of(split.source)
+    rows = {"re-encoded": str(reencoding or ""), "not read": unread, "16 bits": dark}
+    return split, {name: text for name, text in rows.items() if text}

@@ -11,6 +11,8 @@ import tensorflow_datasets as tfds
 from xception_flax.data import sources
 from xception_flax.data.sources.folder import Files
 from xception_flax.data.sources.table import Rows
+from xception_flax.data.sources.tfds import Reencoding
+from xception_flax.prepare import encoding
 from xception_flax.prepare.records import EncodedImage
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
@@ -93,7 +95,12 @@ def _encoded(path: Path, place: Path, images: Files | Rows, index: int) -> Encod
 
 
 def create_info(
-    name: str, class_names: tuple[str, ...], data_dir: Path, *, several: bool = False
+    name: str,
+    class_names: tuple[str, ...],
+    data_dir: Path,
+    *,
+    several: bool = False,
+    reencoding: Reencoding | None = None,
 ) -> tfds.core.DatasetInfo:
     """Returns the description of the data set to be written to `data_dir/name/1.0.0`.
 
@@ -102,6 +109,7 @@ def create_info(
       class_names: by number.
       data_dir: the folder of data sets.
       several: whether an image may have several labels.
+      reencoding: what is done to the images; None for originals.
 
     Raises:
       UserError: TFDS does not accept `name`.
@@ -113,7 +121,7 @@ def create_info(
         builder=tfds.core.DatasetIdentity(
             name=name, version=tfds.core.Version("1.0.0"), data_dir=str(data_dir), module_name=""
         ),
-        description=f"Images of {len(class_names)} classes.",
+        description=f"Images of {len(class_names)} classes{'' if reencoding is None else f', {reencoding}'}.",
         features=tfds.features.FeaturesDict(
             {
                 "image": tfds.features.Image(),
@@ -122,6 +130,7 @@ def create_info(
             }
         ),
         supervised_keys=("image", "label"),
+        metadata=encoding.metadata(reencoding),
     )
 
 

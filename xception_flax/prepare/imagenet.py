@@ -14,6 +14,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as tfds_imagenet
 
 from xception_flax.data.decoding import decode
+from xception_flax.data.sources.tfds import Reencoding
+from xception_flax.prepare import encoding
 from xception_flax.prepare.records import EncodedImage
 from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
@@ -42,10 +44,27 @@ MAX_END_BYTES = 2**20
 Advance = Callable[[int], None]
 
 
-def create_info(data_dir: Path) -> tfds.core.DatasetInfo:
-    """Returns TFDS' own description of `imagenet2012`, not yet prepared."""
+def create_info(data_dir: Path, reencoding: Reencoding | None = None) -> tfds.core.DatasetInfo:
+    """Returns TFDS' own description of `imagenet2012`, not yet prepared; of re-encoded images by a name of their own.
+
+    Args:
+      data_dir: the folder of data sets.
+      reencoding: what is done to the images; None for originals.
+    """
     version = tfds_imagenet.Builder.VERSION
-    return tfds.builder(f"imagenet2012:{version}", data_dir=data_dir, file_format="array_record").info
+    info = tfds.builder(f"imagenet2012:{version}", data_dir=data_dir, file_format="array_record").info
+    if reencoding is None:
+        return info
+    name = encoding.name_of(info.name, reencoding)
+    return tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity(name=name, version=version, data_dir=str(data_dir), module_name=""),
+        description=f"{info.description}\n\nThe images: {reencoding}.",
+        features=info.features,
+        supervised_keys=info.supervised_keys,
+        homepage=info.homepage,
+        citation=info.citation,
+        metadata=encoding.metadata(reencoding),
+    )
 
 
 def find(directory: Path, *, subset: bool) -> dict[str, Path]:

@@ -16,22 +16,28 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.core import file_adapters, hashing
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.naming import ShardedFileTemplate
 from tensorflow_datasets.core.utils.shard_utils import ShardConfig, get_shard_boundaries
 
+from xception_flax.data.sources.tfds import Reencoding
 from xception_flax.host import files
 from xception_flax.host.locks import try_lock
+from xception_flax.prepare.encoding import reencode
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
 # Largest image. A record must be below protobuf's 2 GiB; and with images of gigabytes, TFDS never finishes its search
 # for a number of shards.
 MAX_IMAGE_BYTES = 2**29
+
+SAMPLE = 64  # images that are re-encoded to see how much room all of them need
 
 PREPARED = "prepared.json"  # what the data set was made from (`Layout.made_of`); TFDS ignores this file
 
@@ -92,7 +98,7 @@ def _varint_bytes(value: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of a split: its images in their order, and the total length of their records in bytes."""
+    """A file of a split: its images in their order, and the total length of the originals' records in bytes."""
 
     path: Path
     images: Sequence[EncodedImage]
@@ -108,12 +114,14 @@ class Layout:
       splits: the shards of each split.
       directory: `DATA_DIR/NAME/VERSION`.
       origin: where the images are from, for messages.
+      reencoding: what is done to the images; None to write their bytes. The shards are those of the originals.
     """
 
     info: tfds.core.DatasetInfo
     splits: Mapping[str, Sequence[Shard]]
     directory: Path
     origin: str
+    reencoding: Reencoding | None = None
 
     @property
     def incomplete(self) -> Path:
@@ -124,8 +132,10 @@ class Layout:
         return [shard for shards in self.splits.values() for shard in shards]
 
     @functools.cached_property
-    def made_of(self) -> dict[str, str]:
-        """Where the images are from, and a hash of their list with the modification times of their files."""
+    def made_of(self) -> dict[str, Any]:
+        """Where the images are from, a hash of their list with the modification times of their files, and how they are
+        re-encoded, if they are.
+        """
         digest = hashlib.sha256()
         modified = functools.cache(lambda path: os.stat(path).st_mtime_ns)
         for shard in self.shards:
@@ -139,11 +149,16 @@ class Layout:
                     modified(image.path),
                 )
                 digest.update(repr((shard.path.name, *place)).encode())
-        return {"origin": self.origin, "list": digest.hexdigest()}
+        how = {} if self.reencoding is None else self.reencoding._asdict()
+        return {"origin": self.origin, "list": digest.hexdigest(), **how}
 
 
 def create_layout(
-    info: tfds.core.DatasetInfo, splits: Mapping[str, Sequence[EncodedImage]], data_dir: Path, origin: str
+    info: tfds.core.DatasetInfo,
+    splits: Mapping[str, Sequence[EncodedImage]],
+    data_dir: Path,
+    origin: str,
+    reencoding: Reencoding | None = None,
 ) -> Layout:
     """Returns the shards that TFDS would write for these images, in its order.
 
@@ -154,7 +169,7 @@ def create_layout(
     directory = data_dir.expanduser().absolute() / info.name / str(info.version)
     if not naming.is_unicode(directory):
         raise UserError(f"{naming.shown(directory)}: TFDS takes no name of a folder that is not UTF-8; take another.")
-    layout = Layout(info, {}, directory, origin)
+    layout = Layout(info, {}, directory, origin, reencoding)
     shards = {}
     for split, images in splits.items():
         if not images:
@@ -215,7 +230,7 @@ def claim(layout: Layout) -> Iterator[list[Shard]]:
                 f"{incomplete} was begun with other images, or they have changed since; remove it to begin anew."
             )
         missing = [shard for shard in layout.shards if not shard.path.exists()]
-        needed, free = sum(shard.num_bytes for shard in missing), shutil.disk_usage(incomplete).free
+        needed, free = _bytes_needed(layout, missing), shutil.disk_usage(incomplete).free
         if needed > free:
             raise UserError(
                 f"{incomplete.parent} has room for {free / 1e9:,.1f} GB, and {needed / 1e9:,.1f} GB are needed; "
@@ -226,6 +241,17 @@ def claim(layout: Layout) -> Iterator[list[Shard]]:
             file.flush()
             os.fsync(file.fileno())
         yield missing
+
+
+def _bytes_needed(layout: Layout, shards: Sequence[Shard]) -> int:
+    """Returns the length of the shards' records; of images that are re-encoded about, by a sample."""
+    total = sum(shard.num_bytes for shard in shards)
+    if layout.reencoding is None or not shards:
+        return total
+    images = [image for shard in shards for image in shard.images]
+    contents = [image.read() for image in images[:: -(-len(images) // SAMPLE)]]
+    small = sum(len(reencode(content, layout.reencoding)) for content in contents)
+    return total * small // max(1, sum(map(len, contents)))
 
 
 def _check_absent(layout: Layout) -> None:
@@ -239,40 +265,47 @@ def is_complete(layout: Layout) -> bool:
     return path.exists() and path.read_text() == naming.to_json(layout.made_of)
 
 
-def write(layout: Layout, shards: Sequence[Shard], num_threads: int, advance: Callable[[int], None]) -> None:
-    """Writes shards.
+def write(layout: Layout, shards: Sequence[Shard], num_threads: int, advance: Callable[[int], None]) -> dict[Path, int]:
+    """Writes shards, and returns the length of the records in each.
 
     Args:
       layout: of the data set.
       shards: to write, from `claim`.
       num_threads: shards that are written at the same time.
-      advance: called with the length of each record in bytes.
+      advance: called with the length of each original's record in bytes.
 
     Raises:
       UserError: the disk is full, or an image cannot be read.
     """
     serializer = ExampleSerializer(layout.info.features.get_serialized_info())
 
-    def write_shard(shard: Shard) -> None:
+    def write_shard(shard: Shard) -> tuple[Path, int]:
+        written = 0
+
         def records() -> Iterator[tuple[str, bytes]]:
+            nonlocal written
             for image in shard.images:
+                content = image.read()
+                if layout.reencoding is not None:
+                    content = reencode(content, layout.reencoding)
                 label = np.array(image.label, np.int64) if isinstance(image.label, tuple) else image.label
-                values = {"image": image.read(), "label": label, "file_name": image.name}
+                values = {"image": content, "label": label, "file_name": image.name}
                 # Without `deterministic`, as in TFDS, protobuf's order of the three fields differs by process.
                 record = serializer.get_tf_example(values).SerializeToString(deterministic=True)
                 yield image.name, record
-                advance(len(record))
+                written += len(record)
+                advance(image.num_bytes)
 
         partial = shard.path.with_name(shard.path.name + ".partial")
         file_adapters.ArrayRecordFileAdapter.write_examples(partial, records())
         files.sync(partial)
         os.replace(partial, shard.path)
+        return shard.path, written
 
     with futures.ThreadPoolExecutor(num_threads) as executor:
         running = [executor.submit(write_shard, shard) for shard in shards]
         try:
-            for future in futures.as_completed(running):
-                future.result()
+            return dict(future.result() for future in futures.as_completed(running))
         except (OSError, RuntimeError) as error:  # array_record's writer raises RuntimeError
             executor.shutdown(cancel_futures=True)
             raise UserError(f"{layout.incomplete}: {error}; the same command goes on from there.") from None
@@ -281,15 +314,26 @@ def write(layout: Layout, shards: Sequence[Shard], num_threads: int, advance: Ca
             raise
 
 
-def complete(layout: Layout) -> None:
-    """Writes TFDS' descriptions beside the shards and gives the directory its name."""
+def complete(layout: Layout, written: Mapping[Path, int]) -> None:
+    """Writes TFDS' descriptions beside the shards and gives the directory its name.
+
+    Args:
+      layout: of the data set.
+      written: the length of the records in the shards that this process wrote, from `write`.
+    """
+
+    def num_bytes(shard: Shard) -> int:
+        if layout.reencoding is None:
+            return shard.num_bytes
+        return written[shard.path] if shard.path in written else _record_bytes(shard.path)
+
     layout.info.set_file_format("array_record")
     layout.info.set_splits(
         tfds.core.splits.SplitDict(
             tfds.core.SplitInfo(
                 name=split,
                 shard_lengths=[len(shard.images) for shard in shards],
-                num_bytes=sum(shard.num_bytes for shard in shards),
+                num_bytes=sum(map(num_bytes, shards)),
                 filename_template=_template(layout.info, split, layout.incomplete),
             )
             for split, shards in layout.splits.items()
@@ -301,3 +345,9 @@ def complete(layout: Layout) -> None:
     files.sync(layout.incomplete)
     os.rename(layout.incomplete, layout.directory)
     files.sync(layout.directory.parent)
+
+
+def _record_bytes(path: Path) -> int:
+    """Returns the length of all records in a shard, which it reads."""
+    with ArrayRecordDataSource(str(path)) as records:
+        return sum(len(records[i]) for i in range(len(records)))

@@ -16,6 +16,7 @@ from xception_flax import __version__, data
 from xception_flax.data.sources.folder import Files
 from xception_flax.data.sources.source import Source
 from xception_flax.data.sources.table import Rows
+from xception_flax.data.sources.tfds import REENCODED
 from xception_flax.host import processes
 from xception_flax.inference.subject import Subject
 from xception_flax.reports import intervals
@@ -99,13 +100,16 @@ def describe(subject: Subject, config: ConfigDict, checkpoint: str) -> dict[str,
     if "step" in said:
         weights |= {"checkpoint": checkpoint} | said
     preprocessing = subject.preprocessing._asdict()
+    of_data = {"source": config.data.source, "split": config.data.eval_split, "images": subject.split.num_images}
+    if (reencoding := data.reencoding_of(subject.split.source)) is not None:
+        of_data[REENCODED] = str(reencoding)
     return {
         "title": subject.title,
         "source": source or subject.title.rpartition(", step ")[0],
         "network": subject.network,
         "weights": weights,
         "preprocessing": preprocessing,
-        "data": {"source": config.data.source, "split": config.data.eval_split, "images": subject.split.num_images},
+        "data": of_data,
         "libraries": {"xception_flax": __version__} | {name: _version(name) for name in LIBRARIES},
         "device": subject.mesh.devices.flat[0].device_kind,
         "devices": subject.mesh.size,

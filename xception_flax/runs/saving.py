@@ -10,6 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from xception_flax import data
+from xception_flax.data.sources.tfds import REENCODED
 from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import LARGEST
 from xception_flax.training import checkpoint
@@ -18,14 +19,14 @@ from xception_flax.training.state import TrainState
 
 
 def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
-    """Raises UserError if the checkpoint was trained on other classes or another number of images.
+    """Raises UserError if the checkpoint was trained on other classes, another number of images or another size.
 
     Args:
       saved: from `checkpoint.read_meta`.
       now: the same keys of this run.
       workdir: of the run, for the message.
     """
-    for key in ("class_names", "num_images"):
+    for key in ("class_names", "num_images", REENCODED):
         if saved.get(key) != now[key]:
             raise UserError(
                 f"the data has changed since {workdir} was begun: {key} was {str(saved.get(key))[:200]}, now it is "

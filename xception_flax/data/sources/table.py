@@ -11,7 +11,7 @@ import numpy as np
 
 from xception_flax.data.sources import splitting
 from xception_flax.data.sources.columns import TableFile, open_table
-from xception_flax.data.sources.folder import IMAGE_SUFFIXES, Unread, list_files
+from xception_flax.data.sources.folder import IMAGE_SUFFIXES, Unread, content, list_files
 from xception_flax.data.sources.source import Example, check_memory, distinct, existing_directory
 from xception_flax.data.sources.splitting import ALL, SPLITS, VAL_FRACTION, Labels, Rule
 from xception_flax.text import naming
@@ -80,7 +80,7 @@ class Rows:
         if self.names is not None:
             return {"image": self.images[index].as_py(), "label": label, "name": self.names[index].as_py()}
         path = self.path(index)
-        return {"image": Path(path).read_bytes(), "label": label, "name": path}
+        return {"image": content(path), "label": label, "name": path}
 
     def path(self, index: int) -> str:
         """Returns the path of an image's file."""

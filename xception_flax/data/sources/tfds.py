@@ -3,15 +3,39 @@
 import dataclasses
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from xception_flax.data.sources.source import Example, InputError, check_num_classes, distinct, existing_directory
+from xception_flax.data.sources.source import (
+    Example,
+    InputError,
+    Source,
+    check_num_classes,
+    distinct,
+    existing_directory,
+)
 from xception_flax.text import naming
 from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import cut, suggest
+from xception_flax.text.lookup import cut, suggest, written
+
+REENCODED = "reencoded"  # the key of a `Reencoding` in a data set's metadata.json, and in what a run records
+
+
+class Reencoding(NamedTuple):
+    """How `prepare` made the images of a data set smaller.
+
+    Attributes:
+      max_side: larger images were scaled down to this many pixels of their longer side.
+      quality: of the JPEGs that they became, 1 to 100.
+    """
+
+    max_side: int
+    quality: int
+
+    def __str__(self) -> str:
+        return f"at most {self.max_side:,} pixels a side, JPEG quality {self.quality}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +43,7 @@ class TfdsSource:
     """A TFDS random-access source. Images stay encoded; labels become integers or multi-hot rows.
 
     Reading an example raises InputError if its record is damaged or missing, or a label is not one of the classes.
+    `reencoding` is what `prepare` did to the images; None for originals, and for data sets that do not say it.
     """
 
     records: Sequence[Example]
@@ -26,6 +51,7 @@ class TfdsSource:
     image_key: str
     label_key: str
     multi_label: bool
+    reencoding: Reencoding | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -117,7 +143,26 @@ def tfds(
         raise UserError(f"{what} says nothing of its classes; expected their number, or their names.")
     check_num_classes(class_label.num_classes, len(records), what)
     names = distinct(class_label.names, f"TFDS data set {builder.name!r}: the names of classes")
-    return TfdsSource(records, names, image_key, label_key, multi_label)
+    return TfdsSource(records, names, image_key, label_key, multi_label, _reencoding(builder))
+
+
+def reencoding_of(source: Source) -> Reencoding | None:
+    """Returns what `prepare` did to the images of a source; None for originals."""
+    return getattr(getattr(source, "source", source), "reencoding", None)  # of `Renumbered`
+
+
+def _reencoding(builder: Any) -> Reencoding | None:
+    try:
+        said = (builder.info.metadata or {}).get(REENCODED)  # TFDS reads the file here
+        return None if said is None else Reencoding(**{key: _whole(number) for key, number in said.items()})
+    except Exception as error:  # of JSON and TFDS, and of what is no `Reencoding`
+        raise UserError(f"{builder.data_dir}: metadata.json is damaged: {_first_line(error)}.") from None
+
+
+def _whole(number: object) -> int:
+    if type(number) is not int:
+        raise ValueError(f"expected a whole number, got {written(number)}")
+    return number
 
 
 def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
