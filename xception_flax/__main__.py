@@ -24,7 +24,7 @@ VERBS = {
     "summary": "shows parameters, multiply-adds and activations of a network",
     "recipe": "shows every key of a recipe: value, type, default and meaning",
     "replay": "computes a step of a run again, layer by layer: why a loss or a gradient is not finite",
-    "precompile": "compiles the training step for a TPU slice, without one: memory, traffic, estimated time",
+    "precompile": "compiles the training step for TPUs or GPUs, without one: memory, traffic, estimated time",
 }
 
 USAGE = f"""\
@@ -63,9 +63,9 @@ def main() -> NoReturn:
         sys.exit(2)
     libraries.check_libraries()
     if verb == "precompile":  # before the import of JAX, which looks for hardware
-        from xception_flax.planning import slices
+        from xception_flax.planning import machines
 
-        slices.hide_hardware()
+        machines.hide_hardware()
     from xception_flax.commands import cli
 
     cli.run(importlib.import_module(f"xception_flax.commands.{verb.replace('-', '_')}").main, rest)
