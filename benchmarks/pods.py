@@ -14,7 +14,7 @@ import sys
 
 from xception_flax.planning import machines
 
-GPUS = ("h100", "h100:8", "h100:2x8", "h200", "b200", "a100", "l4")
+GPUS = ("h100", "h100:8", "h200", "b200", "l4")
 SLICES = ("2x4", "4x8", "8x8", "16x16")  # 8, 32, 64, 256 chips
 IMAGES_A_CHIP = 128
 BATCH_SIZE = 1536  # the recipe's

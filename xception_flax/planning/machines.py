@@ -80,4 +80,6 @@ def hide_hardware() -> None:
     Call it before JAX is imported, which asks Google Cloud for the machine's metadata.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # XLA logs that a compilation takes minutes; its errors are raised as well as logged.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     tpus.hide_hardware()
