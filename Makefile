@@ -4,6 +4,7 @@
 # make test-minimum   run every test with the oldest versions that pyproject.toml allows
 # make test-newest    run every test with the newest versions
 # make test-tpu       compile for TPUs without having them, in a separate environment (libtpu is 700 MB)
+# make test-gpu       compile for NVIDIA GPUs without having them, in a separate environment (CUDA's libraries are 4.5 GB)
 # make test-extras    run exported files by the runtimes they are for, in a separate environment
 # make test-browser   try the page of `demo` and the report in Chromium, which must be there, in a separate environment
 # make contenders     set up what the benchmarks compare with, in .venv-contenders (8 GB)
@@ -17,7 +18,7 @@ INSTALLED := .venv/installed-$(VERSION)
 INSTALLED_DEV := .venv/installed-dev-$(VERSION)
 WORKDIR ?= runs/digits
 
-.PHONY: demo test test-minimum test-newest test-tpu test-extras test-browser lint contenders pins clean
+.PHONY: demo test test-minimum test-newest test-tpu test-gpu test-extras test-browser lint contenders pins clean
 
 demo: $(INSTALLED)
 	.venv/bin/python train.py --config configs/digits.py --workdir $(WORKDIR)
@@ -44,12 +45,16 @@ test-newest: $(INSTALLED_DEV)
 test-tpu: .venv-tpu/installed
 	.venv-tpu/bin/python -m pytest --override-ini=addopts= -ra --durations=5 tests_tpu
 
-.venv-tpu/installed: requirements-tpu.txt pyproject.toml
-	@echo "installing into .venv-tpu (a few minutes) ..."
-	@test -d .venv-tpu || $(PYTHON) -m venv .venv-tpu
-	@.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-tpu.txt
-	@.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt pytest
-	@.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+# CUDA's libraries are large, and no other test needs them.
+test-gpu: .venv-cuda/installed
+	.venv-cuda/bin/python -m pytest --override-ini=addopts= -ra --durations=5 tests_gpu
+
+.venv-cuda/installed .venv-tpu/installed: .venv-%/installed: requirements-%.txt pyproject.toml
+	@echo "installing into .venv-$* (a few minutes) ..."
+	@test -d .venv-$* || $(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt pytest
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 # Runtimes of other projects have a separate environment: none of them may decide which JAX the tests run with.
@@ -106,6 +111,7 @@ pins: $(INSTALLED_DEV)
 	$(COMPILE) pyproject.toml --extra dev --extra onnx --extra savedmodel --extra litert -c requirements-dev.txt -o requirements-extras.txt
 	$(COMPILE) pyproject.toml --extra browser -o requirements-browser.txt
 	$(COMPILE) pyproject.toml --extra tpu -c requirements.txt -o requirements-tpu.txt
+	$(COMPILE) pyproject.toml --extra cuda -c requirements.txt -o requirements-cuda.txt
 
 clean:
-	rm -rf .venv .venv-contenders .venv-minimum .venv-newest .venv-tpu .venv-extras .venv-browser build *.egg-info
+	rm -rf .venv .venv-contenders .venv-minimum .venv-newest .venv-tpu .venv-cuda .venv-extras .venv-browser build *.egg-info

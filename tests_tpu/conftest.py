@@ -1,5 +1,5 @@
 """Runs before anything imports JAX: these tests compile for TPUs and must not look for one."""
 
-from xception_flax.planning import slices
+from xception_flax.planning import machines
 
-slices.hide_hardware()
+machines.hide_hardware()

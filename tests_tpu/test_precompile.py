@@ -21,14 +21,14 @@ from ml_collections import ConfigDict
 from xception_flax import create_model
 from xception_flax.models import costs, ops
 from xception_flax.planning import report as reporting
-from xception_flax.planning import slices
+from xception_flax.planning import tpus
 from xception_flax.planning.hlo import Hlo
 from xception_flax.recipes import reading
 
 ROOT = Path(__file__).parent.parent
 IMAGENET = str(ROOT / "configs" / "imagenet.py")
 SMALL = ("model.width=0.25", "model.middle_repeats=1", "data.image_size=96", "batch_size=128")
-WHERE = slices.parse_slice("v5e:2x4")
+WHERE = tpus.parse_slice("v5e:2x4")
 
 
 def load(*overrides: str) -> ConfigDict:
@@ -36,7 +36,7 @@ def load(*overrides: str) -> ConfigDict:
 
 
 def compile_for(config: ConfigDict) -> jax.stages.Compiled:
-    return reporting.compile_step(config, slices.devices(WHERE), 1_281_167)
+    return reporting.compile_step(config, WHERE.devices(), 1_281_167)
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +60,10 @@ def parameters(layers: list[costs.Layer]) -> int:
 
 
 def test_report_adds_up(compiled: jax.stages.Compiled, config: ConfigDict, parameters: int) -> None:
-    report = reporting.create_report(compiled, config, 8)
+    report = reporting.create_report(compiled, config, WHERE)
     # Parameters, momentum and averages, float32, and twice the moving statistics; tiles pad short rows.
     assert 3 * 4 * parameters < report.state < 1.2 * 3 * 4 * parameters
-    assert report.state < report.memory < 1 * slices.GIB
+    assert report.state < report.memory < 1 * 2**30
     # The compiler counts the network's arithmetic, except at the borders of images, and all other arithmetic.
     network = sum(cost.flops for cost in report.kinds.values())
     assert network == pytest.approx(report.flops, rel=0.15)
@@ -96,7 +96,7 @@ def test_depthwise_convolution_is_a_grouped_one(compiled: jax.stages.Compiled) -
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
 def test_fused_kernels_compile_and_save_bytes(topology: str) -> None:
     """The separable convolution of the middle flow in training, 128 images: one kernel each way, 0.27 of the bytes."""
-    mesh = Mesh(np.array(slices.devices(slices.parse_slice(topology))).reshape(1, 1), ("data", "fsdp"))
+    mesh = Mesh(np.array(tpus.parse_slice(topology).devices()).reshape(1, 1), ("data", "fsdp"))
     any_layout = Format(Layout.AUTO, NamedSharding(mesh, PartitionSpec()))
     array = jax.ShapeDtypeStruct
 
@@ -125,7 +125,7 @@ def test_fsdp_gathers_and_scatters(parameters: int) -> None:
     compiled = compile_for(changed)
     kinds = {c.kind for c in Hlo(compiled.as_text()).collectives()}
     assert "all-gather" in kinds
-    report = reporting.create_report(compiled, changed, 8)
+    report = reporting.create_report(compiled, changed, WHERE)
     assert report.state < 0.5 * 3 * 4 * parameters  # the large arrays are split by eight
 
 
@@ -136,20 +136,18 @@ def test_command(topology: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert (result["chips"], result["steps"]) == (slices.parse_slice(topology).num_chips, round(36 * 1257 / 256))
+    assert (result["chips"], result["steps"]) == (tpus.parse_slice(topology).num_chips, round(36 * 1257 / 256))
     assert bool(result["collectives"]) == (result["chips"] > 1)
     # libtpu prints nothing about missing hardware.
     assert [line for line in done.stderr.splitlines() if not line.startswith("compiling")] == []
 
 
-@pytest.mark.parametrize("name", list(slices.CHIPS))
+@pytest.mark.parametrize("name", list(tpus.CHIPS))
 def test_memory_is_as_libtpu_has_it(name: str) -> None:
-    where = slices.parse_slice(f"{name}:{slices.CHIPS[name].shapes[-1]}")
-    device = slices.devices(where)[0]
+    where = tpus.parse_slice(f"{name}:{tpus.CHIPS[name].shapes[-1]}")
+    device = where.devices()[0]
     huge = jax.ShapeDtypeStruct((2**38,), jax.numpy.uint8, sharding=jax.sharding.SingleDeviceSharding(device))
-    with pytest.raises(
-        jax.errors.JaxRuntimeError, match=f"available HBM \\({where.chip.usable_bytes / slices.GIB:.2f}G\\)"
-    ):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"available HBM \\({where.chip.usable_bytes / 2**30:.2f}G\\)"):
         jax.jit(lambda x: x + 1).lower(huge).compile()
 
 

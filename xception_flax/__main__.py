@@ -28,7 +28,7 @@ VERBS = {
     "recipe": "shows every key of a recipe: value, type, default and meaning",
     "replay": "computes a step of a run again, layer by layer: why a loss or a gradient is not finite",
     "doctor": "shows versions, devices, memory and settings, and runs a training step on each backend",
-    "precompile": "compiles the training step for a TPU slice, without one: memory, traffic, estimated time",
+    "precompile": "compiles the training step for TPUs or GPUs, without one: memory, traffic, estimated time",
 }
 
 USAGE = f"""\
@@ -67,9 +67,9 @@ def main() -> NoReturn:
         sys.exit(2)
     libraries.check_libraries()
     if verb == "precompile":  # before the import of JAX, which looks for hardware
-        from xception_flax.planning import slices
+        from xception_flax.planning import machines
 
-        slices.hide_hardware()
+        machines.hide_hardware()
     from xception_flax.commands import cli
 
     cli.run(_command(verb), rest)

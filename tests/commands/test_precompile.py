@@ -1,4 +1,4 @@
-"""`precompile` for TPUs, on CPUs; tests_tpu/ has the tests that need the TPU's compiler."""
+"""`precompile` on CPUs; tests_tpu/ and tests_gpu/ have the tests that need the compilers of TPUs and GPUs."""
 
 import importlib.metadata
 import json
@@ -11,8 +11,8 @@ import pytest
 from xception_flax import create_model
 from xception_flax.commands import precompile
 from xception_flax.models import costs
+from xception_flax.planning import gpus, tpus
 from xception_flax.planning import report as reporting
-from xception_flax.planning import slices
 from xception_flax.recipes import reading
 from xception_flax.text.errors import UserError
 
@@ -22,8 +22,10 @@ LENET = ["--config", f"{DIGITS}:lenet", "--topology", "v5e:2x4"]
 
 @pytest.fixture
 def cpus_for_chips(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU devices stand for chips, and libtpu is not needed."""
-    monkeypatch.setattr(slices, "devices", lambda where: jax.devices()[: where.num_chips])
+    """CPU devices stand for chips, and neither libtpu nor CUDA is needed."""
+    for machine in (tpus.Slice, gpus.Hosts):
+        monkeypatch.setattr(machine, "devices", lambda where: jax.devices()[: where.num_chips])
+    monkeypatch.setattr(gpus.Hosts, "compiler_options", None)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.3")
 
 
@@ -55,6 +57,29 @@ def test_command(cpus_for_chips: None, capsys: pytest.CaptureFixture[str]) -> No
     assert kinds["optimizer"]["bytes"] >= 9 * 74_010 * 4
 
 
+def test_gpus(cpus_for_chips: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert precompile.main([*LENET[:-1], "h100:2x4", "--num-images", "1257"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert "lenet on h100:2x4, 8 GPUs" in out
+    assert "64, 8 images a GPU" in out
+    assert "a GPU, of 59.33 GiB: fits" in out  # three quarters of 79.11
+    assert "what autotuning chooses on a GPU" in out
+    # What runs on a CPU is no kernel of a GPU, but each instruction that moves data is counted once.
+    assert sum(result["kernels"].values()) > 10
+    assert result["jax-cuda13-pjrt"] == "1.2.3"
+
+
+def test_what_does_not_fit_a_gpu_is_compiled_all_the_same(
+    cpus_for_chips: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(gpus.GPUS, "h100", gpus.GPUS["h100"]._replace(memory_bytes=2**20))
+    assert precompile.main([*LENET[:-1], "h100:8", "--num-images", "1257"]) == 1
+    out = capsys.readouterr().out
+    assert "GiB: DOES NOT FIT" in out
+    assert json.loads(out.splitlines()[-1])["memory_bytes"] > 0.75 * 2**20
+
+
 def test_length_is_left_open_where_the_data_is_unknown(
     cpus_for_chips: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,7 +100,7 @@ def test_length_is_left_open_where_the_data_is_unknown(
 def test_what_does_not_fit_is_said(
     message: str, cpus_for_chips: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
+    def fail(options: None) -> None:
         raise jax.errors.JaxRuntimeError(message)
 
     step = SimpleNamespace(lower=lambda *shapes: SimpleNamespace(compile=fail))
@@ -93,7 +118,7 @@ def test_what_does_not_fit_is_said(
 def test_other_errors_of_the_compiler_are_not_hidden(
     cpus_for_chips: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
+    def fail(options: None) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 32.77M of 16.00M vmem.")
 
     step = SimpleNamespace(lower=lambda *shapes: SimpleNamespace(compile=fail))
@@ -107,7 +132,7 @@ def test_other_errors_of_the_compiler_are_not_hidden(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--topology", "v9:2x2"], "unknown TPU 'v9'"),
+        (["--topology", "v9:2x2"], "unknown TPU or GPU 'v9'"),
         (["--config.batch_size=60"], "batch_size=60 does not divide over 8 devices"),
         (["--config.step.lowering=fused"], "'fused' has kernels for TPU v5 lite, .* only, and this is a cpu"),
         (["--config.mesh.fsdp=3"], "must cover the 8 devices"),

@@ -1,10 +1,11 @@
-"""Reading compiled programs: real ones for CPUs, and lines of programs for TPUs; every number is by hand."""
+"""Reading compiled programs: real ones for CPUs, and lines of programs for TPUs and GPUs; every number is by hand."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from xception_flax.planning.hlo import Collective, Hlo
+from xception_flax.planning.machines import parse_machine
 from xception_flax.training import sharding
 
 # What only TPU programs have: tiles that pad, memory in the chip (S(1)), asynchronous copies into it,
@@ -71,6 +72,46 @@ def test_tpu_instructions_by_hand() -> None:
 def test_tpu_collectives_by_hand() -> None:
     # The one inside a fusion counts. The result of an asynchronous one includes its operand. 1,000 fill 1,024 places.
     assert Hlo(TPU).collectives() == [Collective("all-gather", 4096, 1), Collective("all-reduce", 4096, 1)]
+
+
+# What only GPU programs have: kernels of cuDNN and of Triton, products fused by Triton, tuples of collectives.
+GPU = """\
+HloModule jit_step, is_scheduled=true
+
+%product (p0: bf16[64,32], p1: bf16[32,16]) -> bf16[64,16] {
+  %p0 = bf16[64,32]{1,0} parameter(0)
+  %p1 = bf16[32,16]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[64,16]{1,0} dot(%p0, %p1), metadata={op_name="step/conv2/dot_general"}
+}
+
+ENTRY %main.1 (x: bf16[64,32], w: bf16[32,16], s: f32[2,32]) -> bf16[64,16] {
+  %x = bf16[64,32]{1,0} parameter(0)
+  %w = bf16[32,16]{1,0} parameter(1)
+  %s = f32[2,32]{1,0} parameter(2)
+  %cudnn-conv.1 = (bf16[64,32]{1,0}, u8[0]{0}) custom-call(%x, %w), window={size=3x3}, \
+custom_call_target="__cudnn$convForward", metadata={op_name="step/conv1/conv_general_dilated"}
+  %get-tuple-element.1 = bf16[64,32]{1,0} get-tuple-element(%cudnn-conv.1), index=0
+  %pallas_call.1 = bf16[64,32]{1,0} custom-call(%get-tuple-element.1, %s), custom_call_target="__gpu$xla.gpu.triton", \
+metadata={op_name="step/depthwise/pallas_call"}
+  %all-reduce-start.1 = (f32[2,32]{1,0}, f32[2,32]{1,0}) all-reduce-start(%s, %s), to_apply=%add
+  %all-reduce-done.1 = (f32[2,32]{1,0}, f32[2,32]{1,0}) all-reduce-done(%all-reduce-start.1)
+  ROOT %fusion.1 = bf16[64,16]{1,0} fusion(%pallas_call.1, %w), kind=kCustom, calls=%product, backend_config=\
+{"operation_queue_id":"0","fusion_backend_config":{"kind":"__triton_nested_gemm_fusion","num_warps":"2"}}
+}
+"""
+
+
+def test_gpu_instructions_by_hand() -> None:
+    hlo = Hlo(GPU)
+    traffic = {part.target: part for part in hlo.traffic()}
+    images, kernel, moments = 64 * 32 * 2, 32 * 16 * 2, 2 * 32 * 4
+    assert traffic["__cudnn$convForward"].hbm_size == 2 * images + kernel
+    assert traffic["__gpu$xla.gpu.triton"].hbm_size == 2 * images + moments
+    product = traffic["__triton_nested_gemm_fusion"]
+    assert (product.op_name, product.hbm_size) == ("step/conv2/dot_general", images + kernel + 64 * 16 * 2)
+    assert hlo.collectives() == [Collective("all-reduce", 2 * moments, 1)]
+    kernels = [parse_machine("h100").kernel(part) for part in hlo.traffic()]
+    assert kernels == ["cuDNN convolution", "depthwise kernel", None, "matrix product"]
 
 
 def test_real_program_of_eight_devices() -> None:

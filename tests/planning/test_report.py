@@ -8,7 +8,7 @@ import pytest
 from xception_flax import MODELS, create_model, data
 from xception_flax.models import costs
 from xception_flax.planning import report as reporting
-from xception_flax.planning import slices
+from xception_flax.planning import tpus
 from xception_flax.planning.hlo import Collective
 from xception_flax.recipes import reading
 
@@ -74,6 +74,17 @@ def test_every_layer_has_a_kind() -> None:
             "jvp(Xception)/Xception.endpoints/block2/block2_sepconv2.normalized/fused_separable/shard_map/forward_kernel",
             "separable, fused",
         ),
+        # A chain of layers on a GPU, where the next layer's normalization is applied: its convolutions, and the rest.
+        (
+            "jvp(Xception)/Xception.endpoints/block2/block2_sepconv2.normalized/depthwise/jit(_lowered)/depthwise_forward",
+            "depthwise conv.",
+        ),
+        (
+            "transpose(jvp(Xception))/Xception.endpoints/block2/block2_sepconv2.normalized/pointwise/jit(_lowered)/dot_general",
+            "pointwise conv.",
+        ),
+        ("jvp(Xception)/Xception.endpoints/block2/block2_sepconv2.normalized/jit(_lowered)/reduce", "batch norm."),
+        ("transpose(jvp(Xception))/Xception.endpoints/block2/block2_sepconv2.normalized/add_any", "batch norm."),
         ("add", "optimizer"),
     ],
 )
@@ -84,13 +95,13 @@ def test_kinds_by_where_an_operation_is_from(op_name: str, kind: str) -> None:
 
 
 def test_the_bound_by_hand() -> None:
-    chip = slices.CHIPS["v5e"]
-    where = slices.Slice("v5e:2x4", chip, (2, 4))
+    chip = tpus.CHIPS["v5e"]
+    where = tpus.Slice("v5e:2x4", chip, (2, 4))
     kinds = {
         "pointwise conv.": reporting.Cost(1.97e12, 81_900_000),
         "batch norm.": reporting.Cost(0, 1_638_000_000),
     }
-    report = reporting.Report(10**9, 10**6, 2e12, 2e9, kinds, [Collective("all-reduce", 90_000_000, 2)])
+    report = reporting.Report(10**9, 10**6, 2e12, 2e9, kinds, {}, [Collective("all-reduce", 90_000_000, 2)])
     result = reporting.estimate(report, where, images_a_chip=16)
     # 1.97 of 197 TFLOP/s: 10 ms against 0.1 ms of memory; 1.638 of 819 GB/s: 2 ms; two all-reduces of 2 ms.
     assert result["kinds"]["pointwise conv."]["seconds"] == pytest.approx(10e-3)

@@ -1,17 +1,20 @@
-"""Compiles a recipe's training step for a TPU slice, without one, and reports what it will cost.
+"""Compiles a recipe's training step for TPUs or GPUs, without having them, and reports what it will cost.
 
-It is the step that train.py runs, compiled from shapes by the TPU's own compiler (libtpu). No TPU and no data
-are needed; it takes one to five minutes. Where the figures are from:
-  memory        the compiler: the most that a chip needs; a step that does not fit is not compiled
+It is the step that train.py runs, compiled from shapes by the compiler of the TPU (libtpu) or the GPU (XLA for
+CUDA). No TPU, GPU or data are needed; it takes one to five minutes. Where the figures are from:
+  memory        the compiler: the most that a chip needs. For GPUs it is compared with the three quarters of
+                their memory that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION), and lacks what cuDNN works in
   bytes         per step and chip, read from the compiled program: each instruction reads its operands
-                and writes its results once; arrays in the chip's own memory (VMEM) are not counted
+                and writes its results once; arrays in a TPU's own memory (VMEM) are not counted
+  kernels       of GPUs, read from the compiled program, which was not autotuned: on the GPU some matrix
+                products and convolutions will be other kernels
   arithmetic    of the network: six times the multiply-adds of a forward pass (two operations each;
                 forward, gradient of the input, gradient of the weights); the compiler's own count of
                 all arithmetic is beside it
   collectives   read from the compiled program: arrays that the chips sum or gather
   time          an estimate: each kind of layer takes the larger of its bytes at full bandwidth and its
                 arithmetic at full peak, which no chip reaches; collectives are added, though they may
-                overlap; input, evaluation and checkpoints are not included
+                overlap; input, evaluation, checkpoints and starting kernels are not included
 """
 
 import concurrent.futures
@@ -23,7 +26,8 @@ from ml_collections import ConfigDict
 from xception_flax.commands import cli
 from xception_flax.display import console
 from xception_flax.models import ops
-from xception_flax.planning import slices
+from xception_flax.planning import gpus, machines, tpus
+from xception_flax.planning.machines import Machine
 from xception_flax.planning.report import (
     BATCH_GRAIN,
     MAX_COMPILATIONS,
@@ -43,6 +47,7 @@ from xception_flax.training.length import create_length
 EXAMPLES = """\
   xception-flax precompile --config configs/imagenet.py --topology v5e:4x4
   xception-flax precompile --config configs/imagenet.py --topology v5e:2x4 --config.batch_size=1024
+  xception-flax precompile --config configs/imagenet.py --topology h100:8
   xception-flax precompile --config configs/imagenet.py --topology v6e:2x4 --find-largest-batch
   xception-flax precompile --config configs/folder.py:photos --topology v4:2x2x1 --num-images 50000"""
 
@@ -55,16 +60,16 @@ def _gb(size: float) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / slices.GIB:.2f} GiB"
+    return f"{size / 2**30:.2f} GiB"
 
 
-def _show_memory(config: ConfigDict, where: slices.Slice, result: dict[str, Any]) -> None:
+def _show_memory(config: ConfigDict, where: Machine, result: dict[str, Any]) -> None:
     used, usable, parts = result["memory_bytes"], where.chip.usable_bytes, config.step.accumulation_steps
     rows = {
-        "compiler": f"jax {result['jax']}, libtpu {result['libtpu']}",
-        "batch": f"{config.batch_size:,}, {config.batch_size / where.num_chips:g} images a chip"
+        "compiler": ", ".join(f"{name} {result[name]}" for name in where.libraries),
+        "batch": f"{config.batch_size:,}, {config.batch_size / where.num_chips:g} images a {where.noun}"
         + (f" in {parts} parts" if parts > 1 else ""),
-        "memory": f"{_gib(used)} a chip, of {_gib(usable)}: " + ("fits" if result["fits"] else "DOES NOT FIT"),
+        "memory": f"{_gib(used)} a {where.noun}, of {_gib(usable)}: " + ("fits" if result["fits"] else "DOES NOT FIT"),
     }
     if result["fits"]:
         rows["  of it state"] = f"{_gib(result['state_bytes'])}: parameters, statistics, optimizer, averages"
@@ -73,13 +78,13 @@ def _show_memory(config: ConfigDict, where: slices.Slice, result: dict[str, Any]
         rows["largest batch"] = f"{result['largest_batch']:,} fits, " + (
             f"{too_large:,} does not" if too_large else f"and so did all that {MAX_COMPILATIONS} compilations tried"
         )
-    console.show_table(f"{result['config']} on {where.name}, {where.num_chips} chips", rows)
+    console.show_table(f"{result['config']} on {where.name}, {counted(where.num_chips, where.noun)}", rows)
 
 
-def _show_costs(config: ConfigDict, where: slices.Slice, result: dict[str, Any]) -> None:
+def _show_costs(config: ConfigDict, where: Machine, result: dict[str, Any]) -> None:
     kinds = result["kinds"]
     columns = {
-        "a step of a chip": [*kinds, "collectives", "in all"],
+        f"a step of a {where.noun}": [*kinds, "collectives", "in all"],
         "GFLOP": [*(f"{k['flops'] / 1e9:,.1f}" for k in kinds.values()), "", f"{result['network_flops'] / 1e9:,.1f}"],
         "GB": [*(f"{k['bytes'] / 1e9:,.2f}" for k in kinds.values()), "", f"{result['hbm_bytes'] / 1e9:,.2f}"],
         "ms": [
@@ -92,24 +97,30 @@ def _show_costs(config: ConfigDict, where: slices.Slice, result: dict[str, Any])
         ],
         "bound by": [*(k["bound"] for k in kinds.values()), "links", result["bound"]],
     }
-    console.show_columns("time by the chip's specification (estimate)", columns)
+    console.show_columns(f"time by the {where.noun}'s specification (estimate)", columns)
     rate = result["images_per_second_per_chip"]
     rows = {
-        "arithmetic": f"{result['network_flops'] / 1e9:,.0f} GFLOP of the network; in all, by the compiler's count, "
-        f"{result['flops'] / 1e9:,.0f}",
-        "bytes": f"{_gb(result['hbm_bytes'])} of HBM; by the compiler's count, with those within the chip, "
-        f"{_gb(result['xla_bytes'])}",
+        "arithmetic": f"{result['network_flops'] / 1e9:,.0f} GFLOP of the network"
+        + (f"; in all, by the compiler's count, {result['flops'] / 1e9:,.0f}" if result["flops"] else ""),
+        "bytes": f"{_gb(result['hbm_bytes'])} of HBM"
+        + (
+            f"; by the compiler's count, with those within the chip, {_gb(result['xla_bytes'])}"
+            if result["xla_bytes"]
+            else ""
+        ),
+        "kernels": ", ".join(counted(count, kernel) for kernel, count in result["kernels"].items()),
         "collectives": ", ".join(
             f"{c['count']} {kind} of {c['bytes'] / 1e6:,.2f} MB" for kind, c in result["collectives"].items()
         )
         or "none",
-        "speed": f"{rate:,.0f} images/s a chip, {rate * where.num_chips:,.0f} in all (estimate)",
+        "speed": f"{rate:,.0f} images/s a {where.noun}, {rate * where.num_chips:,.0f} in all (estimate)",
         "run": "its length needs --num-images",
+        "not known": where.not_known,
     }
     if "steps" in result:
         epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs:g} epochs"
         rows["run"] = f"{counted(result['steps'], 'step')}, {epochs}: {result['hours']:,.2f} h (estimate)"
-    console.show_table("a step of a chip, and the run", rows)
+    console.show_table(f"a step of a {where.noun}, and the run", {name: row for name, row in rows.items() if row})
 
 
 # Command -------------------------------------------------------------------------------------------
@@ -119,7 +130,11 @@ def main(argv: list[str]) -> int:
     parser = cli.parser("xception-flax precompile", __doc__, EXAMPLES, hosts=False)
     cli.add_recipe(parser)
     parser.add_argument(
-        "--topology", required=True, metavar="SLICE", help=f"such as v5e:2x4; TPUs: {', '.join(slices.CHIPS)}"
+        "--topology",
+        required=True,
+        metavar="MACHINE",
+        help=f"a TPU slice, such as v5e:2x4 ({', '.join(tpus.CHIPS)}); or GPUs ({', '.join(gpus.GPUS)}): h100 is one, "
+        "h100:8 a host of eight, h100:2x8 two such hosts",
     )
     parser.add_argument(
         "--num-images", type=cli.positive, metavar="N", help="images of the training split; not needed for imagenet2012"
@@ -128,10 +143,10 @@ def main(argv: list[str]) -> int:
         "--find-largest-batch", action="store_true", help="compile for other batch sizes too: takes a few times as long"
     )
     arguments, overrides = parser.parse_known_args(argv)
-    where = slices.parse_slice(arguments.topology)
+    where = machines.parse_machine(arguments.topology)
     config = reading.load(arguments.config, overrides)
     num_images = arguments.num_images or NUM_IMAGES.get(str(config.data.get("name")).partition(":")[0])
-    devices, usable = slices.devices(where), where.chip.usable_bytes
+    devices, usable = where.devices(), where.chip.usable_bytes
 
     def at(batch_size: int) -> Report | DoesNotFit:
         changed = config.copy_and_resolve_references()
@@ -140,10 +155,13 @@ def main(argv: list[str]) -> int:
             try:
                 # In a thread, so that this one can handle Ctrl-C while the compiler runs.
                 with concurrent.futures.ThreadPoolExecutor(1) as thread:
-                    compiled = thread.submit(compile_step, changed, devices, num_images or batch_size).result()
+                    step = compile_step, changed, devices, num_images or batch_size, where.compiler_options
+                    compiled = thread.submit(*step).result()
             except DoesNotFit as error:
                 return error
-        return create_report(compiled, changed, where.num_chips)
+        found = create_report(compiled, changed, where)
+        # XLA for GPUs compiles what does not fit, too.
+        return found if found.memory <= usable else DoesNotFit(found.memory)
 
     report = at(config.batch_size)
     fits = isinstance(report, Report)
@@ -151,7 +169,7 @@ def main(argv: list[str]) -> int:
         "config": arguments.config,
         "topology": where.name,
         "chips": where.num_chips,
-        **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        **{name: importlib.metadata.version(name) for name in where.libraries},
         "batch_size": config.batch_size,
         "fits": fits,
         "memory_bytes": report.memory,

@@ -7,13 +7,14 @@
 #
 # TPU: the 'System architecture' pages of cloud.google.com/tpu/docs (v3 to v6e, TPU7x) give the peak of a chip. It is
 # divided by the number of JAX's devices on a chip: two for v3 and TPU7x, one for the others.
-# NVIDIA: the data sheets of V100, A100, H100, H200.
+# NVIDIA: the data sheets of V100, A100, L4, H100, H200, HGX B200; where they give the peak with sparse weights, half.
 _V4 = {"bfloat16": 275e12, "float32": 275e12}
 _V5E = {"bfloat16": 197e12, "float32": 197e12}
 _V5P = {"bfloat16": 459e12, "float32": 459e12}
 _V6E = {"bfloat16": 918e12, "float32": 918e12}
 _V100 = {"float16": 125e12, "float32": 15.7e12}  # no bfloat16, no TF32
 _A100 = {"bfloat16": 312e12, "float16": 312e12, "float32": 156e12}
+_L4 = {"bfloat16": 121e12, "float16": 121e12, "float32": 60e12}
 _HOPPER = {"bfloat16": 989.4e12, "float16": 989.4e12, "float32": 494.7e12}  # H100 and H200 of 700 W
 
 PEAK_FLOPS_PER_SECOND: dict[str, dict[str, float]] = {
@@ -34,6 +35,8 @@ PEAK_FLOPS_PER_SECOND: dict[str, dict[str, float]] = {
     "NVIDIA A100 80GB PCIe": _A100,
     "NVIDIA H100 80GB HBM3": _HOPPER,
     "NVIDIA H200": _HOPPER,
+    "NVIDIA B200": {"bfloat16": 2250e12, "float16": 2250e12},
+    "NVIDIA L4": _L4,
 }
 
 

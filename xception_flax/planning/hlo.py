@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
+# How often a collective sends its array, if not once: an all-reduce is a reduce-scatter and an all-gather.
+PASSES = {"all-reduce": 2}
+
 BITS = (
     {"pred": 8, "token": 0} | {f"{kind}{bits}": bits for kind in "sufc" for bits in (4, 8, 16, 32, 64)} | {"bf16": 16}
 )
@@ -43,7 +46,7 @@ class Instruction(NamedTuple):
       called: names of the computations that it runs.
       times: how often it runs them: the trip count of a loop, else 1.
       op_name: its origin in functions of JAX and modules of the network; '' where XLA does not say.
-      target: of a custom call.
+      target: of a custom call; of a fusion the kind that XLA for GPUs gives it, such as '__triton_gemm'.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Traffic(NamedTuple):
 
     Attributes:
       opcode: its kind.
+      target: see `Instruction`.
       op_name: its origin. For a fusion it is that of the convolution in it; for a copy that XLA added, that of its
         first user.
       times: how often it runs.
@@ -69,6 +73,7 @@ class Traffic(NamedTuple):
     """
 
     opcode: str
+    target: str
     op_name: str
     times: int
     size: int
@@ -105,7 +110,8 @@ class Hlo:
                 moved = _moved(instruction, computation)
                 if moved:
                     size, hbm = sum(a.size for a in moved), sum(a.size for a in moved if not a.on_chip)
-                    yield Traffic(instruction.opcode, op_names[instruction.name], times, times * size, times * hbm)
+                    of_what = instruction.opcode, instruction.target, op_names[instruction.name]
+                    yield Traffic(*of_what, times, times * size, times * hbm)
 
     def collectives(self) -> list[Collective]:
         """Returns the collectives between devices, the largest first, also those inside a fusion."""
@@ -155,7 +161,7 @@ def _instruction(name: str, types: str, opcode: str, rest: str) -> Instruction:
         called += re.findall(r"[\w.-]+", group)
     trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes) if opcode == "while" else None
     op_name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', attributes)
-    target = re.search(r'custom_call_target="([^"]*)"', attributes)
+    target = re.search(r'(?:custom_call_target=|"fusion_backend_config":\{"kind":)"([^"]*)"', attributes)
     return Instruction(
         name=name,
         opcode=opcode,

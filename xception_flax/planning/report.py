@@ -3,7 +3,7 @@
 import collections
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from xception_flax import models
 from xception_flax.data.batch import Shapes, shapes
 from xception_flax.models import costs, ops
-from xception_flax.planning import slices
 from xception_flax.planning.hlo import Collective, Hlo
+from xception_flax.planning.machines import Machine
 from xception_flax.training import sharding
 from xception_flax.training.metrics import METRICS
 from xception_flax.training.program import create_program, image_shape
@@ -56,17 +56,19 @@ class Report(NamedTuple):
     Attributes:
       memory: bytes at the peak.
       state: bytes of parameters, statistics, optimizer and averages, a part of `memory`.
-      flops: all arithmetic, as the compiler counts it.
-      xla_size: bytes accessed, as the compiler counts them: also those within the chip.
+      flops: all arithmetic, as the compiler counts it; None where it does not.
+      xla_size: bytes accessed, as the compiler counts them, also those within the chip; None where it does not.
       kinds: costs of each kind of layer.
+      kernels: how often each kind of kernel is started; empty where a step is one program.
       collectives: what is sent between chips.
     """
 
     memory: int
     state: int
-    flops: float
-    xla_size: float
+    flops: float | None
+    xla_size: float | None
     kinds: dict[str, Cost]
+    kernels: dict[str, int]
     collectives: list[Collective]
 
 
@@ -77,8 +79,16 @@ def batch_shapes(config: ConfigDict) -> Shapes:
     return shapes(config.batch_size, image_shape(config), label_shape, masked=masked)
 
 
-def compile_step(config: ConfigDict, devices: Iterable[Any], num_images: int) -> jax.stages.Compiled:
+def compile_step(
+    config: ConfigDict, devices: Sequence[Any], num_images: int, compiler_options: dict[str, Any] | None = None
+) -> jax.stages.Compiled:
     """Returns the training step of a resolved recipe, compiled for `devices`.
+
+    Args:
+      config: the resolved recipe.
+      devices: of a `Machine`.
+      num_images: of the training split.
+      compiler_options: of the machine.
 
     Raises:
       UserError: values of the recipe do not go together.
@@ -89,7 +99,7 @@ def compile_step(config: ConfigDict, devices: Iterable[Any], num_images: int) ->
     program = create_program(config, mesh, image_shape(config), num_images)
     lowered = program.train_step.lower(program.abstract_state, sharding.abstract_batch(mesh, batch_shapes(config)))
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options)
     except jax.errors.JaxRuntimeError as error:
         # '... the total memory required ... (17.31G) exceeds available HBM (15.75G)', 'Used 17.31G of 15.75G hbm'
         first_line = str(error).partition("\n")[0]
@@ -99,9 +109,9 @@ def compile_step(config: ConfigDict, devices: Iterable[Any], num_images: int) ->
         raise DoesNotFit(max(int(float(n) * 2 ** {"M": 20, "G": 30, "T": 40}[unit]) for n, unit in amounts)) from None
 
 
-def create_report(compiled: jax.stages.Compiled, config: ConfigDict, num_chips: int) -> Report:
-    """Returns what the compiled step of a recipe costs each of `num_chips` chips."""
-    memory, cost, hlo = compiled.memory_analysis(), compiled.cost_analysis(), Hlo(compiled.as_text())
+def create_report(compiled: jax.stages.Compiled, config: ConfigDict, where: Machine) -> Report:
+    """Returns what the compiled step of a recipe costs each chip of a machine."""
+    memory, cost, hlo = compiled.memory_analysis(), compiled.cost_analysis() or {}, Hlo(compiled.as_text())
     network = models.create_model(**config.model)
     layers = costs.list_layers(network, image_shape(config))
     kinds = collections.defaultdict(lambda: [0.0, 0])
@@ -110,16 +120,20 @@ def create_report(compiled: jax.stages.Compiled, config: ConfigDict, num_chips: 
     fused = {name for part in parts if (name := ops.fused_layer(part.op_name))}
     for layer in layers:
         kind = ops.FUSED_LAYER if "/".join(layer.path[:-1]) in fused else KINDS[layer.module]
-        kinds[kind][0] += 6 * layer.macs * config.batch_size / num_chips
+        kinds[kind][0] += 6 * layer.macs * config.batch_size / where.num_chips
+    kernels: collections.Counter[str] = collections.Counter()
     for part in parts:
         kinds[kind_of(part.op_name, paths, type(network).__name__)][1] += part.hbm_size
+        if kernel := where.kernel(part):
+            kernels[kernel] += part.times
     return Report(
         memory=sum(getattr(memory, f"{n}_size_in_bytes") for n in ("argument", "output", "temp", "generated_code"))
         - memory.alias_size_in_bytes,
         state=memory.alias_size_in_bytes,
-        flops=cost["flops"],
-        xla_size=cost["bytes accessed"],
+        flops=cost.get("flops"),
+        xla_size=cost.get("bytes accessed"),
         kinds={kind: Cost(*kinds[kind]) for kind in sorted(kinds, key=ORDER.index)},
+        kernels=dict(kernels.most_common()),
         collectives=hlo.collectives(),
     )
 
@@ -134,16 +148,19 @@ def kind_of(op_name: str, paths: dict[str, str], network: str) -> str:
     """
     if ops.fused_layer(op_name):
         return ops.FUSED_LAYER
-    parts = op_name.split("/")
+    # Flax names the scope of a method MODULE.METHOD.
+    parts = [part.partition(".")[0] for part in op_name.split("/")]
     for start in range(len(parts)):
         for end in range(len(parts), start, -1):
             if (path := "/".join(parts[start:end])) in paths:
                 return paths[path]
+    if ".normalized/" in op_name:  # a chain of layers: what is none of its convolutions is of the normalization
+        return KINDS["BatchNorm"]
     return BETWEEN if f"jvp({network})" in op_name else LOSS if "jvp(" in op_name else UPDATE
 
 
-def estimate(report: Report, where: slices.Slice, images_a_chip: float) -> dict[str, Any]:
-    """Returns what the report implies for a slice, for the JSON: an estimate, not a measurement."""
+def estimate(report: Report, where: Machine, images_a_chip: float) -> dict[str, Any]:
+    """Returns what the report implies for a machine, for the JSON: an estimate, not a measurement."""
     chip, kinds = where.chip, {}
     for kind, cost in report.kinds.items():
         computing, moving = cost.flops / chip.flops_per_second, cost.size / chip.hbm_bytes_per_second
@@ -164,6 +181,7 @@ def estimate(report: Report, where: slices.Slice, images_a_chip: float) -> dict[
         "hbm_bytes": sum(cost.size for cost in report.kinds.values()),
         "xla_bytes": report.xla_size,
         "kinds": kinds,
+        "kernels": report.kernels,
         "collectives": sent,
         "collective_seconds": sending,
         "step_seconds": seconds,

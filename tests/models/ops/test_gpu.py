@@ -264,6 +264,28 @@ def test_which_devices_have_triton(monkeypatch, local, compiled_for, expected):
         assert not ops.takes_chains(8, train=True)
 
 
+def test_the_largest_array_is_a_share():
+    """128 images of the second block on each of eight GPUs: 2.8e9 values in all, and 32 bits count each GPU's."""
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, 147, 147, 128), (3, 3, 1, 128)))
+    assert not gpu.has_kernel(x, kernel, **SAME)
+    with jax.sharding.use_abstract_mesh(mesh_of_gpus()):
+        assert gpu.has_kernel(x, kernel, **SAME)
+        assert not gpu.has_kernel(jax.ShapeDtypeStruct((1001, *x.shape[1:]), x.dtype), kernel, **SAME)
+
+
+def test_products_by_parts_of_a_share():
+    """128 images on each of eight GPUs are summed in the same parts as 128 images on one."""
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, 147, 147, 64), (64, 128)))
+
+    def gradient(x, kernel):
+        return jax.grad(lambda kernel: jnp.sum(gpu.product(x, kernel)))(kernel)
+
+    with jax.sharding.use_abstract_mesh(mesh_of_gpus()):
+        assert "bf16[1024,3,7203,64]" in str(jax.make_jaxpr(gradient)(x, kernel))
+    one = jax.ShapeDtypeStruct((128, *x.shape[1:]), x.dtype)
+    assert "bf16[128,3,7203,64]" in str(jax.make_jaxpr(gradient)(one, kernel))
+
+
 def test_over_a_mesh_of_gpus_no_choice_is_left_to_the_program():
     """XLA would keep a `cond` around a kernel over several devices, and what is never called need not be traced."""
     with jax.sharding.use_abstract_mesh(mesh_of_gpus()):

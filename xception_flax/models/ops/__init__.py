@@ -173,8 +173,11 @@ def normalized_separable_convolution(
     if chosen() == "fused" and dilation == (1, 1) and tpu.takes(x, *kernels):
         return tpu.separable_over_devices(x, scale, shift, *kernels, relu=relu)
     functions = dict(cpu=cpu.normalized_depthwise, cuda=gpu.normalized_depthwise, stock=stock.normalized_depthwise)
-    y = lower(x, jnp.stack([scale, shift]), depthwise_kernel, **functions, relu=relu, dilation=dilation)
-    y = pointwise_convolution(y, pointwise_kernel)
+    # In a compiled program the convolutions have the names that they have one by one, as layers.
+    with jax.named_scope("depthwise"):
+        y = lower(x, jnp.stack([scale, shift]), depthwise_kernel, **functions, relu=relu, dilation=dilation)
+    with jax.named_scope("pointwise"):
+        y = pointwise_convolution(y, pointwise_kernel)
     return y, moments(y)
 
 

@@ -53,11 +53,17 @@ def has_kernel(
     """Whether `triton_depthwise` supports this depthwise convolution, and all devices get as many images."""
     pads = windows.pads(x.shape[1:3], windows.spans(kernel.shape[:2], dilation), strides, padding)
     same = kernel.shape == (3, 3, 1, x.shape[-1]) and (*strides, *dilation) == (1, 1, 1, 1)
-    whole_shares = x.shape[0] % max(1, jax.sharding.get_abstract_mesh().size) == 0
-    # Offsets within an array have 32 bits; axes of the grid, except the first, have at most 65535 blocks.
-    fits = 0 < x.size < 2**31 and x.shape[0] < 2**16
+    shares = _num_shares()
+    whole_shares = x.shape[0] % shares == 0
+    # Offsets within a share have 32 bits; axes of the grid, except the first, have at most 65535 blocks.
+    fits = 0 < x.size // shares < 2**31 and x.shape[0] // shares < 2**16
     dtypes = (jnp.float32, jnp.bfloat16, jnp.float16)
     return same and pads == [(1, 1), (1, 1)] and whole_shares and fits and x.dtype in dtypes
+
+
+def _num_shares() -> int:
+    """Returns among how many devices the images of an array are split: all of the mesh in context."""
+    return max(1, jax.sharding.get_abstract_mesh().size)
 
 
 def _by_shares(x: jax.Array, kernel: jax.Array, affine: jax.Array | None, relu: bool) -> jax.Array:
@@ -138,7 +144,8 @@ def _product_backward(saved, dy):
     x, kernel = saved
     dx = lax.dot_general(dy, kernel, (((3,), (1,)), ((), ())))
     n, rows = x.shape[:2]
-    parts = next((p for p in range(1, 9) if rows % p == 0 and n * p >= _PARTS), None)
+    share = n // _num_shares()
+    parts = next((p for p in range(1, 9) if rows % p == 0 and share * p >= _PARTS), None)
     # The parts must write much less than they read.
     if parts is None or 4 * n * parts * kernel.size > x.size // 4:
         return dx, lax.dot_general(x, dy, (((0, 1, 2), (0, 1, 2)), ((), ())))

@@ -9,20 +9,18 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from xception_flax.host.peaks import PEAK_FLOPS_PER_SECOND as _PEAKS
+from xception_flax.planning.hlo import PASSES, Traffic
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import suggest, written
+from xception_flax.text.lookup import written
 
 GIB = 2**30
 
 # A message between neighbours takes at least about this long (the same book, 'Sharded Matrices').
 HOP_SECONDS = 1e-6
-
-# How often a collective sends its array, if not once: an all-reduce is a reduce-scatter and an all-gather.
-PASSES = {"all-reduce": 2}
 
 
 class Chip(NamedTuple):
@@ -71,6 +69,11 @@ class Slice(NamedTuple):
     chip: Chip
     sides: tuple[int, ...]
 
+    noun = "chip"
+    libraries = ("jax", "libtpu")
+    compiler_options = None
+    not_known = ""
+
     @property
     def num_chips(self) -> int:
         return math.prod(self.sides)
@@ -99,16 +102,37 @@ class Slice(NamedTuple):
         hops = sum(side // 2 if directions == 2 else side - 1 for side, directions in ways)
         return PASSES.get(kind, 1) * max(size / bandwidth, hops * HOP_SECONDS)
 
+    def kernel(self, part: Traffic) -> str | None:
+        """Returns None: on a TPU a step is one program, not a row of kernels."""
+        return None
+
+    def devices(self) -> Sequence[Any]:
+        """Returns devices of the slice, to compile for.
+
+        Raises:
+          UserError: libtpu is missing, or cannot describe the slice.
+        """
+        if importlib.util.find_spec("libtpu") is None:
+            raise UserError("compiling for TPUs needs libtpu, which is not installed here.\npip install -e '.[tpu]'")
+        import jax
+        from jax.experimental import topologies
+
+        options = {"wrap": (*self.rings, False)[:3], "chip_config_name": self.chip.config}
+        if self.num_chips == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        try:
+            return topologies.get_topology_desc(platform="tpu", topology_name=self.name, **options).devices
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(f"libtpu cannot describe {self.name!r}: {str(error).splitlines()[0]}") from None
+
 
 def parse_slice(name: str) -> Slice:
-    """Returns the slice of a name such as 'v5e:2x4': generation, colon, sides.
+    """Returns the slice of a name such as 'v5e:2x4': a generation of `CHIPS`, colon, sides.
 
     Raises:
-      UserError: there is no such generation, or no such slice of it.
+      UserError: there is no such slice.
     """
     generation, _, shape = name.partition(":")
-    if generation not in CHIPS:
-        raise UserError(f"unknown TPU {generation!r} in topology {name!r}; {suggest(generation, CHIPS)} As in v5e:2x4.")
     chip = CHIPS[generation]
     # No side has three digits: a v5p pod, the largest, is 16x20x28.
     sides = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9][0-9]?(x[1-9][0-9]?)+", shape) else ()
@@ -122,33 +146,10 @@ def parse_slice(name: str) -> Slice:
 
 
 def hide_hardware() -> None:
-    """Makes libtpu compile without looking for a TPU, and keeps JAX from using one.
-
-    Call it before JAX is imported, which asks Google Cloud for the machine's metadata.
-    """
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    """Makes libtpu compile without looking for a TPU; see `machines.hide_hardware`."""
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     # A lock file allows libtpu in one process at a time. Processes cannot share a TPU, but they can all compile.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     # In place of the metadata: without any values libtpu writes a page of errors, and any values are good.
     for key, value in {"ACCELERATOR_TYPE": "v5litepod-8", "WORKER_HOSTNAMES": "localhost", "WORKER_ID": "0"}.items():
         os.environ.setdefault(f"TPU_{key}", value)
-
-
-def devices(where: Slice) -> Iterable[Any]:
-    """Returns devices of the slice, to compile for.
-
-    Raises:
-      UserError: libtpu is missing, or cannot describe the slice.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for TPUs needs libtpu, which is not installed here.\npip install -e '.[tpu]'")
-    import jax
-    from jax.experimental import topologies
-
-    options = {"wrap": (*where.rings, False)[:3], "chip_config_name": where.chip.config}
-    if where.num_chips == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=where.name, **options).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"libtpu cannot describe {where.name!r}: {str(error).splitlines()[0]}") from None
