@@ -38,10 +38,10 @@ def main(argv: list[str]) -> int:
     table = read_table(arguments.config)
     claims = _chosen(table, arguments.only)
     found = Results(table, results.read(arguments.results))
-    files.check_writable(arguments.results)
     if arguments.report:
         _write(found, table, arguments.output)
         return 0
+    _check_writable(arguments.results)
     data_sets = _data_sets(table, arguments.data_dir)
     cli.start(arguments)
     begun = time.monotonic()
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         try:
             _run_all(found, table, claims, data_sets, arguments, begun, stop)
         except running.Stopped as stopped:
-            _say(f"stopped; the same command goes on from there ({counted(len(found.rows), 'run')} are done)")
+            _say(f"stopped; the same command goes on from there (runs done: {len(found.rows)})")
             _write(found, table, arguments.output)
             return 128 + stopped.number
     _write(found, table, arguments.output)
@@ -108,6 +108,13 @@ def _chosen(table: Table, only: str | None) -> Sequence[Claim]:
     claims = {claim.name: claim for claim in table.claims}
     names = claims if only is None else dict.fromkeys(only.split(","))
     return [lookup(claims, name, "claim") for name in names]
+
+
+def _check_writable(path: Path) -> None:
+    """Raises UserError, before anything is run, if its row could not be written. It makes the folder."""
+    with files.file_errors(path.parent, "made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    files.check_writable(path)
 
 
 def _data_sets(table: Table, data_dir: str | None) -> list[str]:

@@ -31,7 +31,7 @@ from xception_flax.text.errors import UserError
 from xception_flax.text.sizes import sides
 from xception_flax.training import evaluation
 
-VALIDATION, TEST = "validation", "test"  # splits: rates are chosen on the first, and the second is only for results
+TEST = "test"  # the split of the results, in every data set; rates are chosen on that of the recipe
 WEIGHTS = ("ema", "raw")
 POLL_SECONDS = 0.1
 DIVERGED = re.compile(r"(loss|gradient_norm|evaluation) is (nan|-?inf)|not finite")  # what train.py says then
