@@ -33,18 +33,7 @@ PAGES = [
     *(f"docs/{page}.md" for page in ("networks", "recipes", "data", "fine-tuning", "weights", "explaining", "export")),
     *(
         f"docs/{page}.md"
-        for page in (
-            "imagenet",
-            "measuring",
-            "miniature",
-            "runs",
-            "reliability",
-            "pods",
-            "proof",
-            "paper",
-            "design",
-            "comparison",
-        )
+        for page in ("imagenet", "measuring", "runs", "reliability", "pods", "proof", "paper", "design", "comparison")
     ),
     "docs/miniature.md",
     "benchmarks/README.md",

@@ -81,6 +81,7 @@ def make_data(recipe_name: str, directory: Path) -> list[str]:
         *weights,
         "data.source=arrays",
         f"data.path={directory / 'data.npz'}",
+        "data.train_split=train",
         "data.eval_split=validation",
         "model.num_classes=10",
     ]

@@ -30,6 +30,7 @@ from xception_flax.reproduction.results import Results, Run
 from xception_flax.text.counting import counted
 
 PAGE = "miniature.md"
+RESULTS = "results/miniature.jsonl"
 FOLDER = "images"  # of the pictures, beside the page
 
 
@@ -84,7 +85,7 @@ def render(results: Results, table: Table, pictures: Sequence[str]) -> str:
         **{f"miniature_{claim.name}.png": claim.title for claim in table.claims},
     }
     parts = [
-        _HEAD,
+        _HEAD.format(results=f"[{RESULTS}](../{RESULTS})" if results.rows else f"`{RESULTS}`"),  # no link to no file
         "## What the results say",
         _summary(results, table),
         _comparisons(results, table),
@@ -108,7 +109,7 @@ The paper's claims need ImageNet, JFT and 60 GPUs. This page tries them on small
 cores, with enough seeds to say what is noise. It supports or contradicts a claim at this size only.
 
 `xception-flax reproduce` writes this page: do not edit it. [configs/miniature.py](../configs/miniature.py) has the
-claims, [results/miniature.jsonl](../results/miniature.jsonl) a line for each run.
+claims, {results} a line for each run.
 
 <!-- not run: takes hours -->
 ```bash
