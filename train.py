@@ -65,10 +65,10 @@ from xception_flax.training.state import TrainState
 from xception_flax.weights import initial
 
 EXAMPLES = """\
-  python train.py --config configs/digits.py --workdir runs/digits
-  python train.py --config configs/imagenet.py --workdir /shared/runs/1 --distributed
-  python train.py --config configs/folder.py:photos --workdir runs/photos --config.epochs=30
-  python train.py --config configs/digits.py --workdir runs/lr --config.optimizer.learning_rate=0.1"""
+  {program} --config digits --workdir runs/digits
+  {program} --config imagenet --workdir /shared/runs/1 --distributed
+  {program} --config folder:photos --workdir runs/photos --config.epochs=30
+  {program} --config digits --workdir runs/lr --config.optimizer.learning_rate=0.1"""
 
 OUT_OF_MEMORY = (
     "Lower batch_size or data.image_size, compute a batch in parts (step.accumulation_steps=4) or set "
@@ -83,8 +83,9 @@ MAX_SKIPPED_IN_A_ROW = 100  # steps, with step.on_nonfinite=skip: more do not pa
 MAX_STEPS_IN_FLIGHT = 2
 
 
-def main(argv: list[str]) -> int:
-    parser = cli.parser("train.py", __doc__, EXAMPLES)
+def main(argv: list[str], program: str = "python train.py") -> int:
+    """Runs the command; `program` is its name in the help."""
+    parser = cli.parser(program, __doc__, EXAMPLES.format(program=program))
     cli.add_recipe(parser)
     parser.add_argument("--workdir", required=True, type=cli.directory, help="folder of the run; may be new")
     parser.add_argument(

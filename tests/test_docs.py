@@ -116,6 +116,8 @@ def our_main(words: list[str]) -> tuple[Callable[[list[str]], int] | None, list[
     if program == "xception-flax":
         verb, *arguments = arguments
         assert verb in VERBS, f"no verb {verb!r}"
+        if verb == "train":
+            return train.main, arguments
         return importlib.import_module(f"xception_flax.commands.{verb.replace('-', '_')}").main, arguments
     if program.endswith(("python", "python3")):
         if arguments[0] == "train.py":

@@ -24,7 +24,7 @@ def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 def test_every_file_of_commands_is_a_verb():
     files = {path.stem for path in (ROOT / "xception_flax" / "commands").glob("*.py")} - {"__init__", "cli", "images"}
-    assert files == {verb.replace("-", "_") for verb in VERBS}
+    assert files == {verb.replace("-", "_") for verb in VERBS} - {"train"}
 
 
 @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)

@@ -1,17 +1,20 @@
 """Entry point of all commands: `xception-flax VERB ...`, the same as `python -m xception_flax VERB ...`."""
 
-import importlib
+import functools
+import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from xception_flax import __version__
 from xception_flax.host import libraries, signals
 
-# Each verb is a module of `commands` with `main(argv)`. The descriptions are here because the modules import slowly.
+# Each verb but `train` is a module of `commands` with `main(argv)`. The modules import slowly, so the words are here.
 VERBS = {
+    "train": "trains a network by a recipe; the same as python train.py",
     "evaluate": "evaluates a trained network: a table, a report, a record, every prediction",
     "predict": "predicts the classes of images",
     "explain": "draws where in an image the evidence for its class is, and which images look alike",
@@ -25,13 +28,14 @@ VERBS = {
     "recipe": "shows every key of a recipe: value, type, default and meaning",
     "replay": "computes a step of a run again, layer by layer: why a loss or a gradient is not finite",
     "reproduce": "tries the paper's claims on small networks, and writes what the results support",
+    "doctor": "shows versions, devices, memory and settings, and runs a training step on each backend",
     "precompile": "compiles the training step for a TPU slice, without one: memory, traffic, estimated time",
 }
 
 USAGE = f"""\
 usage: xception-flax VERB ...
 
-Xception and its family in JAX. Training: python train.py --config FILE --workdir DIR
+Xception and its family in JAX.
 
 verbs:
 {"".join(f"  {verb:<11} {what}" + chr(10) for verb, what in VERBS.items())}
@@ -69,7 +73,18 @@ def main() -> NoReturn:
         slices.hide_hardware()
     from xception_flax.commands import cli
 
-    cli.run(importlib.import_module(f"xception_flax.commands.{verb.replace('-', '_')}").main, rest)
+    cli.run(_command(verb), rest)
+
+
+def _command(verb: str) -> Callable[[list[str]], int]:
+    if verb != "train":
+        return importlib.import_module(f"xception_flax.commands.{verb.replace('-', '_')}").main
+    from xception_flax.host.project import TRAIN
+
+    spec = importlib.util.spec_from_file_location("train", TRAIN)
+    module = sys.modules["train"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return functools.partial(module.main, program="xception-flax train")
 
 
 if __name__ == "__main__":

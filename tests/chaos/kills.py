@@ -270,8 +270,10 @@ def check_end(kill: Kill, code: int, took: float, said: str, phase: str, saved: 
         raise Failure("it printed an error")
     if saved and (not now or now[-1] < saved[-1]):
         raise Failure(f"the newest checkpoint was of step {saved[-1]}, and now there are {now}")
-    # With the last checkpoint a run leaves its loop, perhaps since it was asked for its phase.
-    in_loop = phase in phases.STOPS_WITH_A_SAVE and now[-1:] != [run.STEPS]
+    stopped = re.search(r"stopped at step (\d+), checkpoint written", said)
+    # With the last checkpoint a run leaves its loop, perhaps since it was asked for its phase; a second signal may come
+    # after a checkpoint on request.
+    in_loop = phase in phases.STOPS_WITH_A_SAVE and now[-1:] != [run.STEPS] and not (kill.again and stopped)
     expected = {STOPPED.get(kill.signal, -kill.signal)}
     if not in_loop:  # without a handler the signal itself ends the process; a shell reports the same code
         expected.add(-kill.signal)
@@ -279,7 +281,6 @@ def check_end(kill: Kill, code: int, took: float, said: str, phase: str, saved: 
         raise Failure(f"it ended with code {code}, expected one of {sorted(expected)}")
     if kill.again and took > kill.again + AT_ONCE_SECONDS:
         raise Failure(f"it took {took - kill.again:.1f} s from the second signal to the exit")
-    stopped = re.search(r"stopped at step (\d+), checkpoint written", said)
     if stopped and now[-1] != int(stopped[1]):
         raise Failure(f"it stopped at step {stopped[1]}, but the newest checkpoint is of step {now[-1]}")
     if kill.signal in STOPPED and not kill.again and in_loop and not stopped:

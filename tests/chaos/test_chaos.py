@@ -52,6 +52,16 @@ def test_a_host_that_dies_ends_the_other_which_goes_on_later(tmp_path):
     assert outcome.said.startswith("error: process 0 has gone: killed, or its machine is down;")
 
 
+def test_a_second_signal_ends_a_run_with_the_code_of_the_first():
+    """Or by itself, where the run has stopped and waits for nothing but its end: a shell reports the same code."""
+    kill = kills.Kill(signal.SIGUSR1, again=0.5, aim="step", after=0.5, count=1, workers=0, each_record=False)
+    said = "stopped at step 15, checkpoint written"
+    kills.check_end(kill, 128 + signal.SIGUSR1, 1.0, "", "step", [8], [8])
+    kills.check_end(kill, -signal.SIGUSR1, 1.0, said, "step", [8], [8, 15])
+    with pytest.raises(Failure, match=r"^it ended with code -10, expected one of \[138\]$"):
+        kills.check_end(kill, -signal.SIGUSR1, 1.0, "", "step", [8], [8])
+
+
 def test_what_is_not_the_same_is_named(tmp_path, untouched):
     """The comparison can fail: another array, another evaluation, and a folder that a save has left behind."""
     expected, other = untouched[ONE].workdir, tmp_path / "other"

@@ -22,6 +22,7 @@ from xception_flax.commands import replay
 from xception_flax.data.sources.source import Arrays
 from xception_flax.runs import progress, replaying
 from xception_flax.training.metrics import Sum
+from xception_flax.training.state import TrainState
 
 # 24 steps of 16 images, each recorded, with all that is random: crops, dropout, mixing. The batch is computed in parts.
 RUN = [text for text in LENET if "epochs" not in text and "log_every" not in text]
@@ -150,14 +151,17 @@ def test_the_run_of_a_user_is_replayed_bit_for_bit(whole, tmp_path):
 
 
 def test_a_run_of_eight_devices_is_replayed_on_one(random_run, tmp_path, monkeypatch, capsys):
-    """It says so, and what it computes differs from the run's records by rounding alone."""
+    """It says so, and what it computes differs from the run's records and checkpoint by rounding alone."""
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)
-    table, _ = replayed(monkeypatch, capsys, random_run, "--step", 12, output=tmp_path / "out")
+    table, _ = replayed(monkeypatch, capsys, random_run, "--step", 16, output=tmp_path / "out")
     assert (table["devices"], table["from_checkpoint"]) == ("1 x cpu", 8)
     assert table["notes"][0] == "the run computed on 8 devices, this is on 1: sums may be rounded otherwise"
-    said = table["notes"][1].removeprefix("4 records of the run: ")
+    said = table["notes"][1].removeprefix("8 records of the run: ")
     assert said == "equal, to the last digit" or float(said.split()[2]) < 1e-4
+    where, _, share = table["notes"][2].partition(", by ")
+    assert where.startswith("checkpoint of step 16: the state differs from it in raw['params']")
+    assert float(share.removesuffix(" of an array's largest value at most")) < 1e-3
 
 
 def test_another_record_and_another_checksum_are_noticed(random_run, tmp_path, monkeypatch, capsys):
@@ -173,8 +177,18 @@ def test_another_record_and_another_checksum_are_noticed(random_run, tmp_path, m
     table, _ = replayed(monkeypatch, capsys, workdir, "--step", 16)
     assert table["notes"] == [
         "8 records of the run: differ by 0.5 of a value, at most",
-        "checkpoint of step 16: the state differs from it in raw['params']['conv1']['kernel']",
+        f"checkpoint of step 16: was not compared, checkpoint {workdir}/checkpoints/16 cannot be used: the values of "
+        "raw['params']['conv1']['kernel'] have changed on disk",
     ]
+
+
+def test_the_largest_difference_is_a_share_of_the_largest_value():
+    def state(*values):
+        return TrainState(np.int32(3), {"x": np.float32(values), "y": np.float32([7.0])}, {}, ())
+
+    assert replaying._largest_difference(state(1, -4), state(1, -4)) == 0
+    assert replaying._largest_difference(state(1, -4), state(1.5, -4)) == 0.5 / 4
+    assert replaying._largest_difference(state(1, np.nan), state(1, -4)) == math.inf
 
 
 @pytest.mark.parametrize(

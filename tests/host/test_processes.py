@@ -76,6 +76,13 @@ def test_silence_is_longer_than_a_few_signs():
         parser.parse_args(["--silent-seconds=9"])
 
 
+@pytest.mark.parametrize("seconds", [10, 75, 600])
+def test_jax_ends_nobody_before_we_do(seconds):
+    """With process 0 stopped, JAX aborted the other 12.3 to 20.7 s later with a timeout of 20: from half of it on."""
+    first = processes._patience(seconds)["heartbeat_timeout_seconds"] / 2
+    assert first >= seconds + processes.LOOK_SECONDS + 20
+
+
 @pytest.mark.parametrize(
     ("address", "count", "number", "message"),
     [

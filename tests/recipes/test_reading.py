@@ -356,15 +356,31 @@ def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
         ("configs/zzzzz.py", rf"^no recipe file 'configs/zzzzz\.py'; there are: {every}"),
         ("configs/", rf"^'configs/' is a folder, not a recipe file; there are: {every}"),
         (".", rf"^'\.' is a folder, not a recipe file; there are: {every}"),
-        ("digits", rf"^no recipe file 'digits'; did you mean 'configs/digits\.py'\? There are: {every}"),
+        ("digit", r"^no recipe file 'digit'; did you mean 'digits'\? There are: ablations, .*, digits, .*, jft\.$"),
     ]:
         with pytest.raises(UserError, match=message):
             reading.load(path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"^no recipe file 'configs/digits\.py', seen from {tmp_path}; change to the"):
+    with pytest.raises(
+        UserError,
+        match=rf"^no recipe file 'configs/digits\.py', seen from {tmp_path}; change to the .* --config digits\.$",
+    ):
         reading.load("configs/digits.py")
+    with pytest.raises(UserError, match=r"^no recipe file 'digit'; did you mean 'digits'\? There are: ablations, "):
+        reading.load("digit")
     with pytest.raises(UserError, match=r"digits\.py', and no recipe beside it; check the path"):
         reading.load(str(tmp_path / "configs" / "digits.py"))
+
+
+def test_a_recipe_of_this_project_has_a_name(tmp_path, monkeypatch):
+    """From any folder, whatever is in it; with an argument as a file has."""
+    monkeypatch.chdir(tmp_path)
+    for name, file in [("digits", "digits.py"), ("digits:lenet", "digits.py:lenet")]:
+        assert reading.load(name).to_dict() == reading.load(str(ROOT / "configs" / file)).to_dict()
+    (tmp_path / "digits").touch()
+    assert reading.load("digits").model.name == "xception"
+    with pytest.raises(UserError, match=r"^'\./digits' is no Python file"):
+        reading.load("./digits")
 
 
 def test_an_argument_reaches_the_recipe(tmp_path):

@@ -126,7 +126,12 @@ def add_checkpoint(parser: argparse.ArgumentParser, default: str = "best") -> No
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Adds `--config` and the section of the help about its overrides, which `parse_known_args` leaves over."""
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the recipe, and its argument")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARG]",
+        help="the recipe, a file or the name of one of this project's, and its argument",
+    )
     add_overrides(parser)
 
 

@@ -14,7 +14,7 @@ from xception_flax.commands import cli
 from xception_flax.display import console
 from xception_flax.host import files, signals
 from xception_flax.host.locks import try_lock
-from xception_flax.recipes.reading import PROJECT
+from xception_flax.host.project import RECIPES
 from xception_flax.reproduction import plan, report, results, running
 from xception_flax.reproduction.claims import MIN_SEEDS, Claim, Table, read_table
 from xception_flax.reproduction.results import Results, Run
@@ -72,22 +72,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", metavar="DIR", help="of the files of Fashion-MNIST, if not where Debian has them")
     parser.add_argument("--report", action="store_true", help="only write the page from the results")
     parser.add_argument(
-        "--config", type=Path, default=PROJECT / "configs" / "miniature.py", metavar="FILE", help="the table of claims"
+        "--config", type=Path, default=RECIPES / "miniature.py", metavar="FILE", help="the table of claims"
     )
     parser.add_argument(
         "--results",
         type=Path,
-        default=PROJECT / "results" / "miniature.jsonl",
+        default=Path("results", "miniature.jsonl"),
         metavar="FILE",
         help="a JSON line for each run (results/miniature.jsonl)",
     )
     parser.add_argument(
-        "--output", type=cli.directory, default=PROJECT / "docs", metavar="DIR", help="of miniature.md (docs)"
+        "--output", type=cli.directory, default=Path("docs"), metavar="DIR", help="of miniature.md (docs)"
     )
     parser.add_argument(
         "--workdir",
         type=cli.directory,
-        default=PROJECT / "runs" / "miniature",
+        default=Path("runs", "miniature"),
         metavar="DIR",
         help="of runs that are not at their end (runs/miniature)",
     )

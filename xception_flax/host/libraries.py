@@ -8,7 +8,7 @@ from xception_flax.text.errors import UserError
 # The dependencies of pyproject.toml, as they are imported.
 LIBRARIES = (
     "jax", "flax", "optax", "orbax", "grain", "numpy", "ml_collections", "absl", "array_record", "cv2", "h5py",
-    "huggingface_hub", "imagehash", "importlib_resources", "matplotlib", "PIL", "pooch", "pyarrow", "rich",
+    "huggingface_hub", "imagehash", "importlib_resources", "matplotlib", "packaging", "PIL", "pooch", "pyarrow", "rich",
     "safetensors", "scipy", "simplejpeg", "sklearn", "tensorboardX", "tensorflow_datasets",
 )  # fmt: skip
 

@@ -30,6 +30,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from xception_flax.host import signals
+from xception_flax.host.project import PACKAGE, TRAIN
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import differing
 
@@ -40,7 +41,7 @@ AWAY_LOOKS = 4  # if so many looks are missing, it was this process that stood s
 STILL_SECONDS = 10  # after an error here, another process without a sign of life for so long counts as dead
 SILENT_SECONDS = 75  # otherwise it does after so long, if the command says nothing else
 LEAST_SILENT_SECONDS = 10  # and it cannot say less: a few signs may be late where a machine is busy
-JAX_AFTER_SECONDS = 25  # later than we do, JAX ends the processes by itself, with a stack trace
+JAX_AFTER_SECONDS = 25  # so much later than we do, at least, JAX ends the processes by itself, with a stack trace
 FAREWELL_SECONDS = 15  # a process that ends waits so long for the others to hear of it
 TRY_AGAIN = 75  # exit code where the same command may go on: sysexits.h calls it a temporary failure
 SHARED_SECONDS = 30  # NFS may take so long to show a new file to all hosts
@@ -107,10 +108,14 @@ def connect_cluster(silent_seconds: float = SILENT_SECONDS) -> None:
 
 
 def _patience(silent_seconds: float) -> dict[str, int]:
-    """Returns how long JAX itself waits."""
+    """Returns how long JAX itself waits.
+
+    If process 0 stands still, JAX ends the others after half of `heartbeat_timeout_seconds` to all of it: it waits for
+    an answer for half of it, from its next heartbeat on, and these are half of it apart. (With 20 s: after 12 to 21.)
+    """
     return {
         "initialization_timeout": JAX_START_SECONDS,
-        "heartbeat_timeout_seconds": math.ceil(silent_seconds) + JAX_AFTER_SECONDS,
+        "heartbeat_timeout_seconds": 2 * (math.ceil(silent_seconds) + JAX_AFTER_SECONDS),
     }
 
 
@@ -184,10 +189,9 @@ def agree(what: str, values: Callable[[], Mapping[str, Any]]) -> None:
 def software() -> dict[str, Any]:
     """Returns what a result depends on, for `agree`: this code, the versions of libraries, flags and devices."""
     code = hashlib.sha256()
-    package = Path(__file__).parents[1]
-    for file in sorted([*package.rglob("*.py"), package.parent / "train.py"]):
+    for file in sorted({*PACKAGE.rglob("*.py"), TRAIN}):
         if file.is_file():
-            code.update(f"{file.relative_to(package.parent)}\0".encode() + file.read_bytes())
+            code.update(f"{file.relative_to(PACKAGE.parent)}\0".encode() + file.read_bytes())
     return {
         "the code of xception_flax (SHA-256)": code.hexdigest()[:16],
         **{f"the version of {name}": _version(name) for name in LIBRARIES},

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from xception_flax import data
+from xception_flax.host.project import PROJECT, RECIPES
 from xception_flax.recipes.checking import resolve
 from xception_flax.recipes.signatures import keys_of
 from xception_flax.text.errors import UserError
@@ -20,16 +22,17 @@ from xception_flax.text.lookup import cut, suggest, written
 
 COUNTED = -1  # model.num_classes of a recipe for any folder or table: as many as there are
 
-PROJECT = Path(__file__).parents[2]  # with train.py and configs/
+NAME = re.compile(r"\w+")  # of a recipe of this project, such as digits; whatever has a dot or a slash is a file
 
 
 def load(path_and_argument: str, overrides: Sequence[str] = (), groups: Sequence[str] | None = None) -> ConfigDict:
-    """Returns the resolved recipe of `FILE` or `FILE:ARGUMENT`, with overrides applied.
+    """Returns the resolved recipe of `FILE`, `NAME` or either with `:ARGUMENT`, with overrides applied.
 
     If its `model.num_classes` is `COUNTED`, it becomes the number of classes that the training data have.
 
     Args:
-      path_and_argument: the part after the colon is passed to the recipe's `get_config`.
+      path_and_argument: a file, or the name of a recipe of this project: `digits` is its configs/digits.py. The part
+        after the colon is passed to the recipe's `get_config`.
       overrides: `('--config.model.width=0.5', ...)`; if a key is given twice, the last counts.
       groups: those that the overrides may touch; None for all.
 
@@ -64,6 +67,8 @@ def as_written(path_and_argument: str) -> dict[str, Any]:
       UserError: as of `load`, but keys and values are not checked.
     """
     path, _, argument = path_and_argument.partition(":")
+    if NAME.fullmatch(path) and path in (own := _own_recipes()):
+        path = str(own[path])
     if not os.path.isfile(path):  # False if the path is too long; Path.is_file may raise
         raise _no_recipe(path)
     with _import_path(path):
@@ -150,6 +155,11 @@ def _attribute(path: str, name: str) -> Any:
         raise _failed(path, error) from None
 
 
+def _own_recipes() -> dict[str, Path]:
+    """Returns the files of this project's recipes by name."""
+    return {file.stem: file for file in RECIPES.glob("*.py")}
+
+
 def _no_recipe(path: str) -> UserError:
     is_folder = os.path.isdir(path or ".")
     folder = Path(path) if is_folder else Path(path).parent
@@ -158,13 +168,17 @@ def _no_recipe(path: str) -> UserError:
         recipes = {file.stem: str(file) for file in files if b"def get_config(" in file.read_bytes()}
     except (OSError, ValueError):  # the folder cannot be read, or its name is not valid
         recipes = {}
+    own = _own_recipes()
+    if NAME.fullmatch(path):
+        recipes |= {name: name for name in own}
     wrong = f"{written(path)} is a folder, not a recipe file" if is_folder else f"no recipe file {written(path)}"
     if recipes:  # compared by stem: all have the folder and the suffix in common
         return UserError(f"{wrong}; {suggest(Path(path).stem, recipes, spell=recipes.__getitem__)}")
     if Path(path).is_absolute():
         return UserError(f"{wrong}, and no recipe beside it; check the path.")
+    named = f", or take this project's own: --config {stem}" if (stem := Path(path).stem) in own else ""
     return UserError(
-        f"{wrong}, seen from {Path.cwd()}; change to the folder of the project, or give the file's whole path."
+        f"{wrong}, seen from {Path.cwd()}; change to the folder of the project, give the file's whole path{named}."
     )
 
 

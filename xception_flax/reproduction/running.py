@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from xception_flax import __version__, data
 from xception_flax.data.pipeline import usable_cpus
 from xception_flax.host.files import file_errors
+from xception_flax.host.project import TRAIN
 from xception_flax.inference import subject as subjects
 from xception_flax.models import create_model
 from xception_flax.models.costs import list_layers
@@ -133,9 +134,6 @@ def _folder_name(run: Run, recipe: str) -> str:
 
 def _train(run: Run, arguments: Sequence[str], workdir: Path, stopped: Callable[[], int | None]) -> bool:
     """Runs train.py to its end; returns whether the run diverged."""
-    program = reading.PROJECT / "train.py"
-    if not program.is_file():
-        raise UserError(f"there is no {program}; run this command from a clone of the project (pip install -e .).")
     log = workdir.with_name(f"{workdir.name}.log")
     with file_errors(log, "written"):
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +142,7 @@ def _train(run: Run, arguments: Sequence[str], workdir: Path, stopped: Callable[
     with (
         file,
         subprocess.Popen(
-            [sys.executable, str(program), "--config", *arguments],
+            [sys.executable, str(TRAIN), "--config", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -29,11 +29,11 @@ from xception_flax.runs.saving import check_same_data
 from xception_flax.runs.workdir import CHECKPOINTS, HISTORY
 from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
-from xception_flax.training import checkpoint, metrics, program, sharding
+from xception_flax.training import checkpoint, metrics, sharding
 from xception_flax.training.metrics import Sum
 from xception_flax.training.mixing import is_cutmix, mixing_key
 from xception_flax.training.probing import Layer, Probed
-from xception_flax.training.program import Program
+from xception_flax.training.program import Program, create_program, make_probe
 from xception_flax.training.state import TrainState
 
 STEPS_IN_FLIGHT = 2  # as in train.py
@@ -160,57 +160,26 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
       UserError: there is no such step, it cannot be computed here, or none was found.
     """
     with contextlib.ExitStack() as stack:
-        split = data.load(**config.data, batch_size=config.batch_size, seed=config.seed, train=True)
-        best_metric = metrics.METRICS[config.metrics.name].best
-        manager = None
-        if checkpoint.has_steps(workdir / CHECKPOINTS):
-            manager = stack.enter_context(
-                checkpoint.open_manager(workdir / CHECKPOINTS, best_metric=best_metric, read_only=True)
-            )
-        saved = checkpoint.steps_in(manager) if manager is not None else []
-        start = max((s for s in saved if step is None or s < step), default=0)
-        with _advice(start):
-            shape = checkpoint.mesh_shape(manager, start) if start else None
-            meta = checkpoint.read_meta(manager, start) if start else None
-        mesh, notes = sharding.create_mesh(**config.mesh) if own_mesh else _mesh(config, shape), []
-        if shape is not None and math.prod(shape) != mesh.size:
-            notes.append(
-                f"the run computed on {counted(math.prod(shape), 'device')}, this is on {mesh.size}: sums may be "
-                "rounded otherwise"
-            )
-        sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
-        try:
-            ops.check_lowering(config.step.lowering, mesh.devices.flat[0].device_kind)
-        except UserError as error:
-            notes.append(f"computed with step.lowering='platform', which may round otherwise: {error}")
-            config.step.lowering = "platform"
-        names = split.class_names
-        if config.model.num_classes != len(names):
-            raise UserError(f"the data has {counted(len(names), 'class')}, the run {config.model.num_classes}.")
-        shares = sampling.class_shares(split.source) if config.loss.class_weights == "balanced" else None
-        made = program.create_program(config, mesh, split.image_shape, split.num_images, shares)
-        total = made.length.total_steps
-        recorded = history.read_metrics(workdir / HISTORY) if (workdir / HISTORY).is_file() else []
-        recorded = [record for record in recorded if "train/learning_rate" in record]
-        end = step if step is not None else _next_record(config, made, start, recorded)
-        if end > total:
-            what = "it is finished" if step is None else f"there is no step {step:,}"
-            raise UserError(f"the run in {workdir} has {counted(total, 'step')}, and {what}; give --step 1 to {total}.")
-        if meta is not None:
-            check_same_data(meta, _meta(split), workdir)
+        run = _rebuild(workdir, config, step, stack, own_mesh)
+        start, program = run.start, run.program
 
         def first_state() -> TrainState:
             if not start:
-                return begin(made, mesh, split)
+                return begin(program, run.mesh, run.split)
             with _advice(start):
-                return checkpoint.restore_state(manager, made.abstract_state, start)
+                return checkpoint.restore_state(run.manager, program.abstract_state, start)
 
+        end = step if step is not None else _next_record(run)
+        if end > program.length.total_steps:
+            what = "it is finished" if step is None else f"there is no step {step:,}"
+            steps = program.length.total_steps
+            raise UserError(f"the run in {workdir} has {counted(steps, 'step')}, and {what}; give --step 1 to {steps}.")
         state = first_state()
         console.stderr_console().print(f"from {origin(start)}, {counted(end - start, 'step')}", soft_wrap=True)
         with console.waiting("compiling the step"):
-            abstract_batch = sharding.abstract_batch(mesh, split.batch_shapes)
-            train_step = made.train_step.lower(made.abstract_state, abstract_batch).compile()
-        found = _walk(train_step, mesh, split, state, start, end, searching=step is None)
+            abstract_batch = sharding.abstract_batch(run.mesh, run.split.batch_shapes)
+            train_step = program.train_step.lower(program.abstract_state, abstract_batch).compile()
+        found = _walk(train_step, run, state, end, searching=step is None)
         if found is None:
             raise UserError(
                 f"all steps from {start + 1:,} to {end:,} of {workdir} are finite, where it would have recorded next; "
@@ -222,23 +191,23 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
         earlier_update = False
         # An update that overflows shows in no loss or gradient of its own step: look at the states too.
         if not_finite_before:
-            first = _walk(train_step, mesh, split, first_state(), start, earlier or at - 1, searching=True)
+            first = _walk(train_step, run, first_state(), earlier or at - 1, searching=True)
             if first is not None:
                 earlier, earlier_update = first[0], _is_finite(first[-1][-1])
-        notes += _compared(recorded, start, sums)
-        if at in saved:
-            notes.append(f"checkpoint of step {at:,}: {_same_state(manager, after)}")
-        on_devices = sharding.global_batch(mesh, batch)
-        probed = program.make_probe(config, made, mesh, shares)(before, on_devices)
+        notes = [*run.notes, *_compared(run.recorded, start, sums)]
+        if at in run.saved:
+            notes.append(f"checkpoint of step {at:,}: {_same_state(run, after)}")
+        on_devices = sharding.global_batch(run.mesh, batch)
+        probed = make_probe(run.config, program, run.mesh, run.shares)(before, on_devices)
         return Replayed(
             step=at,
             start=start,
-            devices=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+            devices=f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}",
             values={name: s.total / s.count for name, s in sums[-1].items() if s.count},
             probed=probed,
             batch=batch,
-            examples=_examples(split, at, batch, probed),
-            mixing=_mixing(config, at, probed),
+            examples=_examples(run.split, at, batch, probed),
+            mixing=_mixing(run.config, at, probed),
             before=not_finite_before,
             after=checkpoint.not_finite(after),
             earlier=earlier,
@@ -248,29 +217,114 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
         )
 
 
+# The run, as it can be computed here ---------------------------------------------------------------
+
+
+class _Run(NamedTuple):
+    """What computes the steps of a run again.
+
+    Attributes:
+      config: its recipe, with the lowering that computes here.
+      split: its training data.
+      shares: of the classes, if the loss is weighted by them.
+      mesh: of the devices here.
+      program: compiled for them.
+      manager: of its checkpoints; None if there is none.
+      saved: the steps that have a checkpoint.
+      start: the newest of them that is older than the step; 0 for none.
+      recorded: the records of training.
+      notes: how it differs from the run.
+    """
+
+    config: ConfigDict
+    split: data.Split
+    shares: np.ndarray | None
+    mesh: Mesh
+    program: Program
+    manager: checkpoint.Checkpoints | None
+    saved: list[int]
+    start: int
+    recorded: list[dict[str, Any]]
+    notes: list[str]
+
+
+def _rebuild(workdir: Path, config: ConfigDict, step: int | None, stack: contextlib.ExitStack, own_mesh: bool) -> _Run:
+    """Returns the run in `workdir`; the arguments are those of `replay`, and `stack` closes its checkpoints."""
+    config, notes, manager = config.copy_and_resolve_references(), [], None
+    split = data.load(**config.data, batch_size=config.batch_size, seed=config.seed, train=True)
+    names = split.class_names
+    if config.model.num_classes != len(names):
+        raise UserError(f"the data has {counted(len(names), 'class')}, the run {config.model.num_classes}.")
+    if checkpoint.has_steps(workdir / CHECKPOINTS):
+        best_metric = metrics.METRICS[config.metrics.name].best
+        opened = checkpoint.open_manager(workdir / CHECKPOINTS, best_metric=best_metric, read_only=True)
+        manager = stack.enter_context(opened)
+    saved = checkpoint.steps_in(manager) if manager is not None else []
+    start = max((s for s in saved if step is None or s < step), default=0)
+    shape = None
+    if start:
+        with _advice(start):
+            shape, meta = checkpoint.mesh_shape(manager, start), checkpoint.read_meta(manager, start)
+        check_same_data(meta, {"class_names": list(names), "num_images": split.num_images}, workdir)
+    mesh = sharding.create_mesh(**config.mesh) if own_mesh else _mesh(config, shape)
+    if shape is not None and math.prod(shape) != mesh.size:
+        notes.append(
+            f"the run computed on {counted(math.prod(shape), 'device')}, this is on {mesh.size}: sums may be "
+            "rounded otherwise"
+        )
+    sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
+    try:
+        ops.check_lowering(config.step.lowering, mesh.devices.flat[0].device_kind)
+    except UserError as error:
+        notes.append(f"computed with step.lowering='platform', which may round otherwise: {error}")
+        config.step.lowering = "platform"
+    shares = sampling.class_shares(split.source) if config.loss.class_weights == "balanced" else None
+    recorded = history.read_metrics(workdir / HISTORY) if (workdir / HISTORY).is_file() else []
+    return _Run(
+        config=config,
+        split=split,
+        shares=shares,
+        mesh=mesh,
+        program=create_program(config, mesh, split.image_shape, split.num_images, shares),
+        manager=manager,
+        saved=saved,
+        start=start,
+        recorded=[record for record in recorded if "train/learning_rate" in record],
+        notes=notes,
+    )
+
+
 @contextlib.contextmanager
 def _advice(start: int) -> Iterator[None]:
     """Says what to do here about a damaged checkpoint, in place of what to do in training."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{_reason(error)}; give an earlier step, --step {start} at most.") from None
+        raise UserError(error.reason, advice=f"give an earlier step, --step {start} at most") from None
 
 
-def _reason(error: UserError) -> str:
-    return str(error).rpartition("; ")[0] or str(error)  # the advice for training comes last, if there is one
-
-
-def _same_state(manager: checkpoint.Checkpoints, state: TrainState) -> str:
+def _same_state(run: _Run, state: TrainState) -> str:
+    """Returns in words whether `state` is what the checkpoint of its step has."""
     try:
-        different = checkpoint.differs(manager, state)
+        different = checkpoint.differs(run.manager, state)
+        if not different:
+            return "the state has its checksums, bit for bit"
+        said = f"the state differs from it in {_listed(different)}"
+        saved = checkpoint.restore_state(run.manager, run.program.abstract_state, int(state.step))
     except UserError as error:
-        return f"was not compared, {_reason(error)}"
-    return (
-        f"the state differs from it in {_listed(different)}"
-        if different
-        else "the state has its checksums, bit for bit"
-    )
+        return f"was not compared, {error.reason}"
+    return f"{said}, by {_largest_difference(state, saved):.1g} of an array's largest value at most"
+
+
+def _largest_difference(state: TrainState, saved: TrainState) -> float:
+    """Returns the largest difference of two values, as a share of the largest value of the saved array."""
+    largest = 0.0
+    for here, there in zip(jax.tree.leaves(state), jax.tree.leaves(saved), strict=True):
+        here, there = np.asarray(here, np.float64), np.asarray(there, np.float64)
+        if (differ := here != there).any():
+            difference = np.abs(here[differ] - there[differ]).max() / np.abs(there).max()
+            largest = max(largest, float(difference) if math.isfinite(difference) else math.inf)
+    return largest
 
 
 def _mesh(config: ConfigDict, shape: tuple[int, ...] | None) -> Mesh:
@@ -287,18 +341,15 @@ def _mesh(config: ConfigDict, shape: tuple[int, ...] | None) -> Mesh:
     return sharding.create_mesh(count, devices=devices[:count])
 
 
-def _meta(split: data.Split) -> dict[str, Any]:
-    return {"class_names": list(split.class_names), "num_images": split.num_images}
-
-
-def _next_record(config: ConfigDict, made: Program, start: int, recorded: Sequence[Mapping[str, Any]]) -> int:
+def _next_record(run: _Run) -> int:
     """Returns the first step, after the newest checkpoint and the newest record, that the run would have looked at."""
-    newest = max([start, *(record["step"] for record in recorded)])
+    config, length = run.config, run.program.length
+    newest = max([run.start, *(record["step"] for record in run.recorded)])
     ends = (config.eval_every_epochs, config.checkpoint_every_epochs)
-    for step in range(newest + 1, made.length.total_steps + 1):
-        if step % config.log_every_steps == 0 or any(made.length.ends_interval(step, every) for every in ends):
+    for step in range(newest + 1, length.total_steps + 1):
+        if step % config.log_every_steps == 0 or any(length.ends_interval(step, every) for every in ends):
             return step
-    return max(newest + 1, made.length.total_steps)
+    return max(newest + 1, length.total_steps)
 
 
 # Steps ---------------------------------------------------------------------------------------------
@@ -310,29 +361,27 @@ Walked = tuple[int, TrainState, Batch[np.ndarray], TrainState, list[dict[str, Su
 
 def _walk(
     train_step: Callable[[TrainState, Batch[jax.Array]], tuple[TrainState, dict[str, Sum]]],
-    mesh: Mesh,
-    split: data.Split,
+    run: _Run,
     state: TrainState,
-    start: int,
     end: int,
     *,
     searching: bool,
 ) -> Walked | None:
-    """Computes the steps after `start` up to `end`; if `searching` only up to the first that is not finite.
+    """Computes the steps after `run.start` up to `end`; if `searching` only up to the first that is not finite.
 
     Returns None if `searching` and all are finite. It takes the memory of `state`.
     """
     sums: list[dict[str, Sum]] = []
     pending: deque[dict[str, Sum]] = deque()
     with (
-        contextlib.closing(split.batches(start)) as batches,
-        console.counting("replaying", end - start, "step") as advance,
+        contextlib.closing(run.split.batches(run.start)) as batches,
+        console.counting("replaying", end - run.start, "step") as advance,
     ):
-        for step in range(start + 1, end + 1):
+        for step in range(run.start + 1, end + 1):
             batch = next(batches)
             kept = searching or step == end
             before = jax.tree.map(jnp.copy, state) if kept else None  # the step takes the memory of its argument
-            state, of_step = train_step(state, sharding.global_batch(mesh, batch))
+            state, of_step = train_step(state, sharding.global_batch(run.mesh, batch))
             pending.append(of_step)
             while len(pending) > (0 if kept else STEPS_IN_FLIGHT):
                 sums.append(_on_host(pending.popleft()))

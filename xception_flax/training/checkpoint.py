@@ -598,4 +598,4 @@ def _unreadable(folder: Path, step: int, reason: str) -> UserError:
         f"move this folder away to go on from step {max(others, default=0)}, or train with checkpoint.on_damaged=older"
     )
     advice = aside if others else "there is no other"
-    return UserError(f"checkpoint {folder / str(step)} cannot be used: {reason}; {advice}.")
+    return UserError(f"checkpoint {folder / str(step)} cannot be used: {reason}", advice=advice)

@@ -1,0 +1,95 @@
+"""The built package works outside of the clone: its files, its recipes by name, and training."""
+
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import shell
+
+ROOT = Path(__file__).parent.parent
+
+
+def build(source: Path, kind: str, folder: Path) -> Path:
+    """Builds a 'wheel' or an 'sdist' of the project in `source`, without a network."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", kind, "--directory", str(folder)]
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    (built,) = folder.iterdir()
+    return built
+
+
+def names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    return build(ROOT, "wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_wheel_has_the_package_the_program_and_the_recipes(wheel):
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    files = listed.stdout.splitlines()
+    project = {f"xception_flax/project/{name}" for name in files if name == "train.py" or name.startswith("configs/")}
+    assert len(project) >= 12
+    assert names(wheel) == project | {name for name in files if name.startswith("xception_flax/")}
+
+
+def test_the_source_distribution_builds_the_same_wheel(wheel, tmp_path):
+    archive = build(ROOT, "sdist", tmp_path / "sdist")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    assert (source / "tests" / "test_package.py").is_file()
+    assert names(build(source, "wheel", tmp_path / "wheel")) == names(wheel)
+
+
+def test_a_network_is_trained_and_used_without_the_clone(wheel, tmp_path):
+    """With the libraries of this environment; `--no-deps` leaves them out of the installation."""
+    site, here = tmp_path / "site", tmp_path / "here"
+    here.mkdir()
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run([sys.executable, *install], check=True, timeout=120)
+    environment = shell.environment(devices=1) | {"PYTHONPATH": str(site), "COLUMNS": "120"}
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-P", *arguments]
+        result = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    package = ["-m", "xception_flax"]
+    assert (
+        run("-c", "import xception_flax; print(xception_flax.__file__)").strip() == f"{site}/xception_flax/__init__.py"
+    )
+    assert run(*package, "train", "--help").startswith("usage: xception-flax train [-h] ")
+    run(
+        *package,
+        "train",
+        "--config",
+        "digits:lenet",
+        "--workdir",
+        "run",
+        "--config.epochs=0.1",
+        "--config.schedule.warmup_epochs=0",
+        "--restarts",
+        "1",
+    )
+    config = json.loads((here / "run" / "config.json").read_text())
+    assert (config["model"]["name"], config["epochs"]) == ("lenet", 0.1)
+    last = json.loads((here / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2  # of 64 images of 1,257: a tenth of an epoch
+    assert (here / "run" / "curves.png").is_file()
+    assert '"top1": ' in run(*package, "evaluate", "run", "--split", "test")
+    # A recipe that stands on one of the project's.
+    (here / "mine.py").write_text(
+        "from configs import digits\ndef get_config():\n    config = digits.get_config()\n    config.epochs = 3.0\n"
+        "    return config\n"
+    )
+    assert json.loads(run(*package, "recipe", "mine.py", "--json"))["epochs"]["value"] == 3.0
