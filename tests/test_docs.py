@@ -35,6 +35,7 @@ PAGES = [
         f"docs/{page}.md"
         for page in ("imagenet", "measuring", "runs", "reliability", "pods", "proof", "paper", "design", "comparison")
     ),
+    "docs/miniature.md",
     "benchmarks/README.md",
     "CONTRIBUTING.md",
     "SECURITY.md",

@@ -27,6 +27,7 @@ VERBS = {
     "summary": "shows parameters, multiply-adds and activations of a network",
     "recipe": "shows every key of a recipe: value, type, default and meaning",
     "replay": "computes a step of a run again, layer by layer: why a loss or a gradient is not finite",
+    "reproduce": "tries the paper's claims on small networks, and writes what the results support",
     "doctor": "shows versions, devices, memory and settings, and runs a training step on each backend",
     "precompile": "compiles the training step for TPUs or GPUs, without one: memory, traffic, estimated time",
 }

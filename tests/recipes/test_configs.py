@@ -30,6 +30,8 @@ RECIPES = [
         "imagenet_modern",
         "jft",
         "jft:fc",
+        "miniature:digits/base",
+        "miniature:fashion_mnist/inception_v3_parameters",
         "inception_v3",
         "ablations:towers_4",
     ),
@@ -46,6 +48,7 @@ TINY = [
 ]
 NARROWEST = {
     "inception_v3": ["data.image_size=75"],
+    "miniature:fashion_mnist/inception_v3_parameters": ["data.image_size=75"],
     "digits:lenet": [],
     "ablations:towers_4": ["model.middle_repeats=0", "model.width=0.07"],  # four towers need four channels
 }
@@ -54,7 +57,7 @@ NARROWEST = {
 def make_data(recipe_name: str, directory: Path) -> list[str]:
     """Writes sixteen images for training and nine for evaluation; returns the overrides that name them."""
     digits = sources.digits.digits("train")
-    gray = recipe_name in ("digits", "digits:lenet", "fashion_mnist")
+    gray = recipe_name.startswith(("digits", "fashion_mnist", "miniature"))
     images = digits.images if gray else np.repeat(digits.images[..., None], 3, -1)
     labels = digits.labels
     if recipe_name == "cifar10":
@@ -78,6 +81,7 @@ def make_data(recipe_name: str, directory: Path) -> list[str]:
         *weights,
         "data.source=arrays",
         f"data.path={directory / 'data.npz'}",
+        "data.train_split=train",
         "data.eval_split=validation",
         "model.num_classes=10",
     ]

@@ -39,7 +39,7 @@ def load(path_and_argument: str, overrides: Sequence[str] = (), groups: Sequence
     Raises:
       UserError: the file cannot be read or run, a key or value is wrong, or the data to be counted are.
     """
-    config = resolve(_run_recipe(path_and_argument), overrides, groups)
+    config = resolve(as_written(path_and_argument), overrides, groups)
     if config.model.num_classes == COUNTED:
         config.model.num_classes = len(_class_names(config.data))
     return config
@@ -60,15 +60,19 @@ def override(config: ConfigDict, overrides: Sequence[str], groups: Sequence[str]
     return resolve(config.to_dict(), overrides, groups)
 
 
-def _run_recipe(path_and_argument: str) -> dict[str, Any]:
-    """Returns what the function `get_config` of a recipe's file returns."""
+def as_written(path_and_argument: str) -> dict[str, Any]:
+    """Returns what the function `get_config` of a recipe's file returns: the recipe without its defaults.
+
+    Raises:
+      UserError: as of `load`, but keys and values are not checked.
+    """
     path, _, argument = path_and_argument.partition(":")
     if NAME.fullmatch(path) and path in (own := _own_recipes()):
         path = str(own[path])
     if not os.path.isfile(path):  # False if the path is too long; Path.is_file may raise
         raise _no_recipe(path)
     with _import_path(path):
-        return _call(_get_config(path), path, argument)
+        return _call(_attribute(path, "get_config"), path, argument)
 
 
 @contextlib.contextmanager
@@ -83,6 +87,18 @@ def _import_path(path: str) -> Iterator[None]:
         yield
     finally:
         sys.path[:] = before
+
+
+def read_names(path: str, names: Sequence[str]) -> list[Any]:
+    """Returns what the file of a recipe calls by these names, beside its `get_config`.
+
+    Raises:
+      UserError: the file cannot be read or run, or lacks a name.
+    """
+    if not os.path.isfile(path):
+        raise _no_recipe(path)
+    with _import_path(path):
+        return [_attribute(path, name) for name in names]
 
 
 def _call(get_config: Any, path: str, argument: str) -> dict[str, Any]:
@@ -117,15 +133,15 @@ def _takes(signature: inspect.Signature, *arguments: str) -> bool:
     return True
 
 
-def _get_config(path: str) -> Any:
-    """Runs a recipe's file and returns its `get_config`."""
+def _attribute(path: str, name: str) -> Any:
+    """Runs a recipe's file and returns what it calls `name`."""
     spec = importlib.util.spec_from_file_location("recipe_" + Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path!r} is no Python file; a recipe ends in .py.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config
+        return getattr(module, name)
     except SyntaxError as error:
         line = f", line {error.lineno}" if error.lineno else ""
         code = f": {cut(error.text.strip())}" if error.text else ""
@@ -133,7 +149,8 @@ def _get_config(path: str) -> Any:
     except AttributeError as error:
         if error.obj is not module:
             raise _failed(path, error) from None
-        raise UserError(f"recipe {path} has no function get_config().") from None
+        what = "function get_config()" if name == "get_config" else name
+        raise UserError(f"recipe {path} has no {what}.") from None
     except (Exception, SystemExit) as error:
         raise _failed(path, error) from None
 

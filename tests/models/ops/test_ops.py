@@ -100,8 +100,10 @@ DTYPES_AND_PADDINGS = [("float32", padding) for padding in ops.PADDINGS] + [("bf
         (ops.convolution, (3, 3, 4, 5)),
         (ops.convolution, (1, 4, 4, 5)),
         (ops.convolution, (1, 1, 4, 5)),
+        (partial(ops.convolution, groups=2), (3, 3, 2, 6)),
+        (partial(ops.convolution, groups=2), (1, 1, 2, 6)),
     ],
-    ids=["depthwise", "multiplier", "convolution", "1x4", "1x1"],
+    ids=["depthwise", "multiplier", "convolution", "1x4", "1x1", "groups", "1x1 groups"],
 )
 def test_lowerings_of_convolutions_are_equal(rng, dtype, padding, strides, dilation, function, kernel_shape):
     """Value and both gradients."""

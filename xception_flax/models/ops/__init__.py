@@ -88,7 +88,7 @@ def convolution(
     if kernel.shape[:2] == (1, 1) and groups == 1:
         return pointwise_convolution(x, kernel, strides=strides)
     if groups > 1:
-        return stock.convolution(x, kernel, groups=groups, **options)
+        return lower(x, kernel, cpu=cpu.grouped_convolution, stock=stock.convolution, groups=groups, **options)
     return lower(x, kernel, cpu=cpu.convolution, cuda=gpu.convolution, stock=stock.convolution, **options)
 
 

@@ -1,0 +1,191 @@
+"""The paper's claims in miniature, on two cores: the table of `xception-flax reproduce`, a row a claim.
+
+    xception-flax reproduce                                      runs what is missing, and writes docs/miniature.md
+    python train.py --config configs/miniature.py:digits/base --workdir runs/base       one of its networks
+
+The argument is DATA_SET/SETTING. Every setting is the recipe of its base with the changes that it names and no other.
+Optimizer, schedule, L2, dropout and averaged weights are the paper's for ImageNet; the size of everything is ours, so
+that a run takes about a minute on two cores. Nothing here says what happens at the paper's size.
+
+Data: digits, included: 180 images to train on, 1,257 to validate, 360 to test. With the two splits the other way round
+99 % are right whatever one does, and no difference is to be seen. Fashion-MNIST: 55,000, 5,000 and 10,000. Inception V3
+needs images of 75 pixels and is compared on a recipe of its own ('base_75').
+Measured by us: docs/miniature.md.
+"""
+
+from ml_collections import ConfigDict
+
+from xception_flax import UserError
+from xception_flax.reproduction.claims import Claim, Comparison, Setting
+
+DATA_SETS = {"digits": "digits", "fashion_mnist": "Fashion-MNIST"}
+
+# [ours] Epochs by data set and base: 422 and 1,719 steps of 64 images at 32 px, 281 and 516 at 75 px.
+EPOCHS = {
+    "base": {"digits": 150.0, "fashion_mnist": 2.0},
+    "base_75": {"digits": 100.0, "fashion_mnist": 0.6},
+}
+
+# Names of the splits to train on and to choose rates on. 'test' is that of the results in both.
+SPLITS = {"digits": ("validation", "train"), "fashion_mnist": ("train", "validation")}
+
+AUGMENTATION = {
+    "digits": "resize | random_affine(max_degrees=12, max_shift=0.08, max_scale=1.12)",
+    "fashion_mnist": "resize | random_affine(max_shift=0.08, max_scale=1.1) | flip_left_right",
+}
+
+# `xception_towers` with a tower for each channel, its default, is Xception. Widths of 1/5 and about 1/10: 469,167
+# and 217,609 parameters, 2.13 and 5.93 million multiply-adds.
+NETWORKS = {
+    "base": dict(width=0.2, middle_repeats=2),
+    "base_75": dict(width=0.0965, middle_repeats=8),
+}
+
+SETTINGS = {
+    "base": Setting("Xception"),
+    "base_75": Setting("Xception, 75 px"),
+}
+
+
+def _change(name: str, title: str, base: str = "base", **changes: object) -> None:
+    SETTINGS[name] = Setting(title, {key.replace("__", "."): value for key, value in changes.items()}, base)
+
+
+_change("no_residual", "without residual connections", model__residual=False)
+_change("mid_relu", "ReLU between depthwise and pointwise", model__mid_activation="relu")
+_change("mid_elu", "ELU between depthwise and pointwise", model__mid_activation="elu")
+_change("pointwise_first", "pointwise before depthwise", model__order="pointwise_first")
+# Two layers of twice the width of the pooled features, as 4096 is of 2048.
+_change("fc", "two fully connected layers", model__fc_layers=(820, 820))
+_change("l2_4e-5", "L2 of 4e-5", loss__weight_decay=4e-5)
+_change("cosine", "cosine schedule", schedule=dict(name="cosine"))
+
+# Widths by `models.costs`, so that the quantity is that of the base within 1 %; a test holds them to it. Eight towers
+# are the most for which the narrowest layer, of 64 channels at width 1, has a channel each at equal cost.
+TOWERS = {
+    "parameters": {1: 0.07365, 2: 0.09815, 4: 0.12448, 8: 0.1504},
+    "multiply_adds": {1: 0.07439, 2: 0.09884, 4: 0.127, 8: 0.15238},
+}
+for _equal, _widths in TOWERS.items():
+    for _towers, _width in _widths.items():
+        _words = f"{_towers} tower{'s' if _towers > 1 else ''}, equal {_equal.replace('_', '-')}"
+        _change(f"towers_{_towers}_{_equal}", _words, model__towers=_towers, model__width=_width)
+
+# The network is the change, so all of its group is.
+INCEPTION = {"parameters": 0.1, "multiply_adds": 0.158}
+for _equal, _width in INCEPTION.items():
+    _network = dict(name="inception_v3", num_classes=10, width=_width, dropout_rate=0.5, bn_decay=0.9)
+    _change(f"inception_v3_{_equal}", f"Inception V3, equal {_equal.replace('_', '-')}", "base_75", model=_network)
+
+CLAIMS = (
+    Claim(
+        "inception",
+        "Xception is better than Inception V3 at equal cost",
+        "table 1, section 4.5",
+        [Comparison(f"inception_v3_{equal}", "base_75", "worse") for equal in INCEPTION],
+    ),
+    Claim(
+        "residual",
+        "Residual connections are essential",
+        "section 4.6, figure 9",
+        [
+            Comparison("no_residual", "base", "worse", same_rate=True, words="at the rate of Xception"),
+            Comparison("no_residual", "base", "worse", words="at its own rate"),
+        ],
+    ),
+    Claim(
+        "activation",
+        "No activation between depthwise and pointwise is better than ReLU or ELU",
+        "section 4.7, figure 10",
+        [Comparison("mid_relu", "base", "worse"), Comparison("mid_elu", "base", "worse")],
+    ),
+    Claim(
+        "towers",
+        "A regular convolution is worse than a depthwise separable one; what lies between is open",
+        "sections 1.2 and 5",
+        [
+            Comparison(f"towers_{towers}_{equal}", "base", "worse" if towers == 1 else "open")
+            for equal, widths in TOWERS.items()
+            for towers in widths
+        ],
+        axis={
+            f"equal {equal.replace('_', '-')}": [
+                *((str(towers), f"towers_{towers}_{equal}") for towers in widths),
+                ("one a channel", "base"),
+            ]
+            for equal, widths in TOWERS.items()
+        },
+    ),
+    Claim(
+        "order",
+        "The order of depthwise and pointwise convolution is unimportant",
+        "section 1.2",
+        [Comparison("pointwise_first", "base", "equal")],
+    ),
+    Claim(
+        "fully_connected",
+        "Fully connected layers before the classifier help a little (on JFT)",
+        "table 2",
+        [Comparison("fc", "base", "better")],
+    ),
+    Claim(
+        "l2",
+        "L2 of 4e-5, which suits Inception V3, is worse for Xception than 1e-5",
+        "section 4.3",
+        [Comparison("l2_4e-5", "base", "worse")],
+    ),
+    Claim(
+        "averaging",
+        "Averaged weights are better than the last ones, of the same runs",
+        "section 4.2",
+        [Comparison("base", "base", "worse", weights="raw", words="last weights")],
+    ),
+    Claim(
+        "schedule",
+        "Steps of x0.94 and a cosine (ours; the paper compares none)",
+        "section 4.2",
+        [Comparison("cosine", "base", "open")],
+    ),
+)
+
+
+def get_config(name: str) -> ConfigDict:
+    data_set, _, setting = name.partition("/")
+    if data_set not in DATA_SETS or setting not in SETTINGS:
+        raise UserError(
+            f"the argument must be DATA_SET/SETTING, of {', '.join(DATA_SETS)} and {', '.join(SETTINGS)}, got {name!r}."
+        )
+    base = SETTINGS[setting].base or setting
+    epochs = EPOCHS[base][data_set]
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 64
+    config.epochs = epochs
+    config.log_every_steps = 25
+    config.eval_every_epochs = epochs / 3
+    config.checkpoint_every_epochs = epochs / 2
+    # [paper] Dropout 0.5, 4.3.
+    config.model = dict(name="xception_towers", num_classes=10, dropout_rate=0.5, bn_decay=0.9, **NETWORKS[base])
+    config.normalize = dict(mean=(127.5,), std=(127.5,))
+    config.loss = dict(name="softmax", weight_decay=1e-5)  # [paper] 4.3
+    config.metrics = dict(name="single_label")
+    config.optimizer = dict(name="sgd", learning_rate=0.045, momentum=0.9)  # [paper] 4.2; the rate is searched around
+    # [paper] 4.2: x0.94 every 2 epochs. [ours] Here every 2 % of the run, as if it had 100 epochs.
+    config.schedule = dict(name="exponential", decay_rate=0.94, every_epochs=epochs / 50)
+    config.step = dict(ema_decay=0.99)  # [paper] Polyak averaging, 4.2; [ours] over about 100 steps
+    config.data = dict(
+        source=data_set,
+        image_size=75 if base == "base_75" else 32,
+        channels=1,
+        train_split=SPLITS[data_set][0],
+        eval_split=SPLITS[data_set][1],
+        train_transforms=AUGMENTATION[data_set],
+        eval_transforms="resize",
+    )
+    for key, value in SETTINGS[setting].changes.items():
+        group, _, option = key.partition(".")
+        if option:
+            config[group][option] = value
+        else:
+            config[group] = ConfigDict(value)
+    return config

@@ -1,0 +1,74 @@
+"""A run that is stopped, then killed, and ends with the numbers of one that was not."""
+
+import contextlib
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import workdirs
+from xception_flax.reproduction import running
+from xception_flax.reproduction.claims import SEARCH_SEED, read_table
+from xception_flax.reproduction.results import Results, Run
+from xception_flax.text.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
+TABLE = read_table(Path(__file__).with_name("tiny.py"))
+MEASURED = ("steps", "validation", "test", "losses", "accuracies", "parameters", "multiply_adds", "recipe")
+RUN = Run("digits", "base", 0.05, 0)
+
+
+def perform(run: Run, workdirs: Path, stopped: Callable[[], int | None] = lambda: None) -> dict:
+    return running.perform(run, TABLE, Results(TABLE, []), workdirs, None, stopped)
+
+
+def test_a_run_that_was_stopped_and_killed_ends_as_one_that_was_not(tmp_path):
+    whole = perform(RUN, tmp_path / "whole")
+    assert whole["steps"] == 157
+    assert whole["test"]["images"] == 360
+    assert whole["test"]["ema"] != whole["test"]["raw"]
+    assert whole["losses"][-1][0] == 157
+    assert whole["seconds"] > 0
+
+    folder = tmp_path / "torn"
+    results = Results(TABLE, [])
+
+    def workdir() -> Path:
+        return next(path for path in folder.iterdir() if path.is_dir())
+
+    def records_from(step: int) -> bool:
+        records = workdirs.records(workdir()) if folder.exists() and any(p.is_dir() for p in folder.iterdir()) else []
+        return any(record["step"] >= step for record in records)
+
+    with pytest.raises(running.Stopped) as stopped:
+        perform(RUN, folder, lambda: signal.SIGTERM if records_from(5) else None)
+    assert stopped.value.number == signal.SIGTERM
+    before = max(record["step"] for record in workdirs.records(workdir()))
+    assert before < 157
+
+    def kill() -> None:
+        if records_from(before + 20):
+            with contextlib.suppress(ProcessLookupError):  # it is asked once more, when the process has gone
+                os.kill(int(re.search(r"process (\d+)", (workdir() / ".lock").read_text())[1]), signal.SIGKILL)
+
+    with pytest.raises(UserError, match=r"(?s)ended with signal 9.*The same command goes on"):
+        perform(RUN, folder, kill)
+    row = perform(RUN, folder)
+    assert {name: row[name] for name in MEASURED} == {name: whole[name] for name in MEASURED}
+    assert row["seconds"] is None, "of a run in parts nobody knows the time"
+    running.remove(RUN, results, folder)
+    assert not list(folder.iterdir())
+
+
+def test_a_run_that_diverges_has_a_row_without_numbers(tmp_path):
+    row = perform(Run("digits", "unstable", 1e30, SEARCH_SEED), tmp_path)
+    assert (row["validation"], row["test"]) == (None, None)
+
+
+def test_a_mistake_names_the_run_and_the_log(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)digits, base, seed 0: train.py ended with exit code 2.*\.log"):
+        perform(RUN._replace(learning_rate=-1.0), tmp_path)

@@ -1,0 +1,195 @@
+"""Tries the paper's claims in miniature: runs what is missing, and writes a page that says what the results support.
+
+It goes on where it was stopped. Ctrl-C or SIGTERM stops it after a checkpoint; nothing measured is lost.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from xception_flax.commands import cli
+from xception_flax.display import console
+from xception_flax.host import files, signals
+from xception_flax.host.locks import try_lock
+from xception_flax.host.project import RECIPES
+from xception_flax.reproduction import plan, report, results, running
+from xception_flax.reproduction.claims import MIN_SEEDS, Claim, Table, read_table
+from xception_flax.reproduction.results import Results, Run
+from xception_flax.text.counting import counted
+from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import lookup
+
+EXAMPLES = """\
+  xception-flax reproduce --budget 10
+  xception-flax reproduce --only residual,order --seeds 5
+  xception-flax reproduce --data-dir /data/fashion-mnist
+  xception-flax reproduce --report"""
+
+UNKNOWN_SECONDS = 60.0  # of a run of which no like one is known
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser("xception-flax reproduce", __doc__, EXAMPLES, hosts=False)
+    _add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    table = read_table(arguments.config)
+    claims = _chosen(table, arguments.only)
+    found = Results(table, results.read(arguments.results))
+    if arguments.report:
+        _write(found, table, arguments.output)
+        return 0
+    _check_writable(arguments.results)
+    data_sets = _data_sets(table, arguments.data_dir)
+    cli.start(arguments)
+    begun = time.monotonic()
+    arguments.workdir.mkdir(parents=True, exist_ok=True)
+    with (arguments.workdir / ".lock").open("w") as lock, signals.StopRequest() as stop:
+        if not try_lock(lock):
+            raise UserError(f"another `reproduce` runs in {arguments.workdir}; wait for its end, or give --workdir.")
+        try:
+            _run_all(found, table, claims, data_sets, arguments, begun, stop)
+        except running.Stopped as stopped:
+            _say(f"stopped; the same command goes on from there (runs done: {len(found.rows)})")
+            _write(found, table, arguments.output)
+            return 128 + stopped.number
+    _write(found, table, arguments.output)
+    return 0
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--budget", type=_minutes_given, metavar="MINUTES", help="begin no run that would end later")
+    parser.add_argument("--only", metavar="CLAIM,...", help="these claims (all)")
+    parser.add_argument(
+        "--seeds",
+        type=cli.positive,
+        default=MIN_SEEDS,
+        metavar="N",
+        help=f"runs of each setting ({MIN_SEEDS}, and more where they do not decide)",
+    )
+    parser.add_argument("--data-dir", metavar="DIR", help="of the files of Fashion-MNIST, if not where Debian has them")
+    parser.add_argument("--report", action="store_true", help="only write the page from the results")
+    parser.add_argument(
+        "--config", type=Path, default=RECIPES / "miniature.py", metavar="FILE", help="the table of claims"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("results", "miniature.jsonl"),
+        metavar="FILE",
+        help="a JSON line for each run (results/miniature.jsonl)",
+    )
+    parser.add_argument(
+        "--output", type=cli.directory, default=Path("docs"), metavar="DIR", help="of miniature.md (docs)"
+    )
+    parser.add_argument(
+        "--workdir",
+        type=cli.directory,
+        default=Path("runs", "miniature"),
+        metavar="DIR",
+        help="of runs that are not at their end (runs/miniature)",
+    )
+
+
+def _minutes_given(text: str) -> float:
+    """The type of `--budget`."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < 1e6:
+        raise argparse.ArgumentTypeError(f"must be a positive number of minutes, got {text!r}")
+    return minutes
+
+
+def _chosen(table: Table, only: str | None) -> Sequence[Claim]:
+    claims = {claim.name: claim for claim in table.claims}
+    names = claims if only is None else dict.fromkeys(only.split(","))
+    return [lookup(claims, name, "claim") for name in names]
+
+
+def _check_writable(path: Path) -> None:
+    """Raises UserError, before anything is run, if its row could not be written. It makes the folder."""
+    with files.file_errors(path.parent, "made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    files.check_writable(path)
+
+
+def _data_sets(table: Table, data_dir: str | None) -> list[str]:
+    """Returns the data sets that are on this machine, and says what is missing of the others."""
+    there, reasons = [], []
+    for data_set in table.data_sets:
+        try:
+            running.check_data(table, data_set, data_dir)
+            there.append(data_set)
+        except UserError as error:
+            reasons.append(f"{data_set} is left out: {error}")
+    if not there:
+        raise UserError("\n".join(reasons))
+    for reason in reasons:
+        _say(reason.replace("--config.data.data_dir=DATA", "--data-dir DIR"))
+    return there
+
+
+def _run_all(
+    found: Results,
+    table: Table,
+    claims: Sequence[Claim],
+    data_sets: Sequence[str],
+    arguments: argparse.Namespace,
+    begun: float,
+    stop: signals.StopRequest,
+) -> None:
+    """Runs what is missing until nothing is, or the budget is used up.
+
+    Raises:
+      running.Stopped: a signal came.
+    """
+    budget = None if arguments.budget is None else 60 * arguments.budget
+    while runs := plan.missing(found, claims, data_sets, arguments.seeds):
+        if stop.signal is not None:
+            raise running.Stopped(stop.signal)
+        run, left = runs[0], sum(_expected_seconds(found, run) for run in runs)
+        if budget is not None and time.monotonic() - begun + _expected_seconds(found, run) > budget:
+            _say(f"the budget is used up; {counted(len(runs), 'run')} or more are missing, {_minutes(left)}")
+            return
+        kind = "search" if run.is_search else f"seed {run.seed}"
+        what = f"{run.data_set}, {run.setting}, rate {run.learning_rate:g}, {kind}"
+        _say(f"{what}; {counted(len(runs), 'run')} or more to go, {_minutes(left)}")
+        row = running.perform(run, table, found, arguments.workdir, arguments.data_dir, lambda: stop.signal)
+        results.append(arguments.results, row)
+        found.add(row)
+        running.remove(run, found, arguments.workdir)
+        _say(f"{what}: {_outcome(row)}")
+
+
+def _outcome(row: dict) -> str:
+    if row["validation"] is None:
+        return "diverged"
+    seconds = "" if row["seconds"] is None else f", {row['seconds']:.0f} s"
+    test = "" if row["test"] is None else f", test {console.percent(row['test']['ema']['top1'])}"
+    return f"validation {console.percent(row['validation']['top1'])}{test}{seconds}"
+
+
+def _expected_seconds(found: Results, run: Run) -> float:
+    """Returns how long a run takes, by those of its setting, else of its data set, else of all."""
+    for fields in (2, 1, 0):
+        alike = [row["seconds"] for other, row in found.rows.items() if other[:fields] == run[:fields]]
+        if known := [seconds for seconds in alike if seconds is not None]:
+            return statistics.fmean(known)
+    return UNKNOWN_SECONDS
+
+
+def _minutes(seconds: float) -> str:
+    return f"about {max(1, round(seconds / 60)):,} min"
+
+
+def _write(found: Results, table: Table, folder: Path) -> None:
+    for path in report.write(found, table, folder):
+        print(path, flush=True)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,276 @@
+"""The page about a table: what was decided before, what the results say, what each run cost.
+
+Its bytes follow from the table and the results; nothing is of the moment or the machine on which it is written.
+"""
+
+import math
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xception_flax.host import files
+from xception_flax.reproduction import figures
+from xception_flax.reproduction.claims import (
+    CONFIDENCE,
+    EXTENSIONS,
+    FACTORS,
+    MARGIN,
+    MIN_SEEDS,
+    MORE_SEEDS,
+    SEARCH_SEED,
+    Comparison,
+    Table,
+    Verdict,
+    together,
+)
+from xception_flax.reproduction.plan import search, verdict
+from xception_flax.reproduction.results import Results, Run
+from xception_flax.text.counting import counted
+
+PAGE = "miniature.md"
+RESULTS = "results/miniature.jsonl"
+FOLDER = "images"  # of the pictures, beside the page
+
+
+def write(results: Results, table: Table, folder: Path) -> list[Path]:
+    """Writes the page and its figures into a folder, and returns their paths; figures without results are removed.
+
+    Raises:
+      UserError: a file cannot be written.
+    """
+    drawn = draw(results, table)
+    with files.file_errors(folder / FOLDER, "made"):
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, content in drawn.items():
+        path = folder / FOLDER / name
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            files.write_whole(path, [content])
+            written.append(path)
+    there = [name for name, content in drawn.items() if content is not None]
+    files.write_whole(folder / PAGE, [render(results, table, there).encode()])
+    return [folder / PAGE, *written]
+
+
+def draw(results: Results, table: Table) -> dict[str, bytes | None]:
+    """Returns the figures by their file's name, PNGs; None for those that have nothing to show yet."""
+    rows = [
+        (table.data_sets[data_set], words(table, comparison), found)
+        for data_set in table.data_sets
+        for claim in table.claims
+        for comparison in claim.comparisons
+        if (found := verdict(results, data_set, comparison)).differences
+    ]
+    drawn: dict[str, bytes | None] = {"miniature_differences.png": figures.differences(rows) if rows else None}
+    drawn |= {
+        f"miniature_{claim.name}.png": figures.axis(results, table, claim) for claim in table.claims if claim.axis
+    }
+    return drawn | {"miniature_curves.png": figures.curves(results, table)}
+
+
+def words(table: Table, comparison: Comparison) -> str:
+    """Returns what the page calls a comparison."""
+    return table.settings[comparison.setting].title + (f", {comparison.words}" if comparison.words else "")
+
+
+def render(results: Results, table: Table, pictures: Sequence[str]) -> str:
+    """Returns the page in Markdown; `pictures` are the names of the figures that are there."""
+    titles = {
+        "miniature_differences.png": "Every comparison: seeds, mean and interval",
+        "miniature_curves.png": "Training loss of every run",
+        **{f"miniature_{claim.name}.png": claim.title for claim in table.claims},
+    }
+    parts = [
+        _HEAD.format(results=f"[{RESULTS}](../{RESULTS})" if results.rows else f"`{RESULTS}`"),  # no link to no file
+        "## What the results say",
+        _summary(results, table),
+        _comparisons(results, table),
+        *(f"![{titles[name]}]({FOLDER}/{name})" for name in pictures),
+        "## Decided before it was run",
+        _protocol(table),
+        "## What each setting costs",
+        _costs(results, table),
+        "## Learning rates",
+        _rates(results, table),
+        "## Where it was run",
+        _where(results),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_HEAD = """\
+# The paper in miniature
+
+The paper's claims need ImageNet, JFT and 60 GPUs. This page tries them on small networks and small images, on two CPU
+cores, with enough seeds to say what is noise. It supports or contradicts a claim at this size only.
+
+`xception-flax reproduce` writes this page: do not edit it. [configs/miniature.py](../configs/miniature.py) has the
+claims, {results} a line for each run.
+
+<!-- not run: takes hours -->
+```bash
+xception-flax reproduce --budget 10          # minutes; what is missing, as far as that goes
+xception-flax reproduce --only residual      # one claim
+xception-flax reproduce --report             # writes this page from the results, and runs nothing
+```
+
+Each run is a process of `train.py`. Ctrl-C stops it after a checkpoint, and the same command goes on from there. Digits
+are included; the files of Fashion-MNIST are read from `--data-dir` (Debian: `apt install dataset-fashion-mnist`)."""
+
+
+def _summary(results: Results, table: Table) -> str:
+    rows = []
+    for claim in table.claims:
+        found = {d: [verdict(results, d, comparison).word for comparison in claim.comparisons] for d in table.data_sets}
+        rows.append((f"{claim.title} ({claim.place})", *(together(found[data_set]) for data_set in table.data_sets)))
+    return _table(("claim", *table.data_sets.values()), rows)
+
+
+def _comparisons(results: Results, table: Table) -> str:
+    rows = []
+    for claim in table.claims:
+        for comparison in claim.comparisons:
+            for data_set, title in table.data_sets.items():
+                found = verdict(results, data_set, comparison)
+                rows.append(
+                    (
+                        claim.name,
+                        f"{words(table, comparison)}, beside {table.settings[comparison.base].title}",
+                        title,
+                        comparison.expected if comparison.expected != "open" else "(open)",
+                        _difference(found),
+                        str(len(found.differences)),
+                        found.word,
+                    )
+                )
+    note = "Differences are of the test accuracy, in percentage points, with the 95 % interval of their mean."
+    header = ("claim", "compared", "data", "claimed", "difference", "seeds", "verdict")
+    return f"{note}\n\n{_table(header, rows)}"
+
+
+def _difference(found: Verdict) -> str:
+    if math.isnan(found.mean):
+        return ""
+    bounds = "" if math.isnan(found.low) else f" ({found.low:+.2f} to {found.high:+.2f})"
+    return f"{found.mean:+.2f}{bounds}"
+
+
+_PROTOCOL = """
+**Measure.** Accuracy on the test split, at the last step, by the averaged weights.
+
+**One change.** A setting is the recipe of its base with the changes that `configs/miniature.py` names; a test compares
+the recipes. 'Equal' parameters or multiply-adds are so within 1 %.
+
+**Learning rate.** For every setting alike, also the base: the recipe's rate times {factors}, with seed {search_seed},
+which no result has, by the accuracy on the validation split at the end; of equal ones, the lower loss. If the best is
+at an edge, the grid grows there by a step, at most {extensions} times. The test split takes no part: a search does not
+read it.
+
+**Seeds.** 0 to {last}, and to {last_of_more} where those leave a comparison undecided or its mean within two standard
+errors of 0. Below {min_seeds} nothing is decided.
+
+**Pairs.** Setting and base with the same seed see the same images in the same order with the same augmentation. The
+difference of each pair is taken. Its mean has the {percent:g} % interval of Student's t, to each side at least half a
+test image.
+
+**The rule.** 'Better' and 'worse': *agree* if the interval excludes 0 on the claimed side, *disagree* if on the other,
+else *undecided*. 'Equal': *agree* if the interval is within {margin:g} points of 0, *disagree* if it is wholly outside,
+else *undecided*. A run that diverged leaves its comparison undecided. On a data set a claim has the verdict that all
+its comparisons have, and is undecided if they differ; open ones have none.
+
+**Not corrected.** Of {comparisons} comparisons without any difference, about one in twenty would exclude 0, and looking
+twice, after {min_seeds} and after {more_seeds} seeds, makes that a little more. The intervals are over seeds, not over
+other test images.
+"""
+
+
+def _protocol(table: Table) -> str:
+    text = _PROTOCOL.format(
+        factors=", ".join(f"{factor:g}" for factor in FACTORS),
+        search_seed=SEARCH_SEED,
+        extensions=EXTENSIONS,
+        last=MIN_SEEDS - 1,
+        last_of_more=MORE_SEEDS - 1,
+        min_seeds=MIN_SEEDS,
+        more_seeds=MORE_SEEDS,
+        percent=100 * CONFIDENCE,
+        margin=MARGIN,
+        comparisons=len(table.data_sets) * sum(len(claim.comparisons) for claim in table.claims),
+    )
+    points = text.strip().split("\n\n")
+    return "\n".join(textwrap.fill(f"- {p}", 120, subsequent_indent="  ", break_on_hyphens=False) for p in points)
+
+
+def _costs(results: Results, table: Table) -> str:
+    rows = []
+    for data_set, title in table.data_sets.items():
+        for setting in table.settings:
+            rate, _ = search(results, data_set, setting)
+            found = [row for run, row in results.rows.items() if run[:3] == (data_set, setting, rate)]
+            finals = [row for row in found if not _run(row).is_search and row["test"] is not None]
+            if not finals:
+                continue
+            accuracies = [100 * row["test"]["ema"]["top1"] for row in finals]
+            rows.append(
+                (
+                    f"{table.settings[setting].title}, {title}",
+                    f"{finals[0]['parameters']:,}",
+                    f"{finals[0]['multiply_adds'] / 1e6:.2f}",
+                    _median([row["step_seconds"] for row in finals], "{:.3f}"),
+                    _median([row["seconds"] for row in finals], "{:.0f}"),
+                    f"{statistics.fmean(accuracies):.2f}",
+                    str(len(finals)),
+                )
+            )
+    header = ("setting", "parameters", "10^6 multiply-adds", "s a step", "s a run", "test accuracy, %", "runs")
+    return _table(header, rows) if rows else "Not run."
+
+
+def _median(values: Sequence[float | None], spelling: str) -> str:
+    known = [value for value in values if value is not None]
+    return spelling.format(statistics.median(known)) if known else ""
+
+
+def _rates(results: Results, table: Table) -> str:
+    rows = []
+    for data_set, title in table.data_sets.items():
+        for setting, entry in table.settings.items():
+            rate, _ = search(results, data_set, setting)
+            tried = sorted(run for run in results.rows if run[:2] == (data_set, setting) and run.is_search)
+            if tried:
+                cells = [f"{run.learning_rate:g}: {_validation(results.rows[run])}" for run in tried]
+                chosen = f"{rate:g}" if rate is not None else "(not yet)"
+                rows.append((f"{entry.title}, {title}", ", ".join(cells), chosen))
+    note = "Validation accuracy in percent of each rate that was tried."
+    return f"{note}\n\n{_table(('setting', 'tried', 'chosen'), rows)}" if rows else "Not run."
+
+
+def _validation(row: Mapping[str, Any]) -> str:
+    return "diverged" if row["validation"] is None else f"{100 * row['validation']['top1']:.2f}"
+
+
+def _where(results: Results) -> str:
+    if not results.rows:
+        said = "Nothing was run yet."
+    else:
+        kinds = [
+            f"{row['machine']['cpus']} CPUs ({row['machine']['cpu']}), "
+            + ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+            for row in results.rows.values()
+        ]
+        said = "\n".join(f"- {counted(kinds.count(kind), 'run')}: {kind}" for kind in sorted(set(kinds)))
+    stale = f"\n\n{counted(results.stale, 'line')} of the results are of other recipes, and count for nothing."
+    return said + (stale if results.stale else "")
+
+
+def _run(row: Mapping[str, Any]) -> Run:
+    return Run(row["data_set"], row["setting"], row["learning_rate"], row["seed"])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
