@@ -259,10 +259,19 @@ multihost_utils.process_allgather(np.zeros(7))
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("waits", ["multihost_utils.process_allgather(np.zeros(7))", "while True: sum(range(100))"])
-def test_the_death_of_the_first_is_said(waits):
-    """JAX would abort with a stack trace, since its coordinator is in process 0."""
+@pytest.mark.parametrize(
+    ("before", "waits"),
+    [
+        ("", "multihost_utils.process_allgather(np.zeros(7))"),
+        ("", "while True: sum(range(100))"),
+        ("processes._Watch._watch_first = lambda self: None", "import time; time.sleep(100)"),
+    ],
+    ids=["collective", "busy", "JAX is first"],
+)
+def test_the_death_of_the_first_is_said(before, waits):
+    """JAX aborts with a stack trace, since its coordinator is in process 0. It may see it before our thread does."""
     body = f"""
+{before}
 start()
 multihost_utils.process_allgather(np.zeros(7))
 if me == 0:

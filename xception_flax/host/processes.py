@@ -7,6 +7,7 @@ end. With one process, nothing here has an effect.
 
 import atexit
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -355,7 +356,10 @@ class _Watch:
 
     def start(self, silent_seconds: float) -> None:
         self._silent_seconds, self._heard = silent_seconds, time.monotonic()
-        bodies = [self._run] if _client_state().process_id == 0 else [self._run, self._watch_first]
+        bodies = [self._run]
+        if _client_state().process_id != 0:
+            bodies.append(self._watch_first)
+            self._catch_abort()
         self._threads = [threading.Thread(target=body, daemon=True) for body in bodies]
         for thread in self._threads:
             thread.start()
@@ -363,6 +367,7 @@ class _Watch:
 
     def stop(self) -> None:
         self.ignore()
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
@@ -416,6 +421,32 @@ class _Watch:
                     self._end_without_first(_died([0], self._silent_seconds))
                 with self._waiting():
                     self._stopped.wait(0.5)  # without a route, connecting fails at once
+
+    def _catch_abort(self) -> None:
+        """Sets what happens on SIGABRT: JAX aborts this process when process 0 has gone, and may see it first.
+
+        Python's own handlers would come too late: it runs them between two of its instructions, and abort() does not
+        return. So this one is C's, and runs in the thread that aborts. An abort of another reason takes its course.
+        """
+
+        def aborted(number: int) -> None:
+            if (reason := self._without_first()) is not None:
+                self._end_without_first(reason)
+
+        self._aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)  # it must live as long as it may be called
+        ctypes.CDLL(None).signal(signal.SIGABRT, self._aborted)
+
+    def _without_first(self) -> str | None:
+        """Returns why this process must end, if process 0 has gone or stands still."""
+        host, _, port = _client_state().coordinator_address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+        except ConnectionRefusedError:
+            return _gone()
+        except OSError:
+            pass
+        silence = time.monotonic() - self._heard
+        return _died([0], round(silence)) if silence > STILL_SECONDS else None
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
