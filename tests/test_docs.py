@@ -38,6 +38,7 @@ PAGES = [
     "docs/miniature.md",
     "benchmarks/README.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
 ]
 
 SMALL = [
