@@ -15,11 +15,17 @@ from xception_flax.reproduction.claims import SEARCH_SEED, read_table
 from xception_flax.reproduction.results import Results, Run
 from xception_flax.text.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("on_one_device")
+pytestmark = pytest.mark.usefixtures("on_one_device", "one_device_in_processes")
 
 TABLE = read_table(Path(__file__).with_name("tiny.py"))
 MEASURED = ("steps", "validation", "test", "losses", "accuracies", "parameters", "multiply_adds", "recipe")
 RUN = Run("digits", "base", 0.05, 0)
+
+
+@pytest.fixture
+def one_device_in_processes(monkeypatch):
+    """As a user's; with the eight of the tests a step takes longer."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"))
 
 
 def perform(run: Run, workdirs: Path, stopped: Callable[[], int | None] = lambda: None) -> dict:

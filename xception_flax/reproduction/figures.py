@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xception_flax.display import lettering  # before pyplot: it chooses how pictures are drawn
+import xception_flax.display.lettering  # noqa: F401 - before pyplot: it chooses how pictures are drawn
 from xception_flax.reproduction.claims import MARGIN, Claim, Table, Verdict, interval
 from xception_flax.reproduction.plan import search
 from xception_flax.reproduction.results import Results
@@ -13,7 +13,6 @@ from xception_flax.reproduction.results import Results
 COLORS = {"agree": "#2f7d5b", "disagree": "#c8553d", "open": "#2f5d8a"}  # others are gray
 GRAY, GRID = "#8a8f98", "#e3e5e8"
 DPI = 130
-assert lettering.FONT
 
 
 def differences(rows: Sequence[tuple[str, str, Verdict]]) -> bytes:
@@ -51,7 +50,7 @@ def differences(rows: Sequence[tuple[str, str, Verdict]]) -> bytes:
         axes.set_yticks(range(len(of_set)), [f"{words}: {verdict.word}" for words, verdict in of_set])
         axes.set(ylim=(len(of_set) - 0.4, -0.6), title=data_set)
         _clean(axes, "x")
-    grid[-1, 0].set_xlabel("test accuracy minus that of the base, percentage points (dots: seeds; bars: 95 %)")
+    grid[-1, 0].set_xlabel("test accuracy minus that of the base, points\n(dots: seeds; bars: 95 %)")
     return _png(figure)
 
 
