@@ -31,7 +31,6 @@ from xception_flax import data
 from xception_flax.commands import cli
 from xception_flax.data import sampling
 from xception_flax.data.batch import Batch
-from xception_flax.data.sources.tfds import REENCODED
 from xception_flax.display import console
 from xception_flax.host import allocator, processes, restarting
 from xception_flax.host.watchdog import Watchdog
@@ -39,7 +38,7 @@ from xception_flax.models import costs
 from xception_flax.recipes import groups, reading
 from xception_flax.recipes.comparing import alike
 from xception_flax.runs import history, profiling, progress
-from xception_flax.runs.saving import SaveClock, check_same_data, save_where_input_ends
+from xception_flax.runs.saving import SaveClock, check_same_data, save_where_input_ends, training_data
 from xception_flax.runs.workdir import (
     CHECKPOINTS,
     CURVES,
@@ -380,16 +379,11 @@ def find_start(
       UserError: hosts differ, the checkpoint is of other data, or the checkpoints are gone.
     """
     start_step = manager.latest_step() or 0
-    meta = {
-        "class_names": list(train_data.class_names),
-        "num_images": train_data.num_images,
-        "init": pretrained.meta() if pretrained else None,
-        REENCODED: None if (how := data.reencoding_of(train_data.source)) is None else how._asdict(),
-    }
+    meta = training_data(train_data) | {"init": pretrained.meta() if pretrained else None}
     processes.agree("start", lambda: {"the newest checkpoint": start_step, "the initial weights": meta["init"]})
     if start_step:
         saved = checkpoint.read_meta(manager, start_step)
-        check_same_data(saved, meta, workdir)
+        check_same_data(saved, train_data, workdir)
         return start_step, meta | {"init": saved.get("init")}
     if pretrained is None:
         raise UserError(f"the checkpoints in {workdir} were removed while this command began; start it again.")

@@ -265,7 +265,7 @@ def _rebuild(workdir: Path, config: ConfigDict, step: int | None, stack: context
     if start:
         with _advice(start):
             shape, meta = checkpoint.mesh_shape(manager, start), checkpoint.read_meta(manager, start)
-        check_same_data(meta, {"class_names": list(names), "num_images": split.num_images}, workdir)
+        check_same_data(meta, split, workdir)
     mesh = sharding.create_mesh(**config.mesh) if own_mesh else _mesh(config, shape)
     if shape is not None and math.prod(shape) != mesh.size:
         notes.append(

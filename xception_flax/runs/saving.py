@@ -18,19 +18,29 @@ from xception_flax.training.metrics import Sum, check_finite
 from xception_flax.training.state import TrainState
 
 
-def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
+def training_data(split: data.Split) -> dict[str, Any]:
+    """Returns what a checkpoint keeps of its training data, as JSON values: classes, number of images, their size."""
+    reencoding = data.reencoding_of(split.source)
+    return {
+        "class_names": list(split.class_names),
+        "num_images": split.num_images,
+        REENCODED: None if reencoding is None else reencoding._asdict(),
+    }
+
+
+def check_same_data(saved: Mapping[str, Any], split: data.Split, workdir: Path) -> None:
     """Raises UserError if the checkpoint was trained on other classes, another number of images or another size.
 
     Args:
       saved: from `checkpoint.read_meta`.
-      now: the same keys of this run.
+      split: the training data of this run.
       workdir: of the run, for the message.
     """
-    for key in ("class_names", "num_images", REENCODED):
-        if saved.get(key) != now[key]:
+    for key, now in training_data(split).items():
+        if saved.get(key) != now:
             raise UserError(
                 f"the data has changed since {workdir} was begun: {key} was {str(saved.get(key))[:200]}, now it is "
-                f"{str(now[key])[:200]}. Give the same data, or take a new workdir."
+                f"{str(now)[:200]}. Give the same data, or take a new workdir."
             )
 
 
