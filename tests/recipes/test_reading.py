@@ -351,12 +351,12 @@ def test_mistakes_with_recipe_files(tmp_path):
 def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
     """It is suggested by its name alone. In another folder the message says which folder was searched."""
     monkeypatch.chdir(ROOT)
-    every = r"configs/ablations\.py, .*configs/digits\.py, .*configs/jft\.py\.$"  # but neither train.py nor a test
+    every = r"configs/ablations\.py, .*configs/digits\.py, .*configs/miniature\.py\.$"  # neither train.py nor a test
     for path, message in [
         ("configs/zzzzz.py", rf"^no recipe file 'configs/zzzzz\.py'; there are: {every}"),
         ("configs/", rf"^'configs/' is a folder, not a recipe file; there are: {every}"),
         (".", rf"^'\.' is a folder, not a recipe file; there are: {every}"),
-        ("digit", r"^no recipe file 'digit'; did you mean 'digits'\? There are: ablations, .*, digits, .*, jft\.$"),
+        ("digit", r"^no recipe file 'digit'; did you mean 'digits'\? There are: ablations, .*, miniature\.$"),
     ]:
         with pytest.raises(UserError, match=message):
             reading.load(path)
