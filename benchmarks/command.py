@@ -5,7 +5,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.worker import ROOT, WorkerError
+from xception_flax.host import processor
 from xception_flax.text.lookup import suggest
 
 CONTENDERS_PYTHON = ROOT / ".venv-contenders" / "bin" / "python"
@@ -170,9 +170,8 @@ def to_json(options: argparse.Namespace) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Returns a description of this machine, and the date."""
-    cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
-        "cpu": cpu[1] if cpu else platform.machine(),
+        "cpu": processor.name(),
         "cpus": cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -18,8 +18,9 @@ from packaging.requirements import Requirement
 
 from xception_flax import __version__, data
 from xception_flax.commands import cli
+from xception_flax.data.pipeline import usable_cpus
 from xception_flax.display import console
-from xception_flax.host import compilation_cache
+from xception_flax.host import compilation_cache, processor
 from xception_flax.host.project import PROJECT
 from xception_flax.recipes import reading
 from xception_flax.text import naming
@@ -111,8 +112,8 @@ def _version(name: str) -> str | None:
 
 
 def _machine() -> dict[str, str]:
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rows = {"system": platform.platform(), "CPUs": f"{cpus} of {os.cpu_count()} for this process, {_processor()}"}
+    cpus = f"{usable_cpus()} of {os.cpu_count()} for this process, {processor.name()}"
+    rows = {"system": platform.platform(), "CPUs": cpus}
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         values = dict(line.split(":") for line in meminfo.read_text().splitlines())
@@ -124,13 +125,6 @@ def _machine() -> dict[str, str]:
             rows[f"disk of {folder}"] = f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free"
     settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)}
     return rows | {name: naming.harmless(value) for name, value in settings.items()}
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def _backends() -> Mapping[str, list[jax.Device]]:

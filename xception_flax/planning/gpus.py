@@ -176,7 +176,7 @@ class Hosts(NamedTuple):
         options = {"topology": f"1x{self.num_hosts}x{self.gpus_a_host}", "target_config": target_config(self.chip)}
         try:
             return topologies.get_topology_desc(platform="cuda", **options).devices
-        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # JAX's for XLA's UNIMPLEMENTED
             raise UserError(f"XLA cannot describe {self.name!r}: {str(error).splitlines()[0]}") from None
 
 

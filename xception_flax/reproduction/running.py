@@ -1,7 +1,6 @@
 """Runs one setting with one seed: a process of train.py, then its numbers on the test split, as a row of results."""
 
 import datetime
-import platform
 import re
 import shutil
 import signal
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 
 from xception_flax import __version__, data
 from xception_flax.data.pipeline import usable_cpus
+from xception_flax.host import processor
 from xception_flax.host.files import file_errors
 from xception_flax.host.project import TRAIN
 from xception_flax.inference import subject as subjects
@@ -193,10 +193,8 @@ def _scores(values: Any, prefix: str) -> dict[str, float]:
 
 
 def _machine() -> dict[str, Any]:
-    path = Path("/proc/cpuinfo")
-    cpu = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.exists() else None
     return {
-        "cpu": cpu[1] if cpu else platform.machine(),
+        "cpu": processor.name(),
         "cpus": usable_cpus(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
