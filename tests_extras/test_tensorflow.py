@@ -9,7 +9,7 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
 from tests_extras.test_onnx import NETWORKS
-from xception_flax.export import writing
+from xception_flax.export import verifying, writing
 from xception_flax.export.program import OUTPUTS
 
 LENET = dict(name="lenet", width=0.2)
@@ -48,7 +48,7 @@ def test_every_network(network, images, run, expected, tmp_path, form, name):
     logits = expected(path, images, "logits")
     assert logits.shape == (3, 4)
     rounding = 2e-6 * np.abs(logits).max()  # more than what some networks make of three images of noise
-    np.testing.assert_allclose(found, logits, atol=2e-5 * np.ptp(logits, axis=0).max() + rounding)
+    np.testing.assert_allclose(found, logits, atol=verifying.MAX_DIFFERENCE * np.ptp(logits, axis=0).max() + rounding)
 
 
 @pytest.mark.parametrize(("form", "outputs"), [("savedmodel", OUTPUTS[0]), *(("litert", name) for name in OUTPUTS)])
