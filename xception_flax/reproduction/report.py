@@ -220,19 +220,20 @@ def _costs(results: Results, table: Table) -> str:
                     f"{table.settings[setting].title}, {title}",
                     f"{finals[0]['parameters']:,}",
                     f"{finals[0]['multiply_adds'] / 1e6:.2f}",
-                    _median([row["step_seconds"] for row in finals], "{:.3f}"),
-                    _median([row["seconds"] for row in finals], "{:.0f}"),
+                    _least([row["step_seconds"] for row in finals], "{:.3f}"),
+                    _least([row["seconds"] for row in finals], "{:.0f}"),
                     f"{statistics.fmean(accuracies):.2f}",
                     str(len(finals)),
                 )
             )
     header = ("setting", "parameters", "10^6 multiply-adds", "s a step", "s a run", "test accuracy, %", "runs")
-    return _table(header, rows) if rows else "Not run."
+    note = "Times are those of the fastest run of a setting: other work ran beside some."
+    return f"{note}\n\n{_table(header, rows)}" if rows else "Not run."
 
 
-def _median(values: Sequence[float | None], spelling: str) -> str:
+def _least(values: Sequence[float | None], spelling: str) -> str:
     known = [value for value in values if value is not None]
-    return spelling.format(statistics.median(known)) if known else ""
+    return spelling.format(min(known)) if known else ""
 
 
 def _rates(results: Results, table: Table) -> str:
