@@ -1,6 +1,6 @@
 # make demo           set up, train on the included digits, show the results
-# make test           set up, check format, lint and the order of imports, run every test
-# make lint           ruff and import-linter alone
+# make test           set up, check format, lint, types and the order of imports, run every test
+# make lint           ruff, pyrefly and import-linter alone
 # make test-minimum   run every test with the oldest versions that pyproject.toml allows
 # make test-newest    run every test with the newest versions
 # make test-tpu       compile for TPUs without having them, in a separate environment (libtpu is 700 MB)
@@ -77,6 +77,7 @@ test-browser:
 lint: $(INSTALLED_DEV)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
+	.venv/bin/pyrefly check --python-interpreter-path .venv/bin/python
 	.venv/bin/lint-imports
 
 contenders: $(INSTALLED) .venv-contenders/installed

@@ -172,7 +172,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         )
         del pretrained  # the state has copies of its arrays
         report = stack.enter_context(open_report(config, workdir, program, mesh, train_data, start_step))
-        for line in filter(None, [describe(config, workdir, program, mesh), *manager.warnings, *notes, note]):
+        for line in filter(None, (describe(config, workdir, program, mesh), *manager.warnings, *notes, note)):
             report.say(line)
         profile = stack.enter_context(profiling.Profile(profiled, workdir / PROFILE, report, enabled=first_host))
 
@@ -320,7 +320,7 @@ def class_shares(config: ConfigDict, train_data: data.Split) -> np.ndarray | Non
 
 def check_program(
     program: Program, mesh: Mesh, train_data: data.Split, eval_data: data.Split
-) -> dict[str, jax.ShapeDtypeStruct]:
+) -> Batch[jax.ShapeDtypeStruct]:
     """Traces both steps, so that mistakes in shapes show before anything is compiled.
 
     Returns:

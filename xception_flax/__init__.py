@@ -2,6 +2,14 @@
 
 import importlib
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # as `_HOMES` has them, for type checkers and editors
+    from xception_flax.host import allocator
+    from xception_flax.inference.predictor import load
+    from xception_flax.models import MODELS, create_model, ops
+    from xception_flax.models.folding import fold_batch_norm
+    from xception_flax.text.errors import UserError
 
 __all__ = ["MODELS", "UserError", "allocator", "create_model", "fold_batch_norm", "load", "ops"]
 __version__ = "0.1.0"
@@ -17,7 +25,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     # Imported at first use: importing JAX takes seconds, and a command must handle Ctrl-C before that.
     if name not in _HOMES:
         # Python adds a suggestion, by `__dir__`, where nobody catches the error.

@@ -198,8 +198,9 @@ def _paths(arguments: argparse.Namespace, folder: Path, config: ConfigDict, spli
     picture = None if several else arguments.picture or folder / names.mistakes_picture(split)
     if picture is not None:
         pictures.check_suffix(picture)
-    kinds = (names.evaluation_page, names.evaluation_record, names.evaluation_predictions)
-    paths = Paths(*(None if arguments.no_report else folder / kind(split) for kind in kinds), picture)
+    kinds = dict(page=names.evaluation_page, record=names.evaluation_record, predictions=names.evaluation_predictions)
+    report = {} if arguments.no_report else {kind: folder / name(split) for kind, name in kinds.items()}
+    paths = Paths(**report, picture=picture)
     if jax.process_index() == 0:
         for path in filter(None, (picture, *paths[:3])):
             files.check_writable(path)

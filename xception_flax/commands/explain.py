@@ -196,7 +196,7 @@ def _file_name(number: int, stem: str) -> str:
 
 
 def _shown(pixels: np.ndarray) -> np.ndarray:
-    return np.uint8(np.round(pixels[..., :3].clip(0, 255)))  # as the network sees it: without regard to alpha
+    return np.round(pixels[..., :3].clip(0, 255)).astype(np.uint8)  # as the network sees it: without regard to alpha
 
 
 def _said(name: str, probability: float) -> str:

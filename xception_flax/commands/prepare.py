@@ -116,7 +116,7 @@ def _options(path: Path, arguments: argparse.Namespace, others: Sequence[str] = 
     known = (*keys_of(data.SOURCES[given["source"]]), *others)
     if idle := said.keys() - set(known):
         raise UserError(f"data.{min(idle)} has no effect here, only in training; leave out --config.data.{min(idle)}.")
-    data.check_options(**group)
+    data.check_options(**group.to_dict())
     options = {key: group[key] for key in known if key in said}
     return options if arguments.val_fraction is None else options | {"val_fraction": arguments.val_fraction}
 
@@ -248,7 +248,9 @@ def _prepare(
     several = isinstance(label, tfds.features.Sequence)
     num_classes = (label.feature if several else label).num_classes
     first = next(iter(splits.values()))
-    empty = num_classes - len({number for image in first for number in (image.label if several else (image.label,))})
+    labels = [image.label for image in first]
+    shown = {number for label in labels for number in (label if isinstance(label, tuple) else (label,))}
+    empty = num_classes - len(shown)
     classes = f"{num_classes:,}" + (f", {empty:,} without an image" if empty else "")
     rows = {split: counted(len(images), "image") for split, images in splits.items()} | {"classes": classes}
     if reencoding is not None:

@@ -6,7 +6,7 @@ They are augmented and mixed as in the steps of `train.py`; only the normalizati
 import contextlib
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import jax
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from xception_flax import data
 from xception_flax.commands import cli
+from xception_flax.data.batch import Batch
 from xception_flax.display import console, pictures
 from xception_flax.host import files
 from xception_flax.recipes import reading
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def batches(config: ConfigDict, split: data.Split) -> Iterator[dict[str, np.ndarray]]:
+def batches(config: ConfigDict, split: data.Split) -> Generator[Batch[np.ndarray]]:
     """Yields batches as the loss sees them: in training they are mixed by `mixing.make_mixing`."""
     mix = mixing.make_mixing(**config.mix) if split.train else None
     mix = mix and jax.jit(mix)

@@ -95,7 +95,7 @@ def _record(config: ConfigDict, image_shape: Shape, totals: tuple[int, int, int,
 
 
 def _summarize_one(config: ConfigDict, image_shape: tuple[int, int, int], *, by: str) -> None:
-    rows = summarize(models.create_model(**config), image_shape, by=by)
+    rows = summarize(models.create_model(**config.to_dict()), image_shape, by=by)
     record = _record(config, image_shape, totals(rows))
     title = f"{config.name}, images {' x '.join(map(str, image_shape))}, {_classes(config)}"
     _show_rows(title, fold(rows) if by == "stages" else rows, by=by)
@@ -113,7 +113,9 @@ def _summarize_one(config: ConfigDict, image_shape: tuple[int, int, int], *, by:
 
 
 def _compare(configs: Sequence[ConfigDict], image_shapes: Sequence[tuple[int, int, int]]) -> None:
-    traces = [trace_network(models.create_model(**c), shape) for c, shape in zip(configs, image_shapes, strict=True)]
+    traces = [
+        trace_network(models.create_model(**c.to_dict()), shape) for c, shape in zip(configs, image_shapes, strict=True)
+    ]
     records = [
         _record(config, shape, totals(trace.layers))
         for config, shape, trace in zip(configs, image_shapes, traces, strict=True)

@@ -5,6 +5,14 @@ No module in this folder calls JAX: worker processes import them, and must never
 
 import importlib
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # as `_HOMES` has them, for type checkers and editors
+    from xception_flax.data.loading import check_class_names, check_options, load
+    from xception_flax.data.pipeline import InputError, Split
+    from xception_flax.data.sources import SOURCES, source_at
+    from xception_flax.data.sources.tfds import reencoding_of
+    from xception_flax.data.sources.unread import unread_of
 
 __all__ = [
     "SOURCES",
@@ -28,7 +36,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     # Imported at first use: a training step needs `data.batch`, and none of the libraries that read images.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])

@@ -52,7 +52,7 @@ def shapes(
       masked: whether some images do not count.
       rounded: whether pixels are whole numbers.
     """
-    made = {
+    made: Shapes = {
         "images": ((batch_size, *image_shape), np.dtype(np.uint8 if rounded else np.float32)),
         "labels": ((batch_size, *label_shape), label_dtype(label_shape)),
     }

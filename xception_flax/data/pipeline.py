@@ -13,10 +13,10 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker, util
-from typing import Any
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -220,7 +220,7 @@ class Split:
         """Returns the numbers from 0 to `number` - 1 in the endless order of training, another in each epoch."""
         return grain.MapDataset.range(number).seed(self.seed).shuffle().repeat()
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch[np.ndarray]]:
+    def batches(self, start_step: int = 0) -> Generator[Batch[np.ndarray]]:
         """Yields this host's share of batch `start_step`, `start_step + 1`, ...
 
         It has `batch_size / process_count` examples: `images`, `labels` and, if `masked`, `mask`; see `batch.Batch`.
@@ -330,8 +330,10 @@ class _Shares:
         return f"shares of {self._size} images"
 
     def __getitem__(self, index: int) -> Batch[np.ndarray]:
-        batch = {name: np.empty((self._size, *shape), dtype) for name, (shape, dtype) in self._arrays.items()}
-        drawn = [self._drawn[place] for place in range(index * self._size, (index + 1) * self._size)]
+        batch = cast(
+            "Batch[np.ndarray]", {name: np.empty((self._size, *s), t) for name, (s, t) in self._arrays.items()}
+        )
+        drawn: list[Any] = [self._drawn[place] for place in range(index * self._size, (index + 1) * self._size)]
         rows = iter(range(self._size))  # shared by the threads: its `next` is atomic
 
         def fill() -> None:
@@ -416,7 +418,7 @@ class _Prepare:
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         example = self._examples[index]
-        prepared = {"labels": _label(example), "mask": example.get("mask", np.float32(1))}
+        prepared: dict[str, Any] = {"labels": _label(example), "mask": example.get("mask", np.float32(1))}
         try:
             image = prepare_image(
                 example["image"],
@@ -498,7 +500,7 @@ def _start_tracker() -> None:
                 os.set_inheritable(file, before)
 
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    util.spawnv_passfds = start_apart  # Python has no option for this
+    util.spawnv_passfds = start_apart  # pyrefly: ignore[bad-assignment]  # Python has no option for this
     try:
         resource_tracker.ensure_running()
     finally:

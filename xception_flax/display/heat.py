@@ -29,7 +29,7 @@ def for_and_against(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _largest(values: np.ndarray) -> float:
-    return max(float(values.max()), np.finfo(np.float32).tiny)
+    return max(float(values.max()), float(np.finfo(np.float32).tiny))
 
 
 def _enlarged(values: np.ndarray, pixels: np.ndarray) -> np.ndarray:
@@ -42,4 +42,5 @@ def _mixed(pixels: np.ndarray, colors: np.ndarray, opacity: np.ndarray) -> np.nd
     image = np.broadcast_to(pixels[..., :3], (*pixels.shape[:2], 3)) / np.float32(255)
     image = 0.85 * image.mean(-1, keepdims=True) + 0.15 * image
     opacity = opacity[..., None]
-    return np.uint8(np.round(255 * (image * (1 - opacity) + colors[..., :3] * opacity).clip(0, 1)))
+    mixed = (image * (1 - opacity) + colors[..., :3] * opacity).clip(0, 1)
+    return np.round(255 * mixed).astype(np.uint8)

@@ -146,7 +146,7 @@ class Graph:
         if all(isinstance(argument, Constant) for argument in given):
             return _computed(equation, given)
         if name in BINARY:
-            return [self._binary(name, *given, shape)]
+            return [self._binary(name, given[0], given[1], shape)]
         if name in UNARY:
             return [Value(shape, self._add(UNARY[name], [self._name(given[0])]))]
         if (method := getattr(self, f"_{name}", None)) is not None and isinstance(given[0], Value):

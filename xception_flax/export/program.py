@@ -83,7 +83,7 @@ def create_program(predictor: Predictor, outputs: str = "probabilities") -> Prog
 
     def network(variables: Variables, images: jax.Array) -> jax.Array:
         with nn.intercept_methods(skip_folded):
-            endpoints = model.apply(variables, normalize(images), train=False, method="endpoints")
+            endpoints: Any = model.apply(variables, normalize(images), train=False, method="endpoints")
         return endpoints["pooled" if outputs == "features" else "logits"].astype(jnp.float32)
 
     activation = predictor.activation if outputs == "probabilities" else None

@@ -51,4 +51,4 @@ def exported(program: Program, options: Options, *, batch: int | str = "batch", 
     traced = jax.jit(lambda images: program.function(program.variables, images))
     with ops.lowering(lowering):
         made = export.export(traced, platforms=options.platforms)(jax.ShapeDtypeStruct(shape, jnp.uint8))
-    return made.serialize()
+    return bytes(made.serialize())

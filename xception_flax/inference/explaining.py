@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xception_flax.inference.predictor import Predictor
-from xception_flax.inference.preprocessing import Image
+from xception_flax.inference.preprocessing import AnImage
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest, written
 from xception_flax.text.naming import composed
@@ -141,8 +141,8 @@ class Explainer:
         raise UserError(f"unknown class {written(name)}; {suggest(name, predictor.class_names)}")
 
     def stream(
-        self, images: Sequence[Image], number: int = PREDICTED
-    ) -> Iterator[tuple[Image, Explanation | UserError]]:
+        self, images: Sequence[AnImage], number: int = PREDICTED
+    ) -> Iterator[tuple[AnImage, Explanation | UserError]]:
         """Yields each image with its explanation, or with the error, a batch at a time.
 
         Args:
@@ -202,12 +202,11 @@ class Explainer:
         for start in range(0, len(places), size):
             part = places[start : start + size]
             points = np.zeros((size, *image.shape), np.float32)
-            points[: len(part)] = np.float32(self._baseline) + np.float32(part)[:, None, None, None] * line[None]
-            arrays = sharding.global_batch(
-                self.predictor.mesh, {"images": points, "labels": np.full(size, number, np.int32)}
-            )
-            values, gradients = self._slopes(self.predictor.variables, arrays["images"], arrays["labels"])
+            shares = part.astype(np.float32)[:, None, None, None]
+            points[: len(part)] = np.float32(self._baseline) + shares * line[None]
+            arrays = (sharding.global_array(self.predictor.mesh, a) for a in (points, np.full(size, number, np.int32)))
+            values, gradients = self._slopes(self.predictor.variables, *arrays)
             logits.append(np.asarray(values)[: len(part)])
             mean += np.tensordot(weights[start : start + size], np.asarray(gradients)[: len(part)], axes=1)
         ends = np.concatenate(logits)[-2:]
-        return np.float32(mean * line), float(ends[1] - ends[0])
+        return (mean * line).astype(np.float32), float(ends[1] - ends[0])

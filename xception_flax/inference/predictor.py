@@ -16,7 +16,7 @@ from xception_flax import models
 from xception_flax.data.decoding import BadImageError
 from xception_flax.inference import class_names as known_names
 from xception_flax.inference import preprocessing as preprocessings
-from xception_flax.inference.preprocessing import Image, Preprocessing
+from xception_flax.inference.preprocessing import AnImage, Image, Preprocessing
 from xception_flax.runs.restore import Run
 from xception_flax.text.errors import UserError
 from xception_flax.text.sizes import ImageSize
@@ -113,8 +113,8 @@ class Predictor:
         return {name: np.concatenate([part[name] for part in outputs])[: len(pixels)] for name in outputs[0]}
 
     def stream(
-        self, images: Sequence[Image], names: tuple[str, ...], *, dark: list[Image] | None = None
-    ) -> Iterator[tuple[Image, Outputs | UserError]]:
+        self, images: Sequence[AnImage], names: tuple[str, ...], *, dark: list[AnImage] | None = None
+    ) -> Iterator[tuple[AnImage, Outputs | UserError]]:
         """Yields each image with its outputs, or with the error, a batch at a time.
 
         Args:
@@ -135,8 +135,8 @@ class Predictor:
                 yield image, found if finite else UserError("the network's output for it is not finite.")
 
     def batches(
-        self, images: Sequence[Image], *, dark: list[Image] | None = None
-    ) -> Iterator[tuple[Sequence[Image], Sequence[np.ndarray | UserError], np.ndarray]]:
+        self, images: Sequence[AnImage], *, dark: list[AnImage] | None = None
+    ) -> Iterator[tuple[Sequence[AnImage], Sequence[np.ndarray | UserError], np.ndarray]]:
         """Yields a part of the images, the pixels of each or its error, and these as one batch for the network.
 
         Each batch is `[batch_size, H, W, C]`, for one program; images that are missing are
@@ -157,15 +157,15 @@ class Predictor:
 
     def _batch(self, pixels: np.ndarray, names: tuple[str, ...]) -> Outputs:
         """Returns the outputs for one whole batch."""
-        images = sharding.global_batch(self.mesh, {"images": pixels})["images"]
+        images = sharding.global_array(self.mesh, pixels)
         return {name: np.asarray(values) for name, values in self._forward(self.variables, images, names).items()}
 
     def _outputs(self, variables: Mapping[str, Any], images: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # each device computes its own images
             inputs = self.normalize(images)
-            outputs = dict(self.model.apply(variables, inputs, train=False, method="endpoints"))
+            outputs: Any = self.model.apply(variables, inputs, train=False, method="endpoints")
         if "probabilities" in names:
-            outputs["probabilities"] = self.activate(outputs["logits"])
+            outputs = outputs | {"probabilities": self.activate(outputs["logits"])}
         return {name: outputs[name].astype(jnp.float32) for name in names or outputs}
 
     def _prepared(self, image: Image) -> tuple[np.ndarray | UserError, bool]:

@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -24,6 +24,7 @@ TIMM_CROPS = {"xception": 0.8975, "inception_v3": 0.875, "xception41p": 0.94, "x
 TIMM_CROP = 0.903  # of the others, and of those that it has from DeepLab (xception65.tf_in1k)
 
 Image = str | Path | bytes | np.ndarray | PIL.Image.Image
+AnImage = TypeVar("AnImage", bound=Image)  # all of a sequence are of one kind
 
 
 class Preprocessing(NamedTuple):

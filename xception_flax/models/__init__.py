@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Mod
     return constructor(num_classes=num_classes, **fields)
 
 
-def _float_type(field: str, value: object) -> jnp.dtype:
+def _float_type(field: str, value: Any) -> jnp.dtype:
     try:
         dtype = jnp.dtype(value)
     except (TypeError, ValueError, SyntaxError):  # NumPy parses some texts as a list of fields

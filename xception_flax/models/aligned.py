@@ -78,7 +78,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         before, after = (_identity, nn.relu) if self.last else (nn.relu, _identity)
-        y = x
+        y = entering = x
         for i, features in enumerate(self.features, start=1):
             entering = before(y)
             name, strides = f"{self.name}_sepconv{i}", self.strides if i == 3 else (1, 1)
@@ -104,7 +104,7 @@ class PreactivationBlock(Block):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = y = nn.relu(self.norm(name=f"{self.name}_sepconv1_bn")(x))
+        x = y = entering = nn.relu(self.norm(name=f"{self.name}_sepconv1_bn")(x))
         for i, features in enumerate(self.features, start=1):
             name, strides = f"{self.name}_sepconv{i}", self.strides if i == 3 else (1, 1)
             entering = y

@@ -1,5 +1,6 @@
 """Batch normalization folded into the convolutions before it, for inference."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -57,7 +58,7 @@ def _normalized_convolutions(
         model = model.clone(remat=False)  # with remat, a block returns other objects than those made inside it
     made, pairs = {}, []  # `made` keeps the arrays alive, so that no other array gets the id of one
 
-    def watch(call, args, kwargs, context):
+    def watch(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         result = call(*args, **kwargs)
         if isinstance(context.module, CONVOLUTIONS):
             made[id(result)] = (result, context.module.path)
@@ -67,7 +68,7 @@ def _normalized_convolutions(
 
     def trace(variables: PyTree, images: jax.Array) -> dict[str, jax.Array]:
         with nn.intercept_methods(watch):
-            endpoints = model.apply(variables, images, train=False, method="endpoints")
+            endpoints: Any = model.apply(variables, images, train=False, method="endpoints")
         # A result that is also an endpoint must not change.
         kept = {id(value) for value in endpoints.values()}
         pairs[:] = [(x, norm) for x, norm in pairs if id(x) not in kept]

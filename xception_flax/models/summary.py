@@ -133,4 +133,5 @@ def fold(rows: Iterable[Row]) -> list[Row]:
 def totals(parts: Iterable[costs.Layer | Row]) -> tuple[int, int, int, int]:
     """Returns the sums of parameters, statistics, macs and activation_bytes."""
     columns = zip(*((p.parameters, p.statistics, p.macs, p.activation_bytes) for p in parts), strict=True)
-    return tuple(map(sum, columns))
+    parameters, statistics, macs, activation_bytes = (int(sum(column)) for column in columns)
+    return parameters, statistics, macs, activation_bytes

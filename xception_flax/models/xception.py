@@ -165,8 +165,8 @@ class Xception(nn.Module):
         def block(i: int, *features: int, stride: int, pool: bool = False, **fields: bool) -> nn.Module:
             # `stride` is that of the block's input in the network without dilation, in pixels of the image.
             rate, strides = rate_at(stride, self.output_stride), (2, 2) if stride < self.output_stride else (1, 1)
-            fields = common | dict(pool_strides=strides if pool else None) | fields
-            return add_block(self, Block, channels(*features), rate, **fields, name=f"block{i}")
+            given = common | dict(pool_strides=strides if pool else None) | fields
+            return add_block(self, Block, channels(*features), rate, **given, name=f"block{i}")
 
         # Entry flow. Shapes at the paper's 299 px and width 1.
         x = images.astype(self.dtype)  #                                               N x 299 x 299 x 3

@@ -93,6 +93,7 @@ class Hlo:
 
     def __init__(self, text: str) -> None:
         self._computations: dict[str, dict[str, Instruction]] = {}
+        computation: dict[str, Instruction] = {}
         for line in text.splitlines():
             if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.-]+) .*->", line)):
                 computation = self._computations.setdefault(head[2], {})

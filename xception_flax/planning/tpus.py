@@ -117,7 +117,7 @@ class Slice(NamedTuple):
         import jax
         from jax.experimental import topologies
 
-        options = {"wrap": (*self.rings, False)[:3], "chip_config_name": self.chip.config}
+        options: dict[str, Any] = {"wrap": (*self.rings, False)[:3], "chip_config_name": self.chip.config}
         if self.num_chips == 1:
             options["chips_per_host_bounds"] = (1, 1, 1)
         try:

@@ -46,7 +46,7 @@ class Checked(NamedTuple):
     look: int | None = None
 
 
-def open_splits(path: Path, options: Mapping[str, Any]) -> tuple[dict[str, sources.Source], list[str]]:
+def open_splits(path: Path, options: Mapping[str, Any]) -> tuple[Mapping[str, sources.Source], list[str]]:
     """Returns the splits of a prepared data set, a folder or a table, as training has them, and what it will refuse.
 
     Args:
@@ -80,7 +80,7 @@ def open_splits(path: Path, options: Mapping[str, Any]) -> tuple[dict[str, sourc
     return splits, [mistake for mistake in mistakes if mistake]
 
 
-def _splits_of_table(path: Path, options: Mapping[str, Any]) -> tuple[dict[str, sources.Source], list[str]]:
+def _splits_of_table(path: Path, options: Mapping[str, Any]) -> tuple[Mapping[str, sources.Source], list[str]]:
     splits, mistakes = {}, []
     for split in splits_there(path, options) or ("train", "val"):
         try:

@@ -41,8 +41,9 @@ def reencode(content: bytes, to: Reencoding) -> bytes:
         return content
     colors = pixels[..., : decoding.ALPHA]
     gray = (colors == colors[..., :1]).all()
-    sides = (max(1, round(side * to.max_side / longer)) for side in (height, width))
-    scaled = np.ascontiguousarray(resample(colors[..., :1] if gray else colors, *sides, "bicubic", antialias=True))
+    new_height, new_width = (max(1, round(side * to.max_side / longer)) for side in (height, width))
+    given = colors[..., :1] if gray else colors
+    scaled = np.ascontiguousarray(resample(given, new_height, new_width, "bicubic", antialias=True))
     kind, chroma = ("GRAY", "Gray") if gray else ("RGB", "420")
     return _with_orientation(simplejpeg.encode_jpeg(scaled, to.quality, kind, chroma), orientation)
 

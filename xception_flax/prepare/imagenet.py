@@ -5,9 +5,9 @@ import dataclasses
 import hashlib
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import cv2
 import tensorflow_datasets as tfds
@@ -133,12 +133,12 @@ def list_images(
 
 def _members(
     path: Path, pattern: str, advance: Advance | None = None, start: int = 0, size: int = 0
-) -> Iterator[tuple[re.Match[str], int, int]]:
+) -> Generator[tuple[re.Match[str], int, int]]:
     """Yields name, offset in the file and size of each member of a tar, or of the tar inside it at `start`."""
     with path.open("rb") as file:
         try:
             part = _Part(file, start, size or path.stat().st_size)
-            with tarfile.open(fileobj=part, mode="r:") as tar:
+            with tarfile.open(fileobj=cast("BinaryIO", part), mode="r:") as tar:
                 behind = 0
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # tarfile would keep them all, a kilobyte each

@@ -18,10 +18,10 @@ def recipe_json(config: ConfigDict) -> str:
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns a line 'key: old -> new' for each key that differs and changes the result."""
-    old, new = _flat(old), _flat(new)
+    before, after = _flat(old), _flat(new)
     return [
-        f"{key}: {_shown(old.get(key, '(none)'))} -> {_shown(new.get(key, '(none)'))}"
-        for key in sorted(differing([old, new]))
+        f"{key}: {_shown(before.get(key, '(none)'))} -> {_shown(after.get(key, '(none)'))}"
+        for key in sorted(differing([before, after]))
         if key not in OPERATIONAL and key.partition(".")[0] not in OPERATIONAL_GROUPS
     ]
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,6 +15,9 @@ from xception_flax.reports.predictions import Predictions
 from xception_flax.reports.ranking import GRID
 from xception_flax.reports.scores import BINS, Scores
 from xception_flax.text import naming
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 INK, GRAY, ACCENT = "#222222", "#8a8f98", "#2f5d8a"
 LINES = ("#2f5d8a", "#c8553d", "#5b8c5a", "#8f6aa3", "#c9a227", "#3c9aa8", "#a3566e", "#6b6f76", "#7d8f2e", "#44508f")
@@ -71,7 +75,7 @@ def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticklabels(labels, fontsize=8, **lettering.style)
 
 
-def _blocks(matrix, support: np.ndarray) -> tuple[np.ndarray, int]:
+def _blocks(matrix: "sparse.csr_array", support: np.ndarray) -> tuple[np.ndarray, int]:
     """Returns the shares of each true class, in at most 1,000 rows and columns: of more the mean of blocks."""
     cells = matrix.tocoo()
     step = -(-len(support) // 1000)

@@ -3,7 +3,7 @@
 import base64
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -318,7 +318,7 @@ def _three(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
-def _interval(bounds: Sequence[float], form) -> str:
+def _interval(bounds: Sequence[float], form: Callable[[float], str]) -> str:
     low, high = bounds
     if math.isnan(low):
         return ""

@@ -130,19 +130,19 @@ class Collector:
 
     def __call__(self, batch: Batch[jax.Array], index: jax.Array, logits: jax.Array) -> None:
         gathered = self._said(logits, batch["labels"], batch["mask"], index)
-        probabilities, predicted, labels, mask, index = map(np.asarray, gathered)
+        probabilities, predicted, labels, mask, places = map(np.asarray, gathered)
         counts = mask > 0
         if not self._several:
             wrong = ((predicted != labels) | np.isnan(probabilities[:, 0])) & counts
             self._keep(batch["images"], np.flatnonzero(wrong), labels, predicted, probabilities)
         if jax.process_index() == 0:
-            there = index < len(self._counts)  # the others fill the last batch
+            there = places < len(self._counts)  # the others fill the last batch
             for whole, part in zip(
                 (self._probabilities, self._predicted, self._labels, self._counts),
                 (probabilities, predicted, labels, counts),
                 strict=True,
             ):
-                whole[index[there]] = part[there]
+                whole[places[there]] = part[there]
 
     def _keep(self, images: jax.Array, wrong: np.ndarray, *said: np.ndarray) -> None:
         kept = self._mistakes
@@ -161,9 +161,13 @@ class Collector:
     def predictions(self) -> Predictions:
         """Returns what was collected: on the first host that of all, on others nothing."""
         counts = self._counts
-        chosen = (self._labels, self._predicted, self._probabilities)
-        kept = chosen if counts.all() else (array[counts] for array in chosen)
-        return Predictions(self._class_names, np.flatnonzero(counts), *kept, self._mistakes, self._labels)
+        labels, predicted, probabilities = self._labels, self._predicted, self._probabilities
+        if not counts.all():
+            labels, predicted, probabilities = labels[counts], predicted[counts], probabilities[counts]
+        index = np.flatnonzero(counts)
+        return Predictions(
+            self._class_names, index, labels, predicted, probabilities, self._mistakes, all_labels=self._labels
+        )
 
 
 # As a file -----------------------------------------------------------------------------------------

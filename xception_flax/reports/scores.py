@@ -219,14 +219,16 @@ def _one_a_row(numbers: np.ndarray, there: np.ndarray, p: Predictions) -> "spars
     return sparse.csr_array((np.ones(pointers[-1], np.float32), numbers[there], pointers), shape=shape)
 
 
-def _resampled(truth, said, correct, weights: np.ndarray) -> dict[str, np.ndarray]:
+def _resampled(
+    truth: "sparse.csr_array", said: "sparse.csr_array", correct: "sparse.csr_array", weights: np.ndarray
+) -> dict[str, np.ndarray]:
     """Returns precision, recall and F1 of each class in each resample, `[num_classes, 1 + resamples]`."""
     support, predicted, hits = ((matrix.T @ weights).astype(np.float64) for matrix in (truth, said, correct))
     with np.errstate(invalid="ignore", divide="ignore"):
         return {"precision": hits / predicted, "recall": hits / support, "f1": 2 * hits / (support + predicted)}
 
 
-def _rankings(p: Predictions, truth, finite: np.ndarray) -> tuple[np.ndarray, ...]:
+def _rankings(p: Predictions, truth: "sparse.csr_array", finite: np.ndarray) -> tuple[np.ndarray, ...]:
     """Returns ROC AUC, average precision and both curves of each class; see `ranking.Ranking`."""
     weights = intervals.resample(int(finite.sum())) if finite.any() else np.ones((0, 2), np.float32)
     columns = truth.tocsc()

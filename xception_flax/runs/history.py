@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tensorboardX import RecordWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]
+from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
 
 from xception_flax.host.files import file_errors, write_whole
 from xception_flax.text.errors import UserError

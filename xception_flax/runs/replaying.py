@@ -388,6 +388,7 @@ def _walk(
             advance(1)
             wrong = searching and (not _is_finite(sums[-1]) or bool(checkpoint.not_finite(state)))
             if wrong or (step == end and not searching):
+                assert before is not None  # kept of this step
                 return step, before, batch, state, sums
     return None
 

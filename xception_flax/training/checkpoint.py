@@ -161,7 +161,7 @@ class _Handler(ocp.StandardCheckpointHandler):
         super().__init__()
         self._failed = failed
 
-    async def async_save(self, *args: Any, **options: Any) -> list["_Part"]:
+    async def async_save(self, *args: Any, **options: Any) -> list["_Part"]:  # pyrefly: ignore[bad-override]
         return [_Part(each, self._failed) for each in await super().async_save(*args, **options) or []]
 
 
@@ -214,7 +214,7 @@ def _make_step_folder(check: Callable[[Path], None]) -> type[ocp.path.atomicity.
 
     class StepFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
         @classmethod
-        def from_final(cls, final_path, **options):
+        def from_final(cls, final_path: Any, **options: Any) -> Any:
             if final_path.name.isdecimal():  # otherwise it is an item in a step
                 final_path = final_path.parent / (final_path.name + suffix)
             return super().from_final(final_path, **options)

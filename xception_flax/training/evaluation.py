@@ -57,8 +57,8 @@ def evaluate(
             if on_batch is not None:
                 share = len(local["labels"])
                 first = number * split.batch_size + split.process_index * share
-                index = sharding.global_batch(mesh, {"index": np.arange(first, first + share, dtype=np.int32)})
-                on_batch(batch, index["index"], logits)
+                index = sharding.global_array(mesh, np.arange(first, first + share, dtype=np.int32))
+                on_batch(batch, index, logits)
     if not (count := round(totals.count("loss"))):
         raise data.InputError(f"none of the {split.num_images:,} images to evaluate on can be decoded.")
     means = totals.means()

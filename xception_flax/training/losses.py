@@ -125,24 +125,24 @@ def _weights(given: str | Sequence[float] | None, name: str, shares: Sequence[fl
             check_range("loss.class_weights", weight, 0)
         if not any(given):
             raise UserError(f"loss.class_weights must have one that is not 0, got {written(given)}.")
-        return np.float32(given)
+        return np.asarray(given, np.float32)
     if given != "balanced":
         raise UserError(f"loss.class_weights must be 'balanced', a number a class, or None, got {written(given)}.")
     if shares is None:
         return None
-    shares = np.asarray(shares, np.float64)
-    if not shares.min() > 0:
+    share = np.asarray(shares, np.float64)
+    if not share.min() > 0:
         raise UserError(
-            f"loss.class_weights=balanced: class number {int(shares.argmin())} has no images to train on; "
+            f"loss.class_weights=balanced: class number {int(share.argmin())} has no images to train on; "
             "give a number for each class."
         )
     if name == "softmax":
-        return np.float32(1 / (len(shares) * shares))
-    if not shares.max() < 1:
+        return (1 / (len(share) * share)).astype(np.float32)
+    if not share.max() < 1:
         raise UserError(
-            f"loss.class_weights=balanced: all images have class number {int(shares.argmax())}; give a number for each."
+            f"loss.class_weights=balanced: all images have class number {int(share.argmax())}; give a number for each."
         )
-    return np.float32((1 - shares) / shares)
+    return ((1 - share) / share).astype(np.float32)
 
 
 def _check_number(weights: np.ndarray, logits: jax.Array) -> None:

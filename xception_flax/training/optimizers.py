@@ -6,7 +6,7 @@ epochs or in images, never in steps, so that a recipe keeps its meaning at anoth
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -92,13 +92,14 @@ def cosine(run: RunLength, /, warmup_epochs: float = 0.0, final_factor: float = 
             f"schedule 'cosine': warmup_epochs={warmup_epochs:g} are {counted(warmup_steps, 'step')}, "
             f"but the whole run has {run.total_steps}; train longer, or set --config.schedule.warmup_epochs=0."
         )
-    return optax.warmup_cosine_decay_schedule(
+    factor = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else 1.0,
         peak_value=1.0,
         warmup_steps=warmup_steps,
         decay_steps=run.total_steps,
         end_value=final_factor,
     )
+    return cast("Schedule", factor)
 
 
 SCHEDULES = {"constant": constant, "exponential": exponential, "cosine": cosine}
@@ -158,17 +159,18 @@ def _parse_layer_factors(rules: str) -> list[tuple[re.Pattern[str], float]]:
     parsed = []
     for rule in rules.split(";") if rules.strip() else ():
         text, _, number = (part.strip() for part in rule.rpartition(":"))
+        wrong = UserError(
+            "optimizer.layer_factors must be PATTERN: NUMBER; PATTERN: NUMBER; ..., such as "
+            f"'block1[34]_: 0.1; block: 0', got {written(rules)}."
+        )
+        if not text:
+            raise wrong
         try:
             pattern, value = re.compile(text), float(number)
         except re.error as error:
             raise UserError(f"optimizer.layer_factors: {written(text)} is no regular expression: {error}.") from None
         except ValueError:
-            text = ""
-        if not text:
-            raise UserError(
-                "optimizer.layer_factors must be PATTERN: NUMBER; PATTERN: NUMBER; ..., such as "
-                f"'block1[34]_: 0.1; block: 0', got {written(rules)}."
-            )
+            raise wrong from None
         check_range("optimizer.layer_factors, each number,", value, 0)
         parsed.append((pattern, value))
     return parsed

@@ -19,6 +19,7 @@ from xception_flax.data.batch import Batch
 from xception_flax.models import ops
 from xception_flax.training import sharding, steps
 from xception_flax.training.losses import Loss
+from xception_flax.training.metrics import Sum
 from xception_flax.training.mixing import Mix, mixing_key, soft_labels
 from xception_flax.training.state import TrainState
 
@@ -95,7 +96,7 @@ def make_probe(
         model = model.clone(remat=False)
     lowering = lowering if lowering == "stock" else "portable"
     objective = steps.make_objective(
-        model, loss, lambda logits, *_: {"logits": logits}, normalize, mixed=mix is not None, frozen=frozen
+        model, loss, lambda logits, *_: {"logits": Sum(logits, 1.0)}, normalize, mixed=mix is not None, frozen=frozen
     )
 
     names: list[str] = []  # of the layers, in the order of the forward pass; filled while it is traced
@@ -105,7 +106,7 @@ def make_probe(
         with nn.intercept_methods(watch):
             total, (batch_stats, sums) = objective(params, batch_stats, batch, key)
         names[:] = watch.names
-        logits = sums["logits"]
+        logits = sums["logits"].total
         targets = batch["labels"] if mix is None else soft_labels(batch, logits.shape[-1])
         seen = {
             "outputs": watch.outputs,
@@ -136,7 +137,7 @@ def make_probe(
         else:
             parts = steps.split(batch, accumulation_steps, mesh), jax.random.split(key, accumulation_steps)
 
-            def add(carry, part_and_key):
+            def add(carry: PyTree, part_and_key: tuple[Batch[jax.Array], jax.Array]):
                 batch_stats, total = carry
                 grads, batch_stats, seen = one_part(params, batch_stats, *part_and_key)
                 return (batch_stats, jax.tree.map(jnp.add, total, grads)), seen

@@ -24,7 +24,7 @@ class Program(NamedTuple):
 
     Attributes:
       model: the network.
-      init: `init(key)` returns the initial state; see `state.make_init`.
+      init: `init(key, pretrained={})` returns the initial state; see `state.make_init`.
       abstract_state: shape, type and sharding of each array of the state.
       train_step: see `steps.make_train_step`.
       eval_step: see `steps.make_eval_step`.
@@ -35,7 +35,7 @@ class Program(NamedTuple):
     """
 
     model: nn.Module
-    init: Callable[[jax.Array], state.TrainState]
+    init: Callable[..., state.TrainState]
     abstract_state: state.TrainState
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]

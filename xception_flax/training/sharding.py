@@ -7,7 +7,7 @@ compiler inserts the collectives, and batch normalization sees the global batch.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -125,16 +125,17 @@ def check_state_fits(mesh: Mesh, abstract_state: PyTree) -> None:
 
 def abstract_batch(mesh: Mesh, shapes: Shapes) -> Batch[jax.ShapeDtypeStruct]:
     """Returns shapes, types and shardings of what `global_batch` returns, from the shapes of the global batch."""
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-        for name, (shape, dtype) in shapes.items()
-    }
+    sharding = batch_sharding(mesh)
+    arrays = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
+    return cast("Batch[jax.ShapeDtypeStruct]", arrays)
 
 
 def global_batch(mesh: Mesh, local_batch: Batch[np.ndarray]) -> Batch[jax.Array]:
-    """Returns global arrays by name, made of each host's part of them: `[N / hosts, ...]` -> `[N, ...]`."""
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(values))
-        for name, values in local_batch.items()
-    }
+    """Returns a batch of global arrays, made of each host's part; see `global_array`."""
+    arrays = {name: global_array(mesh, np.asarray(values)) for name, values in local_batch.items()}
+    return cast("Batch[jax.Array]", arrays)
+
+
+def global_array(mesh: Mesh, local: np.ndarray) -> jax.Array:
+    """Returns an array of a batch, made of each host's rows of it: `[N / hosts, ...]` -> `[N, ...]`."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), local)

@@ -54,12 +54,14 @@ def create_normalizer(mean: Sequence[float], std: Sequence[float]) -> Callable[[
         check_number(
             f"(255 - normalize.mean) / normalize.std, of {average} and {deviation},", (255 + abs(average)) / deviation
         )
-    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1) for values in (mean, std))
+    center, scale = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1) for values in (mean, std))
 
     def normalize(images: jax.Array) -> jax.Array:
-        if mean.size not in (1, images.shape[-1]):
-            raise UserError(f"normalize.mean has {mean.size} values, but the images have {images.shape[-1]} channels.")
-        return (images.astype(jnp.float32) - mean) / std
+        if center.size not in (1, images.shape[-1]):
+            raise UserError(
+                f"normalize.mean has {center.size} values, but the images have {images.shape[-1]} channels."
+            )
+        return (images.astype(jnp.float32) - center) / scale
 
     return normalize
 
@@ -237,13 +239,13 @@ def split(batch: Batch[jax.Array], accumulation_steps: int, mesh: Mesh) -> Batch
 def _make_gradient(objective: Callable[..., Any], mesh: Mesh, accumulation_steps: int, lowering: str) -> Gradient:
     """Returns the gradient of `objective`: of a whole batch, or the mean over its parts, one after the other."""
 
-    def at_once(*arguments):
+    def at_once(*arguments: Any):
         # A kernel that each device runs on its share needs the mesh in context; see `ops`.
         with ops.lowering(lowering), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return jax.grad(objective, has_aux=True)(*arguments)
 
     def accumulated(params: PyTree, batch_stats: PyTree, batch: Batch[jax.Array], key: jax.Array):
-        def add(carry, part_and_key):
+        def add(carry: PyTree, part_and_key: tuple[Batch[jax.Array], jax.Array]):
             batch_stats, total = carry
             grads, (batch_stats, sums) = at_once(params, batch_stats, *part_and_key)
             return (batch_stats, jax.tree.map(jnp.add, total, (grads, sums))), None

@@ -171,10 +171,11 @@ def _call(layer: Layer, inputs: list[Node], training: bool, nodes: list[Node]) -
 
 
 def _call_functional(model: Layer, inputs: list[Node], training: bool, nodes: list[Node]) -> list[Node]:
+    declared = model.parts or []
     # Keras 2 writes calls as lists, and counts the making of a model within a model as its first call.
-    is_keras_2 = any(isinstance(call, list) for _, calls in model.parts for call in calls)
+    is_keras_2 = any(isinstance(call, list) for _, calls in declared for call in calls)
     fed = {name: [node] for (name, *_), node in zip(_references(model.config["input_layers"]), inputs, strict=False)}
-    parts = {part.name: (part, max(1, len(calls))) for part, calls in model.parts}
+    parts = {part.name: (part, max(1, len(calls))) for part, calls in declared}
     done: dict[tuple[str, int], list[Node]] = {}
 
     def output(name: str, call: int, tensor: int) -> Node | None:
@@ -183,9 +184,7 @@ def _call_functional(model: Layer, inputs: list[Node], training: bool, nodes: li
         outputs = done.get((name, min(max(call, 0), calls - 1)))
         return outputs[tensor if part.parts is not None else 0] if outputs else None
 
-    waiting = [
-        (part, *item) for part, calls in model.parts for item in enumerate(map(_parsed, calls or [{"args": []}]))
-    ]
+    waiting = [(part, *item) for part, calls in declared for item in enumerate(map(_parsed, calls or [{"args": []}]))]
     for _ in range(MAX_PASSES):
         later = []
         for part, i, call in waiting:

@@ -303,11 +303,12 @@ def _affine(node: Node) -> Affine | None:
             pair = scale, beta - mean * scale
         elif len(node.arguments) == 2:
             pair = _arithmetic(node)
-    if any(values is None or not np.isfinite(values).all() for values in pair):
+    scale, offset = pair
+    if scale is None or offset is None or not (np.isfinite(scale).all() and np.isfinite(offset).all()):
         return None
-    if any(values.size != max(values.shape, default=1) for values in pair):
+    if any(values.size != max(values.shape, default=1) for values in (scale, offset)):
         return None
-    return np.ravel(pair[0]), np.ravel(pair[1])  # Keras has [1, 1, 1, C], too
+    return np.ravel(scale), np.ravel(offset)  # Keras has [1, 1, 1, C], too
 
 
 def _arithmetic(node: Node) -> tuple[Any, Any]:

@@ -158,4 +158,4 @@ def _class_descriptions(
     if not is_list or len(texts) != len(class_names) or not all(isinstance(text, str) for text in texts):
         left_out.append(f"its label_descriptions, {written(found)}; expected a text for each of its label_names")
         return ()
-    return tuple(texts)
+    return tuple(map(str, texts))

@@ -166,7 +166,8 @@ def _fields(architecture: str, use: Use, classifier: Arrays, state: Arrays) -> d
     num_classes = len(classifier.get("bias", ()))
     model = timm.NETWORKS[architecture] | dict(use.fields) | {"num_classes": num_classes}
     if architecture == "inception_v3":
-        model["auxiliary"] = num_classes > 0 and np.shape(state.get("AuxLogits.fc.weight"))[:1] == (num_classes,)
+        auxiliary = state.get("AuxLogits.fc.weight")
+        model["auxiliary"] = num_classes > 0 and auxiliary is not None and auxiliary.shape[:1] == (num_classes,)
     return model
 
 

@@ -18,7 +18,7 @@ from xception_flax.text.sizes import ImageSize, check_size
 from xception_flax.training.steps import create_normalizer
 from xception_flax.weights.pretrained import IMAGE_SIZE, Pretrained
 
-Network = TypeVar("Network", Pretrained, Run)
+Network = TypeVar("Network", bound=Pretrained | Run)
 
 
 def told(
@@ -52,7 +52,7 @@ def told(
         network = network._replace(class_names=names, class_descriptions=())
     if (mean is None) != (std is None):
         raise UserError("mean and std go together; give both or neither.")
-    if mean is not None:
+    if mean is not None and std is not None:
         create_normalizer(mean, std)
         if max(std) < 1:  # no library divides values of 0 to 255 by less
             raise UserError(

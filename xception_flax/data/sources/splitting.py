@@ -86,7 +86,7 @@ def keys_of(paths: Iterable[str], group_by: str | None) -> list[str]:
             f"data.group_by={group_by}: {counted(keys.count(None), 'image')} of {len(keys):,} "
             f"{'has' if keys.count(None) == 1 else 'have'} no such group, as {first}."
         )
-    return keys
+    return [key for key in keys if key is not None]
 
 
 def _finder(group_by: str) -> Callable[[str], str | None]:

@@ -10,6 +10,7 @@ import ast
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import cv2
 import numpy as np
@@ -102,4 +103,4 @@ def _split(call: str) -> tuple[str, dict[str, str]]:
         raise wrong
     if len(texts) < len(keywords):
         raise UserError(f"transform {written(call)} gives a keyword twice.")
-    return name, texts
+    return name, cast("dict[str, str]", texts)

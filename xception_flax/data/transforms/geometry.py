@@ -146,7 +146,7 @@ def random_crop_with_padding(
             f"random_crop_with_padding(padding={padding}) cannot take {shown(image_size)} pixels of an image "
             f"of {image.shape[0]} x {image.shape[1]}; put a resize before it."
         )
-    padded = cv2.copyMakeBorder(image, *[padding] * 4, cv2.BORDER_CONSTANT)
+    padded = cv2.copyMakeBorder(image, padding, padding, padding, padding, cv2.BORDER_CONSTANT)
     padded = padded.reshape(*padded.shape[:2], -1)  # OpenCV drops a single channel
     top, left = (rng.integers(rest + 1) for rest in spare)
     return padded[top : top + size[0], left : left + size[1]]

@@ -41,7 +41,7 @@ def _warp(image: Image, inverse: list[list[float]], interpolation: int) -> Image
     """Takes pixel (x, y) from `inverse @ (x, y, 1)`, or black outside of the image."""
     height, width = image.shape[:2]
     flags = interpolation | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(image, np.float64(inverse), (width, height), flags=flags).reshape(image.shape)
+    return cv2.warpAffine(image, np.asarray(inverse, np.float64), (width, height), flags=flags).reshape(image.shape)
 
 
 # torchvision's shears use PIL's coordinates, which are of pixels' corners, not centres. So half a level is added.

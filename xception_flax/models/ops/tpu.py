@@ -128,10 +128,10 @@ def _separable_forward(x, scale, shift, depthwise_kernel, pointwise_kernel, relu
 def _separable_backward(relu, interpret, saved, gradients):
     x, scale, shift, depthwise_kernel, pointwise_kernel, y = saved
     gy, gsums = gradients
-    weights = (depthwise_kernel.reshape(9, -1).astype(jnp.float32), pointwise_kernel[0, 0])
-    images = (array.transpose(_HWNC) for array in (x, y, gy))
+    taps, affine = depthwise_kernel.reshape(9, -1).astype(jnp.float32), jnp.stack([scale, shift])
+    x, y, gy = (array.transpose(_HWNC) for array in (x, y, gy))
     gx, gaffine, gdepthwise, gpointwise = _backward(
-        *images, gsums, jnp.stack([scale, shift]), *weights, relu, interpret
+        x, y, gy, gsums, affine, taps, pointwise_kernel[0, 0], relu, interpret
     )
     gdepthwise = gdepthwise.reshape(depthwise_kernel.shape).astype(depthwise_kernel.dtype)
     gpointwise = gpointwise.reshape(pointwise_kernel.shape).astype(pointwise_kernel.dtype)
