@@ -9,13 +9,14 @@ import signal
 from xception_flax.host import libraries, signals
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signals.stop_at_once)  # before the imports below, which take seconds
+    signals.handle_before_imports()
     libraries.check_libraries()
 
 import argparse
 import contextlib
 import itertools
 import math
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from xception_flax.commands import cli
 from xception_flax.data import sampling
 from xception_flax.data.batch import Batch
 from xception_flax.display import console
-from xception_flax.host import allocator, processes, restarting
+from xception_flax.host import allocator, parents, processes, restarting
 from xception_flax.host.watchdog import Watchdog
 from xception_flax.models import costs
 from xception_flax.recipes import groups, reading
@@ -99,10 +100,15 @@ def main(argv: list[str], program: str = "python train.py") -> int:
         return restarting.run(
             once(argv), arguments.restarts, lambda: checkpoint.newest_step(arguments.workdir / CHECKPOINTS)
         )
+    parents.end_with_named()
     config = reading.load(arguments.config, overrides)
     cli.start(arguments)
-    with cli.out_of_memory(OUT_OF_MEMORY):
-        return train(config, arguments.workdir)
+    try:
+        with cli.out_of_memory(OUT_OF_MEMORY):
+            return train(config, arguments.workdir)
+    except signals.Stopped as stopped:  # while the input stood still
+        console.stderr_console().print(stopped.left, soft_wrap=True)
+        os._exit(128 + stopped.number)  # Python's own end would wait for the threads that read
 
 
 def once(argv: list[str]) -> list[str]:
@@ -179,13 +185,13 @@ def train(config: ConfigDict, workdir: Path) -> int:
         # Loop.
         totals = metrics.Accumulator(max_pending=MAX_STEPS_IN_FLIGHT)
         save_clock = SaveClock(config.checkpoint_every_minutes)
-        stack.enter_context(save_where_input_ends(manager, lambda: train_state, totals.pending, meta))
         batches = stack.enter_context(contextlib.closing(train_data.batches(start_step)))
+        stack.enter_context(save_where_input_ends(manager, lambda: train_state, totals.pending, meta))
         stop = stack.enter_context(signals.StopRequest(several_processes=jax.process_count() > 1))
         for step in range(start_step + 1, total_steps + 1):
             with profile.step(step, totals.pending):
                 watchdog.sign(f"the batch of step {step:,}")
-                with report.input_wait():
+                with report.input_wait(), stop.patience():
                     batch = next(batches)
                 watchdog.sign(f"step {step:,}" + (", which is being compiled" if step == start_step + 1 else ""))
                 train_state, sums = compiling.result()(train_state, sharding.global_batch(mesh, batch))

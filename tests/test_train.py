@@ -34,7 +34,7 @@ from xception_flax.runs import history, progress
 from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import has_checkpoints
 from xception_flax.text.errors import UserError
-from xception_flax.training import sharding
+from xception_flax.training import checkpoint, sharding
 
 
 def test_a_run_leaves_what_it_promises(whole):
@@ -198,6 +198,13 @@ def segments(pids: set[int]) -> set[str]:
         with contextlib.suppress(OSError):  # it has ended
             found.update(re.findall(r"(?m)/dev/shm/psm_\w+$", Path(f"/proc/{pid}/maps").read_text()))
     return found
+
+
+def wait_until_gone(pids: set[int]) -> None:
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def stand_still(process: subprocess.Popen) -> tuple[set[int], set[str]]:
@@ -407,7 +414,7 @@ def test_a_killed_worker_loses_nothing(tmp_path):
     os.kill(min(readers), signal.SIGKILL)
     process.send_signal(signal.SIGCONT)
     code, _, err = finish(process)
-    assert code == 2, err
+    assert code == 75, err
     message = (
         r"error: a worker process that reads the data was ended by SIGKILL, as the system does when memory runs "
         r"out\. Take fewer by --config\.data\.num_workers=N.*\n"
@@ -476,10 +483,46 @@ def test_a_run_whose_workers_stand_still_ends_on_request(tmp_path):
     )
     assert re.search(rf"{still}is in {re.escape(str(tmp_path))}/stacks\.txt\. The same command goes on", err), err
     assert re.search(r'train\.py", line \d+ in train$', (tmp_path / "stacks.txt").read_text(), re.MULTILINE)
-    deadline = time.monotonic() + 60
-    while any(map(is_alive, readers)):
-        assert time.monotonic() < deadline
+    wait_until_gone(readers)
+
+
+def test_a_signal_while_the_input_stands_still(tmp_path):
+    """It is not the next step that saves, as there is none."""
+    process = start(tmp_path, "--config.epochs=200", *WORKERS, lenet=True)
+    wait_until(lambda: len(records(tmp_path)) >= 1, process)
+    readers = children(process.pid)
+    for reader in readers:
+        os.kill(reader, signal.SIGSTOP)
+    seen, since = 0, time.monotonic()
+    while time.monotonic() - since < 3:  # it uses up the batches that are there
+        if seen != (now := len(records(tmp_path))):
+            seen, since = now, time.monotonic()
         time.sleep(0.1)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert (code, "Traceback" in err) == (128 + signal.SIGTERM, False), err
+    assert time.monotonic() - begin < 60
+    left = r"stopped after step (\d+), without the batch of the next; the checkpoint of step (\d+) is written; the same"
+    stopped, saved = map(int, re.search(left, err).groups())
+    assert stopped == saved >= 5
+    assert checkpoint.newest_step(tmp_path / "checkpoints") == saved
+    wait_until_gone(readers)
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path):
+    """As where `2>&1 | tee log` gets Ctrl-C before the run does."""
+    process = shell.start(
+        "train.py", "--config", f"{DIGITS}:lenet", "--workdir", tmp_path, *LENET, "--config.epochs=200"
+    )
+    wait_until(lambda: len(records(tmp_path)) >= 1, process)
+    process.stderr.close()
+    process.stdout.close()
+    seen = len(records(tmp_path))
+    wait_until(lambda: len(records(tmp_path)) >= seen + 3, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=240) == 128 + signal.SIGINT
+    assert checkpoint.newest_step(tmp_path / "checkpoints") == records(tmp_path)[-1]["step"]
 
 
 def test_checkpoints_by_the_clock_and_a_damaged_one(tmp_path, monkeypatch, capsys):

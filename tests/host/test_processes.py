@@ -287,6 +287,27 @@ if me == 0:
     ), err
 
 
+def test_the_death_of_the_first_changes_no_end():
+    """Process 1 has failed, and waits until process 0, which dies, has heard of it. JAX aborts those that wait."""
+    body = """
+start()
+multihost_utils.process_allgather(np.zeros(7))
+if me:
+    import time
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(60)  # it does not look again before JAX does
+    raise lookup.UserError("the reason")
+processes._watching.ignore()
+while processes._word() is None:
+    pass
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (code_of_0, _, _), (code, _, err) = run([0, 1], body)
+    assert code_of_0 == -signal.SIGKILL
+    assert (code, "error: the reason" in err.splitlines()) == (2, True), err
+    assert "Terminating process because the JAX distributed service detected fatal errors" in err, "it was not JAX"
+
+
 def test_a_first_that_stands_still_is_left():
     """Process 0 is stopped, which closes no connection; the other has ended when it goes on."""
     body = """
@@ -373,7 +394,7 @@ print(jax.process_index(), multihost_utils.process_allgather(np.int32(me)).tolis
 def test_one_that_waits_for_nobody(number, reason):
     ((code, _, err),) = run([number], "processes.START_SECONDS = 2\nstart()")
     assert (code, err) == (
-        2,
+        processes.TRY_AGAIN,
         f"error: process {number} of 2 has waited 2 s; {reason}. Start the same command on every host, with "
         "--coordinator each with its own --process-id; look at the output there.\n",
     )

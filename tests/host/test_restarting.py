@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import shell
 from xception_flax.host import restarting
 from xception_flax.host.processes import TRY_AGAIN
 
@@ -27,6 +28,31 @@ with open(file, "a") as log:
 end = ends[min(len(open(file).readlines()), len(ends)) - 1]
 os.kill(os.getpid(), int(end[1:])) if end.startswith("-") else sys.exit(int(end))
 """
+
+
+def test_a_killed_supervisor_asks_its_process_to_stop(tmp_path):
+    """SIGKILL leaves it no time to do so itself."""
+    program = (
+        "import os, signal, sys, time\n"
+        "from xception_flax.host import parents\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[1], 'w').close(), os._exit(0)))\n"
+        "parents.end_with_named()\n"
+        "assert parents.PARENT not in os.environ  # a reader of data has another parent\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    asked = tmp_path / "asked"
+    command = [sys.executable, "-c", program, str(asked)]
+    supervisor = shell.start(
+        "-c", f"from xception_flax.host import restarting\nrestarting.run({command!r}, 1, lambda: 0)"
+    )
+    assert supervisor.stdout.readline() == "ready\n"
+    supervisor.kill()
+    supervisor.wait()
+    deadline = time.monotonic() + 60
+    while not asked.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def starts(file: Path) -> int:

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -60,6 +61,55 @@ with signals.StopRequest():
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
     assert (code, err) == (128 + signal.SIGTERM, "\ninterrupted\n")
+
+
+def test_a_second_signal_needs_no_reader(tmp_path):
+    (tmp_path / "s.py").write_text("""
+import time
+from xception_flax.host import signals
+with signals.StopRequest() as stop:
+    print("ready", flush=True)
+    while stop.signal is None:
+        time.sleep(0.01)
+    print("asked", flush=True)
+    time.sleep(600)
+""")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, str(tmp_path / "s.py")], env=environment(1), text=True, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.stderr.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "asked\n"
+    time.sleep(2 * signals.ECHO_SECONDS)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(("pid", "handled"), [(1, signals.REQUESTS), (2, (signal.SIGINT,))])
+def test_the_first_process_of_a_container_has_handlers(monkeypatch, pid, handled):
+    """Linux ends it by no signal that it does not handle, SIGKILL of the host apart."""
+    before = {number: signal.getsignal(number) for number in signals.REQUESTS}
+    monkeypatch.setattr(os, "getpid", lambda: pid)
+    try:
+        signals.handle_before_imports()
+        for number in signals.REQUESTS:
+            assert (signal.getsignal(number) is signals.stop_at_once) == (number in handled)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_what_stands_still_is_broken_off(monkeypatch):
+    monkeypatch.setattr(signals, "PATIENCE_SECONDS", 0.2)
+    with signals.StopRequest() as stop:
+        with stop.patience():
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.4)  # what has ended in time is not broken off
+    with signals.StopRequest() as stop:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(signals.Stopped) as stopped, stop.patience():
+            threading.Event().wait(60)
+    assert stopped.value.number == signal.SIGTERM
 
 
 def test_one_of_several_processes_passes_ctrl_c_on():

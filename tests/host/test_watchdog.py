@@ -3,6 +3,7 @@
 import re
 import textwrap
 import time
+from types import SimpleNamespace
 
 import shell
 from xception_flax.host.watchdog import Watchdog
@@ -54,6 +55,24 @@ def test_each_silence_is_reported_once(tmp_path, capfd):
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("WARNING: the run has stood still for 0.2 seconds, waiting for thing") for line in lines)
+
+
+def test_who_was_suspended_has_not_stood_still(tmp_path, capfd, monkeypatch):
+    """Of a process that was stopped for longer than is allowed, the watchdog may be the first to run again."""
+    waits = iter([0.05, 30.0, 0.05])
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("xception_flax.host.watchdog.time", clock)
+    dog = Watchdog(1 / 60, tmp_path / "stacks.txt", stop=True)
+
+    def wait(seconds: float) -> bool:
+        assert seconds == 0.05
+        clock.now += (waited := next(waits, 0.0))
+        return not waited
+
+    monkeypatch.setattr(dog, "_left", SimpleNamespace(wait=wait))
+    dog._watch()
+    assert not (tmp_path / "stacks.txt").exists()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_file_that_cannot_be_written_is_no_obstacle(tmp_path, capfd):

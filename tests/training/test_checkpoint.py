@@ -305,10 +305,10 @@ def test_a_bucket_is_no_local_folder():
 def test_a_step_gets_its_name_when_the_disk_has_all_of_it(tmp_path, one_device, monkeypatch):
     """Each file and folder of a step is synced after its last change and before the step is renamed.
 
-    Then the parent folder is synced, and then the older step is removed.
+    Then the parent folder is synced, then the older step is moved away, and then it is deleted.
     """
     events = []
-    sync, rename, remove = os.fsync, os.rename, shutil.rmtree
+    sync, rename, replace, remove = os.fsync, os.rename, os.replace, shutil.rmtree
 
     def fsync(descriptor):
         sync(descriptor)
@@ -322,12 +322,17 @@ def test_a_step_gets_its_name_when_the_disk_has_all_of_it(tmp_path, one_device, 
         if step:
             events.append(("rename", Path(target).name))
 
+    def moved(source, target, **options):
+        replace(source, target, **options)
+        events.append(("move", Path(source).name))
+
     def removed(path, *args, **options):
         events.append(("remove", Path(path).name))
         remove(path, *args, **options)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(os, "replace", moved)
     monkeypatch.setattr(shutil, "rmtree", removed)
     with open_manager(tmp_path, keep_latest=1, keep_best=0) as manager:
         for step in (1, 2):
@@ -341,7 +346,27 @@ def test_a_step_gets_its_name_when_the_disk_has_all_of_it(tmp_path, one_device, 
         assert len(content) > 20
         assert set(content) <= synced
         assert events[at + 1][:2] == ("sync", folder)
-    assert events.index(("remove", "1")) > at + 1
+    assert at + 1 < events.index(("move", "1")) < events.index(("remove", checkpoint.REMOVED), at)
+    assert not (tmp_path / "checkpoints" / checkpoint.REMOVED).exists()
+
+
+def test_a_run_that_is_killed_while_it_deletes_an_old_step(tmp_path, one_device, monkeypatch):
+    """From 4 CPUs on Orbax deletes in parallel, and first all files: a step without files would look damaged."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    state, folder = make_state(one_device, 1), tmp_path / "checkpoints"
+    with monkeypatch.context() as patch, open_manager(tmp_path, keep_latest=1, keep_best=0) as manager:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # as if it were killed there, each time
+        for step in (1, 2, 3):
+            checkpoint.save(manager, make_state(one_device, step), META, {"top1": 0.5})
+            checkpoint.check_saves(manager, wait=True)
+            assert sorted(path.name for path in folder.iterdir() if path.name != checkpoint.REMOVED) == [str(step)]
+    assert sorted(path.name for path in (folder / checkpoint.REMOVED).iterdir()) == ["1", "2"]
+    with open_manager(tmp_path, keep_latest=1, keep_best=0) as manager:
+        assert [path.name for path in folder.iterdir()] == ["3"]
+        assert_equal(checkpoint.restore_state(manager, abstract(state), 3), make_state(one_device, 3))
+        checkpoint.save(manager, make_state(one_device, 4), META, {"top1": 0.5})
+        checkpoint.check_saves(manager, wait=True)
+        assert [path.name for path in folder.iterdir()] == ["4"]
 
 
 def files_of(folder, *items):

@@ -244,7 +244,7 @@ def _outcome(main: Callable[[list[str]], int], argv: list[str]) -> tuple[int, st
     except UserError as error:
         if _wants_traceback():
             raise
-        return 2, _complaint(str(error))
+        return error.exit_code, _complaint(str(error))
     except OSError as error:
         if error.errno not in DISK_ERRORS or _wants_traceback():
             raise

@@ -5,7 +5,6 @@ an example, nor its augmentation, nor its place in the global batch. To resume a
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import multiprocessing
@@ -26,9 +25,9 @@ from xception_flax.data.batch import Batch, Shapes, label_dtype, shapes
 from xception_flax.data.decoding import WHITE, BadImageError, decode, is_dark, largest_value, white
 from xception_flax.data.sampling import Balanced
 from xception_flax.data.sources.folder import Files
-from xception_flax.data.sources.source import Example, InputError, Source
+from xception_flax.data.sources.source import Example, InputError, Source, WorkerEnded
 from xception_flax.data.transforms import Transform
-from xception_flax.host import allocator, signals
+from xception_flax.host import allocator, parents, signals
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 
@@ -274,6 +273,9 @@ class Split:
                     batch = next(iterator)
                 except StopIteration:
                     return
+                except signals.Stopped:
+                    stack.pop_all()  # closing would wait for the reads that stand still
+                    raise
                 except InputError as error:  # from a worker process it comes with the tracebacks of both
                     raise InputError(str(error)) from None
                 except BadImageError as error:
@@ -286,7 +288,7 @@ class Split:
                 except RuntimeError as error:
                     if (code := re.search(r"Worker process was terminated .* exit code (-?\d+)", str(error))) is None:
                         raise
-                    raise InputError(_worker_ended(int(code[1]))) from None
+                    raise WorkerEnded(_worker_ended(int(code[1]))) from None
                 held.close()  # the first batch is there: all workers have started
                 yield batch
 
@@ -518,11 +520,7 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.REQUESTS)
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() != multiprocessing.parent_process().pid:  # the trainer died before the call above
-            os._exit(1)
+    parents.end_with(multiprocessing.parent_process().pid, signal.SIGKILL)
     allocator.keep_freed_memory()  # each batch needs as much memory as the last
 
 

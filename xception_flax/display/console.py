@@ -1,6 +1,7 @@
 """Tables, progress bars and messages on a terminal."""
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -130,9 +131,15 @@ def stepping(what: str, steps: Sequence[T]) -> Iterator[T]:
         yield from bar.track(steps, description=naming.harmless(what))
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Goes on in silence where the reader has gone (`2>&1 | tee log`, and Ctrl-C); Rich would end the process."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def stderr_console() -> Console:
     """Returns a console on standard error that prints text as it is: `[red]` and `:cat:` are names, not markup."""
-    return Console(stderr=True, markup=False, emoji=False, highlight=False)
+    return _Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def percent(share: float) -> str:

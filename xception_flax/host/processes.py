@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 
 from xception_flax.host import signals
 from xception_flax.host.project import PACKAGE, TRAIN
-from xception_flax.text.errors import UserError
+from xception_flax.text.errors import TRY_AGAIN, UserError
 from xception_flax.text.lookup import differing
 
 START_SECONDS = 300  # a process waits so long for the others to start; JAX's own default
@@ -44,7 +44,6 @@ SILENT_SECONDS = 75  # otherwise it does after so long, if the command says noth
 LEAST_SILENT_SECONDS = 10  # and it cannot say less: a few signs may be late where a machine is busy
 JAX_AFTER_SECONDS = 25  # so much later than we do, at least, JAX ends the processes by itself, with a stack trace
 FAREWELL_SECONDS = 15  # a process that ends waits so long for the others to hear of it
-TRY_AGAIN = 75  # exit code where the same command may go on: sysexits.h calls it a temporary failure
 SHARED_SECONDS = 30  # NFS may take so long to show a new file to all hosts
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "simplejpeg", "pillow")
@@ -126,7 +125,7 @@ def _bounded(reason: Callable[[], str]) -> Iterator[None]:
 
     def give_up() -> None:
         _say(f"error: {reason()}")
-        os._exit(2)
+        os._exit(TRY_AGAIN)
 
     timer = threading.Timer(START_SECONDS, give_up)
     timer.daemon = True
@@ -352,6 +351,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
+        self._code: int | None = None
         self._threads: list[threading.Thread] = []
 
     def start(self, silent_seconds: float) -> None:
@@ -372,8 +372,9 @@ class _Watch:
             if thread is not threading.current_thread():
                 thread.join()
 
-    def ignore(self) -> None:
-        """Whatever ends from now on is no failure."""
+    def ignore(self, code: int | None = None) -> None:
+        """Whatever ends from now on is no failure. With `code` this process ends with it, whatever it meets there."""
+        self._code = code
         self._stopped.set()
 
     def _run(self) -> None:
@@ -430,6 +431,8 @@ class _Watch:
         """
 
         def aborted(number: int) -> None:
+            if self._code is not None:  # process 0 has left before this one
+                os._exit(self._code)
             if (reason := self._without_first()) is not None:
                 self._end_without_first(reason)
 
@@ -527,7 +530,7 @@ def _word() -> tuple[int, int, str] | None:
 def _leave(code: int, dead: int = 0) -> NoReturn:
     """Ends the process when all but the dead have heard. Python's and JAX's own exit would wait for the dead."""
     state = _client_state()
-    _watching.ignore()
+    _watching.ignore(code)
     deadline = time.monotonic() + FAREWELL_SECONDS
     with contextlib.suppress(Exception):
         _client().key_value_set(f"{_HEARD}/{state.process_id}", "", allow_overwrite=True)
@@ -542,7 +545,8 @@ def _leave(code: int, dead: int = 0) -> NoReturn:
 
 def _say(text: str) -> None:
     behind_bar = "\x1b[?25h\n" if os.isatty(2) else ""  # show the cursor that the progress bar hides; leave its line
-    os.write(2, f"{behind_bar}{text}\n".encode(errors="backslashreplace"))
+    with contextlib.suppress(OSError):  # nobody reads it, and this process must end all the same
+        os.write(2, f"{behind_bar}{text}\n".encode(errors="backslashreplace"))
 
 
 # JAX's key-value store -----------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from xception_flax.host import signals
-from xception_flax.host.processes import TRY_AGAIN
+from xception_flax.host import parents, signals
 from xception_flax.text.counting import counted
+from xception_flax.text.errors import TRY_AGAIN
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 120.0  # seconds before a start; each is twice as long as the one before
 
@@ -22,7 +22,8 @@ def run(command: Sequence[str], restarts: int, progress: Callable[[], int]) -> i
 
     It is started again after a signal that nobody sends to stop it (SIGKILL, SIGSEGV, SIGABRT), an exception (code 1)
     and `TRY_AGAIN`; not after a user's mistake or a full disk (code 2), and not once this process was told to stop.
-    Signals that ask it to stop are passed on to it.
+    Signals that ask it to stop are passed on to it. If this process is killed, a command that calls
+    `parents.end_with_named` is asked to stop.
 
     Args:
       command: program and arguments.
@@ -35,7 +36,7 @@ def run(command: Sequence[str], restarts: int, progress: Callable[[], int]) -> i
     failures, reached = 0, progress()
     with _passed_on() as told:
         while True:
-            code = told.wait(subprocess.Popen(command, start_new_session=True))
+            code = told.wait(subprocess.Popen(command, start_new_session=True, env=parents.named()))
             if told.signal is not None or not may_pass(code):
                 break
             before, reached = reached, progress()

@@ -13,6 +13,8 @@ from typing import NoReturn
 # signal twice, but one is meant. A second signal within this time is ignored.
 ECHO_SECONDS = 0.1
 
+PATIENCE_SECONDS = 5.0  # how long a batch may take after a signal: a disk may stand still
+
 # What asks a run to save and stop: a terminal, a batch system or a person, and Slurm's notice (`--signal=USR1@120`). A
 # batch system sends them to a whole process group.
 REQUESTS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
@@ -25,8 +27,18 @@ def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
     moment, so ending here is as safe as SIGKILL.
     """
     show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # the progress bar hides it
-    os.write(2, f"{show_cursor}\ninterrupted\n".encode())
+    with contextlib.suppress(OSError):  # nobody reads it
+        os.write(2, f"{show_cursor}\ninterrupted\n".encode())
     os._exit(128 + number)
+
+
+def handle_before_imports() -> None:
+    """Sets what Ctrl-C does before the imports, which take seconds; for process 1 all of `REQUESTS`.
+
+    The first process of a container is not ended by a signal that it has no handler for.
+    """
+    for number in REQUESTS if os.getpid() == 1 else (signal.SIGINT,):
+        signal.signal(number, stop_at_once)
 
 
 @contextlib.contextmanager
@@ -54,16 +66,27 @@ def unwinding() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class Stopped(Exception):
+    """Signal `number` has asked to stop, and what was waited for did not come; `left` says what is saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number, self.left = number, ""
+
+
 class StopRequest:
     """A context manager that records in `signal` which of `REQUESTS` has asked to stop.
 
     After the first signal the caller can finish its step and save a checkpoint; the second ends the process at once.
+    What may wait for ever, and may be broken off, is done within `patience()`.
     With several processes JAX handles SIGTERM itself, in C++, and makes all hosts stop at the same step. There the
     first of the others is passed on to JAX as SIGTERM, and the second ends the process.
     """
 
     def __init__(self, *, several_processes: bool = False) -> None:
         self.signal: int | None = None
+        self._waiting = False
+        self._several = several_processes
         self._numbers = tuple(n for n in REQUESTS if not several_processes or n != signal.SIGTERM)
         self._old: dict[int, object] = {}
 
@@ -76,6 +99,8 @@ class StopRequest:
         self._old_tell = signal.set_wakeup_fd(self._tell)
         for number in self._numbers:
             self._old[number] = signal.signal(number, self._handle)
+        if hasattr(signal, "SIGALRM"):
+            self._old[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._break_off)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -85,9 +110,33 @@ class StopRequest:
         os.close(self._tell)  # ends the thread
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None and signal.SIGTERM not in self._numbers:
+        if self.signal is None and self._several:
             os.kill(os.getpid(), signal.SIGTERM)
         self.signal = number
+        if self._waiting:
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE_SECONDS)
+
+    @contextlib.contextmanager
+    def patience(self) -> Iterator[None]:
+        """A block that is broken off if it goes on for `PATIENCE_SECONDS` after a signal.
+
+        One of several processes cannot stop alone, so there the block goes on.
+
+        Raises:
+          Stopped: the block was broken off.
+        """
+        self._waiting = not self._several and hasattr(signal, "setitimer")
+        try:
+            yield
+        finally:
+            if self._waiting:
+                self._waiting = False
+                if self.signal is not None:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _break_off(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting and self.signal is not None:
+            raise Stopped(self.signal)
 
     def _watch(self, told: int) -> None:
         with open(told, "rb", buffering=0) as pipe:

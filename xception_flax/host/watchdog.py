@@ -1,9 +1,9 @@
 """Finds a run that stands still, writes what each of its threads does there, and ends it on request."""
 
+import contextlib
 import datetime
 import faulthandler
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -51,8 +51,11 @@ class Watchdog:
         self.sign(self._sign[0])
 
     def _watch(self) -> None:
-        reported = None
-        while not self._left.wait(min(self._seconds / LOOKS, threading.TIMEOUT_MAX)):
+        reported, pause, looked = None, min(self._seconds / LOOKS, threading.TIMEOUT_MAX), time.monotonic()
+        while not self._left.wait(pause):
+            before, looked = looked, time.monotonic()
+            if looked - before > processes.AWAY_LOOKS * pause:  # this process was suspended, or the whole machine
+                self.again()
             sign = self._sign
             if sign is reported or time.monotonic() - sign[1] <= self._seconds:
                 continue
@@ -80,5 +83,6 @@ class Watchdog:
 
 def _say(text: str) -> None:
     """Prints a line, whatever locks the threads that stand still may hold."""
-    behind_bar = "\n" if os.isatty(sys.__stderr__.fileno()) else ""
-    os.write(2, f"{behind_bar}{text}\n".encode(errors="backslashreplace"))
+    behind_bar = "\n" if os.isatty(2) else ""
+    with contextlib.suppress(OSError):  # nobody reads it
+        os.write(2, f"{behind_bar}{text}\n".encode(errors="backslashreplace"))

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from xception_flax import __version__, data
 from xception_flax.data.pipeline import usable_cpus
-from xception_flax.host import processor
+from xception_flax.host import parents, processor
 from xception_flax.host.files import file_errors
 from xception_flax.host.project import TRAIN
 from xception_flax.inference import subject as subjects
@@ -147,6 +147,7 @@ def _train(run: Run, arguments: Sequence[str], workdir: Path, stopped: Callable[
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env=parents.named(),
         ) as process,
     ):
         try:

@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 
 from xception_flax import data
 from xception_flax.data.sources.tfds import REENCODED
+from xception_flax.host import signals
 from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import LARGEST
 from xception_flax.training import checkpoint
@@ -69,7 +70,7 @@ def save_where_input_ends(
     pending: Iterable[Mapping[str, Sum]],
     meta: dict[str, Any],
 ) -> Iterator[None]:
-    """Saves the state if the input ends in this block by a bad image, a file or a worker process.
+    """Saves the state if the input ends in this block by a bad image, a file or a worker process, or stands still.
 
     With several processes one cannot save alone, so only the last checkpoint is left.
 
@@ -81,10 +82,11 @@ def save_where_input_ends(
 
     Raises:
       UserError: the input has ended. The message says what is saved.
+      signals.Stopped: it stood still when a signal came; so does its `left`.
     """
     try:
         yield
-    except data.InputError as error:
+    except (data.InputError, signals.Stopped) as error:
         step = int(state().step)
         if jax.process_count() == 1 and step > (manager.latest_step() or 0):
             for sums in pending:
@@ -97,4 +99,9 @@ def save_where_input_ends(
             if last
             else "no step was done"
         )
-        raise UserError(f"{error}\nStopped after step {step}; {left}.") from error
+        if isinstance(error, signals.Stopped):
+            error.left = f"stopped after step {step}, without the batch of the next; {left}"
+            raise
+        ended = UserError(f"{error}\nStopped after step {step}; {left}.")
+        ended.exit_code = error.exit_code
+        raise ended from error

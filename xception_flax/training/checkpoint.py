@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -52,6 +53,8 @@ PLAIN_PATH = re.compile(r"(?!/\w\w/)[\w/.,=+@ -]{1,1000}")
 
 ON_DAMAGED = ("stop", "older")
 
+REMOVED = "removed"  # the folder to which a step is moved in one piece before its files are deleted
+
 # A step may look damaged because the run is just removing it. A reader then tries again, up to so many times.
 READ_TIMES, READ_AGAIN_SECONDS = 20, 0.5
 
@@ -82,6 +85,8 @@ class Checkpoints(ocp.CheckpointManager):
             best_fn=score,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
+            # Orbax deletes a step file by file: killed meanwhile, it would leave a step that looks damaged.
+            todelete_subdir=None if read_only else REMOVED,
             # If it fails in the background, threads remain that wait five minutes for it.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=HOSTS_DIFFER_SECONDS),
             temporary_path_class=_make_step_folder(self._check),
@@ -91,6 +96,9 @@ class Checkpoints(ocp.CheckpointManager):
             registry.add(None, args, handler)
         if not read_only or folder.is_dir():
             folder = self._opened.enter_context(_plain(folder))
+        self._removed = None if read_only or jax.process_index() else folder / REMOVED
+        if self._removed is not None:  # by a run that was killed meanwhile
+            shutil.rmtree(self._removed, ignore_errors=True)
         try:
             super().__init__(folder, options=options, handler_registry=registry)
         except BaseException:
@@ -110,7 +118,13 @@ class Checkpoints(ocp.CheckpointManager):
             if under_way is None:  # otherwise that exception is the reason, and this one most likely follows from it
                 raise _failed_save(self, error) from error
         finally:
+            self.delete_removed()
             self._opened.close()
+
+    def delete_removed(self) -> None:
+        """Deletes the steps that are no longer kept, unless a save is under way: it may be moving one there."""
+        if self._removed is not None and self._removed.exists() and not self.is_saving_in_progress():
+            shutil.rmtree(self._removed, ignore_errors=True)
 
     def message(self, error: Exception) -> str:
         """Returns the first line of an error, with `folder` in place of the plain path."""
@@ -386,6 +400,7 @@ def check_saves(manager: Checkpoints, *, wait: bool = False) -> None:
         manager.wait_until_finished() if wait else manager.check_for_errors()
     except Exception as error:
         raise _failed_save(manager, error) from error
+    manager.delete_removed()
 
 
 def _failed_save(manager: Checkpoints, error: Exception) -> UserError:

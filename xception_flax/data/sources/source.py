@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from xception_flax.host import allocator
-from xception_flax.text.errors import UserError
+from xception_flax.text.errors import TRY_AGAIN, UserError
 from xception_flax.text.lookup import written
 from xception_flax.text.naming import composed
 
@@ -22,6 +22,12 @@ MAX_UNNAMED_CLASSES = 2**20
 
 class InputError(UserError):
     """Examples cannot be read any further, because of an image, a file or a worker process."""
+
+
+class WorkerEnded(InputError):
+    """A worker process has ended, most likely for lack of memory: with luck the same command goes on."""
+
+    exit_code = TRY_AGAIN
 
 
 @runtime_checkable

@@ -1,0 +1,32 @@
+"""Ties a process to the one that started it, so that it does not live on alone, where Linux can."""
+
+import ctypes
+import os
+import signal
+import sys
+
+PARENT = "XCEPTION_FLAX_PARENT"  # in the environment of a process that is to end with its parent: the parent's number
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def named() -> dict[str, str]:
+    """Returns the environment of a process that this one starts, and that calls `end_with_named`."""
+    return os.environ | {PARENT: str(os.getpid())}
+
+
+def end_with_named() -> None:
+    """Asks for SIGTERM when the parent that the environment names has ended; without a name it does nothing."""
+    if (parent := os.environ.pop(PARENT, "")).isdecimal():
+        end_with(int(parent), signal.SIGTERM)
+
+
+def end_with(parent: int, number: int) -> None:
+    """Sends signal `number` to this process as soon as its parent, process `parent`, has ended.
+
+    A parent that has ended before this call counts too.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)
