@@ -295,7 +295,8 @@ def _title(subject: Subject, config: ConfigDict, results: dict[str, float], said
 
 def _grid(subject: Subject, config: ConfigDict) -> None:
     """Evaluates with other crops, kernels and antialiasing, and prints a table, the best first."""
-    metric = METRICS["multi_label" if subject.several_labels else "single_label"].best
+    usual = "multi_label" if subject.several_labels else "single_label"
+    metric = METRICS[config.metrics.name if "metrics" in config else usual].best
     size, given = config.data.image_size, config.data.eval_transforms
     trials = grid.run(subject, given, size, metric)
     if jax.process_index() != 0:
