@@ -302,7 +302,8 @@ def _grid(subject: Subject, config: ConfigDict) -> None:
     if jax.process_index() != 0:
         return
     first, ordered = trials[0], grid.best_first(trials)
-    columns: dict[str, list[str]] = {"transforms": [], metric: [], "loss": [], "to the given": []}
+    difference = "to the given" if subject.several_labels or metric == "top1" else "top1 to the given"
+    columns: dict[str, list[str]] = {"transforms": [], metric: [], "loss": [], difference: []}
     for trial in ordered:
         values = (trial.transforms, console.percent(trial.score), f"{trial.loss:.5f}", _to_given(trial, first))
         for column, value in zip(columns.values(), values, strict=True):
