@@ -22,20 +22,20 @@ ROOT = Path(__file__).parents[1]
 started: list[subprocess.Popen] = []  # `conftest.none_is_left` kills those that a failed test leaves behind
 
 
-def environment(devices: int | None = None) -> dict[str, str]:
+def environment(devices: int | None = None, root: Path = ROOT) -> dict[str, str]:
     """Returns the environment of a process. With `devices` it has so many CPU devices and compiles as a user's does."""
-    own = {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    own = {"PYTHONPATH": str(root), "COLUMNS": "120"}
     if devices is not None:
         own["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return os.environ | own
 
 
-def start(*arguments: object, devices: int | None = None) -> subprocess.Popen:
-    """Starts Python with `arguments` in a process group of its own."""
+def start(*arguments: object, devices: int | None = None, root: Path = ROOT) -> subprocess.Popen:
+    """Starts Python with `arguments` in a process group of its own, in the clone or a copy of it at `root`."""
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
-        env=environment(devices),
-        cwd=ROOT,
+        env=environment(devices, root),
+        cwd=root,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

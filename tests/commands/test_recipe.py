@@ -38,7 +38,7 @@ def test_a_key_is_shown_with_value_type_default_and_meaning(capsys):
         line, meaning = shown
         assert meaning in lines[lines.index(line) + 1]
     assert [line for line in lines if line and not line.startswith((" ", "*"))][1:] == [
-        *("outside of groups", "model: xception", "init", "normalize", "loss", "metrics: single_label"),
+        *("outside of groups", "model: xception", "init", "normalize", "loss: softmax", "metrics: single_label"),
         *("optimizer: adamw", "schedule: cosine", "mix", "step", "data: digits", "mesh", "checkpoint"),
     ]
 

@@ -153,7 +153,9 @@ def try_normalize(config: ConfigDict, mesh: Mesh) -> None:
 
 def try_loss(config: ConfigDict, mesh: Mesh) -> None:
     loss = losses.create_loss(**config.loss)
-    finite((loss.example(jnp.eye(2), jnp.arange(2)), loss.penalty({"conv1": {"kernel": jnp.ones(2)}})))
+    several = losses.LOSSES[config.loss.name].activation == "sigmoid"
+    labels = jnp.eye(2, dtype=jnp.int32) if several else jnp.arange(2)
+    finite((loss.example(jnp.eye(2), labels), loss.penalty({"conv1": {"kernel": jnp.ones(2)}})))
 
 
 def try_metrics(config: ConfigDict, mesh: Mesh) -> None:

@@ -25,11 +25,13 @@ def test_curves_show_what_there_is(tmp_path):
 
 @pytest.mark.parametrize("name", [*METRICS, "new"])
 def test_curves_show_the_best_metric(tmp_path, monkeypatch, name):
-    """A new choice of metrics needs no change here. An SVG has its texts as comments."""
-    new = METRICS["single_label"]._replace(function=single_label, shares=("recall",), best="recall", title="recall")
+    """A new choice of metrics needs no change here, and may have another's too. An SVG has its texts as comments."""
+    shares = (*METRICS["single_label"].shares, "recall")
+    new = METRICS["single_label"]._replace(function=single_label, shares=shares, best="recall", title="recall")
     monkeypatch.setitem(METRICS, "new", new)
     entry = METRICS[name]
-    curves.draw_curves([{"step": 1, f"eval/{entry.best}": 0.25}], "title", tmp_path / "curves.svg")
+    evaluated = {f"eval/{share}": 0.5 for share in entry.shares} | {f"eval/{entry.best}": 0.25}
+    curves.draw_curves([{"step": 1, **evaluated}], "title", tmp_path / "curves.svg")
     picture = (tmp_path / "curves.svg").read_text()
     assert f"<!-- {entry.title} (%) -->" in picture
     assert "<!-- 25.00 % -->" in picture

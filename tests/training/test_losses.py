@@ -63,6 +63,19 @@ def test_balanced_weights_are_scikit_learns():
     assert float(found[0]) == pytest.approx((3 + 1) * np.log(2))
 
 
+def test_a_new_loss_has_keys_of_its_own_and_balances_by_its_activation(monkeypatch):
+    """As a fork adds one: `factor` is a key of the group `loss`."""
+
+    def scaled(logits, labels, /, factor: float = 1.0, *, label_smoothing, class_weights=None):
+        return factor * losses.softmax(logits, labels, label_smoothing=label_smoothing, class_weights=class_weights)
+
+    monkeypatch.setitem(losses.LOSSES, "scaled", losses.Entry(scaled, "softmax"))
+    loss = losses.create_loss("scaled", factor=3.0, class_weights="balanced", class_shares=[0.25, 0.75])
+    found = np.asarray(loss.example(jnp.zeros((2, 2)), jnp.arange(2)))
+    np.testing.assert_allclose(found, 3 * np.log(2) * np.array([2, 2 / 3]), rtol=1e-6)
+    assert float(loss.plain(jnp.zeros((1, 2)), jnp.array([0]))[0]) == pytest.approx(3 * np.log(2))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

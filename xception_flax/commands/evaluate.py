@@ -296,13 +296,15 @@ def _title(subject: Subject, config: ConfigDict, results: dict[str, float], said
 
 def _grid(subject: Subject, config: ConfigDict) -> None:
     """Evaluates with other crops, kernels and antialiasing, and prints a table, the best first."""
-    metric = METRICS["multi_label" if subject.several_labels else "single_label"].best
+    usual = "multi_label" if subject.several_labels else "single_label"
+    metric = METRICS[config.metrics.name if "metrics" in config else usual].best
     size, given = config.data.image_size, config.data.eval_transforms
     trials = grid.run(subject, given, size, metric)
     if jax.process_index() != 0:
         return
     first, ordered = trials[0], grid.best_first(trials)
-    columns: dict[str, list[str]] = {"transforms": [], metric: [], "loss": [], "to the given": []}
+    difference = "to the given" if subject.several_labels or metric == "top1" else "top1 to the given"
+    columns: dict[str, list[str]] = {"transforms": [], metric: [], "loss": [], difference: []}
     for trial in ordered:
         values = (trial.transforms, console.percent(trial.score), f"{trial.loss:.5f}", _to_given(trial, first))
         for column, value in zip(columns.values(), values, strict=True):

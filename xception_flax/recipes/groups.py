@@ -130,7 +130,7 @@ GROUPS = {
     "model": Group(models.create_model, "name", models.MODELS),
     "init": Group(Init),
     "normalize": Group(steps.create_normalizer),
-    "loss": Group(losses.create_loss),
+    "loss": Group(losses.create_loss, "name", {name: entry.function for name, entry in losses.LOSSES.items()}),
     "metrics": Group(metrics.create_metrics, "name", {name: entry.function for name, entry in metrics.METRICS.items()}),
     "optimizer": Group(optimizers.create_optimizer, "name", optimizers.OPTIMIZERS),
     "schedule": Group(optimizers.create_schedule, "name", optimizers.SCHEDULES),

@@ -31,8 +31,14 @@ def draw_run(workdir: Path) -> None:
 
 def draw_curves(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Draws loss, accuracy and learning rate over the steps, from the records of metrics.jsonl."""
-    shown = [entry for entry in METRICS.values() if any(f"eval/{entry.best}" in r for r in records)]
-    quality = (shown or list(METRICS.values()))[0]
+    named = {key for record in records for key in record}
+    shown = [entry for entry in METRICS.values() if f"eval/{entry.best}" in named]
+    # An entry may have the metrics of another and more: the run's is the one that names most of what is there.
+    quality = max(
+        shown,
+        key=lambda entry: sum(f"eval/{name}" in named for name in entry.shares),
+        default=next(iter(METRICS.values())),
+    )
     figure, (loss, score, rate) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     _plot(loss, records, "train/loss", TRAIN_COLOR, "training")
     _plot(loss, records, "eval/loss", EVAL_COLOR, "evaluation")

@@ -12,7 +12,7 @@ from xception_flax.runs import history
 from xception_flax.runs.workdir import CHECKPOINTS, CONFIG, HISTORY, read_recipe
 from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint as checkpoints
-from xception_flax.training import metrics, program, state
+from xception_flax.training import losses, metrics, program, state
 
 
 class Run(NamedTuple):
@@ -64,7 +64,7 @@ class Run(NamedTuple):
     @property
     def activation(self) -> str:
         """From logits to probabilities: 'sigmoid' where an image has several labels, else 'softmax'."""
-        return "sigmoid" if self.recipe.loss.name == "sigmoid" else "softmax"
+        return losses.LOSSES[self.recipe.loss.name].activation
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

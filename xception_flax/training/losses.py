@@ -18,33 +18,53 @@ PyTree = Any
 
 
 def softmax(
-    logits: jax.Array, labels: jax.Array, label_smoothing: float, class_weights: np.ndarray | None = None
+    logits: jax.Array, labels: jax.Array, /, *, label_smoothing: float, class_weights: np.ndarray | None = None
 ) -> jax.Array:
     """Cross-entropy for one label an image: `[N, C]`, `[N]` integers or `[N, C]` floating shares -> `[N]` (nats).
 
-    With `class_weights` `[C]`, times the weight of the label, or the mean of the weights by the shares.
+    Args:
+      label_smoothing: share of the target that is spread over all classes.
+      class_weights: `[C]`; the loss is multiplied with the weight of the label, or the mean of the weights by the
+        shares.
+    """
+    targets = shares_of_classes("softmax", logits, labels)
+    losses = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
+    return weighted(losses, logits, targets, class_weights)
+
+
+def shares_of_classes(name: str, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the labels of the loss `name`, which takes one an image, as shares `[N, C]` that sum to 1.
+
+    Raises:
+      UserError: an image has several labels.
     """
     soft = labels.ndim == 2 and jnp.issubdtype(labels.dtype, jnp.floating)  # labels of several classes are integers
     if labels.ndim != 1 and not soft:
         raise UserError(
-            f"loss 'softmax' takes one label an image, got labels of shape {labels.shape}; for several labels "
+            f"loss {name!r} takes one label an image, got labels of shape {labels.shape}; for several labels "
             "set loss.name=sigmoid and metrics.name=multi_label."
         )
-    targets = labels.astype(logits.dtype) if soft else jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    losses = optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
-    if class_weights is None:
+    return labels.astype(logits.dtype) if soft else jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+
+
+def weighted(losses: jax.Array, logits: jax.Array, targets: jax.Array, weights: np.ndarray | None) -> jax.Array:
+    """Returns the losses `[N]` times the mean of the classes' weights `[C]` by the shares `targets` `[N, C]`."""
+    if weights is None:
         return losses
-    _check_number(class_weights, logits)
-    return losses * jnp.sum(targets * class_weights[None], axis=-1)
+    _check_number(weights, logits)
+    return losses * jnp.sum(targets * weights[None], axis=-1)
 
 
 def sigmoid(
-    logits: jax.Array, labels: jax.Array, label_smoothing: float, class_weights: np.ndarray | None = None
+    logits: jax.Array, labels: jax.Array, /, *, label_smoothing: float, class_weights: np.ndarray | None = None
 ) -> jax.Array:
     """Binary cross-entropy summed over the classes, for any number of labels an image (JFT).
 
-    `[N, C]`, `[N, C]` of 0 and 1 or shares between them -> `[N]` (nats). Smoothing moves each target towards 1/2.
-    `class_weights` `[C]` multiply the part of the loss by which a class that is there should be found.
+    `[N, C]`, `[N, C]` of 0 and 1 or shares between them -> `[N]` (nats).
+
+    Args:
+      label_smoothing: moves each target towards 1/2.
+      class_weights: `[C]`; they multiply the part of the loss by which a class that is there should be found.
     """
     if labels.shape != logits.shape:
         raise UserError(
@@ -59,7 +79,20 @@ def sigmoid(
     return -jnp.sum(class_weights[None] * targets * found + (1 - targets) * absent, axis=-1)
 
 
-LOSSES = {"softmax": softmax, "sigmoid": sigmoid}
+class Entry(NamedTuple):
+    """One choice of loss.
+
+    Attributes:
+      function: `function(logits, labels, *, label_smoothing, class_weights=None)` returns `[N]`. Its further
+        parameters, between `/` and `*`, are keys of the group `loss`.
+      activation: what makes probabilities of the logits: 'softmax' where an image has one label, or 'sigmoid'.
+    """
+
+    function: Callable[..., jax.Array]
+    activation: str
+
+
+LOSSES = {"softmax": Entry(softmax, "softmax"), "sigmoid": Entry(sigmoid, "sigmoid")}
 
 
 class Loss(NamedTuple):
@@ -77,6 +110,7 @@ def create_loss(
     class_weights: str | Sequence[float] | None = None,
     *,
     class_shares: Sequence[float] | None = None,
+    **options: Any,
 ) -> Loss:
     """Returns the loss `name`.
 
@@ -92,14 +126,16 @@ def create_loss(
         much as frequent ones: for 'softmax' images / (classes * images of the class), as in scikit-learn; for 'sigmoid'
         images without the class / images with it. None: all 1.
       class_shares: the share of the training images that have each class, for 'balanced'; None if no loss is computed.
+      **options: the loss' own keywords.
 
     Raises:
       UserError: unknown name, or a value out of its range.
     """
-    function = lookup(LOSSES, name, "loss.name")
+    entry = lookup(LOSSES, name, "loss.name")
     check_range("loss.label_smoothing", label_smoothing, 0, 1, below=True)
     check_range("loss.weight_decay", weight_decay, 0)
-    weights = _weights(class_weights, name, class_shares)
+    weights = _weights(class_weights, entry.activation, class_shares)
+    function = partial(entry.function, **options)
 
     def penalty(params: PyTree) -> jax.Array:
         squares = jax.tree.map(
@@ -116,7 +152,7 @@ def create_loss(
     )
 
 
-def _weights(given: str | Sequence[float] | None, name: str, shares: Sequence[float] | None) -> np.ndarray | None:
+def _weights(given: str | Sequence[float] | None, activation: str, shares: Sequence[float] | None) -> np.ndarray | None:
     """Returns `loss.class_weights` as float32 `[C]`, or None for all 1."""
     if given is None:
         return None
@@ -136,7 +172,7 @@ def _weights(given: str | Sequence[float] | None, name: str, shares: Sequence[fl
             f"loss.class_weights=balanced: class number {int(share.argmin())} has no images to train on; "
             "give a number for each class."
         )
-    if name == "softmax":
+    if activation == "softmax":
         return (1 / (len(share) * share)).astype(np.float32)
     if not share.max() < 1:
         raise UserError(
