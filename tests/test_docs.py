@@ -36,6 +36,7 @@ PAGES = [
         for page in ("imagenet", "measuring", "runs", "reliability", "pods", "proof", "paper", "design", "comparison")
     ),
     "docs/miniature.md",
+    "docs/api.md",
     "benchmarks/README.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
