@@ -77,7 +77,8 @@ test-browser:
 
 # A link that leads nowhere, a page in no contents and any other warning fail.
 docs: .venv-docs/installed
-	.venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet -c docs -d build/doctrees . build/docs
+	.venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet --fresh-env \
+		-c docs -d build/doctrees . build/docs
 	@echo "to look at: build/docs/index.html"
 
 lint: $(INSTALLED_DEV)

@@ -21,6 +21,7 @@ from sphinx.util import logging
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import xception_flax
+from xception_flax.text.ranges import LARGEST
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,6 +80,7 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Attributes", "params_style")]
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # furo's own underlines what is imported
 html_title = f"xception_flax {release}"
 html_copy_source = False
 html_static_path = ["site.css"]
@@ -110,9 +112,10 @@ def add_to_page(app: Sphinx, name: str, text: list[str]) -> None:
 def shorten_signature(
     app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Leaves out what every linen module takes, and writes a class or function as its name."""
+    """Leaves out what every linen module takes; a class or function is its name, and the largest number inf."""
     # Otherwise Sphinx could not read the signature, and would show it as one line.
-    signature = re.sub(r"<(?:class|function) '?(?:\w+\.)*(\w+)'?>", r"\1", signature or "")
+    signature = (signature or "").replace(repr(LARGEST), "inf")
+    signature = re.sub(r"<(?:class|function) '?(?:\w+\.)*(\w+)'?>", r"\1", signature)
     if inspect.isclass(obj) and issubclass(obj, nn.Module):
         signature = re.sub(r"(, )?(\*, )?parent: .*\)$", ")", signature)
     return signature or None, returns
@@ -121,7 +124,8 @@ def shorten_signature(
 def name_entries(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Says which names a table has, such as `MODELS`."""
     if what == "data" and isinstance(obj, dict):
-        lines[:] = [line for line in lines if line] + ["", ", ".join(f"`{key}`" for key in obj if key)]
+        comment = [] if "\n".join(lines).strip() == inspect.getdoc(dict) else lines
+        lines[:] = [*comment, "", ", ".join(f"`{key}`" for key in obj)]
 
 
 def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
