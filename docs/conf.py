@@ -1,7 +1,8 @@
 """The site of `make docs`: every page at its place in the repository, so that a link leads to the same file on both.
 
-What a page has on the site alone is added as it is read (`add_to_page`): the contents to the README, the modules of its
-folder to a page of docs/api/. Everything that cannot be found is a warning, and `make docs` fails at a warning.
+What a page has on the site alone is added as it is read (`add_to_page`): the contents to the README, what the package
+exports to docs/api.md, the modules of its folder to a page of docs/api/. Everything that cannot be found is a warning,
+and `make docs` fails at a warning.
 """
 
 import importlib
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import flax.linen as nn
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
@@ -50,6 +52,26 @@ CONTENTS = {
     "Project": ["CONTRIBUTING", "CHANGELOG", "SECURITY"],
 }
 
+# What the package exports (`check_public_names` sees that nothing is missing): Sphinx finds no table and no module.
+EXPORTS = """
+## xception_flax
+
+```{eval-rst}
+.. automodule:: xception_flax
+   :imported-members:
+
+.. autodata:: xception_flax.MODELS
+
+   The networks by name, as `create_model` takes it.
+```
+
+## xception_flax.allocator
+
+```{eval-rst}
+.. automodule:: xception_flax.host.allocator
+```
+"""
+
 project = "xception_flax"
 author = "The xception_flax authors"
 version = release = xception_flax.__version__
@@ -68,7 +90,7 @@ myst_heading_anchors = 4  # as GitHub makes them
 highlight_language = "text"  # of a block that names none
 
 default_role = "code"  # docstrings write `code`, as the pages do
-autodoc_default_options = {"members": True, "member-order": "bysource", "no-value": True}
+autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
@@ -105,6 +127,8 @@ def add_to_page(app: Sphinx, name: str, text: list[str]) -> None:
             for caption, pages in CONTENTS.items()
         )
         text[0] = "\n".join([text[0], *trees])
+    elif name == "docs/api":
+        text[0] += EXPORTS
     elif name.startswith("docs/api/"):
         text[0] = "\n".join([text[0], *modules_of(name.removeprefix("docs/api/"))])
 
@@ -126,6 +150,14 @@ def name_entries(app: Sphinx, what: str, name: str, obj: object, options: object
     if what == "data" and isinstance(obj, dict):
         comment = [] if "\n".join(lines).strip() == inspect.getdoc(dict) else lines
         lines[:] = [*comment, "", ", ".join(f"`{key}`" for key in obj)]
+
+
+def leave_out_value(app: Sphinx, domain: str, kind: str, content: addnodes.desc_content) -> None:
+    """Leaves out the value of a table: functions, at length. `autodoc` cannot, for the members of a module."""
+    if kind == "data":
+        for part in list(content.parent.findall(addnodes.desc_annotation)):
+            if part.astext().lstrip().startswith("="):
+                part.parent.remove(part)
 
 
 def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
@@ -150,5 +182,6 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", add_to_page)
     app.connect("autodoc-process-signature", shorten_signature)
     app.connect("autodoc-process-docstring", name_entries)
+    app.connect("object-description-transform", leave_out_value)
     app.connect("env-check-consistency", check_public_names)
     app.connect("build-finished", add_index)
