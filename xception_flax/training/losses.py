@@ -59,7 +59,7 @@ def sigmoid(
     return -jnp.sum(class_weights[None] * targets * found + (1 - targets) * absent, axis=-1)
 
 
-#: The losses by name: `loss.name` of a recipe.
+#: The losses by name, for `loss.name` of a recipe.
 LOSSES = {"softmax": softmax, "sigmoid": sigmoid}
 
 

@@ -101,7 +101,7 @@ def cosine(run: RunLength, /, warmup_epochs: float = 0.0, final_factor: float = 
     )
 
 
-#: The schedules by name: `schedule.name` of a recipe.
+#: The schedules by name, for `schedule.name` of a recipe.
 SCHEDULES = {"constant": constant, "exponential": exponential, "cosine": cosine}
 
 
@@ -250,7 +250,7 @@ def adamw(
     return optax.adamw(learning_rate, beta1, beta2, epsilon, weight_decay=decoupled_weight_decay, mask=decay_mask)
 
 
-#: The optimizers by name: `optimizer.name` of a recipe.
+#: The optimizers by name, for `optimizer.name` of a recipe.
 OPTIMIZERS = {"sgd": sgd, "rmsprop": rmsprop, "adamw": adamw}
 
 
