@@ -7,6 +7,7 @@
 # make test-gpu       compile for NVIDIA GPUs without having them, in a separate environment (CUDA's libraries are 4.5 GB)
 # make test-extras    run exported files by the runtimes they are for, in a separate environment
 # make test-browser   try the page of `demo` and the report in Chromium, which must be there, in a separate environment
+# make docs           build the site of the pages and of the API in build/docs, in a separate environment
 # make contenders     set up what the benchmarks compare with, in .venv-contenders (8 GB)
 # make pins           write requirements*.txt anew from pyproject.toml and benchmarks/requirements.in
 # make clean          remove all environments and what was built
@@ -18,7 +19,7 @@ INSTALLED := .venv/installed-$(VERSION)
 INSTALLED_DEV := .venv/installed-dev-$(VERSION)
 WORKDIR ?= runs/digits
 
-.PHONY: demo test test-minimum test-newest test-tpu test-gpu test-extras test-browser lint contenders pins clean
+.PHONY: demo test test-minimum test-newest test-tpu test-gpu test-extras test-browser docs lint contenders pins clean
 
 demo: $(INSTALLED)
 	.venv/bin/python train.py --config configs/digits.py --workdir $(WORKDIR)
@@ -67,12 +68,18 @@ test-browser:
 	@$(MAKE) --no-print-directory .venv-browser/installed
 	.venv-browser/bin/python -m pytest --override-ini=addopts= -ra --durations=5 tests_browser
 
-.venv-extras/installed .venv-browser/installed: .venv-%/installed: requirements-%.txt pyproject.toml
+.venv-extras/installed .venv-browser/installed .venv-docs/installed: .venv-%/installed: requirements-%.txt pyproject.toml
 	@echo "installing into .venv-$* (a few minutes) ..."
 	@test -d .venv-$* || $(PYTHON) -m venv .venv-$*
 	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+# A link that leads nowhere, a page in no contents and any other warning fail.
+docs: .venv-docs/installed
+	.venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet --fresh-env \
+		-c docs -d build/doctrees . build/docs
+	@echo "to look at: build/docs/index.html"
 
 lint: $(INSTALLED_DEV)
 	.venv/bin/ruff format --check .
@@ -111,8 +118,9 @@ pins: $(INSTALLED_DEV)
 	$(COMPILE) benchmarks/requirements.in -c requirements.txt -o benchmarks/requirements.txt
 	$(COMPILE) pyproject.toml --extra dev --extra onnx --extra savedmodel --extra litert -c requirements-dev.txt -o requirements-extras.txt
 	$(COMPILE) pyproject.toml --extra browser -o requirements-browser.txt
+	$(COMPILE) pyproject.toml --extra docs -c requirements.txt -o requirements-docs.txt
 	$(COMPILE) pyproject.toml --extra tpu -c requirements.txt -o requirements-tpu.txt
 	$(COMPILE) pyproject.toml --extra cuda -c requirements.txt -o requirements-cuda.txt
 
 clean:
-	rm -rf .venv .venv-contenders .venv-minimum .venv-newest .venv-tpu .venv-cuda .venv-extras .venv-browser build *.egg-info
+	rm -rf .venv .venv-contenders .venv-minimum .venv-newest .venv-tpu .venv-cuda .venv-extras .venv-browser .venv-docs build *.egg-info

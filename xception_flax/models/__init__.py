@@ -17,6 +17,7 @@ from xception_flax.text import values
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup, suggest, written
 
+#: The networks by name, for `model.name` of a recipe.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "xception": Xception,
     "xception_towers": XceptionTowers,

@@ -126,6 +126,7 @@ class Group(NamedTuple):
 
 LOOP = Group(Loop)
 
+#: The groups of a recipe, each with the function whose keywords are its keys.
 GROUPS = {
     "model": Group(models.create_model, "name", models.MODELS),
     "init": Group(Init),

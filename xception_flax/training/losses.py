@@ -92,6 +92,7 @@ class Entry(NamedTuple):
     activation: str
 
 
+#: The losses by name, for `loss.name` of a recipe.
 LOSSES = {"softmax": Entry(softmax, "softmax"), "sigmoid": Entry(sigmoid, "sigmoid")}
 
 

@@ -166,6 +166,7 @@ class Entry(NamedTuple):
     several_labels: bool
 
 
+#: The sets of metrics by name, for `metrics.name` of a recipe.
 METRICS = {
     "single_label": Entry(single_label, ("top1", "top5"), "top1", "top-1 accuracy", several_labels=False),
     "multi_label": Entry(multi_label, ("map",), "map", "mean average precision", several_labels=True),

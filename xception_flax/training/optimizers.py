@@ -102,6 +102,7 @@ def cosine(run: RunLength, /, warmup_epochs: float = 0.0, final_factor: float = 
     return cast("Schedule", factor)
 
 
+#: The schedules by name, for `schedule.name` of a recipe.
 SCHEDULES = {"constant": constant, "exponential": exponential, "cosine": cosine}
 
 
@@ -251,6 +252,7 @@ def adamw(
     return optax.adamw(learning_rate, beta1, beta2, epsilon, weight_decay=decoupled_weight_decay, mask=decay_mask)
 
 
+#: The optimizers by name, for `optimizer.name` of a recipe.
 OPTIMIZERS = {"sgd": sgd, "rmsprop": rmsprop, "adamw": adamw}
 
 

@@ -14,6 +14,7 @@ from xception_flax.data.sources.source import InputError, Source
 
 __all__ = ["SOURCES", "InputError", "Source", "source_at"]
 
+#: The sources by name, for `data.source` of a recipe.
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits.digits,
     "fashion_mnist": fashion_mnist.fashion_mnist,

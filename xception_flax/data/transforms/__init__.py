@@ -37,6 +37,7 @@ Transform = Callable[[Image, np.random.Generator], Image]
 
 cv2.setNumThreads(0)  # grain's threads and processes are the parallelism; OpenCV's own would compete with them
 
+#: The transforms by name, as a chain has them.
 TRANSFORMS: dict[str, Callable[..., Image]] = {
     "resize": resize,
     "center_crop": center_crop,

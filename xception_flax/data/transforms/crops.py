@@ -78,4 +78,5 @@ def tensorflow_box(
     return 0, 0, height, width
 
 
+#: How a random crop is drawn, by name, for `sampling` of `random_resized_crop`.
 SAMPLINGS = {"torchvision": torchvision_box, "tensorflow": tensorflow_box}
