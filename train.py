@@ -494,8 +494,8 @@ def count_masked(totals: metrics.Accumulator, batch_size: int) -> int:
 def describe_skipped(skipped: int, step: int) -> str:
     """Returns a warning."""
     return (
-        f"WARNING: {counted(skipped, 'step')} before step {step:,} gave {NOT_FINITE}: nothing was learned there "
-        "(step.on_nonfinite=skip)"
+        f"WARNING: {counted(skipped, 'step')} since the last record, up to step {step:,}, gave {NOT_FINITE}: nothing "
+        f"was learned there (step.on_nonfinite=skip; after {MAX_SKIPPED_IN_A_ROW} in a row the run ends)"
     )
 
 

@@ -864,14 +864,18 @@ def test_steps_that_are_not_finite_are_skipped_on_request(tmp_path, monkeypatch,
     arguments += ["--config.eval_every_epochs=inf", "--config.checkpoint_every_epochs=inf"]
     code, _, err = run(monkeypatch, capsys, train.main, *arguments)
     assert code == 2
-    assert re.search(
-        r"error: the (loss|gradient_norm) is (nan|inf) at step 5; checkpoints from before it are kept", err
-    )
+    assert re.search(r"error: the (loss|gradient_norm) is (nan|inf) at step 5; what was saved before is kept", err)
 
     code, _, err = run(monkeypatch, capsys, train.main, *arguments, "--config.step.on_nonfinite=skip")
     assert code == 2
     gave = "gave a loss, a gradient or weights that are not finite"
-    first = int(re.search(rf"^WARNING: ([1-4]) steps before step 5 {gave}: nothing was learned", err, re.MULTILINE)[1])
+    first = int(
+        re.search(
+            rf"^WARNING: ([1-4]) steps since the last record, up to step 5, {gave}: nothing was learned",
+            err,
+            re.MULTILINE,
+        )[1]
+    )
     row, last = map(
         int, re.search(rf"error: (\d+) steps in a row up to step (\d+) {gave}, and were skipped", err).groups()
     )
@@ -910,7 +914,7 @@ def test_an_update_that_overflows_exactly_at_a_save_is_not_saved(tmp_path, monke
         assert code == 2
         assert re.search(
             r"^error: values of raw\['params'\]\['conv1'\]\['kernel'\] and \d+ other arrays are not finite after step "
-            r"2; checkpoints from before it are kept\. Lower optimizer\.learning_rate or clip",
+            r"2; what was saved before is kept\. Lower optimizer\.learning_rate or clip",
             err,
             re.MULTILINE,
         )
@@ -927,9 +931,9 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, c
     code, out, err = run(monkeypatch, capsys, train.main, *arguments)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1] == (
-        "error: the loss of the evaluation is nan: the weights are finite, the network's output is not. Checkpoints "
-        "from before it are kept. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new "
-        "workdir."
+        "error: the loss of the evaluation is nan: the weights are finite, the network's output is not. What was saved "
+        "before is kept. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir; "
+        "`xception-flax replay WORKDIR` names the layer and the images."
     )
     assert [list(r) for r in records(tmp_path) if "eval/loss" in r] == []
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))

@@ -17,7 +17,7 @@ from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint, sharding
 from xception_flax.training.state import TrainState
 
-ADVICE = "move this folder away to go on from step 1, or train with checkpoint.on_damaged=older."
+ADVICE = "move this folder away to go on from step 1, or train with --config.checkpoint.on_damaged=older."
 META = {"class_names": ["a", "b"]}
 
 
@@ -192,7 +192,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_read(tmp_path, one_de
     what = rf"values of {item}\['{collection}'\]\['{array}'\] are not finite"
     with open_manager(tmp_path) as manager:
         checkpoint.save(manager, state, META, None)
-        with pytest.raises(UserError, match=rf"^{what} after step 2; checkpoints from before it are kept\. Lower"):
+        with pytest.raises(UserError, match=rf"^{what} after step 2; what was saved before is kept\. Lower"):
             checkpoint.save(manager, bad.replace(step=jnp.int32(2)), META, None)
         assert manager.all_steps() == [1]
         monkeypatch.setattr(checkpoint, "_refused", lambda *_: [])

@@ -34,6 +34,7 @@ from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest, written
 from xception_flax.text.ranges import check_range
 from xception_flax.training import checksums, damage
+from xception_flax.training.metrics import DIVERGED
 from xception_flax.training.state import TrainState
 
 PyTree = Any
@@ -375,10 +376,7 @@ def save(
     for name, item in items.items():
         sums[name], wrong = checksums.inspect(item)
         if wrong := _refused(name, item, wrong):
-            raise UserError(
-                f"{_places(name, wrong)} after step {step}; checkpoints from before it are kept. Lower "
-                "optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir."
-            )
+            raise UserError(f"{_places(name, wrong)} after step {step}; what was saved before is kept. {DIVERGED}")
     args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     saved = {"date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}", "version": __version__}
     args["meta"] = ocp.args.JsonSave(naming.stored(meta | {"step": step, "checksums": sums, "saved": saved}))
@@ -610,7 +608,8 @@ def _places(name: str, paths: list[str]) -> str:
 def _unreadable(folder: Path, step: int, reason: str) -> UserError:
     others = [other for other in _steps(folder) if other != step]
     aside = (
-        f"move this folder away to go on from step {max(others, default=0)}, or train with checkpoint.on_damaged=older"
+        f"move this folder away to go on from step {max(others, default=0)}, or train with "
+        "--config.checkpoint.on_damaged=older"
     )
     advice = aside if others else "there is no other"
     return UserError(f"checkpoint {folder / str(step)} cannot be used: {reason}", advice=advice)

@@ -18,10 +18,7 @@ from xception_flax.training import checksums, metrics, sharding
 BatchCallback = Callable[[Batch[jax.Array], jax.Array, jax.Array], None]
 
 # Where a run's loss is not finite.
-RUN_ADVICE = (
-    "Checkpoints from before it are kept. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a "
-    "new workdir."
-)
+RUN_ADVICE = f"What was saved before is kept. {metrics.DIVERGED}"
 
 
 def evaluate(

@@ -25,6 +25,11 @@ class Sum(NamedTuple):
     count: Any
 
 
+DIVERGED = (
+    "Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir; "
+    "`xception-flax replay WORKDIR` names the layer and the images."
+)
+
 MetricFunction = Callable[[jax.Array, jax.Array, jax.Array], dict[str, Sum]]
 
 
@@ -258,7 +263,4 @@ def check_finite(sums: Mapping[str, Sum], step: int) -> None:
     for name in ("loss", "gradient_norm"):
         value = float(sums[name].total / sums[name].count)
         if not math.isfinite(value):
-            raise UserError(
-                f"the {name} is {value} at step {step}; checkpoints from before it are kept. Lower "
-                "optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir."
-            )
+            raise UserError(f"the {name} is {value} at step {step}; what was saved before is kept. {DIVERGED}")
