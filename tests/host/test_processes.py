@@ -298,7 +298,7 @@ if me:
     time.sleep = lambda seconds: sleep(60)  # it does not look again before JAX does
     raise lookup.UserError("the reason")
 processes._watching.ignore()
-while processes._word() is None:
+while not processes._client().key_value_dir_get(processes._HEARD):  # it is leaving
     pass
 os.kill(os.getpid(), signal.SIGKILL)
 """

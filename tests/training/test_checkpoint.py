@@ -229,7 +229,7 @@ def test_moments_that_are_not_finite_are_neither_saved_nor_read(tmp_path, one_de
     assert checkpoint.not_finite(state) == []
     with open_manager(tmp_path) as manager:
         checkpoint.save(manager, make_state(one_device, 1), META, None)
-        with pytest.raises(UserError, match=rf"^values of {what} are not finite after step 2; checkpoints from before"):
+        with pytest.raises(UserError, match=rf"^values of {what} are not finite after step 2; what was saved before"):
             checkpoint.save(manager, bad, META, None)
         assert manager.all_steps() == [1]
         monkeypatch.setattr(checkpoint, "_refused", lambda *_: [])  # as an older version did
