@@ -24,7 +24,8 @@ TIMM_CROPS = {"xception": 0.8975, "inception_v3": 0.875, "xception41p": 0.94, "x
 TIMM_CROP = 0.903  # of the others, and of those that it has from DeepLab (xception65.tf_in1k)
 
 Image = str | Path | bytes | np.ndarray | PIL.Image.Image
-AnImage = TypeVar("AnImage", bound=Image)  # all of a sequence are of one kind
+#: An `Image`, where all of a sequence are of one kind.
+AnImage = TypeVar("AnImage", bound=Image)
 
 
 class Preprocessing(NamedTuple):
