@@ -44,7 +44,7 @@ xception-flax VERB --help shows a verb's arguments and examples, xception-flax -
 
 def main() -> NoReturn:
     # Before the imports below, which take seconds: Python's own handler would print a traceback from inside them.
-    signal.signal(signal.SIGINT, signals.stop_at_once)
+    signals.handle_before_imports()
     arguments = sys.argv[1:]
     if arguments[:1] == ["help"]:  # `help` or `help VERB`
         arguments = [*arguments[1:2], "--help"]

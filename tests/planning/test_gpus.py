@@ -96,3 +96,12 @@ def test_missing_cuda_is_two_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="needs XLA for CUDA") as caught:
         gpus.parse_hosts("h100:8").devices()
     assert str(caught.value).splitlines()[1:] == ["pip install -e '.[cuda]'"]
+
+
+def test_a_plugin_that_does_not_load_is_two_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX itself then has no platform 'cuda', as here, where there is no plugin."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(gpus, "target_config", lambda chip: "")  # it names the libraries that are installed
+    with pytest.raises(UserError, match="is installed but cannot be loaded") as caught:
+        gpus.parse_hosts("h100:8").devices()
+    assert str(caught.value).splitlines()[1:] == ["pip install --force-reinstall 'jax[cuda13]'"]

@@ -176,8 +176,13 @@ class Hosts(NamedTuple):
         options = {"topology": f"1x{self.num_hosts}x{self.gpus_a_host}", "target_config": target_config(self.chip)}
         try:
             return topologies.get_topology_desc(platform="cuda", **options).devices
-        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # JAX's for XLA's UNIMPLEMENTED
-            raise UserError(f"XLA cannot describe {self.name!r}: {str(error).splitlines()[0]}") from None
+        except NotImplementedError:  # JAX has no such platform, so its plugin did not load (CUPTI missing, say)
+            raise UserError(
+                "JAX's plugin for CUDA is installed but cannot be loaded; install it anew, with CUDA's own libraries.\n"
+                "pip install --force-reinstall 'jax[cuda13]'"
+            ) from None
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(f"XLA cannot describe {self.name!r}: {str(error).partition(chr(10))[0]}") from None
 
 
 def parse_hosts(name: str) -> Hosts:

@@ -81,7 +81,7 @@ def save_where_input_ends(
       meta: as for `checkpoint.save`.
 
     Raises:
-      UserError: the input has ended. The message says what is saved.
+      data.InputError: the input has ended. The message says what is saved.
       signals.Stopped: it stood still when a signal came; so does its `left`.
     """
     try:
@@ -102,6 +102,4 @@ def save_where_input_ends(
         if isinstance(error, signals.Stopped):
             error.left = f"stopped after step {step}, without the batch of the next; {left}"
             raise
-        ended = UserError(f"{error}\nStopped after step {step}; {left}.")
-        ended.exit_code = error.exit_code
-        raise ended from error
+        raise type(error)(f"{error}\nStopped after step {step}; {left}.") from error
