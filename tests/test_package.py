@@ -1,5 +1,7 @@
-"""The built package works outside of the clone: its files, its recipes by name, and training."""
+"""The package: what it exports, and that the built one works outside of the clone, its recipes and training too."""
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import shell
+import xception_flax
+from xception_flax import data
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,3 +97,16 @@ def test_a_network_is_trained_and_used_without_the_clone(wheel, tmp_path):
         "    return config\n"
     )
     assert json.loads(run(*package, "recipe", "mine.py", "--json"))["epochs"]["value"] == 3.0
+
+
+@pytest.mark.parametrize("package", [xception_flax, data], ids=lambda package: package.__name__)
+def test_names_imported_at_first_use_are_those_that_a_type_checker_sees(package):
+    """`_HOMES` has them for Python and a block of imports for editors: each name is the same object by both."""
+    tree = ast.parse(Path(package.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    homes = {alias.name: node.module for node in block.body for alias in node.names}
+    assert homes.keys() == set(package.__all__)
+    for name, home in homes.items():
+        module = importlib.import_module(home)
+        there = getattr(module, name, None) or importlib.import_module(f"{home}.{name}")
+        assert getattr(package, name) is there, name
