@@ -292,14 +292,15 @@ def test_the_death_of_the_first_changes_no_end():
     body = """
 start()
 multihost_utils.process_allgather(np.zeros(7))
+import time
 if me:
-    import time
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(60)  # it does not look again before JAX does
     raise lookup.UserError("the reason")
 processes._watching.ignore()
 while not processes._client().key_value_dir_get(processes._HEARD):  # it is leaving
     pass
+time.sleep(1)  # it has looked whether this one is too, and sleeps
 os.kill(os.getpid(), signal.SIGKILL)
 """
     (code_of_0, _, _), (code, _, err) = run([0, 1], body)

@@ -88,7 +88,7 @@ def test_folders_that_are_no_runs_are_refused(tmp_path, monkeypatch):
             check_workdir(Path(path), config)
     assert not any((tmp_path / "home").iterdir())
     check_workdir(tmp_path / "home" / "run", config)
-    check_workdir(Path("runs"), config)
+    check_workdir(Path("runs", "that_is_not_there"), config)  # `make demo` may have filled runs
     photos = reading.load(DIGITS, ["--config.data.source=folder", f"--config.data.data_dir={tmp_path}/photos"])
     for within in ("photos", "photos/run", "photos/../photos/a/b"):
         with pytest.raises(UserError, match=r"^workdir .* lies in the folder of the images, .*/photos; take one"):
