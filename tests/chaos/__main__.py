@@ -123,45 +123,49 @@ def kill(wanted: int, seed: int, folder: Path, report: Report) -> None:
 def starve(
     starts: int, processes: int, seed: int, folder: Path, report: Report, *, silent_seconds: int, stop_seconds: float
 ) -> None:
-    """Starts a run of several processes so many times, and makes one fault at each start."""
+    """Makes so many faults, each in a run of several processes; one that came too late is made up for."""
     setting = Setting("lenet", processes)  # of one device each
     untouched, outcomes = folder / "untouched" / "workdir", []
     untouched.parent.mkdir(parents=True)
     seconds = several.train(setting, untouched.parent, untouched, processes)
     print(f"an untouched run of {processes} processes takes {seconds:.0f} s", flush=True)
-    for number in range(starts):
+    while (met := sum(not each.late for each in outcomes)) < starts:
         if report.is_over or len(report.failures) == MOST_FAILURES:
             break
-        fault = several.draw(seed + number, processes)
+        fault = several.draw(seed, processes)
         try:
             outcome = several.trial(
-                seed + number,
+                seed,
                 fault,
                 setting,
                 untouched,
                 seconds,
-                folder / f"seed {seed + number}",
+                folder / f"seed {seed}",
                 processes=processes,
                 silent_seconds=silent_seconds,
                 stop_seconds=stop_seconds,
             )
         except Failure as failure:
-            report.fail(f"seed {seed + number} (--processes {processes} --starts 1): {failure}\n  kept: {folder}")
+            report.fail(f"seed {seed} (--processes {processes} --starts 1): {failure}\n  kept: {folder}")
         else:
             outcomes.append(outcome)
             text = f"{fault.kind:13} of process {fault.victim}: codes {outcome.codes} after {outcome.seconds} s"
-            report.progress(number + 1, starts, text)
-        by_kind = {kind: [each.seconds for each in outcomes if each.kind == kind] for kind in several.FAULTS}
+            report.progress(met + 1, starts, text + (", too late" if outcome.late else ""))
+        by_kind = {
+            kind: [each.seconds for each in outcomes if each.kind == kind and not each.late] for kind in several.FAULTS
+        }
         report.write(
             **{
-                "number of starts": number + 1,
+                "number of starts": len(outcomes) + len(report.failures),
                 "that ended as an untouched run": len(outcomes),
+                "of these too late for the fault": sum(each.late for each in outcomes),
                 "most seconds to the end of the others": {
                     kind: max(all_, default=None) for kind, all_ in by_kind.items()
                 },
                 "starts": [dataclasses.asdict(each) for each in outcomes],
             }
         )
+        seed += 1
 
 
 def change_meshes(folder: Path, report: Report) -> None:

@@ -61,6 +61,7 @@ class Outcome:
       codes: with which the processes ended, that of a victim too.
       seconds: from the fault to the end of the last of the others; after a stop that was borne, to the end of the run.
       said: the line in which another process says why it ended.
+      late: whether the run was over before the fault could reach it.
     """
 
     seed: int
@@ -70,6 +71,7 @@ class Outcome:
     codes: list[int]
     seconds: float
     said: str
+    late: bool = False
 
 
 def command(setting: Setting, workdir: Path, processes: int, silent_seconds: int) -> list[list[str]]:
@@ -207,8 +209,11 @@ def strike(
     codes_of_others = {codes[each.pid] for each in others}
     in_order = [codes[each.pid] for each in begun]
     outcome = Outcome(seed, fault.kind, fault.victim, fault.step, in_order, round(took, 1), " | ".join(of_others))
-    if codes_of_others == {0} and (fault.kind == "stop" or run.saved_steps(workdir)[-1:] == [run.STEPS]):
-        return outcome  # a stop that was borne, or a fault that came too late
+    if codes_of_others == {0}:
+        if fault.kind == "stop":
+            return outcome  # it was borne
+        if run.saved_steps(workdir)[-1:] == [run.STEPS]:
+            return dataclasses.replace(outcome, late=True)
     expected = {"kill": {75}, "stop for good": {75}, "full disk": {2}, "error": {1}, "stop": set()}[fault.kind]
     if not codes_of_others <= expected:
         raise Failure(f"codes {in_order}, expected {sorted(expected)} of the others")

@@ -75,6 +75,7 @@ def test_a_resolved_recipe_is_json_and_resolves_to_itself():
             {"model": {"name": "xception", "learning_rate": 0.1}},
             r"key 'model\.learning_rate' with model\.name='xception'; did you mean 'optimizer\.learning_rate'\?$",
         ),
+        ({"optimizer_learning_rate": 1.0}, r"'optimizer_learning_rate'; did you mean 'optimizer\.learning_rate'\?$"),
         ({"warmup_epochs": 5}, r"unknown recipe key 'warmup_epochs'; did you mean 'schedule\.warmup_epochs'\?$"),
         ({"batch_sze": 3}, "unknown recipe key 'batch_sze'; did you mean 'batch_size'"),
         ({"epochs": 0.0}, "recipe key 'epochs' must be positive, got 0.0"),

@@ -442,6 +442,7 @@ def read(workdir, which, state):
         ("raw/_METADATA", b"", "raw/_METADATA is empty"),
         ("raw/array_metadatas/process_0", b"", "raw/array_metadatas/process_0 is empty"),
         ("raw/manifest.ocdbt", b"", "raw/manifest.ocdbt is empty"),
+        ("raw", None, "it has no folder 'raw'"),
     ],
 )
 def test_what_is_damaged_is_named(tmp_path, two_steps, one_device, monkeypatch, file, content, reason):
@@ -449,7 +450,12 @@ def test_what_is_damaged_is_named(tmp_path, two_steps, one_device, monkeypatch, 
     monkeypatch.setattr(checkpoint, "READ_AGAIN_SECONDS", 0)
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     step = tmp_path / "checkpoints" / "2"
-    (step / file).unlink() if content is None else (step / file).write_bytes(content)
+    if content is not None:
+        (step / file).write_bytes(content)
+    elif (step / file).is_dir():
+        shutil.rmtree(step / file)
+    else:
+        (step / file).unlink()
     line = f"checkpoint {step} cannot be used: {reason.format(step=step)}; {ADVICE}"
     state = make_state(one_device, 2)
     exactly = f"^{re.escape(line)}$"
@@ -483,7 +489,7 @@ def largest(folder: Path) -> Path:
             lambda step: flip(largest(step / "optimizer")),
             "the values of optimizer['opt_state'][0]['trace'] have changed on disk",
         ),
-        (lambda step: shutil.rmtree(step / "ema"), "ema cannot be read: "),
+        (lambda step: shutil.rmtree(step / "ema"), "it has no folder 'ema'"),
         (lambda step: (step / "metrics" / "metrics").write_text('{"loss": 1}'), "metrics/metrics has no top1"),
         (lambda step: (step / "meta" / "metadata").unlink(), "meta/metadata cannot be read: No such file"),
         (lambda step: (step / "meta" / "metadata").write_bytes(b""), "meta/metadata is empty"),

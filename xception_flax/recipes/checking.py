@@ -1,7 +1,7 @@
 """Resolves recipes: fills in the defaults, applies overrides, checks every key and value."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -67,8 +67,7 @@ def _complete(prefix: str, group: Group, given: Mapping[str, Any], texts: Mappin
         if key not in keys:
             where = f" with {prefix}{group.selector}={choice!r}" if choice else ""
             known = (*keys, *GROUPS) if group is LOOP else keys
-            others = (name for name, part in PARTS.items() if part is not group and part.takes(key))
-            elsewhere = " or ".join(repr(f"{name}.{key}" if name else key) for name in others)
+            elsewhere = " or ".join(map(repr, _elsewhere(key, group)))
             hint = f"did you mean {elsewhere}?" if elsewhere else suggest(key, known)
             raise UserError(f"unknown recipe key {written(f'{prefix}{key}')}{where}; {hint}")
     resolved = {}
@@ -83,6 +82,16 @@ def _complete(prefix: str, group: Group, given: Mapping[str, Any], texts: Mappin
         else:
             resolved[key] = values.check(name, given.get(key, default), annotation)
     return resolved
+
+
+def _elsewhere(key: str, group: Group) -> Iterator[str]:
+    """Yields the full names of the keys that other groups have of this name, or that it spells without their dot."""
+    for name, part in PARTS.items():
+        if part is not group and part.takes(key):
+            yield f"{name}.{key}" if name else key
+        of_part = key.removeprefix(f"{name}_")
+        if name and of_part != key and part.takes(of_part):
+            yield f"{name}.{of_part}"
 
 
 def _choose(

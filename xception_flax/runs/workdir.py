@@ -1,6 +1,7 @@
 """The folder of a run: the names of its files, the process that holds it, and its recipe."""
 
 import contextlib
+import datetime
 import functools
 import json
 import os
@@ -256,7 +257,9 @@ def check_claim(workdir: Path) -> None:
 
 @functools.cache  # the name of the host may change during a run
 def _holder() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
+    # Two containers may both be process 1 on a host of one name: the moment tells them apart.
+    now = datetime.datetime.now(datetime.UTC)
+    return f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S.%f}"
 
 
 def _not_writable(workdir: Path, error: OSError) -> UserError:

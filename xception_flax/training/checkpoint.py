@@ -582,6 +582,8 @@ def _restore(manager: Checkpoints, abstract_items: dict[str, PyTree], step: int)
     try:
         items = manager.restore(step, args=ocp.args.Composite(**args))
     except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
+        if missing := damage.of_items(manager.folder / str(step), abstract_items):
+            raise _unreadable(manager.folder, step, missing) from None
         raise _damaged(manager, step, error) from None
     for name in abstract_items:
         sums, wrong = checksums.inspect(items[name])

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ def of_files(folder: Path) -> str | None:
     return None
 
 
+def of_items(folder: Path, names: Iterable[str]) -> str | None:
+    """Returns which item a step lacks. Orbax's own words for it are of its API."""
+    missing = [name for name in names if not (folder / name).is_dir()]
+    return f"it has no folder {missing[0]!r}" if missing else None
+
+
 def of_meta(meta: Any) -> str | None:
     """Returns what is wrong with the JSON values of a step, as they are read."""
     names, sums = (meta.get("class_names"), meta.get("checksums")) if isinstance(meta, dict) else (None, None)
@@ -66,6 +72,8 @@ def of_values(folder: Path, templates: Mapping[str, PyTree]) -> str | None:
       folder: of the step.
       templates: arrays of NumPy of the right shapes and types, by item.
     """
+    if missing := of_items(folder, templates):
+        return missing
     expected = json.loads((folder / "meta" / "metadata").read_bytes())["checksums"]
     for name, template in templates.items():
         try:
