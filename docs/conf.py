@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 # The order of the pages, and the only place that has it. A page that is missing here is a warning.
 CONTENTS = {
+    "Learn": ["docs/tutorials/xception_from_scratch", "docs/tutorials/xception_from_scratch_zh"],
     "Use": [
         "docs/networks",
         "docs/recipes",
@@ -77,14 +78,21 @@ author = "The xception_flax authors"
 version = release = xception_flax.__version__
 
 root_doc = "README"
-include_patterns = ["*.md", "docs/**.md", "benchmarks/README.md"]
+include_patterns = ["*.md", "docs/**.md", "docs/tutorials/*.ipynb", "benchmarks/README.md"]
 exclude_patterns = [".*", "build", "runs"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 nitpicky = True
 # Names of other libraries are not looked up: the build needs no network. Nor are those of our folders without a page.
 PAGES_OF_FOLDERS = "|".join(path.stem for path in (ROOT / "docs" / "api").glob("*.md"))
 nitpick_ignore_regex = [("py:.*", rf"(?!xception_flax\.({PAGES_OF_FOLDERS})\b).*")]
+
+# The notebooks are run by the build, and fail it as anything else does. The cache knows a notebook by its code, so the
+# translation is not run again.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "build" / "notebooks")
+nb_execution_timeout = 600  # seconds a cell
+nb_execution_raise_on_error = True
 
 myst_heading_anchors = 4  # as GitHub makes them
 highlight_language = "text"  # of a block that names none

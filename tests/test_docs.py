@@ -11,6 +11,7 @@ blocks. Two comments above a block change that:
 import contextlib
 import importlib
 import inspect
+import json
 import itertools
 import re
 import shlex
@@ -243,6 +244,18 @@ def test_the_places_of_new_things_are_there():
         elif folder:
             path = folder if re.fullmatch(r"(\w+_)?[A-Z]+", stem) else name
             assert any((ROOT / above / path).exists() for above in (".", "xception_flax")), name
+
+
+def test_notebooks_have_no_outputs_and_their_translations_the_same_code():
+    """`make docs` runs them."""
+    code = {}
+    for path in (ROOT / "docs" / "tutorials").iterdir():
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert not any(cell["outputs"] or cell["execution_count"] for cell in cells), path
+        code[path.stem] = ["".join(cell["source"]) for cell in cells]
+    assert len(code["xception_from_scratch"]) > 10
+    for name, cells in code.items():
+        assert cells == code[name.removesuffix("_zh")], name
 
 
 def test_no_page_is_forgotten():
