@@ -11,8 +11,8 @@ blocks. Two comments above a block change that:
 import contextlib
 import importlib
 import inspect
-import json
 import itertools
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
