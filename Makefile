@@ -123,4 +123,4 @@ pins: $(INSTALLED_DEV)
 	$(COMPILE) pyproject.toml --extra cuda -c requirements.txt -o requirements-cuda.txt
 
 clean:
-	rm -rf .venv .venv-contenders .venv-minimum .venv-newest .venv-tpu .venv-cuda .venv-extras .venv-browser .venv-docs build *.egg-info
+	rm -rf .venv .venv-contenders .venv-minimum .venv-newest .venv-tpu .venv-cuda .venv-extras .venv-browser .venv-docs .pytest_cache build *.egg-info

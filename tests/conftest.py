@@ -1,10 +1,8 @@
 """Eight virtual CPU devices for every test, Keras on its JAX backend, and a few shared makers."""
 
-import atexit
 import fcntl
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from importlib import metadata
@@ -15,11 +13,10 @@ memory = Path("/dev/shm")
 if memory.is_dir() and shutil.disk_usage(memory).free > 4 * 2**30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
-# One compilation cache for the session, its workers and the commands that they start: many tests compile the same step.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    cache = tempfile.mkdtemp(prefix="xception_flax_tests_", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
-    atexit.register(shutil.rmtree, cache, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+# One cache of compiled programs for the session, its workers and the commands that they start, kept for the next session:
+# many tests compile the same step, and compiling is half of the suite's time.
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling takes longer here than running. LLVM's level 0, and XLA's older loop emitter in the versions that have it,
@@ -38,6 +35,7 @@ from jax.sharding import AxisType, Mesh
 
 import shell
 import small_run
+from xception_flax.host import compilation_cache
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +95,11 @@ def none_is_left() -> Iterator[None]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        compilation_cache.prune(CACHE, compilation_cache.MAX_BYTES)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
