@@ -113,7 +113,7 @@ COMPILE := .venv/bin/uv pip compile --quiet --no-header --no-emit-index-url --py
 
 pins: $(INSTALLED_DEV)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
-	$(COMPILE) pyproject.toml -o requirements.txt
+	$(COMPILE) pyproject.toml --extra train -o requirements.txt
 	$(COMPILE) pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
 	$(COMPILE) benchmarks/requirements.in -c requirements.txt -o benchmarks/requirements.txt
 	$(COMPILE) pyproject.toml --extra dev --extra onnx --extra savedmodel --extra litert -c requirements-dev.txt -o requirements-extras.txt

@@ -10,7 +10,7 @@ from xception_flax.host import libraries, signals
 
 if __name__ == "__main__":
     signals.handle_before_imports()
-    libraries.check_libraries()
+    libraries.check_libraries(training=True)
 
 import argparse
 import contextlib

@@ -13,8 +13,8 @@ memory = Path("/dev/shm")
 if memory.is_dir() and shutil.disk_usage(memory).free > 4 * 2**30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
-# One cache of compiled programs for the session, its workers and the commands that they start, kept for the next session:
-# many tests compile the same step, and compiling is half of the suite's time.
+# One cache of compiled programs for the session, its workers and the commands that they start: many tests compile the
+# same step. It is kept for the next session, since compiling is half of the suite's time.
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -9,32 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import environments
 from benchmarks import gpu, gpu_contenders
 
 ROOT = Path(__file__).parent.parent
-
-
-ONLY_WHAT_IT_NEEDS = """
-import importlib.abc, re, sys
-from importlib import metadata
-
-needed, names = set(), {"jax", "jaxlib", "flax", "optax"}
-while names:
-    needed |= names
-    requirements = (r for name in names for r in metadata.requires(name) or () if "extra ==" not in r)
-    names = {re.match(r"[\\w.-]+", r)[0].lower().replace("_", "-") for r in requirements} - needed
-    names = {name for name in names if list(metadata.distributions(name=name))}
-
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name in others:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-owners = metadata.packages_distributions()
-others = {name for name, of in owners.items() if not needed & {d.lower().replace("_", "-") for d in of}}
-others -= {"benchmarks", "xception_flax"}
-sys.meta_path.insert(0, Refuse())
-"""
 
 
 def test_a_dry_run(tmp_path):
@@ -43,7 +21,7 @@ def test_a_dry_run(tmp_path):
     names = ["correctness", "operations", "xception_flax_platform", "timm"]
     call = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--mode", "train", "--minutes", "30"]
     call += ["--only", ",".join(names), "--json", str(file)]
-    (tmp_path / "sitecustomize.py").write_text(ONLY_WHAT_IT_NEEDS)
+    environments.restrict(tmp_path, ["jax", "jaxlib", "flax", "optax"])
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     result = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,8 +1,10 @@
 """The package: what it exports, and that the built one works outside of the clone, its recipes and training too."""
 
 import ast
+import email
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import environments
 import shell
 import xception_flax
+from golden.archives import unpacked
 from xception_flax import data
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +101,45 @@ def test_a_network_is_trained_and_used_without_the_clone(wheel, tmp_path):
         "    return config\n"
     )
     assert json.loads(run(*package, "recipe", "mine.py", "--json"))["epochs"]["value"] == 3.0
+
+
+@pytest.fixture(scope="module")
+def without_training(wheel, tmp_path_factory) -> Path:
+    """What `pip install xception_flax` makes: the package, and of this environment only what its metadata ask for."""
+    site = tmp_path_factory.mktemp("base")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (about,) = site.glob("*.dist-info/METADATA")
+    environments.restrict(site, email.message_from_bytes(about.read_bytes()).get_all("Requires-Dist"))
+    return site
+
+
+def test_a_network_is_used_without_what_training_needs(without_training, tmp_path):
+    """A run of another machine is asked, explained, converted; training says what it lacks."""
+    unpacked("workdir_0.1.tar.xz", tmp_path / "run")
+    environment = shell.environment(devices=1) | {"PYTHONPATH": str(without_training), "COLUMNS": "120"}
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "xception_flax", *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+
+    digit = ROOT / "docs" / "images" / "digit.png"
+    for command in (
+        ("predict", "run", digit, "--json"),
+        ("explain", "run", digit, "--output", "why.png", "--steps", "0"),
+        ("convert", "run", "--output", "weights.safetensors"),
+        ("summary", "weights.safetensors"),
+    ):
+        result = run(*command)
+        assert result.returncode == 0, (command, result.stderr)
+    for verb in ("train", "evaluate"):
+        result = run(verb, "--config", "digits", "--workdir", "new")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert re.fullmatch(
+            r"error: \S+ lacks grain, array_record, imagehash and 5 more; activate .*, or: pip install "
+            r"'xception_flax\[train\]' \(in a clone: pip install -r requirements.txt\)\n",
+            result.stderr,
+        )
 
 
 @pytest.mark.parametrize("package", [xception_flax, data], ids=lambda package: package.__name__)

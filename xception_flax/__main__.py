@@ -32,6 +32,9 @@ VERBS = {
     "precompile": "compiles the training step for TPUs or GPUs, without one: memory, traffic, estimated time",
 }
 
+# These use a network, and do without the extra 'train' of pyproject.toml.
+USE = ("predict", "explain", "demo", "embed", "convert", "export", "summary", "recipe", "doctor")
+
 USAGE = f"""\
 usage: xception-flax VERB ...
 
@@ -66,7 +69,7 @@ def main() -> NoReturn:
 
         print(f"error: unknown verb {written(verb)}; {suggest(verb, VERBS)}", file=sys.stderr)
         sys.exit(2)
-    libraries.check_libraries()
+    libraries.check_libraries(training=verb not in USE)
     if verb == "precompile":  # before the import of JAX, which looks for hardware
         from xception_flax.planning import machines
 

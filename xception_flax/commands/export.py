@@ -13,6 +13,7 @@ from xception_flax.export.program import OUTPUTS, create_program
 from xception_flax.export.quantizing import Quantized
 from xception_flax.export.verifying import MAX_DIFFERENCE, NotVerifiedError
 from xception_flax.host import signals
+from xception_flax.host.libraries import check_extra
 from xception_flax.inference import predictor
 from xception_flax.runs.restore import Run
 from xception_flax.text import naming
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
         quantizing.images_of(arguments.int8)
     if arguments.images is not None and not verify:
         raise UserError("--images is for the comparison, which --no-verify leaves out; give one of them.")
-    photos = _photos(arguments.images) if verify else None
+    photos = _photos(arguments.images, arguments.format) if verify else None
     cli.start(arguments)
     mesh = sharding.create_mesh()
     found = told(source.open_source(arguments.source, mesh, arguments.checkpoint, arguments.weights), **word)
@@ -136,9 +137,10 @@ def _check_folder(option: str, path: Path) -> None:
         raise UserError(f"{option} {naming.shown(path)} is no folder.")
 
 
-def _photos(path: Path | None) -> list:
+def _photos(path: Path | None, form: str) -> list:
     """Returns the photos to compare with: those of a folder, at most `MAX_IMAGES`."""
     if path is None:
+        check_extra(form, ("sklearn",), "--verify without --images")
         return verifying.photos()
     _check_folder("--images", path)
     found, _ = folder.list_files(path)

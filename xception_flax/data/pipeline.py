@@ -15,9 +15,8 @@ import sys
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker, util
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import grain
 import numpy as np
 from absl import flags
 
@@ -30,6 +29,9 @@ from xception_flax.data.transforms import Transform
 from xception_flax.host import allocator, parents, signals
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
+
+if TYPE_CHECKING:
+    import grain
 
 ON_BAD_IMAGE = ("stop", "replace")
 
@@ -215,8 +217,10 @@ class Split:
         first = step * self.batch_size
         return np.array([index_at(place) for place in range(first, first + self.batch_size)])
 
-    def _shuffled(self, number: int) -> grain.MapDataset:
+    def _shuffled(self, number: int) -> "grain.MapDataset":
         """Returns the numbers from 0 to `number` - 1 in the endless order of training, another in each epoch."""
+        import grain  # of the extra 'train': a network is used without it
+
         return grain.MapDataset.range(number).seed(self.seed).shuffle().repeat()
 
     def batches(self, start_step: int = 0) -> Generator[Batch[np.ndarray]]:
@@ -233,6 +237,8 @@ class Split:
           InputError: an image is bad and `on_bad_image` is 'stop', a file cannot be read, or a worker process has
             ended.
         """
+        import grain
+
         # What grain orders are numbers, by which `_Prepare` reads.
         if not self.train:
             read = _Padded(self.source, self.batch_size)
@@ -319,7 +325,7 @@ class _Shares:
     batches ahead are enough for any number of threads.
     """
 
-    def __init__(self, drawn: grain.MapDataset, prepare: "_Prepare", split: Split) -> None:
+    def __init__(self, drawn: "grain.MapDataset", prepare: "_Prepare", split: Split) -> None:
         self._drawn, self._prepare = drawn, prepare
         self._size = split.batch_size // split.process_count
         self._num_threads = min(split.num_threads, self._size)

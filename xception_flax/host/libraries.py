@@ -5,25 +5,35 @@ import sys
 
 from xception_flax.text.errors import UserError
 
-# The dependencies of pyproject.toml, as they are imported.
+# The dependencies of pyproject.toml, as they are imported, and those of its extra 'train'.
 LIBRARIES = (
-    "jax", "flax", "optax", "orbax", "grain", "numpy", "ml_collections", "absl", "array_record", "cv2", "h5py",
-    "huggingface_hub", "imagehash", "importlib_resources", "matplotlib", "packaging", "PIL", "pooch", "pyarrow", "rich",
-    "safetensors", "scipy", "simplejpeg", "sklearn", "tensorboardX", "tensorflow_datasets",
+    "jax", "flax", "optax", "orbax", "numpy", "ml_collections", "absl", "cv2", "h5py", "huggingface_hub", "matplotlib",
+    "packaging", "PIL", "pooch", "rich", "safetensors", "scipy", "simplejpeg",
+)  # fmt: skip
+TRAINING = (
+    "grain", "array_record", "imagehash", "importlib_resources", "pyarrow", "sklearn", "tensorboardX",
+    "tensorflow_datasets",
 )  # fmt: skip
 
 
-def check_libraries() -> None:
+def check_libraries(*, training: bool) -> None:
     """Ends the process with code 2 and a line on standard error if a library is missing.
 
     Most often another Python runs than the one that has them.
+
+    Args:
+      training: whether those for training, evaluation and data sets are needed too.
     """
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    how = "pip install -r requirements.txt"
+    if not missing and training:
+        missing = [name for name in TRAINING if importlib.util.find_spec(name) is None]
+        how = f"pip install 'xception_flax[train]' (in a clone: {how})"
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         print(
             f"error: {sys.executable} lacks {', '.join(missing[:3])}{more}; activate the environment that has them "
-            "(source .venv/bin/activate), or: pip install -r requirements.txt",
+            f"(source .venv/bin/activate), or: {how}",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -17,7 +17,8 @@ from rich.progress import (
 
 from xception_flax.display.console import duration, percent, stderr_console
 from xception_flax.host.files import file_errors
-from xception_flax.runs.history import Events, open_metrics
+from xception_flax.runs.events import Events
+from xception_flax.runs.history import open_metrics
 from xception_flax.runs.workdir import HISTORY, TENSORBOARD
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
