@@ -23,7 +23,12 @@ def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_file_of_commands_is_a_verb():
-    files = {path.stem for path in (ROOT / "xception_flax" / "commands").glob("*.py")} - {"__init__", "cli", "images"}
+    files = {path.stem for path in (ROOT / "xception_flax" / "commands").glob("*.py")} - {
+        "__init__",
+        "cli",
+        "images",
+        "completion",
+    }
     assert files == {verb.replace("-", "_") for verb in VERBS} - {"train"}
 
 

@@ -128,10 +128,12 @@ def test_a_network_is_used_without_what_training_needs(without_training, tmp_pat
         ("predict", "run", digit, "--json"),
         ("explain", "run", digit, "--output", "why.png", "--steps", "0"),
         ("convert", "run", "--output", "weights.safetensors"),
-        ("summary", "weights.safetensors"),
+        ("summary", "xception"),
+        ("doctor",),
     ):
         result = run(*command)
         assert result.returncode == 0, (command, result.stderr)
+    assert re.search(r"not tried +it needs grain, .*: pip install 'xception_flax\[train\]'", result.stdout)
     for verb in ("train", "evaluate"):
         result = run(verb, "--config", "digits", "--workdir", "new")
         assert (result.returncode, result.stdout) == (2, "")

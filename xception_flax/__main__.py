@@ -42,7 +42,8 @@ Xception and its family in JAX.
 
 verbs:
 {"".join(f"  {verb:<11} {what}" + chr(10) for verb, what in VERBS.items())}
-xception-flax VERB --help shows a verb's arguments and examples, xception-flax --version the version."""
+xception-flax VERB --help shows a verb's arguments and examples, xception-flax --version the version.
+xception-flax --completion writes what bash and zsh need to complete verbs, options, recipes and their keys."""
 
 
 def main() -> NoReturn:
@@ -64,6 +65,8 @@ def main() -> NoReturn:
         print(USAGE, file=sys.stderr)
         sys.exit(2)
     verb, *rest = arguments
+    if verb == "--completion":
+        _complete()
     if verb not in VERBS:
         from xception_flax.text.lookup import suggest, written
 
@@ -77,6 +80,17 @@ def main() -> NoReturn:
     from xception_flax.commands import cli
 
     cli.run(_command(verb), rest)
+
+
+def _complete() -> NoReturn:
+    libraries.check_libraries(training=True)  # every verb is asked for its options
+    from xception_flax.commands import cli, completion
+
+    def write(argv: list[str]) -> int:
+        print(completion.script({verb: _command(verb) for verb in VERBS}), end="", flush=True)
+        return 0
+
+    cli.run(write, [])
 
 
 def _command(verb: str) -> Callable[[list[str]], int]:

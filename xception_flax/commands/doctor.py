@@ -20,7 +20,7 @@ from xception_flax import __version__, data
 from xception_flax.commands import cli
 from xception_flax.data.pipeline import usable_cpus
 from xception_flax.display import console
-from xception_flax.host import compilation_cache, processor
+from xception_flax.host import compilation_cache, libraries, processor
 from xception_flax.host.project import PROJECT
 from xception_flax.recipes import reading
 from xception_flax.text import naming
@@ -148,6 +148,9 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 def _steps() -> Iterator[tuple[str, str]]:
     """Trains for a step on all devices of each backend."""
+    if missing := libraries.missing_of(libraries.TRAINING):
+        yield "not tried", f"it needs {', '.join(missing)}: pip install 'xception_flax[train]'"
+        return
     for backend, devices in _backends().items():
         mesh = sharding.create_mesh(devices=devices)
         recipe = reading.load(RECIPE, [f"--config.batch_size={BATCH_SIZE * len(devices)}"])

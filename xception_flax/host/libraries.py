@@ -16,6 +16,11 @@ TRAINING = (
 )  # fmt: skip
 
 
+def missing_of(names: tuple[str, ...]) -> list[str]:
+    """Returns those of `names`, as they are imported, that are not installed."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
 def check_libraries(*, training: bool) -> None:
     """Ends the process with code 2 and a line on standard error if a library is missing.
 
@@ -24,10 +29,10 @@ def check_libraries(*, training: bool) -> None:
     Args:
       training: whether those for training, evaluation and data sets are needed too.
     """
-    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    missing = missing_of(LIBRARIES)
     how = "pip install -r requirements.txt"
     if not missing and training:
-        missing = [name for name in TRAINING if importlib.util.find_spec(name) is None]
+        missing = missing_of(TRAINING)
         how = f"pip install 'xception_flax[train]' (in a clone: {how})"
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -47,5 +52,5 @@ def check_extra(extra: str, names: tuple[str, ...], what: str) -> None:
       names: as they are imported.
       what: is not possible without them.
     """
-    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+    if missing := missing_of(names):
         raise UserError(f"{what} needs {' and '.join(missing)}: pip install 'xception_flax[{extra}]'")
