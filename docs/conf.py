@@ -50,7 +50,7 @@ CONTENTS = {
         "docs/proof",
     ],
     "Reference": ["docs/api", *(f"docs/api/{name}" for name in ("models", "data", "training", "recipes", "inference"))],
-    "Project": ["docs/forking", "docs/nnx", "CONTRIBUTING", "CHANGELOG", "SECURITY"],
+    "Project": ["docs/forking", "docs/nnx", "docs/stability", "CONTRIBUTING", "CHANGELOG", "SECURITY"],
 }
 
 # What the package exports (`check_public_names` sees that nothing is missing): Sphinx finds no table and no module.

@@ -37,7 +37,7 @@ PAGES = [
         f"docs/{page}.md"
         for page in ("imagenet", "measuring", "runs", "reliability", "pods", "proof", "paper", "design", "comparison")
     ),
-    *(f"docs/{page}.md" for page in ("miniature", "forking", "nnx", "api")),
+    *(f"docs/{page}.md" for page in ("miniature", "forking", "nnx", "stability", "api")),
     "benchmarks/README.md",
     "CONTRIBUTING.md",
     "SECURITY.md",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # as `_HOMES` has them, for type checkers and editors
     from xception_flax.text.errors import UserError
 
 __all__ = ["MODELS", "UserError", "allocator", "create_model", "fold_batch_norm", "load", "ops"]
-__version__ = "0.1.0"
+__version__ = "0.9.0"
 
 _HOMES = {
     "MODELS": "models",

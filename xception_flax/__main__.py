@@ -79,7 +79,7 @@ def main() -> NoReturn:
         machines.hide_hardware()
     from xception_flax.commands import cli
 
-    cli.run(_command(verb), rest)
+    cli.run(command(verb), rest)
 
 
 def _complete() -> NoReturn:
@@ -87,13 +87,13 @@ def _complete() -> NoReturn:
     from xception_flax.commands import cli, completion
 
     def write(argv: list[str]) -> int:
-        print(completion.script({verb: _command(verb) for verb in VERBS}), end="", flush=True)
+        print(completion.script({verb: command(verb) for verb in VERBS}), end="", flush=True)
         return 0
 
     cli.run(write, [])
 
 
-def _command(verb: str) -> Callable[[list[str]], int]:
+def command(verb: str) -> Callable[[list[str]], int]:
     if verb != "train":
         return importlib.import_module(f"xception_flax.commands.{verb.replace('-', '_')}").main
     from xception_flax.host.project import TRAIN

@@ -46,28 +46,29 @@ def script(verbs: Mapping[str, Callable[[list[str]], int]]) -> str:
     Args:
       verbs: the function of each verb, which prints its help and exits where it is given `--help`.
     """
-    keys = [key for name, part in PARTS.items() for key in _keys(name)]
+    keys = [key for name in PARTS for key in keys_of(name)]
     values = {f"--config.{name}.{part.selector}": part.table for name, part in PARTS.items() if part.selector}
     return SCRIPT.format(
         verbs=" ".join(verbs),
         recipes=" ".join(sorted(path.stem for path in RECIPES.glob("*.py"))),
         keys=" ".join(f"--config.{key}=" for key in keys),
         values=_cases(values),
-        options=_cases({verb: _options(main) for verb, main in verbs.items()}),
+        options=_cases({verb: options_of(main) for verb, main in verbs.items()}),
     )
 
 
-def _keys(name: str) -> list[str]:
-    part = PARTS[name]
-    keys = dict.fromkeys(key for choice in part.table or ("",) for key in part.keys(choice))
-    return [f"{name}.{key}" if name else key for key in keys]
+def keys_of(group: str) -> list[str]:
+    """Returns the full names of the keys of a group of recipes, of all entries of its table; '' is the loop."""
+    part = PARTS[group]
+    names = dict.fromkeys(key for choice in part.table or ("",) for key in part.keys(choice))
+    return [f"{group}.{key}" if group else key for key in names]
 
 
 def _cases(words: Mapping[str, Iterable[str]]) -> str:
     return "\n".join(f"            {case}) words='{' '.join(of_case)}' ;;" for case, of_case in words.items())
 
 
-def _options(main: Callable[[list[str]], int], *arguments: str) -> list[str]:
+def options_of(main: Callable[[list[str]], int], *arguments: str) -> list[str]:
     """Returns the options that the help of a verb names, and its own verbs with theirs."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
@@ -75,4 +76,4 @@ def _options(main: Callable[[list[str]], int], *arguments: str) -> list[str]:
     usage, _, rest = text.getvalue().partition("\n\n")
     verbs = re.findall(r"^  ([a-z]+)  ", rest, re.MULTILINE) if usage.endswith(" COMMAND ...") else []
     options = re.findall(r"--[a-z][\w-]*", usage)
-    return list(dict.fromkeys([*verbs, *options, *(option for verb in verbs for option in _options(main, verb))]))
+    return list(dict.fromkeys([*verbs, *options, *(option for verb in verbs for option in options_of(main, verb))]))

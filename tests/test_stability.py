@@ -1,0 +1,36 @@
+"""What docs/stability.md promises is still there: keys and names of recipes, verbs and options, what is exported."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import xception_flax
+from golden import make_promised
+
+ROOT = Path(__file__).parents[1]
+PROMISED = json.loads((ROOT / "tests" / "golden" / "promised.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[str]]:
+    return make_promised.found()
+
+
+@pytest.mark.parametrize("kind", PROMISED)
+def test_nothing_that_was_promised_is_gone(found, kind):
+    assert len(PROMISED[kind]) > 5
+    assert set(PROMISED[kind]) <= set(found[kind])
+
+
+def test_what_is_new_is_promised_with_the_next_version(found):
+    """The list is complete: `python tests/golden/make_promised.py` adds to it, and takes nothing away."""
+    assert {kind: sorted(names) for kind, names in found.items()} == PROMISED
+
+
+def test_the_version_has_its_place():
+    """In the changelog, beside what is not released yet, and in the citation."""
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert xception_flax.__version__ in headings[:2]
+    assert f"\nversion: {xception_flax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
