@@ -76,7 +76,9 @@ test-browser:
 	@touch $@
 
 # A link that leads nowhere, a page in no contents and any other warning fail.
+# Notebooks are run anew at each build, since they depend on the package too.
 docs: .venv-docs/installed
+	@rm -rf build/notebooks
 	.venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet --fresh-env \
 		-c docs -d build/doctrees . build/docs
 	@echo "to look at: build/docs/index.html"

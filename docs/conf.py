@@ -87,8 +87,8 @@ nitpicky = True
 PAGES_OF_FOLDERS = "|".join(path.stem for path in (ROOT / "docs" / "api").glob("*.md"))
 nitpick_ignore_regex = [("py:.*", rf"(?!xception_flax\.({PAGES_OF_FOLDERS})\b).*")]
 
-# The notebooks are run by the build, and fail it as anything else does. The cache knows a notebook by its code, so the
-# translation is not run again.
+# The notebooks are run by the build, and fail it as anything else does. The cache, which `make docs`
+# empties first, knows a notebook by its code, so that a translation is not run again.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "build" / "notebooks")
 nb_execution_timeout = 600  # seconds a cell

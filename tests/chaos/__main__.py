@@ -129,8 +129,8 @@ def starve(
     untouched.parent.mkdir(parents=True)
     seconds = several.train(setting, untouched.parent, untouched, processes)
     print(f"an untouched run of {processes} processes takes {seconds:.0f} s", flush=True)
-    while (met := sum(not each.late for each in outcomes)) < starts:
-        if report.is_over or len(report.failures) == MOST_FAILURES:
+    while (met := sum(not each.late for each in outcomes)) + len(report.failures) < starts:
+        if report.is_over or len(report.failures) == MOST_FAILURES or len(outcomes) > 2 * starts:
             break
         fault = several.draw(seed, processes)
         try:

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import shell
 from xception_flax.host import compilation_cache
 
 
@@ -85,6 +86,37 @@ def test_without_a_place_there_is_none(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(compilation_cache, "MIN_FREE_BYTES", 2**80)
     assert compilation_cache.enable() is None
     assert jax.config.jax_compilation_cache_dir is None
+
+
+PROGRAM = """
+import jax
+from xception_flax.host import compilation_cache
+compilation_cache.enable()
+@jax.jit
+def doubled(x):
+    return 2 * x
+print(doubled(jax.numpy.arange(3.0)))
+"""
+
+
+def test_an_entry_that_was_cut_off_is_written_anew(tmp_path):
+    """As by a kill in the middle of its write; JAX alone warns of it at every start, and keeps it."""
+
+    def run() -> str:
+        result = shell.run("-c", PROGRAM, JAX_COMPILATION_CACHE_DIR=str(tmp_path))
+        assert (result.returncode, result.stdout) == (0, "[0. 2. 4.]\n")
+        return result.stderr
+
+    assert run() == ""
+    (entry,) = tmp_path.glob("jit_doubled-*-cache")
+    whole = entry.read_bytes()
+    for part in (whole[: len(whole) // 2], b""):
+        entry.write_bytes(part)
+        assert run() == ""
+        assert len(entry.read_bytes()) > len(whole) / 2
+    others = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-cache")}
+    assert run() == ""
+    assert others == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-cache")}
 
 
 def test_what_was_not_used_for_longest_goes_first(tmp_path):

@@ -90,15 +90,15 @@ print(json.dumps(running.perform(run, table, results.Results(table, []), Path(sy
 
 
 def test_a_run_of_the_results_again(tmp_path):
-    """The first run of Xception on the digits, whole. On the machine that made it all numbers are the same to the bit.
+    """The first run of Xception on the digits, whole: the first losses to 2 percent, accuracies to 3 points.
 
-    Other CPUs and versions round differently, and 422 steps at a high rate make that visible: 0.5 points of the
-    accuracy are two test images.
+    On the machine that made it all numbers are the same to the bit. Other CPUs and versions round differently, and 422
+    steps at a high rate make that visible.
     """
     row = next(r for r in results.read(RESULTS) if (r["data_set"], r["setting"], r["seed"]) == ("digits", "base", 0))
     run = [row[field] for field in results.Run._fields]
     # Without the flags of the tests it compiles as a user's does.
-    result = shell.run("-c", AGAIN, TABLE.path, json.dumps(run), tmp_path, XLA_FLAGS="")
+    result = shell.run("-c", AGAIN, TABLE.path, json.dumps(run), tmp_path, timeout=900, XLA_FLAGS="")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     for key in (*results.Run._fields, "recipe", "steps", "parameters", "multiply_adds"):

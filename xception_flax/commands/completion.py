@@ -9,11 +9,15 @@ from xception_flax.host.project import RECIPES
 from xception_flax.recipes.groups import PARTS
 
 SCRIPT = """\
-# Completion of xception-flax for bash. For zsh, before it: autoload -Uz bashcompinit && bashcompinit
+# Completion of xception-flax for bash. For zsh, before it:
+# autoload -Uz compinit bashcompinit && compinit && bashcompinit
 _xception_flax() {{
-    local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} verb=${{COMP_WORDS[1]}} words='' key=''
+    local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} verb=${{COMP_WORDS[1]}}
+    local words='' key='' begin=''
     COMPREPLY=()
-    if [[ $word == '=' ]]; then  # bash makes a word of each =
+    if [[ $word == --*=* ]]; then  # zsh
+        key=${{word%%=*}} begin="${{word%%=*}}=" word=${{word#*=}}
+    elif [[ $word == '=' ]]; then  # bash makes a word of each =
         key=$before word=''
     elif [[ $before == '=' ]]; then
         key=${{COMP_WORDS[COMP_CWORD-2]}}
@@ -34,9 +38,9 @@ _xception_flax() {{
 {options}
         esac
     fi
-    COMPREPLY=($(compgen -W "$words" -- "$word"))
+    COMPREPLY=($(compgen -P "$begin" -W "$words" -- "$word"))
 }}
-complete -o default -F _xception_flax xception-flax
+complete -o default ${{ZSH_VERSION:+-o nospace}} -F _xception_flax xception-flax
 """
 
 

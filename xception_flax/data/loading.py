@@ -10,6 +10,7 @@ from xception_flax.data.sources import SOURCES
 from xception_flax.data.transforms import Transform, parse_transforms
 from xception_flax.data.transforms.geometry import MAX_SIDE
 from xception_flax.host import allocator
+from xception_flax.host.libraries import check_extra
 from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import lookup, suggest, written
@@ -78,8 +79,9 @@ def load(
       **options: the source's own keywords, such as `data_dir`.
 
     Raises:
-      UserError: a name, a number or a path is wrong; the message says what is expected.
+      UserError: a name, a number or a path is wrong, or the extra 'train' is missing; the message says what to do.
     """
+    check_extra("train", ("grain",), "reading a data set")
     function = lookup(SOURCES, source, "source")
     if batch_size < 1 or batch_size % process_count:
         raise UserError(

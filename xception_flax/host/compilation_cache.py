@@ -1,9 +1,16 @@
 """The cache of compiled programs: a folder of the user's that outlives the process."""
 
+import contextlib
+import functools
+import glob
 import os
+import re
 import shutil
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib
@@ -34,6 +41,8 @@ def enable() -> Path | None:
     """
     if not jax.config.jax_enable_compilation_cache:
         return None
+    if getattr(warnings.showwarning, "func", None) is not _mend:
+        warnings.showwarning = functools.partial(_mend, warnings.showwarning)
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
         return None
@@ -60,6 +69,22 @@ def enable() -> Path | None:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder
+
+
+def _mend(show: Callable[..., None], message: Warning | str, *args: Any, **options: Any) -> None:
+    """Shows a warning. Where it is JAX's of an entry that cannot be read, removes that instead: JAX writes it anew, now.
+
+    A process that is killed while it writes leaves a part of an entry. JAX itself keeps it, and would warn and compile
+    at every start.
+    """
+    found = re.match(r"Error reading persistent compilation cache entry for '([^'/]+)'", str(message))
+    folder = jax.config.jax_compilation_cache_dir
+    if found is None or not folder:
+        show(message, *args, **options)
+        return
+    for entry in Path(folder).glob(f"{glob.escape(found[1])}-*-cache"):  # its key begins with the program's name
+        with contextlib.suppress(OSError):
+            entry.unlink()
 
 
 def _default_folder() -> Path:

@@ -259,7 +259,7 @@ def check_claim(workdir: Path) -> None:
 def _holder() -> str:
     # Two containers may both be process 1 on a host of one name: the moment tells them apart.
     now = datetime.datetime.now(datetime.UTC)
-    return f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S.%f}"
+    return f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S.%f} UTC"
 
 
 def _not_writable(workdir: Path, error: OSError) -> UserError:

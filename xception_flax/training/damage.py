@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def of_files(folder: Path) -> str | None:
 
 def of_items(folder: Path, names: Iterable[str]) -> str | None:
     """Returns which item a step lacks. Orbax's own words for it are of its API."""
-    missing = [name for name in names if not (folder / name).is_dir()]
+    missing = [name for name in names if not os.path.isdir(folder / name)]
     return f"it has no folder {missing[0]!r}" if missing else None
 
 
