@@ -72,7 +72,7 @@ def enable() -> Path | None:
 
 
 def _mend(show: Callable[..., None], message: Warning | str, *args: Any, **options: Any) -> None:
-    """Shows a warning. Where it is JAX's of an entry that cannot be read, removes that instead; JAX writes it anew then.
+    """Shows a warning. Where it is JAX's of an entry that cannot be read, removes the entry: JAX writes it anew then.
 
     A process that is killed while it writes leaves a part of an entry. JAX itself keeps it, and would warn and compile
     at every start.
