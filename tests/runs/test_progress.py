@@ -8,10 +8,11 @@ import resource
 import signal
 
 import pytest
+from tensorboardX import RecordWriter
 from tensorboardX.proto import event_pb2
 
 from xception_flax.display import console
-from xception_flax.runs import curves, events, history, progress
+from xception_flax.runs import curves, history, progress
 from xception_flax.text.errors import UserError
 
 
@@ -205,7 +206,7 @@ def test_what_the_disk_refuses_is_a_line(tmp_path, monkeypatch, number, name):
             if name == "metrics.jsonl":
                 monkeypatch.setattr(progress.os, "fsync", refuse)
             else:
-                monkeypatch.setattr(events.RecordWriter, "write", refuse)
+                monkeypatch.setattr(RecordWriter, "write", refuse)
             if other_error:
                 raise other_error
             report.sync()
