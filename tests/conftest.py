@@ -16,7 +16,7 @@ if memory.is_dir() and shutil.disk_usage(memory).free > 4 * 2**30:
 # One cache of compiled programs for the session, its workers and the commands that they start: many tests compile the
 # same step. It is kept for the next session, since compiling is half of the suite's time.
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # not the user's own, which it would fill
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling takes longer here than running. LLVM's level 0, and XLA's older loop emitter in the versions that have it,
