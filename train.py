@@ -18,7 +18,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,14 @@ from xception_flax.models import costs
 from xception_flax.recipes import groups, reading
 from xception_flax.recipes.comparing import alike
 from xception_flax.runs import history, profiling, progress
-from xception_flax.runs.saving import SaveClock, check_same_data, save_where_input_ends, training_data
+from xception_flax.runs.saving import (
+    EVALUATION_DUE,
+    SaveClock,
+    StopTogether,
+    check_same_data,
+    save_where_input_ends,
+    training_data,
+)
 from xception_flax.runs.workdir import (
     CHECKPOINTS,
     CURVES,
@@ -57,7 +64,7 @@ from xception_flax.text import naming
 from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint, metrics, sharding
-from xception_flax.training.evaluation import evaluate
+from xception_flax.training.evaluation import BrokenOff, evaluate
 from xception_flax.training.length import RunLength
 from xception_flax.training.patience import Patience
 from xception_flax.training.program import Program, create_program, make_statistics
@@ -162,12 +169,13 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 **config.checkpoint,
             )
         )
-        start_step, meta = find_start(manager, workdir, train_data, pretrained)
+        start_step, meta, unevaluated = find_start(manager, workdir, train_data, pretrained)
         if first_host:
             remember(workdir, config)  # the mesh or the data's folder may have changed
+        first_step = start_step if unevaluated else start_step + 1
         if start_step:
-            patience.add_history(history.read_metrics(workdir / HISTORY), start_step)
-        if start_step >= total_steps or patience.is_over:
+            patience.add_history(history.read_metrics(workdir / HISTORY), first_step - 1)
+        if not unevaluated and (start_step >= total_steps or patience.is_over):
             return already_finished(workdir, start_step)
         # The step is compiled while the state is created or read.
         background = stack.enter_context(ThreadPoolExecutor(max_workers=1))
@@ -177,7 +185,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
             config, program, mesh, manager, train_data, start_step, pretrained, watchdog
         )
         del pretrained  # the state has copies of its arrays
-        report = stack.enter_context(open_report(config, workdir, program, mesh, train_data, start_step))
+        report = stack.enter_context(
+            open_report(config, workdir, program, mesh, train_data, start_step, unevaluated=unevaluated)
+        )
         for line in filter(None, (describe(config, workdir, program, mesh), *manager.warnings, *notes, note)):
             report.say(line)
         profile = stack.enter_context(profiling.Profile(profiled, workdir / PROFILE, report, enabled=first_host))
@@ -188,28 +198,30 @@ def train(config: ConfigDict, workdir: Path) -> int:
         batches = stack.enter_context(contextlib.closing(train_data.batches(start_step)))
         stack.enter_context(save_where_input_ends(manager, lambda: train_state, totals.pending, meta))
         stop = stack.enter_context(signals.StopRequest(several_processes=jax.process_count() > 1))
-        for step in range(start_step + 1, total_steps + 1):
-            with profile.step(step, totals.pending):
-                watchdog.sign(f"the batch of step {step:,}")
-                with report.input_wait(), stop.patience():
-                    batch = next(batches)
-                watchdog.sign(f"step {step:,}" + (", which is being compiled" if step == start_step + 1 else ""))
-                train_state, sums = compiling.result()(train_state, sharding.global_batch(mesh, batch))
-                totals.add(sums)
-            report.advance(step)
+        asked = StopTogether(stop, manager, start_step)
+        for step in range(first_step, total_steps + 1):
+            training = step > start_step  # otherwise only the evaluation of this step is missing
+            if training:
+                with profile.step(step, totals.pending):
+                    watchdog.sign(f"the batch of step {step:,}")
+                    with report.input_wait(), stop.patience():
+                        batch = next(batches)
+                    watchdog.sign(f"step {step:,}" + (", which is being compiled" if step == start_step + 1 else ""))
+                    train_state, sums = compiling.result()(train_state, sharding.global_batch(mesh, batch))
+                    totals.add(sums)
+                report.advance(step)
             if step == start_step + 1:
                 jax.block_until_ready((sums, program.learning_rate(step)))  # learning_rate compiles here
                 report.compiled(step)
                 allocator.release_free_memory()
 
-            last = step == total_steps
-            stopping = stop.signal is not None if jax.process_count() == 1 else manager.reached_preemption(step)
-            recording = last or stopping or step % config.log_every_steps == 0
-            evaluating = last or length.ends_interval(step, config.eval_every_epochs)
-            saving = last or stopping or length.ends_interval(step, config.checkpoint_every_epochs)
+            last, stopping = step == total_steps, asked()
+            recording = training and (last or stopping or step % config.log_every_steps == 0)
+            evaluating = last or not training or length.ends_interval(step, config.eval_every_epochs)
+            saving = last or not training or stopping or length.ends_interval(step, config.checkpoint_every_epochs)
             giving_up = totals.skipped_in_a_row() >= MAX_SKIPPED_IN_A_ROW if recording else False
             saving = saving or giving_up or (recording and save_clock.is_due())
-            if recording or evaluating or saving:
+            if training and (recording or evaluating or saving):
                 metrics.check_finite(sums, step)
                 checkpoint.check_saves(manager)
                 if first_host:
@@ -230,17 +242,21 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 watchdog.sign(f"the evaluation after step {step:,}")
                 with report.pause("evaluation"):
                     variables = train_state.variables(weights)
-                    results = evaluate(program.eval_step, variables, eval_data, mesh, on_batch=watchdog.again)
-                report.evaluation(step, results, weights)
-                patience.add(step, results)
-                last = last or patience.is_over
+                    results = evaluate_unless(asked, program.eval_step, variables, eval_data, mesh, watchdog)
+                if results is None:
+                    last, stopping, saving = False, True, True
+                else:
+                    report.evaluation(step, results, weights)
+                    patience.add(step, results)
+                    last = last or patience.is_over
             if saving or last:
                 watchdog.sign(f"the checkpoint of step {step:,}")
                 with report.pause("checkpoint"):
                     if first_host:
                         check_claim(workdir)  # an evaluation may have taken an hour
                     report.sync()
-                    checkpoint.save(manager, train_state, meta, results)
+                    due = {EVALUATION_DUE: True} if evaluating and results is None else {}
+                    checkpoint.save(manager, train_state, meta | due, results)
                     save_clock.saved()
                 report.checkpoint(step)
             if giving_up:
@@ -257,7 +273,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
         watchdog.sign("the last checkpoint, which is being written")
         checkpoint.check_saves(manager, wait=True)
         if not last:
-            report.say(f"stopped at step {step}, checkpoint written; the same command goes on from there")
+            also = ", with its evaluation" if evaluating and results is None else ""
+            report.say(f"stopped at step {step}, checkpoint written; the same command goes on from there{also}")
             return 128 + (stop.signal or signal.SIGTERM)  # perhaps only another process received it
         if step < total_steps:
             report.say(describe_end(patience, length))
@@ -372,8 +389,11 @@ def steps_to_profile(config: ConfigDict, total_steps: int) -> range:
 
 def find_start(
     manager: checkpoint.Checkpoints, workdir: Path, train_data: data.Split, pretrained: initial.Initial | None
-) -> tuple[int, dict[str, Any]]:
-    """Returns the step of the newest checkpoint, 0 without one, and the JSON values for the checkpoints to come.
+) -> tuple[int, dict[str, Any], bool]:
+    """Returns where the run begins.
+
+    They are the step of the newest checkpoint, 0 without one; the JSON values for the checkpoints to come; and whether
+    an evaluation of that step was broken off, so that it comes first.
 
     Args:
       manager: of the checkpoints of `workdir`.
@@ -390,10 +410,11 @@ def find_start(
     if start_step:
         saved = checkpoint.read_meta(manager, start_step)
         check_same_data(saved, train_data, workdir)
-        return start_step, meta | {"init": saved.get("init")}
+        unevaluated = EVALUATION_DUE in saved and manager.metrics(start_step) is None
+        return start_step, meta | {"init": saved.get("init")}, unevaluated
     if pretrained is None:
         raise UserError(f"the checkpoints in {workdir} were removed while this command began; start it again.")
-    return 0, meta
+    return 0, meta, False
 
 
 def begin_or_resume(
@@ -450,11 +471,45 @@ def recalibrated(
         return recalibrate(train_state, statistics_step, on_devices())
 
 
+# Evaluate ------------------------------------------------------------------------------------------
+
+
+def evaluate_unless(
+    asked: StopTogether,
+    eval_step: Callable[..., Any],
+    variables: dict[str, Any],
+    eval_data: data.Split,
+    mesh: Mesh,
+    watchdog: Watchdog,
+) -> dict[str, float] | None:
+    """Returns the results of an evaluation; None if it was broken off, or not begun, since the run is to stop.
+
+    An evaluation may take longer than the notice that a machine gets.
+    """
+
+    def on_batch(*batch: Any) -> None:
+        watchdog.again()
+        if asked():
+            raise BrokenOff
+
+    try:
+        return None if asked.already else evaluate(eval_step, variables, eval_data, mesh, on_batch=on_batch)
+    except BrokenOff:
+        return None
+
+
 # Report --------------------------------------------------------------------------------------------
 
 
 def open_report(
-    config: ConfigDict, workdir: Path, program: Program, mesh: Mesh, train_data: data.Split, start_step: int
+    config: ConfigDict,
+    workdir: Path,
+    program: Program,
+    mesh: Mesh,
+    train_data: data.Split,
+    start_step: int,
+    *,
+    unevaluated: bool,
 ) -> progress.RunProgress:
     """Returns a context manager that shows and records the run."""
     device_kind = mesh.devices.flat[0].device_kind
@@ -462,6 +517,7 @@ def open_report(
     return progress.RunProgress(
         workdir,
         start_step=start_step,
+        unevaluated=unevaluated,
         **program.length._asdict(),
         enabled=jax.process_index() == 0,
         peak_images_per_second=None if program.frozen else peak,  # the peak is for whole steps

@@ -30,6 +30,7 @@ from small_run import DIGITS, LENET, SMALL, start
 from workdirs import arrays, evaluations, records
 from xception_flax import data
 from xception_flax.commands import cli, evaluate
+from xception_flax.host.watchdog import Watchdog
 from xception_flax.runs import history, progress
 from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import has_checkpoints
@@ -272,6 +273,68 @@ def test_stopped_and_killed_it_resumes_bit_for_bit(whole, tmp_path):
     assert steps == sorted(steps)
 
 
+@pytest.mark.parametrize("stopped", [6, 11])
+def test_stopped_in_an_evaluation_it_goes_on_with_that(tmp_path, monkeypatch, capsys, stopped):
+    """It is broken off at the batch of the signal, in the middle of a run and at its end; the state is saved.
+
+    The next start is stopped while it makes up for it, the third is killed between the record and the checkpoint, the
+    fourth ends as an untouched run: arrays, evaluations, the best checkpoint.
+    """
+    arguments = ["--config", f"{DIGITS}:lenet", *LENET, "--config.schedule.warmup_epochs=0", "--config.epochs=0.14"]
+    arguments += [f"--config.{what}_every_epochs=0.07" for what in ("eval", "checkpoint")]
+    untouched, workdir = tmp_path / "untouched", tmp_path / "workdir"
+    assert run(monkeypatch, capsys, train.main, *arguments, "--workdir", untouched)[0] == 0
+    assert [record["step"] for record in evaluations(untouched)] == [6, 11]
+    arguments += ["--workdir", workdir]
+
+    waited_for, again = [], Watchdog.again
+
+    def stop(watchdog: Watchdog, *batch: object) -> None:
+        waited_for.append(watchdog._sign[0])
+        again(watchdog)
+        if waited_for.count(f"the evaluation after step {stopped}") == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(Watchdog, "again", stop)
+            code, _, err = run(monkeypatch, capsys, train.main, *arguments)
+        assert code == 128 + signal.SIGTERM
+        told = (
+            f"stopped at step {stopped}, checkpoint written; the same command goes on from there, with its evaluation"
+        )
+        assert told in err
+        assert waited_for.count(f"the evaluation after step {stopped}") == 3  # of 12 batches
+        assert checkpoint_steps(workdir) == [step for step in (6, 11) if step <= stopped]
+        assert not (workdir / "checkpoints" / str(stopped) / "metrics").exists()
+        assert [record["step"] for record in evaluations(workdir)] == [step for step in (6, 11) if step < stopped]
+        waited_for.clear()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.Checkpoints, "add_metrics", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*map(str, arguments)])
+    assert [record["step"] for record in evaluations(workdir)] == [step for step in (6, 11) if step <= stopped]
+
+    code, out, err = run(monkeypatch, capsys, train.main, *arguments)
+    assert (code, "finished" in out) == (0, True), err
+    assert evaluations(workdir) == evaluations(untouched)
+    assert checkpoint_steps(workdir) == checkpoint_steps(untouched)
+    expected = arrays(untouched, 11)
+    for path, value in arrays(workdir, 11).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+    scores = [
+        [json.loads((each / "checkpoints" / step / "metrics" / "metrics").read_text()) for step in ("6", "11")]
+        for each in (workdir, untouched)
+    ]
+    assert scores[0] == scores[1]
+    assert "this run is finished" in run(monkeypatch, capsys, train.main, *arguments)[1]
+
+
+def interrupt(*anything: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_signal_to_the_group_while_workers_start(tmp_path):
     """Slurm's notice. Workers can ignore it only after Python's imports. The first step ends, and is saved."""
     process = start(tmp_path, *WORKERS)
@@ -328,7 +391,7 @@ def start_two(*workdirs: Path, overrides: Sequence[str] = ("", ""), lenet: bool 
             workdirs[i % len(workdirs)],
             *("--coordinator", address, "--num-processes", "2", "--process-id", str(i)),
             *SELDOM,
-            *filter(None, (overrides[i],)),
+            *overrides[i].split(),
             devices=1,
             lenet=lenet,
         )
@@ -341,12 +404,14 @@ def test_two_processes_are_one(tmp_path, monkeypatch, capsys):
 
     Each start compiles anew, so the network is LeNet; test_steps.py has batch normalization over two hosts. During the
     run one host gets Ctrl-C and passes it to JAX as SIGTERM, as if it were preempted. Both hosts save the same step,
-    exit with the code of a signal, and resume from there.
+    exit with the code of a signal, and resume from there. The other gets SIGTERM in an evaluation: both break it off at
+    the same batch, and begin with it.
     """
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    long = "--config.epochs=3"  # 236 steps, so that the signal comes before the end
+    # 236 steps, so that the signal comes before the end; the evaluation follows a record.
+    long = "--config.epochs=3 --config.eval_every_epochs=2.036 --config.checkpoint_every_epochs=2.036"
     with on_one_device():
-        arguments = ["--config", f"{DIGITS}:lenet", "--workdir", alone, *LENET, *SELDOM, long]
+        arguments = ["--config", f"{DIGITS}:lenet", "--workdir", alone, *LENET, *long.split()]
         code, _, err = run(monkeypatch, capsys, train.main, *arguments)
     assert code == 0, err
 
@@ -358,16 +423,26 @@ def test_two_processes_are_one(tmp_path, monkeypatch, capsys):
     assert "checkpoint written" in stopped[0][2]
 
     hosts = start_two(shared, overrides=[long] * 2, lenet=True)
+    wait_until(lambda: records(shared)[-1]["step"] == 160, hosts[0])
+    hosts[0].send_signal(signal.SIGTERM)
+    stopped = [finish(host) for host in hosts]
+    assert [code for code, _, _ in stopped] == [128 + signal.SIGTERM] * 2, stopped
+    assert "stopped at step 160, checkpoint written; the same command goes on from there, with its" in stopped[0][2]
+    assert evaluations(shared) == []
+
+    hosts = start_two(shared, overrides=[long] * 2, lenet=True)
     results = [finish(host) for host in hosts]
     assert [code for code, _, _ in results] == [0, 0], results
     spoken = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for _, out, _ in results]
     assert "finished" in spoken[0]
     assert spoken[1] == []
-    assert "going on from the checkpoint of step" in results[0][2]
+    assert "going on from the checkpoint of step 160" in results[0][2]
     one, two = ({r["step"]: r["train/loss"] for r in records(w) if "train/loss" in r} for w in (alone, shared))
     assert one.keys() <= two.keys()
     # The order of sums differs: losses are first equal up to rounding, which training then magnifies.
     np.testing.assert_allclose([two[5], two[10]], [one[5], one[10]], rtol=1e-4)
+    assert [record["step"] for record in evaluations(shared)] == [160, 236]
+    assert checkpoint_steps(shared) == checkpoint_steps(alone) == [160, 236]
     final = [[r for r in records(w) if "eval/loss" in r][-1] for w in (alone, shared)]
     assert final[0]["eval/count"] == final[1]["eval/count"] == 180
     assert final[1]["eval/top1"] == pytest.approx(final[0]["eval/top1"], abs=0.05)

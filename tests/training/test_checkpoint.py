@@ -116,6 +116,43 @@ def test_saving_a_step_again_changes_nothing(tmp_path, one_device):
         assert checkpoint.read_meta(manager, 5)["class_names"] == ["a", "b"]
 
 
+def test_a_step_gets_the_metrics_that_it_lacks(tmp_path, one_device, monkeypatch):
+    """Saved before its evaluation, it is not best; afterwards it is, here and for others, and counts for what is kept.
+
+    A run that is killed while it writes them leaves nothing.
+    """
+
+    class Killed(BaseException):
+        pass
+
+    def kill(source: object, target: object) -> None:
+        raise Killed
+
+    with open_manager(tmp_path, keep_latest=1) as manager:
+        checkpoint.save(manager, make_state(one_device, 1), META, {"top1": 0.5})
+        checkpoint.save(manager, make_state(one_device, 2), META, None)
+        checkpoint.check_saves(manager, wait=True)
+        assert checkpoint.find_step(manager, "best") == 1
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "rename", kill)
+            with pytest.raises(Killed):
+                checkpoint.save(manager, make_state(one_device, 2), META, {"top1": 0.75})
+    with open_manager(tmp_path, keep_latest=1) as manager:
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+        assert not (tmp_path / "checkpoints" / "2" / "metrics").exists()
+        for score in (0.75, 0.25):  # the first is kept, as of every step
+            checkpoint.save(manager, make_state(one_device, 2), META, {"top1": score})
+        assert checkpoint.find_step(manager, "best") == 2
+        with open_manager(tmp_path, read_only=True) as reader:
+            assert (checkpoint.find_step(reader, "best"), reader.metrics(2)) == (2, {"top1": 0.75})
+        checkpoint.save(manager, make_state(one_device, 3), META, {"top1": 0.0})
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+    with open_manager(tmp_path) as manager:
+        assert_equal(
+            checkpoint.restore_state(manager, abstract(make_state(one_device, 2)), 2), make_state(one_device, 2)
+        )
+
+
 def test_a_flipped_bit_is_seen(tmp_path, one_device):
     """Orbax itself would restore it without a word."""
     state = make_state(one_device, 1)

@@ -32,11 +32,17 @@ def count_bad_images(path: Path) -> int:
     return sum(count for count in counts if type(count) is int)  # null and others are of a hand, not of a run
 
 
-def open_metrics(path: Path, start_step: int) -> tuple[Any, list[int]]:
+def open_metrics(path: Path, start_step: int, *, unevaluated: bool = False) -> tuple[Any, list[int]]:
     """Opens metrics.jsonl to append records of steps after `start_step`.
 
     Records of later steps, from a run that was cut off, are removed, and so is a last line that was cut off. All else
     stays as it is, byte for byte.
+
+    Args:
+      path: of the file.
+      start_step: of the checkpoint.
+      unevaluated: whether this step is evaluated anew. A run that was killed between the record of an evaluation and
+        its checkpoint left one, which is removed.
 
     Returns:
       The file, and the numbers of the lines that stay though they are not records.
@@ -50,7 +56,8 @@ def open_metrics(path: Path, start_step: int) -> tuple[Any, list[int]]:
         for number, line in enumerate(_lines(path), 1):
             record, is_whole = _parse_record(line), line.endswith(b"\n")
             if record is not None:
-                if record["step"] <= start_step:
+                again = unevaluated and record["step"] == start_step and "eval/loss" in record
+                if record["step"] <= start_step and not again:
                     yield line if is_whole else line + b"\n"
             elif is_whole:
                 strange.append(number)

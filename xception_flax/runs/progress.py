@@ -51,6 +51,7 @@ class RunProgress:
         batch_size: int,
         num_images: int,
         enabled: bool,
+        unevaluated: bool = False,
         peak_images_per_second: float | None = None,
     ) -> None:
         """Begins the run; its clock starts here.
@@ -62,6 +63,7 @@ class RunProgress:
           batch_size: images per step.
           num_images: images per epoch.
           enabled: true on the first host only.
+          unevaluated: whether `start_step` is evaluated anew; a record of that is removed too.
           peak_images_per_second: the rate at which all devices would train if they did only the network's
             multiply-adds, at their peak. `train/mfu` is the share of it that is reached. None if it is not known.
 
@@ -83,7 +85,7 @@ class RunProgress:
             return
         self._console = stderr_console()
         self._path = workdir / HISTORY
-        self._file, strange = open_metrics(self._path, start_step)
+        self._file, strange = open_metrics(self._path, start_step, unevaluated=unevaluated)
         try:
             self._events = Events(workdir / TENSORBOARD, start_step)
         except UserError:

@@ -1,6 +1,7 @@
-"""Checks that the data of a run fits its checkpoint, and says when to save: after minutes, or where the data ends."""
+"""Checks that the data of a run fits its checkpoint, and says when to save: by the clock, on request, without data."""
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ from xception_flax.text.ranges import LARGEST
 from xception_flax.training import checkpoint
 from xception_flax.training.metrics import Sum, check_finite
 from xception_flax.training.state import TrainState
+
+# Of a checkpoint whose evaluation was broken off: a run that goes on from there begins with it.
+EVALUATION_DUE = "evaluation_due"
 
 
 def training_data(split: data.Split) -> dict[str, Any]:
@@ -61,6 +65,27 @@ class SaveClock:
             return False
         due = time.monotonic() - self._last >= 60 * self._minutes
         return bool(multihost_utils.broadcast_one_to_all(due)) if jax.process_count() > 1 else due
+
+
+class StopTogether:
+    """Says when a run is to stop on request: all its processes at the same call.
+
+    Every process must call it equally often. With several, JAX lets them agree on a call that none has made yet.
+
+    Attributes:
+      already: whether a call has said so; then all later ones do.
+    """
+
+    def __init__(self, stop: signals.StopRequest, manager: checkpoint.Checkpoints, start_step: int) -> None:
+        self.already = False
+        self._stop, self._manager = stop, manager
+        self._calls = itertools.count(start_step + 1)
+
+    def __call__(self) -> bool:
+        alone = jax.process_count() == 1
+        asked = self._stop.signal is not None if alone else self._manager.reached_preemption(next(self._calls))
+        self.already = self.already or asked
+        return self.already
 
 
 @contextlib.contextmanager

@@ -54,7 +54,9 @@ PLAIN_PATH = re.compile(r"(?!/\w\w/)[\w/.,=+@ -]{1,1000}")
 
 ON_DAMAGED = ("stop", "older")
 
-REMOVED = "removed"  # the folder to which a step is moved in one piece before its files are deleted
+METRICS = "metrics"  # Orbax's name for the item of an evaluation, a folder, and for the file in it
+
+REMOVED = "removed"  # the folder to which a step is moved in one piece before its files are deleted; a run empties it
 
 # A step may look damaged because the run is just removing it. A reader then tries again, up to so many times.
 READ_TIMES, READ_AGAIN_SECONDS = 20, 0.5
@@ -126,6 +128,21 @@ class Checkpoints(ocp.CheckpointManager):
         """Deletes the steps that are no longer kept, unless a save is under way: it may be moving one there."""
         if self._removed is not None and self._removed.exists() and not self.is_saving_in_progress():
             shutil.rmtree(self._removed, ignore_errors=True)
+
+    def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Gives a saved step the item `METRICS`, in one piece. No save may be under way.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        # What a kill leaves half done is removed from there when the run goes on.
+        item, scratch = self.directory / str(step) / METRICS, self.directory / REMOVED / METRICS
+        with files.file_errors(self.folder / str(step) / METRICS, "written"):
+            scratch.mkdir(parents=True)
+            (scratch / METRICS).write_text(json.dumps(metrics))
+            files.sync_tree(Path(scratch))
+            os.rename(scratch, item)
+            files.sync(Path(item.parent))
 
     def message(self, error: Exception) -> str:
         """Returns the first line of an error, with `folder` in place of the plain path."""
@@ -309,7 +326,7 @@ def open_manager(
                 raise _unreadable(folder, step, wrong) from error
         raise UserError(f"the checkpoints in {folder} cannot be opened: {error}.") from error
     for step in manager.all_steps():
-        evaluated = (folder / str(step) / "metrics").is_dir()
+        evaluated = (folder / str(step) / METRICS).is_dir()
         if evaluated and (wrong := damage.of_metrics(manager.metrics(step), best_metric)):
             manager.close()
             raise _damaged(manager, step, UserError(wrong))
@@ -357,7 +374,9 @@ def save(
     meta: dict[str, Any],
     metrics: dict[str, float] | None,
 ) -> None:
-    """Saves `state` under its step, in the background. A step that is saved already is not saved again.
+    """Saves `state` under its step, in the background.
+
+    A step that is saved already is not saved again, but gets the metrics that it lacks.
 
     Args:
       manager: of the run's checkpoints.
@@ -371,6 +390,8 @@ def save(
     """
     step = int(state.step)
     if step in manager.all_steps():
+        if metrics is not None:
+            _add_metrics(manager, step, metrics)
         return
     items, sums = _items(state), {}
     for name, item in items.items():
@@ -385,6 +406,18 @@ def save(
         manager.save(step, args=ocp.args.Composite(**args), metrics=metrics)
     except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
         raise _failed_save(manager, error) from error
+
+
+def _add_metrics(manager: Checkpoints, step: int, metrics: dict[str, float]) -> None:
+    """Adds the metrics to a saved step if it has none; every process must call it."""
+    check_saves(manager, wait=True)
+    lacking = manager.metrics(step) is None
+    multihost_utils.sync_global_devices(f"looked for metrics of step {step}")  # all have looked before one writes
+    if lacking:
+        if jax.process_index() == 0:
+            manager.add_metrics(step, metrics)
+        multihost_utils.sync_global_devices(f"metrics of step {step}")
+        manager.reload()
 
 
 def check_saves(manager: Checkpoints, *, wait: bool = False) -> None:

@@ -21,6 +21,10 @@ BatchCallback = Callable[[Batch[jax.Array], jax.Array, jax.Array], None]
 RUN_ADVICE = f"What was saved before is kept. {metrics.DIVERGED}"
 
 
+class BrokenOff(Exception):
+    """What `on_batch` of `evaluate` raises to end it without results."""
+
+
 def evaluate(
     eval_step: Callable[..., tuple[dict[str, metrics.Sum], jax.Array]],
     variables: Any,
@@ -38,10 +42,12 @@ def evaluate(
       variables: of the network, as `eval_step` takes them.
       split: loaded with `train=False`.
       mesh: the mesh of the variables.
-      on_batch: called with each global batch, the place `[N]` of its images in the split, and its logits.
+      on_batch: called with each global batch, the place `[N]` of its images in the split, and its logits. It may raise
+        `BrokenOff`; with several processes on all of them, at the same batch.
       advice: what to do where the loss is not finite.
 
     Raises:
+      BrokenOff: by `on_batch`.
       data.InputError: none of the images can be decoded.
       UserError: the loss is not finite.
     """
