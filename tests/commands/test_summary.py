@@ -5,16 +5,22 @@ import re
 import signal
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from PIL import Image
 
 import shell
 from shell import ROOT
 from xception_flax import MODELS, create_model
 from xception_flax.commands import summary
+from xception_flax.display.blocks import EDGE
 from xception_flax.models import costs
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 DIGITS = str(ROOT / "configs" / "digits.py")
 
@@ -261,6 +267,59 @@ def test_tables_fit_a_terminal_of_80_columns(monkeypatch, capsys, options):
     assert 75 < max(map(len, lines)) <= 80
 
 
+def test_a_picture(monkeypatch, capsys, tmp_path):
+    """Figure 5: its texts and bars as an SVG has them; the bars are the shares of the sums that the JSON has."""
+    code, out, _ = run(monkeypatch, capsys, "xception", "--picture", tmp_path / "x.svg")
+    assert code == 0
+    assert f"picture                {tmp_path / 'x.svg'}" in out
+    totals = json.loads(out.splitlines()[-1])
+    drawn = ElementTree.parse(tmp_path / "x.svg").getroot()
+    texts = [text.text for text in drawn.iter(f"{SVG}text")]
+    names = [
+        "image",
+        *(f"block{i}" for i in (1, 2, 3, 4)),
+        "block5 ...",
+        "block12  x 8",
+        "block13",
+        "block14",
+        "predictions",
+    ]
+    assert [text for text in texts if text in names] == names
+    assert [text for text in texts if re.fullmatch(r"\d+( x \d+){2}", text)] == [
+        *("299 x 299 x 3", "147 x 147 x 64", "74 x 74 x 128", "37 x 37 x 256", "19 x 19 x 728", "19 x 19 x 728"),
+        *("10 x 10 x 1024", "10 x 10 x 2048"),
+    ]
+    assert texts.count("residual") == 4  # those with a convolution
+    rows = summary.fold(summary.summarize(create_model("xception"), (299, 299, 3)))
+    for cost, total in (("parameters", 22_855_952), ("macs", 8_357_403_496), ("activation_bytes", 227_852_480)):
+        assert totals[cost] == total == sum(getattr(row, cost) for row in rows)
+    written = ["12.91 M", "4.649 G", "75.69 MB", "66.46 MB"]
+    assert [text for text in texts if text in written] == ["12.91 M", "4.649 G", "66.46 MB", "75.69 MB"]
+    # Bars are rectangles on a common line: the height of each is its share.
+    bars = [corners(path.get("d")) for path in drawn.iter(f"{SVG}path") if f"fill: {EDGE}" in path.get("style", "")]
+    heights = [max(ys) - min(ys) for _, ys in bars]
+    assert len(heights) == 3 * len(rows)
+    for i, cost in enumerate(("parameters", "macs", "activation_bytes")):
+        of_cost = heights[i * len(rows) : (i + 1) * len(rows)]
+        expected = [getattr(row, cost) / totals[cost] for row in rows]
+        np.testing.assert_allclose(np.array(of_cost) / sum(of_cost), expected, atol=1e-4)
+
+
+def corners(path: str) -> tuple[list[float], list[float]]:
+    """Returns the coordinates of a path of straight lines."""
+    numbers = [float(number) for number in re.findall(r"-?[0-9.]+", path)]
+    return numbers[::2], numbers[1::2]
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_picture_of_each_network(monkeypatch, capsys, tmp_path, name):
+    """Nothing is drawn beyond its edges."""
+    path = tmp_path / f"{name}.png"
+    assert run(monkeypatch, capsys, name, "--picture", path)[0] == 0
+    ink = np.asarray(Image.open(path).convert("L")) < 250
+    assert not np.any([ink[0].any(), ink[-1].any(), ink[:, -1].any()])
+
+
 def test_layers(monkeypatch, capsys):
     model = create_model("xception", middle_repeats=1)
     layers, measured = summary.summarize(model, (64, 64, 3), by="layers"), costs.list_layers(model, (64, 64, 3))
@@ -351,6 +410,9 @@ def test_a_recipe(monkeypatch, capsys):
         (["xception", "lenet"], "one NAME only, got 'lenet' too; --all compares all networks; --help shows"),
         (["xception", "--config.model.width", "1"], "unknown argument '--config.model.width'"),
         (["--all", "--layers"], "argument --layers: not allowed with argument --all"),
+        (["--all", "--picture", "x.png"], "argument --picture: not allowed with argument --all"),
+        (["xception", "--picture", "x.txt"], r"x\.txt is no name of a picture; expected one that ends in .png"),
+        (["xception", "--picture", "none/x.png"], "none/x.png cannot be written: No such file or directory; name"),
         (["xception", "--image-size", "0"], "argument --image-size: must be positive and at most .*, got '0'"),
         (["xception", "--image-size", "-5"], "argument --image-size: must be positive and at most .*, got '-5'"),
         (["xception", "--image-size", "big"], "argument --image-size: must be a number, or .*, got 'big'"),

@@ -9,6 +9,7 @@ It works from shapes: nothing is computed and no accelerator is opened.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from xception_flax import models
 from xception_flax.commands import cli
 from xception_flax.display import console
+from xception_flax.host import files
 from xception_flax.models.summary import Row, Shape, fold, summarize, totals, trace_network
 from xception_flax.recipes import checking, reading
 from xception_flax.text import naming, sizes
@@ -28,6 +30,7 @@ EXAMPLES = """\
   xception-flax summary xception
   xception-flax summary xception65 --image-size 513 --config.model.output_stride=16
   xception-flax summary --config configs/digits.py --layers
+  xception-flax summary xception --picture xception.png
   xception-flax summary --all --config.model.dtype=bfloat16"""
 
 IMAGE_SIZE = 299  # pixels a side, as in the paper
@@ -52,6 +55,11 @@ def _si(number: int) -> str:
         if number >= size:
             return f"{number / size:,.{_decimals(number / size)}f} {unit}"
     return str(number)
+
+
+def _bytes(number: int) -> str:
+    """66461440 -> '66.46 MB'."""
+    return f"{_si(number)}B" if number >= 1000 else f"{number} B"
 
 
 def _megabytes(numbers: Sequence[int]) -> list[str]:
@@ -94,11 +102,53 @@ def _record(config: ConfigDict, image_shape: Shape, totals: tuple[int, int, int,
     }
 
 
-def _summarize_one(config: ConfigDict, image_shape: tuple[int, int, int], *, by: str) -> None:
+def _check_picture(path: Path) -> None:
+    from xception_flax.display import pictures  # Matplotlib, which takes a second
+
+    pictures.check_suffix(path)
+    files.check_writable(path)
+
+
+def _draw(config: ConfigDict, image_shape: tuple[int, int, int], path: Path) -> None:
+    """Draws the stages, with their layers and costs."""
+    from xception_flax.display.blocks import Block, draw_blocks
+
+    model = models.create_model(**config.to_dict())
+    layers: dict[str, list[str]] = {}  # by stage; a separable convolution has one name
+    for layer in trace_network(model, image_shape).layers:
+        stage, _, name = layer.path[0].partition("_")
+        name = name.removesuffix("_depthwise").removesuffix("_pointwise")
+        if name and layer.module != "BatchNorm" and name not in layers.setdefault(stage, []):
+            layers[stage].append(name)
+    blocks = [
+        Block(
+            row.name,
+            row.count,
+            row.shape,
+            layers.get(row.name.partition(" ")[0], []),
+            {
+                "parameters": (row.parameters, _si(row.parameters)),
+                "multiply-adds": (row.macs, _si(row.macs)),
+                "activations": (row.activation_bytes, _bytes(row.activation_bytes)),
+            },
+        )
+        for row in fold(summarize(model, image_shape))
+    ]
+    draw_blocks(image_shape, blocks, _title(config, image_shape), path)
+
+
+def _title(config: ConfigDict, image_shape: Shape) -> str:
+    return f"{config.name}, images {' x '.join(map(str, image_shape))}, {_classes(config)}"
+
+
+def _summarize_one(
+    config: ConfigDict, image_shape: tuple[int, int, int], *, by: str, picture: Path | None = None
+) -> None:
     rows = summarize(models.create_model(**config.to_dict()), image_shape, by=by)
     record = _record(config, image_shape, totals(rows))
-    title = f"{config.name}, images {' x '.join(map(str, image_shape))}, {_classes(config)}"
-    _show_rows(title, fold(rows) if by == "stages" else rows, by=by)
+    if picture is not None:
+        _draw(config, image_shape, picture)
+    _show_rows(_title(config, image_shape), fold(rows) if by == "stages" else rows, by=by)
     console.show_table(
         "in all",
         {
@@ -107,6 +157,7 @@ def _summarize_one(config: ConfigDict, image_shape: tuple[int, int, int], *, by:
             "moving statistics": f"{record['statistics']:,}",
             "multiply-adds": f"{_si(record['macs'])} an image",
             "memory of activations": f"{_megabytes([record['activation_bytes']])[0]} MB an image as {config.dtype}",
+            **({"picture": naming.shown(picture)} if picture is not None else {}),
         },
     )
     print(naming.to_json_line(record))
@@ -142,6 +193,9 @@ def main(argv: list[str]) -> int:
     which.add_argument("name", nargs="?", metavar="NAME", help=f"a network: {', '.join(models.MODELS)}")
     which.add_argument("--config", metavar="FILE[:ARG]", help="the network, image size and channels of a recipe")
     which.add_argument("--all", action="store_true", help="compare all networks; the JSON is a list")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw the stages: .png, .svg or .pdf; not with --all"
+    )
     parser.add_argument("--layers", action="store_true", help="one row per layer instead of one per stage")
     parser.add_argument(
         "--image-size",
@@ -157,6 +211,10 @@ def main(argv: list[str]) -> int:
         parser.error(f"one NAME only, got {written(overrides[0])} too; --all compares all networks")
     if arguments.all and arguments.layers:
         parser.error("argument --layers: not allowed with argument --all, which has one row per network")
+    if arguments.picture is not None:
+        if arguments.all:
+            parser.error("argument --picture: not allowed with argument --all; a picture shows one network")
+        _check_picture(arguments.picture)
     if arguments.num_classes is not None:
         if any(text.startswith("--config.model.num_classes=") for text in overrides):
             parser.error("argument --num-classes: not allowed with --config.model.num_classes")
@@ -180,5 +238,6 @@ def main(argv: list[str]) -> int:
     if arguments.all:
         _compare([config for config, _, _ in choices], image_shapes)
     else:
-        _summarize_one(choices[0][0], image_shapes[0], by="layers" if arguments.layers else "stages")
+        by = "layers" if arguments.layers else "stages"
+        _summarize_one(choices[0][0], image_shapes[0], by=by, picture=arguments.picture)
     return 0
