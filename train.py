@@ -18,10 +18,10 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -169,13 +169,14 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 **config.checkpoint,
             )
         )
-        start_step, meta, unevaluated = find_start(manager, workdir, train_data, pretrained)
+        start = find_start(manager, workdir, train_data, pretrained)
+        start_step, evaluation_due = start.step, start.evaluation_due
         if first_host:
             remember(workdir, config)  # the mesh or the data's folder may have changed
-        first_step = start_step if unevaluated else start_step + 1
+        first_step = start_step if evaluation_due else start_step + 1
         if start_step:
             patience.add_history(history.read_metrics(workdir / HISTORY), first_step - 1)
-        if not unevaluated and (start_step >= total_steps or patience.is_over):
+        if not evaluation_due and (start_step >= total_steps or patience.is_over):
             return already_finished(workdir, start_step)
         # The step is compiled while the state is created or read.
         background = stack.enter_context(ThreadPoolExecutor(max_workers=1))
@@ -186,7 +187,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         )
         del pretrained  # the state has copies of its arrays
         report = stack.enter_context(
-            open_report(config, workdir, program, mesh, train_data, start_step, unevaluated=unevaluated)
+            open_report(config, workdir, program, mesh, train_data, start_step, unevaluated=evaluation_due)
         )
         for line in filter(None, (describe(config, workdir, program, mesh), *manager.warnings, *notes, note)):
             report.say(line)
@@ -196,9 +197,19 @@ def train(config: ConfigDict, workdir: Path) -> int:
         totals = metrics.Accumulator(max_pending=MAX_STEPS_IN_FLIGHT)
         save_clock = SaveClock(config.checkpoint_every_minutes)
         batches = stack.enter_context(contextlib.closing(train_data.batches(start_step)))
+
+        def meta() -> dict[str, Any]:
+            return start.meta | ({EVALUATION_DUE: True} if evaluation_due else {})
+
         stack.enter_context(save_where_input_ends(manager, lambda: train_state, totals.pending, meta))
         stop = stack.enter_context(signals.StopRequest(several_processes=jax.process_count() > 1))
-        asked = StopTogether(stop, manager, start_step)
+        asked = StopTogether(stop)
+
+        def evaluating(*batch: Any) -> None:
+            watchdog.again()
+            if asked():  # an evaluation may take longer than the notice that a machine gets
+                raise BrokenOff
+
         for step in range(first_step, total_steps + 1):
             training = step > start_step  # otherwise only the evaluation of this step is missing
             if training:
@@ -215,13 +226,14 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 report.compiled(step)
                 allocator.release_free_memory()
 
-            last, stopping = step == total_steps, asked()
+            stopping = asked()
+            last = step == total_steps
             recording = training and (last or stopping or step % config.log_every_steps == 0)
-            evaluating = last or not training or length.ends_interval(step, config.eval_every_epochs)
-            saving = last or not training or stopping or length.ends_interval(step, config.checkpoint_every_epochs)
+            evaluation_due = last or not training or length.ends_interval(step, config.eval_every_epochs)
+            saving = last or stopping or length.ends_interval(step, config.checkpoint_every_epochs)
             giving_up = totals.skipped_in_a_row() >= MAX_SKIPPED_IN_A_ROW if recording else False
             saving = saving or giving_up or (recording and save_clock.is_due())
-            if training and (recording or evaluating or saving):
+            if training and (recording or evaluation_due or saving):
                 metrics.check_finite(sums, step)
                 checkpoint.check_saves(manager)
                 if first_host:
@@ -238,25 +250,25 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 report.train(step, means)
                 totals.clear()
             results = None
-            if evaluating:
+            if evaluation_due and not stopping:
                 watchdog.sign(f"the evaluation after step {step:,}")
-                with report.pause("evaluation"):
-                    variables = train_state.variables(weights)
-                    results = evaluate_unless(asked, program.eval_step, variables, eval_data, mesh, watchdog)
-                if results is None:
-                    last, stopping, saving = False, True, True
-                else:
-                    report.evaluation(step, results, weights)
-                    patience.add(step, results)
-                    last = last or patience.is_over
-            if saving or last:
+                variables = train_state.variables(weights)
+                with report.pause("evaluation"), contextlib.suppress(BrokenOff):
+                    results = evaluate(
+                        program.eval_step, variables, eval_data, mesh, on_batch=evaluating, waiting=stop.patience
+                    )
+                stopping = results is None
+            if results is not None:
+                report.evaluation(step, results, weights)
+                patience.add(step, results)
+                evaluation_due, last = False, last or patience.is_over
+            if (saving or last or stopping) and (training or results is not None):
                 watchdog.sign(f"the checkpoint of step {step:,}")
                 with report.pause("checkpoint"):
                     if first_host:
                         check_claim(workdir)  # an evaluation may have taken an hour
                     report.sync()
-                    due = {EVALUATION_DUE: True} if evaluating and results is None else {}
-                    checkpoint.save(manager, train_state, meta | due, results)
+                    checkpoint.save(manager, train_state, meta(), results)
                     save_clock.saved()
                 report.checkpoint(step)
             if giving_up:
@@ -272,8 +284,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
         # Finish.
         watchdog.sign("the last checkpoint, which is being written")
         checkpoint.check_saves(manager, wait=True)
-        if not last:
-            also = ", with its evaluation" if evaluating and results is None else ""
+        if evaluation_due or not last:
+            also = ", with its evaluation" if evaluation_due else ""
             report.say(f"stopped at step {step}, checkpoint written; the same command goes on from there{also}")
             return 128 + (stop.signal or signal.SIGTERM)  # perhaps only another process received it
         if step < total_steps:
@@ -387,13 +399,24 @@ def steps_to_profile(config: ConfigDict, total_steps: int) -> range:
 # Begin or resume -----------------------------------------------------------------------------------
 
 
+class Start(NamedTuple):
+    """Where a run begins.
+
+    Attributes:
+      step: of the newest checkpoint; 0 without one.
+      meta: the JSON values for the checkpoints to come.
+      evaluation_due: whether an evaluation of this step was broken off, so that it comes first.
+    """
+
+    step: int
+    meta: dict[str, Any]
+    evaluation_due: bool
+
+
 def find_start(
     manager: checkpoint.Checkpoints, workdir: Path, train_data: data.Split, pretrained: initial.Initial | None
-) -> tuple[int, dict[str, Any], bool]:
-    """Returns where the run begins.
-
-    They are the step of the newest checkpoint, 0 without one; the JSON values for the checkpoints to come; and whether
-    an evaluation of that step was broken off, so that it comes first.
+) -> Start:
+    """Returns where the run begins: at the newest checkpoint, if there is one.
 
     Args:
       manager: of the checkpoints of `workdir`.
@@ -410,11 +433,11 @@ def find_start(
     if start_step:
         saved = checkpoint.read_meta(manager, start_step)
         check_same_data(saved, train_data, workdir)
-        unevaluated = EVALUATION_DUE in saved and manager.metrics(start_step) is None
-        return start_step, meta | {"init": saved.get("init")}, unevaluated
+        evaluation_due = EVALUATION_DUE in saved and checkpoint.lacks_metrics(manager, start_step)
+        return Start(start_step, meta | {"init": saved.get("init")}, evaluation_due)
     if pretrained is None:
         raise UserError(f"the checkpoints in {workdir} were removed while this command began; start it again.")
-    return 0, meta, False
+    return Start(0, meta, evaluation_due=False)
 
 
 def begin_or_resume(
@@ -469,33 +492,6 @@ def recalibrated(
                     advance(config.batch_size)
 
         return recalibrate(train_state, statistics_step, on_devices())
-
-
-# Evaluate ------------------------------------------------------------------------------------------
-
-
-def evaluate_unless(
-    asked: StopTogether,
-    eval_step: Callable[..., Any],
-    variables: dict[str, Any],
-    eval_data: data.Split,
-    mesh: Mesh,
-    watchdog: Watchdog,
-) -> dict[str, float] | None:
-    """Returns the results of an evaluation; None if it was broken off, or not begun, since the run is to stop.
-
-    An evaluation may take longer than the notice that a machine gets.
-    """
-
-    def on_batch(*batch: Any) -> None:
-        watchdog.again()
-        if asked():
-            raise BrokenOff
-
-    try:
-        return None if asked.already else evaluate(eval_step, variables, eval_data, mesh, on_batch=on_batch)
-    except BrokenOff:
-        return None
 
 
 # Report --------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A small run on the digits."""
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import shell
@@ -26,6 +27,12 @@ SMALL = [
 LENET = [text for text in SMALL if "model." not in text] + ["--config.model.width=0.25"]
 
 
-def start(workdir: Path, *arguments: str, devices: int = 2, lenet: bool = False) -> subprocess.Popen:
+def start(
+    workdir: Path,
+    *arguments: str,
+    devices: int = 2,
+    lenet: bool = False,
+    script: Sequence[str] = ("train.py",),
+) -> subprocess.Popen:
     recipe, small = (f"{DIGITS}:lenet", LENET) if lenet else (DIGITS, SMALL)
-    return shell.start("train.py", "--config", recipe, "--workdir", workdir, *small, *arguments, devices=devices)
+    return shell.start(*script, "--config", recipe, "--workdir", workdir, *small, *arguments, devices=devices)

@@ -331,6 +331,32 @@ def test_stopped_in_an_evaluation_it_goes_on_with_that(tmp_path, monkeypatch, ca
     assert "this run is finished" in run(monkeypatch, capsys, train.main, *arguments)[1]
 
 
+@pytest.mark.parametrize("what", ["killed", "stopped"])
+def test_an_evaluation_whose_readers_end_comes_first_when_the_run_goes_on(tmp_path, monkeypatch, capsys, what):
+    """It is the last one. The state is saved without it; the same command evaluates, and ends as an untouched run.
+
+    The readers are killed, or stand still and the run is asked to stop.
+    """
+    arguments = ["--config", f"{DIGITS}:lenet", *LENET, "--config.schedule.warmup_epochs=0", "--config.epochs=0.14"]
+    arguments += [f"--config.{what}_every_epochs=0.07" for what in ("eval", "checkpoint")]
+    untouched, workdir = tmp_path / "untouched", tmp_path / "workdir"
+    with on_one_device():
+        assert run(monkeypatch, capsys, train.main, *arguments, "--workdir", untouched)[0] == 0
+    process = shell.start("tests/aimed.py", f"readers {what}", *arguments, *WORKERS, "--workdir", workdir, devices=1)
+    begin = time.monotonic()
+    code, _, err = finish(process)
+    assert code == (75 if what == "killed" else 128 + signal.SIGTERM), err
+    assert time.monotonic() - begin < 60
+    assert re.search("topped after step 11.*the checkpoint of step 11 is written; the same command goes on", err)
+    assert [record["step"] for record in evaluations(workdir)] == [6]
+
+    with on_one_device():
+        code, out, err = run(monkeypatch, capsys, train.main, *arguments, "--workdir", workdir)
+    assert (code, "finished" in out) == (0, True), err
+    assert [record["step"] for record in evaluations(workdir)] == [6, 11]
+    assert (workdir / "checkpoints" / "11" / "metrics").is_dir()
+
+
 def interrupt(*anything: object) -> None:
     raise KeyboardInterrupt
 
@@ -382,18 +408,24 @@ def test_a_killed_run_is_started_again_on_request(whole, tmp_path):
 SELDOM = ["--config.eval_every_epochs=2", "--config.checkpoint_every_epochs=2"]
 
 
-def start_two(*workdirs: Path, overrides: Sequence[str] = ("", ""), lenet: bool = False) -> list[subprocess.Popen]:
+def start_two(
+    *workdirs: Path,
+    overrides: Sequence[str] = ("", ""),
+    lenet: bool = False,
+    script: Sequence[str] = ("train.py",),
+) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     return [
         start(
             workdirs[i % len(workdirs)],
-            *("--coordinator", address, "--num-processes", "2", "--process-id", str(i)),
+            *("--coordinator", address, "--num-processes", "2", f"--process-id={i}"),
             *SELDOM,
             *overrides[i].split(),
             devices=1,
             lenet=lenet,
+            script=script,
         )
         for i in range(2)
     ]
@@ -451,6 +483,21 @@ def test_two_processes_are_one(tmp_path, monkeypatch, capsys):
     code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", shared)
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["top1"] == pytest.approx(final[1]["eval/top1"], abs=1e-9)
+
+
+def test_two_processes_are_asked_to_stop_at_moments_between_steps(tmp_path):
+    """Within a save that follows an evaluation, and before the first step of a run that resumes.
+
+    Orbax asks JAX itself within a save, by its step; and JAX takes a request from before the first step for the first
+    call, whatever step that is of.
+    """
+    each = "--config.eval_every_epochs=0.07 --config.checkpoint_every_epochs=0.07"
+    for moment, step in (("save", 7), ("begin", 8)):
+        hosts = start_two(tmp_path, overrides=[each] * 2, lenet=True, script=("tests/aimed.py", moment))
+        results = [finish(host) for host in hosts]
+        assert [code for code, _, _ in results] == [128 + signal.SIGTERM] * 2, results
+        assert f"stopped at step {step}, checkpoint written; the same command goes on from there\n" in results[0][2]
+        assert checkpoint_steps(tmp_path)[-1] == step
 
 
 def test_processes_that_differ_do_not_begin(whole, tmp_path):
@@ -578,7 +625,7 @@ def test_a_signal_while_the_input_stands_still(tmp_path):
     code, _, err = finish(process)
     assert (code, "Traceback" in err) == (128 + signal.SIGTERM, False), err
     assert time.monotonic() - begin < 60
-    left = r"stopped after step (\d+), without the batch of the next; the checkpoint of step (\d+) is written; the same"
+    left = r"stopped after step (\d+), while it waited for images; the checkpoint of step (\d+) is written; the same"
     stopped, saved = map(int, re.search(left, err).groups())
     assert stopped == saved >= 5
     assert checkpoint.newest_step(tmp_path / "checkpoints") == saved

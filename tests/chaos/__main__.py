@@ -121,7 +121,15 @@ def kill(wanted: int, seed: int, folder: Path, report: Report) -> None:
 
 
 def starve(
-    starts: int, processes: int, seed: int, folder: Path, report: Report, *, silent_seconds: int, stop_seconds: float
+    starts: int,
+    processes: int,
+    seed: int,
+    folder: Path,
+    report: Report,
+    *,
+    faults: Sequence[str],
+    silent_seconds: int,
+    stop_seconds: float,
 ) -> None:
     """Makes so many faults, each in a run of several processes; one that came too late is made up for."""
     setting = Setting("lenet", processes)  # of one device each
@@ -132,7 +140,7 @@ def starve(
     while (met := sum(not each.late for each in outcomes)) + len(report.failures) < starts:
         if report.is_over or len(report.failures) == MOST_FAILURES or len(outcomes) > 2 * starts:
             break
-        fault = several.draw(seed, processes)
+        fault = several.draw(seed, processes, faults)
         try:
             outcome = several.trial(
                 seed,
@@ -151,9 +159,7 @@ def starve(
             outcomes.append(outcome)
             text = f"{fault.kind:13} of process {fault.victim}: codes {outcome.codes} after {outcome.seconds} s"
             report.progress(met + 1, starts, text + (", too late" if outcome.late else ""))
-        by_kind = {
-            kind: [each.seconds for each in outcomes if each.kind == kind and not each.late] for kind in several.FAULTS
-        }
+        by_kind = {kind: [each.seconds for each in outcomes if each.kind == kind and not each.late] for kind in faults}
         report.write(
             **{
                 "number of starts": len(outcomes) + len(report.failures),
@@ -232,6 +238,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="kill runs of one process N times")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="with --starts: 2 or 4")
     parser.add_argument("--starts", type=int, default=0, metavar="N", help="start several processes N times")
+    parser.add_argument("--faults", nargs="+", choices=several.FAULTS, help="with --starts: these alone, in turn")
     parser.add_argument("--silent-seconds", type=int, default=75, help="with --starts: of train.py")
     parser.add_argument("--stop-seconds", type=float, default=60, help="with --starts: how long one stands still")
     parser.add_argument("--meshes", action="store_true", help="change devices and processes on the way")
@@ -255,6 +262,7 @@ def main(argv: Sequence[str]) -> int:
             arguments.seed,
             folder,
             report,
+            faults=arguments.faults or several.FAULTS,
             silent_seconds=arguments.silent_seconds,
             stop_seconds=arguments.stop_seconds,
         )

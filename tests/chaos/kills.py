@@ -135,7 +135,7 @@ def trial(
     try:
         while struck < kills:  # a run may be over before it is killed so often: then another begins
             workdir = folder / f"workdir {number}"
-            while struck < kills and run.saved_steps(workdir)[-1:] != [run.STEPS]:
+            while struck < kills and not run.is_over(workdir):
                 number += 1
                 if number > 3 * kills:
                     raise Failure(f"of {number} kills only {struck} have met a run that was not over")
@@ -199,7 +199,7 @@ def strike(
     said, now = log.read_text(errors="replace")[begun:], run.saved_steps(workdir)
     try:
         check_resumed(said, saved)
-        if code == 0 and now[-1:] == [run.STEPS]:  # it was over before the signal, or in its last step
+        if code == 0 and run.is_over(workdir):  # it was over before the signal, or in its last step
             phase = "finished"
         else:
             check_end(kill, code, took, said, phase, saved, now)

@@ -58,7 +58,7 @@ def of_stack(text: str) -> str:
     for phase, file, function in ROWS:
         if any(path.rstrip(">").endswith(file) and name == function for path, _, name in frames):
             return phase
-    loop, finish = lines("for step in range(start_step", "# Finish.")
+    loop, finish = lines("for step in range(first_step", "# Finish.")
     for i, (path, line, name) in enumerate(frames):
         if path.endswith("train.py") and name == "train":
             if i and frames[i - 1][2] == "result":  # of the thread that compiles

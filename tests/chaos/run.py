@@ -178,6 +178,11 @@ def saved_steps(workdir: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def is_over(workdir: Path) -> bool:
+    """Whether the last step is saved with its evaluation."""
+    return (workdir / "checkpoints" / str(STEPS) / "metrics" / "metrics").exists()
+
+
 def best_step(workdir: Path) -> int:
     """Returns the step of the checkpoint with the highest share of right answers, of equal ones the first."""
     scores = {}

@@ -1,4 +1,4 @@
-"""A run of several processes of which one is killed, stopped, starved or broken: the others end, and say why."""
+"""A run of several processes of which one is killed, stopped, starved, broken or asked to stop: all end, and say why."""
 
 import contextlib
 import dataclasses
@@ -10,11 +10,11 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tests.chaos import phases, run
-from tests.chaos.kills import RUN_SECONDS, tail
+from tests.chaos.kills import RUN_SECONDS, STOP_SECONDS, tail
 from tests.chaos.run import Failure, Setting
 
 FAIL = signal.SIGRTMIN + 1  # on it, a process raises a ValueError: see `startup/sitecustomize.py`
@@ -24,7 +24,7 @@ SPARE_SECONDS = 30  # beside `silent_seconds`, for the others to end: a look, th
 # The arrays of a wider network are large enough to be split.
 SPLIT = ["--config.mesh.fsdp=2", "--config.model.width=1"]
 
-FAULTS = ("kill", "stop", "stop for good", "full disk", "error")
+FAULTS = ("kill", "stop", "stop for good", "full disk", "error", "ask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Fault:
     """What happens to which process, and when.
 
     Attributes:
-      kind: one of `FAULTS`. 'stop' lasts less than the others wait, 'stop for good' longer.
+      kind: one of `FAULTS`. 'stop' lasts less than the others wait, 'stop for good' longer; 'ask' is a signal that asks
+        to save and stop.
       victim: the process.
       step: when a record of this step is there; 0: when the run begins, as all have found each other.
       after: a fraction of the seconds from then on.
@@ -44,9 +45,9 @@ class Fault:
     after: float
 
 
-def draw(seed: int, processes: int) -> Fault:
-    """Returns the fault of a seed: the kinds take turns, all else is random."""
-    rng, kind = random.Random(seed), FAULTS[seed % len(FAULTS)]
+def draw(seed: int, processes: int, kinds: Sequence[str] = FAULTS) -> Fault:
+    """Returns the fault of a seed: the `kinds` take turns, all else is random."""
+    rng, kind = random.Random(seed), kinds[seed % len(kinds)]
     # A disk that is full from the start is another matter: the run does not begin.
     step = rng.choice([2, 8, 16, 24, 32] if kind in ("full disk", "error") else [0, 2, 8, 16, 24, 32])
     return Fault(kind, rng.randrange(processes), step, rng.random())
@@ -155,7 +156,7 @@ def trial(
         with started(setting, folder, workdir, processes, silent_seconds) as begun:
             outcome = strike(seed, fault, begun, folder, workdir, seconds, silent_seconds, stop_seconds)
         # A process may have finished before the fault reached it.
-        if run.saved_steps(workdir)[-1:] != [run.STEPS]:
+        if not run.is_over(workdir):
             train(setting, folder, workdir, processes)
         run.check_same(untouched, workdir)
     except Failure as failure:
@@ -191,6 +192,9 @@ def strike(
         until += RUN_SECONDS  # it is noticed at the next record or checkpoint
     elif fault.kind == "error":
         victim.send_signal(FAIL)
+    elif fault.kind == "ask":
+        victim.terminate()
+        until = struck + STOP_SECONDS
     else:
         victim.send_signal(signal.SIGSTOP)
         if fault.kind == "stop":
@@ -212,8 +216,15 @@ def strike(
     if codes_of_others == {0}:
         if fault.kind == "stop":
             return outcome  # it was borne
-        if run.saved_steps(workdir)[-1:] == [run.STEPS]:
+        if run.is_over(workdir):
             return dataclasses.replace(outcome, late=True)
+    if fault.kind == "ask":
+        found = re.search(r"^stopped at step (\d+), checkpoint written.*$", logs[0], re.MULTILINE)
+        if set(in_order) != {128 + signal.SIGTERM} or not found:
+            raise Failure(f"codes {in_order}, expected {128 + signal.SIGTERM} of all, and where it stopped")
+        if (saved := run.saved_steps(workdir)[-1:]) != [int(found[1])]:
+            raise Failure(f"it stopped at step {found[1]}, but the newest checkpoint is of step {saved}")
+        return dataclasses.replace(outcome, said=found[0])
     expected = {"kill": {75}, "stop for good": {75}, "full disk": {2}, "error": {1}, "stop": set()}[fault.kind]
     if not codes_of_others <= expected:
         raise Failure(f"codes {in_order}, expected {sorted(expected)} of the others")

@@ -119,7 +119,7 @@ def test_asking_for_the_phase_ends_no_process(tmp_path):
     ],
 )
 def test_the_phase_is_read_from_a_stack(frames, phase):
-    loop = phases.lines("for step in range(start_step")[0] + 2
+    loop = phases.lines("for step in range(first_step")[0] + 2
     text = "Stack (most recent call first):\n"
     for frame in frames:
         place, name = frame.format(loop=loop).split(" ")

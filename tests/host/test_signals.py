@@ -112,6 +112,21 @@ def test_what_stands_still_is_broken_off(monkeypatch):
     assert stopped.value.number == signal.SIGTERM
 
 
+def test_what_stands_still_is_broken_off_where_the_main_thread_holds_the_signal_back(monkeypatch):
+    """As while processes that read are started: another thread gets it, and the main thread waits for a lock."""
+    monkeypatch.setattr(signals, "PATIENCE_SECONDS", 1.0)
+    begin = time.monotonic()
+    with signals.StopRequest() as stop:  # its thread does not hold the signal back
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.REQUESTS)
+        try:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            with pytest.raises(signals.Stopped), stop.patience():
+                threading.Event().wait(20)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert 1 < time.monotonic() - begin < 10
+
+
 def test_one_of_several_processes_passes_ctrl_c_on():
     """It goes to JAX's handler of SIGTERM, once. A second Ctrl-C ends the process, as tested above."""
     got = []

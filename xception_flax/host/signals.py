@@ -85,7 +85,7 @@ class StopRequest:
 
     def __init__(self, *, several_processes: bool = False) -> None:
         self.signal: int | None = None
-        self._waiting = False
+        self._waiting, self._until = False, 0.0
         self._several = several_processes
         self._numbers = tuple(n for n in REQUESTS if not several_processes or n != signal.SIGTERM)
         self._old: dict[int, object] = {}
@@ -95,7 +95,8 @@ class StopRequest:
         # minutes. A thread that reads the wakeup pipe sees a second signal during that call.
         told, self._tell = os.pipe()
         os.set_blocking(self._tell, False)
-        threading.Thread(target=self._watch, args=(told,), daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, args=(told,), daemon=True)
+        self._watcher.start()
         self._old_tell = signal.set_wakeup_fd(self._tell)
         for number in self._numbers:
             self._old[number] = signal.signal(number, self._handle)
@@ -104,15 +105,16 @@ class StopRequest:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        signal.set_wakeup_fd(self._old_tell)
+        os.close(self._tell)  # ends the thread, which may be sending SIGALRM
+        self._watcher.join()
         for number, handler in self._old.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._old_tell)
-        os.close(self._tell)  # ends the thread
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None and self._several:
             os.kill(os.getpid(), signal.SIGTERM)
-        self.signal = number
+        self.signal, self._until = number, time.monotonic() + PATIENCE_SECONDS
         if self._waiting:
             signal.setitimer(signal.ITIMER_REAL, PATIENCE_SECONDS)
 
@@ -126,6 +128,8 @@ class StopRequest:
           Stopped: the block was broken off.
         """
         self._waiting = not self._several and hasattr(signal, "setitimer")
+        if self._waiting and self.signal is not None:  # it came since the caller has asked
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE_SECONDS)
         try:
             yield
         finally:
@@ -135,7 +139,8 @@ class StopRequest:
                     signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _break_off(self, number: int, frame: FrameType | None) -> None:
-        if self._waiting and self.signal is not None:
+        # It also comes from `_watch`, at once, and its handler may run before that of the request.
+        if self._waiting and self.signal is not None and time.monotonic() >= self._until - ECHO_SECONDS:
             raise Stopped(self.signal)
 
     def _watch(self, told: int) -> None:
@@ -145,6 +150,10 @@ class StopRequest:
             if next(requests, None) is None:
                 return
             first = time.monotonic()
+            # The main thread may hold requests back, as while processes that read are started, and wait for a lock or a
+            # pipe: Python handles the request when that is interrupted.
+            if hasattr(signal, "SIGALRM"):
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
             for second in requests:
                 if time.monotonic() - first > ECHO_SECONDS:
                     stop_at_once(second)

@@ -70,22 +70,28 @@ class SaveClock:
 class StopTogether:
     """Says when a run is to stop on request: all its processes at the same call.
 
-    Every process must call it equally often. With several, JAX lets them agree on a call that none has made yet.
+    Every process must call it equally often. With several, JAX lets them agree on the number of a call that none has
+    made yet. The first call is number 1, so a request from before it counts too.
 
     Attributes:
       already: whether a call has said so; then all later ones do.
     """
 
-    def __init__(self, stop: signals.StopRequest, manager: checkpoint.Checkpoints, start_step: int) -> None:
+    def __init__(self, stop: signals.StopRequest) -> None:
         self.already = False
-        self._stop, self._manager = stop, manager
-        self._calls = itertools.count(start_step + 1)
+        self._stop, self._calls = stop, itertools.count(1)
 
     def __call__(self) -> bool:
-        alone = jax.process_count() == 1
-        asked = self._stop.signal is not None if alone else self._manager.reached_preemption(next(self._calls))
-        self.already = self.already or asked
+        self.already = self.already or self._is_asked()
         return self.already
+
+    def _is_asked(self) -> bool:
+        if jax.process_count() == 1:
+            return self._stop.signal is not None
+        try:
+            return multihost_utils.reached_preemption_sync_point(next(self._calls))
+        except RuntimeError:  # the user has turned JAX's service off (`jax_enable_preemption_service`)
+            return False
 
 
 @contextlib.contextmanager
@@ -93,7 +99,7 @@ def save_where_input_ends(
     manager: checkpoint.Checkpoints,
     state: Callable[[], TrainState],
     pending: Iterable[Mapping[str, Sum]],
-    meta: dict[str, Any],
+    meta: Callable[[], dict[str, Any]],
 ) -> Iterator[None]:
     """Saves the state if the input ends in this block by a bad image, a file or a worker process, or stands still.
 
@@ -103,7 +109,7 @@ def save_where_input_ends(
       manager: of the run's checkpoints.
       state: returns the newest state.
       pending: sums of the steps that are not checked yet.
-      meta: as for `checkpoint.save`.
+      meta: returns what `checkpoint.save` takes.
 
     Raises:
       data.InputError: the input has ended. The message says what is saved.
@@ -116,7 +122,7 @@ def save_where_input_ends(
         if jax.process_count() == 1 and step > (manager.latest_step() or 0):
             for sums in pending:
                 check_finite(sums, step)
-            checkpoint.save(manager, state(), meta, None)
+            checkpoint.save(manager, state(), meta(), None)
         checkpoint.check_saves(manager, wait=jax.process_count() == 1)
         last = manager.latest_step()
         left = (
@@ -125,6 +131,6 @@ def save_where_input_ends(
             else "no step was done"
         )
         if isinstance(error, signals.Stopped):
-            error.left = f"stopped after step {step}, without the batch of the next; {left}"
+            error.left = f"stopped after step {step}, while it waited for images; {left}"
             raise
         raise type(error)(f"{error}\nStopped after step {step}; {left}.") from error

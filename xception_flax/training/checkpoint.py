@@ -129,6 +129,10 @@ class Checkpoints(ocp.CheckpointManager):
         if self._removed is not None and self._removed.exists() and not self.is_saving_in_progress():
             shutil.rmtree(self._removed, ignore_errors=True)
 
+    def reached_preemption(self, step: int) -> bool:
+        """Returns False: Orbax would ask JAX with its own numbers, and the run asks with others (`StopTogether`)."""
+        return False
+
     def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Gives a saved step the item `METRICS`, in one piece. No save may be under way.
 
@@ -411,13 +415,20 @@ def save(
 def _add_metrics(manager: Checkpoints, step: int, metrics: dict[str, float]) -> None:
     """Adds the metrics to a saved step if it has none; every process must call it."""
     check_saves(manager, wait=True)
-    lacking = manager.metrics(step) is None
-    multihost_utils.sync_global_devices(f"looked for metrics of step {step}")  # all have looked before one writes
-    if lacking:
+    if lacks_metrics(manager, step):
         if jax.process_index() == 0:
             manager.add_metrics(step, metrics)
         multihost_utils.sync_global_devices(f"metrics of step {step}")
         manager.reload()
+
+
+def lacks_metrics(manager: Checkpoints, step: int) -> bool:
+    """Whether a saved step was not evaluated, as the first process sees it; every process must call it.
+
+    Others may see an older state of a network file system.
+    """
+    lacks = jax.process_index() == 0 and manager.metrics(step) is None
+    return bool(multihost_utils.broadcast_one_to_all(lacks)) if jax.process_count() > 1 else lacks
 
 
 def check_saves(manager: Checkpoints, *, wait: bool = False) -> None:

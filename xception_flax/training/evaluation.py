@@ -1,6 +1,7 @@
 """Evaluation over a split: every image counts once, whatever the batch size and the number of devices."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ RUN_ADVICE = f"What was saved before is kept. {metrics.DIVERGED}"
 
 
 class BrokenOff(Exception):
-    """What `on_batch` of `evaluate` raises to end it without results."""
+    """For `on_batch` of `evaluate`: it ends without results."""
 
 
 def evaluate(
@@ -32,6 +33,7 @@ def evaluate(
     mesh: Mesh,
     on_batch: BatchCallback | None = None,
     advice: str = RUN_ADVICE,
+    waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> dict[str, float]:
     """Returns the mean of each metric over all images of the split, and their `count`.
 
@@ -45,6 +47,7 @@ def evaluate(
       on_batch: called with each global batch, the place `[N]` of its images in the split, and its logits. It may raise
         `BrokenOff`; with several processes on all of them, at the same batch.
       advice: what to do where the loss is not finite.
+      waiting: returns a block in which each batch is waited for.
 
     Raises:
       BrokenOff: by `on_batch`.
@@ -53,7 +56,11 @@ def evaluate(
     """
     totals = metrics.Accumulator()
     with contextlib.closing(split.batches()) as batches:
-        for number, local in enumerate(batches):
+        for number in itertools.count():
+            with waiting():
+                local = next(batches, None)
+            if local is None:
+                break
             batch = sharding.global_batch(mesh, local)
             sums, logits = eval_step(variables, batch)
             totals.add(sums)
