@@ -1,4 +1,4 @@
-"""A run of several processes of which one is killed, stopped, starved, broken or asked to stop: all end, and say why."""
+"""A run of several processes of which one is killed, stopped, starved, broken or asked to stop, and how all end."""
 
 import contextlib
 import dataclasses
