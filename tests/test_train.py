@@ -527,6 +527,19 @@ def test_processes_that_differ_do_not_begin(whole, tmp_path):
 # What goes wrong with the input --------------------------------------------------------------------
 
 
+def test_a_killed_worker_is_no_reason_to_end_under_restarts(tmp_path):
+    """The run saves, is started again, and ends."""
+    process = start(tmp_path, "--restarts", "1", "--config.epochs=4", *SELDOM, *WORKERS, lenet=True)
+    children_of_it = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until(lambda: records(tmp_path), process)
+    trainer = int(children_of_it.read_text())
+    os.kill(min(children(trainer)), signal.SIGKILL)
+    code, out, err = finish(process)
+    assert (code, "finished" in out) == (0, True), err
+    assert "train.py: it ended with exit code 75; start 1 of 1 without a new checkpoint, in 2 s" in err
+    assert [record["step"] for record in evaluations(tmp_path)] == [158, 314]
+
+
 def test_a_killed_worker_loses_nothing(tmp_path):
     """A worker is killed, as by the system if memory runs out: the trained steps are saved, and the message says so."""
     process = start(tmp_path, *WORKERS)
@@ -1063,6 +1076,24 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, c
 
 BRIEF = [*LENET, "--config.epochs=0.1019", "--config.schedule.warmup_epochs=0"]  # 8 steps
 BRIEF += ["--config.log_every_steps=2", "--config.checkpoint_every_epochs=0.02545"]  # every two steps
+
+
+def test_a_disk_that_is_full_in_mid_run_leaves_the_last_whole_checkpoint(tmp_path, monkeypatch, capsys):
+    """A limit on the size of files stands for it: the run ends at the next record or checkpoint, and can be used."""
+    process = start(tmp_path, "--config.epochs=200", "--config.checkpoint_every_epochs=0.1", lenet=True)
+    wait_until(lambda: has_checkpoints(tmp_path), process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    code, _, err = finish(process)
+    assert (code, "Traceback" in err) == (2, False), err
+    kept = [int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal()]
+    said = err.splitlines()[-1]
+    assert said.startswith("error: ")
+    assert (
+        "cannot be written: File too large" in said or f"checkpoints kept: {', '.join(map(str, sorted(kept)))}" in said
+    )
+    code, out, err = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path)
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["step"] == max(kept)
 
 
 def test_records_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch, capsys):
