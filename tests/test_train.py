@@ -337,8 +337,9 @@ def test_an_evaluation_whose_readers_end_comes_first_when_the_run_goes_on(tmp_pa
 
     The readers are killed, or stand still and the run is asked to stop.
     """
-    arguments = ["--config", f"{DIGITS}:lenet", *LENET, "--config.schedule.warmup_epochs=0", "--config.epochs=0.14"]
-    arguments += [f"--config.{what}_every_epochs=0.07" for what in ("eval", "checkpoint")]
+    arguments = ["--config", f"{DIGITS}:lenet", *LENET, "--config.schedule.warmup_epochs=0", "--config.epochs=0.035"]
+    arguments += [f"--config.{each}_every_epochs=0.0175" for each in ("eval", "checkpoint")]
+    arguments += ["--config.batch_size=4"]  # 45 batches, more than the readers have ready
     untouched, workdir = tmp_path / "untouched", tmp_path / "workdir"
     with on_one_device():
         assert run(monkeypatch, capsys, train.main, *arguments, "--workdir", untouched)[0] == 0
@@ -362,13 +363,18 @@ def interrupt(*anything: object) -> None:
 
 
 def test_a_signal_to_the_group_while_workers_start(tmp_path):
-    """Slurm's notice. Workers can ignore it only after Python's imports. The first step ends, and is saved."""
+    """Slurm's notice. Workers can ignore it only after Python's imports.
+
+    The first step ends, and is saved. Where a busy machine needs more than five seconds to start them, no step is done.
+    """
     process = start(tmp_path, *WORKERS)
     wait_until(lambda: children(process.pid), process)
     os.killpg(process.pid, signal.SIGUSR1)
     code, _, err = finish(process)
     assert code == 128 + signal.SIGUSR1, err
-    assert "stopped at step 1, checkpoint written; the same command goes on from there" in err
+    assert re.search(
+        r"stopped at step 1, checkpoint written; the same command|stopped after step 0, .*; no step was", err
+    )
     assert "Traceback" not in err
 
 
