@@ -388,6 +388,14 @@ print(jax.process_index(), multihost_utils.process_allgather(np.int32(me)).tolis
     assert [(code, out) for code, out, _ in results] == [(0, ["0 [0, 1]"]), (0, ["1 [0, 1]"])], results
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_one_that_waits_says_so_and_can_be_interrupted(number):
+    body = "import os, signal, threading\nprocesses.QUIET_SECONDS = 1\n"
+    body += "threading.Timer(4, os.kill, (os.getpid(), signal.SIGINT)).start()\nstart()"
+    ((code, _, err),) = run([number], body)
+    assert (code, err) == (-signal.SIGINT, "waiting for the other processes, at most 300 s\n")
+
+
 @pytest.mark.parametrize(
     ("number", "reason"),
     [(0, "process 1 has not come to ADDRESS"), (1, "process 0 does not answer at ADDRESS: Connection refused")],

@@ -1,5 +1,6 @@
 """Checkpoints: everything comes back bit for bit, onto any mesh, and damage is detected."""
 
+import errno
 import json
 import os
 import re
@@ -103,7 +104,7 @@ def test_no_checkpoint_and_no_evaluation(tmp_path, one_device):
         with pytest.raises(UserError, match="has no checkpoint yet"):
             checkpoint.find_step(manager, "latest")
         checkpoint.save(manager, make_state(one_device, 1), META, None)
-    with open_manager(tmp_path) as manager, pytest.raises(UserError, match=r"no checkpoint .* has been evaluated"):
+    with open_manager(tmp_path) as manager, pytest.raises(UserError, match=r"no checkpoint .* has an evaluation"):
         checkpoint.find_step(manager, "best")
 
 
@@ -329,6 +330,22 @@ def test_a_folder_of_any_name_keeps_its_checkpoints(tmp_path, one_device, name):
             checkpoint.read_meta(manager, 2)
     assert str(error.value).startswith(f"checkpoint {workdir}/checkpoints/2 cannot be used: ")
     assert "/proc/" not in str(error.value)
+
+
+def test_a_step_that_may_not_be_read_is_named(tmp_path, one_device, monkeypatch):
+    """As by its permissions, which do not hold for root."""
+    with open_manager(tmp_path) as manager:
+        checkpoint.save(manager, make_state(one_device, 1), META, {"top1": 0.5})
+    is_dir = Path.is_dir
+
+    def refuse(path: Path) -> bool:
+        if path.name == "metrics":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(UserError, match=r"checkpoints/1 cannot be used: it cannot be read: Permission denied;"):
+        open_manager(tmp_path)
 
 
 def test_a_bucket_is_no_local_folder():

@@ -36,6 +36,7 @@ from xception_flax.text.errors import TRY_AGAIN, UserError
 from xception_flax.text.lookup import differing
 
 START_SECONDS = 300  # a process waits so long for the others to start; JAX's own default
+QUIET_SECONDS = 20  # after which it says so
 JAX_START_SECONDS = START_SECONDS + 30  # later than ours, since JAX ends the process with a stack trace
 LOOK_SECONDS = 2  # between two signs of life, and between two looks at those of the others
 AWAY_LOOKS = 4  # if so many looks are missing, it was this process that stood still, perhaps all at once
@@ -121,19 +122,27 @@ def _patience(silent_seconds: float) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _bounded(reason: Callable[[], str]) -> Iterator[None]:
-    """Ends the process, with `reason`, if the block takes longer than `START_SECONDS`."""
+    """Ends the process, with `reason`, if the block takes longer than `START_SECONDS`; until then, Ctrl-C ends it."""
 
     def give_up() -> None:
         _say(f"error: {reason()}")
         os._exit(TRY_AGAIN)
 
-    timer = threading.Timer(START_SECONDS, give_up)
-    timer.daemon = True
-    timer.start()
+    timers = [
+        threading.Timer(START_SECONDS, give_up),
+        threading.Timer(QUIET_SECONDS, _say, [f"waiting for the other processes, at most {START_SECONDS} s"]),
+    ]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    # The block is one call of native code, so a handler of Python's would wait for its end.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
-        timer.cancel()
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        for timer in timers:
+            timer.cancel()
 
 
 def _cannot_listen(port: int) -> str | None:

@@ -330,8 +330,12 @@ def open_manager(
                 raise _unreadable(folder, step, wrong) from error
         raise UserError(f"the checkpoints in {folder} cannot be opened: {error}.") from error
     for step in manager.all_steps():
-        evaluated = (folder / str(step) / METRICS).is_dir()
-        if evaluated and (wrong := damage.of_metrics(manager.metrics(step), best_metric)):
+        try:
+            evaluated = (folder / str(step) / METRICS).is_dir()
+            wrong = damage.of_metrics(manager.metrics(step), best_metric) if evaluated else None
+        except OSError as error:
+            wrong = f"it cannot be read: {error.strerror}"
+        if wrong:
             manager.close()
             raise _damaged(manager, step, UserError(wrong))
     return manager
@@ -475,7 +479,7 @@ def find_step(manager: Checkpoints, which: str) -> int:
     if which == "best":
         best = manager.best_step()
         if best is None or manager.metrics(best) is None:
-            raise UserError(f"no checkpoint in {manager.folder} has been evaluated; take latest or a step.")
+            raise UserError(f"no checkpoint in {manager.folder} has an evaluation; take --checkpoint latest or a step.")
         return best
     if which not in map(str, steps):  # compared as text, since int() refuses more than 4,300 digits
         raise UserError(
