@@ -239,16 +239,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 if first_host:
                     check_claim(workdir)
             if recording:
-                means = totals.means() | {"learning_rate": float(program.learning_rate(step - 1))}
-                if train_data.masked:
-                    means["bad_images"] = count_masked(totals, config.batch_size)
-                if skipped := round(totals.total("skipped_steps")):
-                    means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
-                    report.say(describe_skipped(skipped, step))
-                if "skipped_steps" in means:
-                    means["skipped_steps"] = skipped
-                report.train(step, means)
-                totals.clear()
+                record(config, program, train_data, report, totals, step)
             results = None
             if evaluation_due and not stopping:
                 watchdog.sign(f"the evaluation after step {step:,}")
@@ -258,6 +249,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
                         program.eval_step, variables, eval_data, mesh, on_batch=evaluating, waiting=stop.patience
                     )
                 stopping = results is None
+                if stopping and training and not recording:
+                    record(config, program, train_data, report, totals, step)
             if results is not None:
                 report.evaluation(step, results, weights)
                 patience.add(step, results)
@@ -518,6 +511,27 @@ def open_report(
         enabled=jax.process_index() == 0,
         peak_images_per_second=None if program.frozen else peak,  # the peak is for whole steps
     )
+
+
+def record(
+    config: ConfigDict,
+    program: Program,
+    train_data: data.Split,
+    report: progress.RunProgress,
+    totals: metrics.Accumulator,
+    step: int,
+) -> None:
+    """Records the means of the steps since the last record, and begins anew."""
+    means = totals.means() | {"learning_rate": float(program.learning_rate(step - 1))}
+    if train_data.masked:
+        means["bad_images"] = count_masked(totals, config.batch_size)
+    if skipped := round(totals.total("skipped_steps")):
+        means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+        report.say(describe_skipped(skipped, step))
+    if "skipped_steps" in means:
+        means["skipped_steps"] = skipped
+    report.train(step, means)
+    totals.clear()
 
 
 def describe(config: ConfigDict, workdir: Path, program: Program, mesh: Mesh) -> str:

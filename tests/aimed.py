@@ -11,17 +11,12 @@ import time
 from typing import Any
 
 import train
+from shell import children
 from xception_flax.commands import cli
 from xception_flax.host.watchdog import Watchdog
 from xception_flax.training import checkpoint
 
 HELD_SECONDS = 1.5  # all processes wait so long there, so that the notice reaches all
-
-
-def readers() -> list[int]:
-    """Returns the processes of this one that read images."""
-    listed = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True)
-    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
 
 
 def ask_here() -> None:
@@ -63,7 +58,7 @@ def in_an_evaluation(number: int) -> None:
         again(watchdog)
         signs.append(watchdog._sign[0])
         if signs.count(at) == 2:
-            for reader in readers()[-2:]:  # the newest
+            for reader in sorted(children(os.getpid()))[-2:]:  # the newest
                 os.kill(reader, number)
             if number == signal.SIGSTOP:
                 shell = f"sleep 2; kill -TERM {os.getpid()}"

@@ -70,6 +70,20 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+def children(pid: int) -> set[int]:
+    """Returns the worker processes of `pid`: those that Python has spawned, without its tracker of shared memory."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            command = path.with_name("cmdline").read_bytes()
+        except OSError:
+            continue
+        if parent == pid and b"spawn_main" in command:
+            found.add(int(path.parent.name))
+    return found
+
+
 def pause(process: subprocess.Popen) -> None:
     """Stops a process, and waits until it stands still: the signal alone leaves it a moment to write in."""
     process.send_signal(signal.SIGSTOP)

@@ -24,7 +24,7 @@ import pytest
 
 import shell
 import train
-from shell import ROOT, environment, finish, on_one_device, pause, wait_until
+from shell import ROOT, children, environment, finish, on_one_device, pause, wait_until
 from shell import call as run
 from small_run import DIGITS, LENET, SMALL, start
 from workdirs import arrays, evaluations, records
@@ -171,20 +171,6 @@ def test_whether_a_run_has_begun_is_decided_once(tmp_path):
 WORKERS = ["--config.data.num_workers=2", "--config.data.num_threads=1"]
 
 
-def children(pid: int) -> set[int]:
-    """Returns the worker processes of `pid`: those that Python has spawned, without its tracker of shared memory."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            command = path.with_name("cmdline").read_bytes()
-        except OSError:
-            continue
-        if parent == pid and b"spawn_main" in command:
-            found.add(int(path.parent.name))
-    return found
-
-
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -306,6 +292,7 @@ def test_stopped_in_an_evaluation_it_goes_on_with_that(tmp_path, monkeypatch, ca
         assert told in err
         assert waited_for.count(f"the evaluation after step {stopped}") == 3  # of 12 batches
         assert checkpoint_steps(workdir) == [step for step in (6, 11) if step <= stopped]
+        assert [r["step"] for r in records(workdir) if "train/loss" in r] == ([5, 6] if stopped == 6 else [5, 10, 11])
         assert not (workdir / "checkpoints" / str(stopped) / "metrics").exists()
         assert [record["step"] for record in evaluations(workdir)] == [step for step in (6, 11) if step < stopped]
         waited_for.clear()

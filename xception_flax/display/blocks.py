@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from xception_flax.display.lettering import FONT
-from xception_flax.text.errors import UserError
+from xception_flax.display.pictures import write
 
 INK, GRAY, FILL, EDGE = "#222222", "#8a8f98", "#c9d9e8", "#2f5d8a"
 
@@ -81,10 +81,7 @@ def draw_blocks(image_shape: tuple[int, int, int], blocks: Sequence[Block], titl
         kind = path.suffix.lower().removeprefix(".")
         figure.savefig(content, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else None)
         plt.close(figure)
-    try:
-        path.write_bytes(content.getvalue())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+    write(path, lambda: path.write_bytes(content.getvalue()))
 
 
 def _draw(axes: Axes, x: float, block: Block, tallest: int, widest: int) -> None:

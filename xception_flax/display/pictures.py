@@ -68,9 +68,9 @@ def draw_mistakes(
     with _drawn(images, captions, title, lettering) as figure:
         figure.savefig(content, dpi=DPI)
         if path.suffix.lower() == ".png":
-            _write(path, lambda: path.write_bytes(content.getvalue()))
+            write(path, lambda: path.write_bytes(content.getvalue()))
         else:
-            _write(path, lambda: figure.savefig(path, dpi=DPI))
+            write(path, lambda: figure.savefig(path, dpi=DPI))
     return content.getvalue()
 
 
@@ -90,10 +90,15 @@ def draw_images(
       UserError: the file cannot be written.
     """
     with _drawn(images, captions, title, Lettering([title, *captions]), columns) as figure:
-        _write(path, lambda: figure.savefig(path, dpi=DPI))
+        write(path, lambda: figure.savefig(path, dpi=DPI))
 
 
-def _write(path: Path, save: Callable[[], object]) -> None:
+def write(path: Path, save: Callable[[], object]) -> None:
+    """Calls `save`, which writes a picture.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     try:
         save()
     except OSError as error:

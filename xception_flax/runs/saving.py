@@ -71,19 +71,16 @@ class StopTogether:
     """Says when a run is to stop on request: all its processes at the same call.
 
     Every process must call it equally often. With several, JAX lets them agree on the number of a call that none has
-    made yet. The first call is number 1, so a request from before it counts too.
-
-    Attributes:
-      already: whether a call has said so; then all later ones do.
+    made yet. The first call is number 1, so a request from before it counts too. Once a call has said so, all do.
     """
 
     def __init__(self, stop: signals.StopRequest) -> None:
-        self.already = False
+        self._asked = False
         self._stop, self._calls = stop, itertools.count(1)
 
     def __call__(self) -> bool:
-        self.already = self.already or self._is_asked()
-        return self.already
+        self._asked = self._asked or self._is_asked()
+        return self._asked
 
     def _is_asked(self) -> bool:
         if jax.process_count() == 1:
