@@ -41,8 +41,10 @@ from xception_flax.recipes.comparing import alike
 from xception_flax.runs import history, profiling, progress
 from xception_flax.runs.saving import (
     EVALUATION_DUE,
+    SKIPPED,
     SaveClock,
     StopTogether,
+    advice_where_not_finite,
     check_same_data,
     save_where_input_ends,
     training_data,
@@ -194,15 +196,19 @@ def train(config: ConfigDict, workdir: Path) -> int:
         profile = stack.enter_context(profiling.Profile(profiled, workdir / PROFILE, report, enabled=first_host))
 
         # Loop.
-        totals = metrics.Accumulator(max_pending=MAX_STEPS_IN_FLIGHT)
+        totals = metrics.Accumulator(MAX_STEPS_IN_FLIGHT, start.skipped_in_a_row)
         save_clock = SaveClock(config.checkpoint_every_minutes)
         batches = stack.enter_context(contextlib.closing(train_data.batches(start_step)))
 
         def meta() -> dict[str, Any]:
-            return start.meta | ({EVALUATION_DUE: True} if evaluation_due else {})
+            due = {EVALUATION_DUE: True} if evaluation_due else {}
+            skipped = totals.skipped_in_a_row()
+            return start.meta | due | ({SKIPPED: skipped} if skipped else {})
 
+        stack.enter_context(advice_where_not_finite(manager, workdir))
         stack.enter_context(save_where_input_ends(manager, lambda: train_state, totals.pending, meta))
-        stop = stack.enter_context(signals.StopRequest(several_processes=jax.process_count() > 1))
+        several = jax.process_count() > 1
+        stop = stack.enter_context(signals.StopRequest(several_processes=several, say=report.say))
         asked = StopTogether(stop)
 
         def evaluating(*batch: Any) -> None:
@@ -266,10 +272,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 report.checkpoint(step)
             if giving_up:
                 checkpoint.check_saves(manager, wait=True)
-                raise UserError(
+                raise metrics.NotFinite(
                     f"{totals.skipped_in_a_row():,} steps in a row up to step {step:,} gave {NOT_FINITE}, and were "
-                    "skipped; the state from before them is saved. Lower optimizer.learning_rate or clip gradients "
-                    "(optimizer.clip_norm), in a new workdir."
+                    "skipped, so the weights are those from before them"
                 )
             if last or stopping:
                 break
@@ -399,11 +404,13 @@ class Start(NamedTuple):
       step: of the newest checkpoint; 0 without one.
       meta: the JSON values for the checkpoints to come.
       evaluation_due: whether an evaluation of this step was broken off, so that it comes first.
+      skipped_in_a_row: how many steps up to this one were skipped one after the other.
     """
 
     step: int
     meta: dict[str, Any]
     evaluation_due: bool
+    skipped_in_a_row: int
 
 
 def find_start(
@@ -427,10 +434,11 @@ def find_start(
         saved = checkpoint.read_meta(manager, start_step)
         check_same_data(saved, train_data, workdir)
         evaluation_due = EVALUATION_DUE in saved and checkpoint.lacks_metrics(manager, start_step)
-        return Start(start_step, meta | {"init": saved.get("init")}, evaluation_due)
+        skipped = saved[SKIPPED] if isinstance(saved.get(SKIPPED), int) else 0
+        return Start(start_step, meta | {"init": saved.get("init")}, evaluation_due, skipped)
     if pretrained is None:
         raise UserError(f"the checkpoints in {workdir} were removed while this command began; start it again.")
-    return Start(0, meta, evaluation_due=False)
+    return Start(0, meta, evaluation_due=False, skipped_in_a_row=0)
 
 
 def begin_or_resume(

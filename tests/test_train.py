@@ -30,6 +30,7 @@ from small_run import DIGITS, LENET, SMALL, start
 from workdirs import arrays, evaluations, records
 from xception_flax import data
 from xception_flax.commands import cli, evaluate
+from xception_flax.host import signals
 from xception_flax.host.watchdog import Watchdog
 from xception_flax.runs import history, progress
 from xception_flax.runs.restore import restore
@@ -378,7 +379,8 @@ def test_ctrl_c_stops_with_a_checkpoint(tmp_path, monkeypatch, capsys):
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 128 + signal.SIGINT
-    assert "checkpoint written" in err
+    said = [line for line in err.splitlines() if line == signals.ASKED or "checkpoint written" in line]
+    assert [line[:7] for line in said] == ["asked t", "stopped"]
     assert "Traceback" not in err
 
 
@@ -391,7 +393,7 @@ def test_a_killed_run_is_started_again_on_request(whole, tmp_path):
     code, out, err = finish(process)
     assert code == 0, err
     assert "finished" in out
-    assert "train.py: it ended with SIGKILL; start 1 of 1 without a new checkpoint, in 2 s" in err
+    assert "train.py: the run ended with SIGKILL; start 1 of 1 without a new checkpoint, in 2 s" in err
     assert "going on from the checkpoint of step" in err
     expected = arrays(whole, 157)
     for path, value in arrays(tmp_path, 157).items():
@@ -529,7 +531,7 @@ def test_a_killed_worker_is_no_reason_to_end_under_restarts(tmp_path):
     os.kill(min(children(trainer)), signal.SIGKILL)
     code, out, err = finish(process)
     assert (code, "finished" in out) == (0, True), err
-    assert "train.py: it ended with exit code 75; start 1 of 1 without a new checkpoint, in 2 s" in err
+    assert "train.py: the run ended with exit code 75; start 1 of 1 without a new checkpoint, in 2 s" in err
     assert [record["step"] for record in evaluations(tmp_path)] == [158, 314]
 
 
@@ -985,14 +987,14 @@ OVERFLOW += ["--config.optimizer.learning_rate=3e38"]
 def test_steps_that_are_not_finite_are_skipped_on_request(tmp_path, monkeypatch, capsys):
     """A learning rate of 1e30 makes all steps but the first so: they are counted, and none is learned.
 
-    After a hundred in a row the run ends, and what it learned before is saved. It would do the same again.
+    After a hundred in a row the run ends, and what it learned before is saved.
     """
     arguments = ["--config", f"{DIGITS}:lenet", *LENET, "--config.optimizer.learning_rate=1e30", "--workdir"]
     arguments += [tmp_path / "w", "--config.schedule.warmup_epochs=0", "--config.optimizer.clip_norm=None"]
     arguments += ["--config.eval_every_epochs=inf", "--config.checkpoint_every_epochs=inf"]
     code, _, err = run(monkeypatch, capsys, train.main, *arguments)
     assert code == 2
-    assert re.search(r"error: the (loss|gradient_norm) is (nan|inf) at step 5; what was saved before is kept", err)
+    assert re.search(r"error: the (loss|gradient_norm) is (nan|inf) at step 5; no checkpoint was written yet\.", err)
 
     code, _, err = run(monkeypatch, capsys, train.main, *arguments, "--config.step.on_nonfinite=skip")
     assert code == 2
@@ -1004,13 +1006,16 @@ def test_steps_that_are_not_finite_are_skipped_on_request(tmp_path, monkeypatch,
             re.MULTILINE,
         )[1]
     )
-    row, last = map(
-        int, re.search(rf"error: (\d+) steps in a row up to step (\d+) {gave}, and were skipped", err).groups()
-    )
-    assert (row, last) == (100 + first, 105)
+    ended = rf"error: (\d+) steps in a row up to step (\d+) {gave}, and were skipped, .*; the checkpoint of step \2 is"
+    assert tuple(map(int, re.search(ended, err).groups())) == (100 + first, 105)
     assert [record.get("train/skipped_steps") for record in records(tmp_path / "w")][:21] == [first] + [5] * 20
     assert "train/loss" not in records(tmp_path / "w")[1]
     assert all(np.isfinite(value).all() for value in arrays(tmp_path / "w", 105).values())
+
+    # Steps are counted over starts: the same command does not skip a hundred more.
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments, "--config.step.on_nonfinite=skip")
+    assert code == 2
+    assert tuple(map(int, re.search(ended, err).groups())) == (105 + first, 110)
 
 
 # The second update overflows: its rate is 3e38, that of the first is 0. Loss and gradient of both steps are finite. The
@@ -1042,7 +1047,10 @@ def test_an_update_that_overflows_exactly_at_a_save_is_not_saved(tmp_path, monke
         assert code == 2
         assert re.search(
             r"^error: values of raw\['params'\]\['conv1'\]\['kernel'\] and \d+ other arrays are not finite after step "
-            r"2; what was saved before is kept\. Lower optimizer\.learning_rate or clip",
+            r"2; the checkpoint of step 1 is kept\. Lower optimizer\.learning_rate or clip gradients "
+            rf"\(optimizer\.clip_norm\), in a new workdir, from the start or from that checkpoint "
+            rf"\(--config\.init\.weights={tmp_path}/w\); `xception-flax replay {tmp_path}/w` names the first such "
+            r"step, the layer and the images\.$",
             err,
             re.MULTILINE,
         )
@@ -1059,9 +1067,9 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, c
     code, out, err = run(monkeypatch, capsys, train.main, *arguments)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1] == (
-        "error: the loss of the evaluation is nan: the weights are finite, the network's output is not. What was saved "
-        "before is kept. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir; "
-        "`xception-flax replay WORKDIR` names the layer and the images."
+        "error: the loss of the evaluation is nan: the weights are finite, the network's output is not; no "
+        "checkpoint was written yet. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new "
+        f"workdir; `xception-flax replay {tmp_path}` names the first such step, the layer and the images."
     )
     assert [list(r) for r in records(tmp_path) if "eval/loss" in r] == []
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))

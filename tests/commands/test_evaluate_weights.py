@@ -1,6 +1,7 @@
 """`evaluate` on weights from elsewhere: what it counts is what `predict` says of the same files, class by class."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -372,6 +373,13 @@ def test_mistakes(arguments, message, named, photos, tmp_path, monkeypatch, caps
     assert (code, out) == (2, "")
     assert re.search(f"error: .*{message}", err), err
     assert {path.name for path in tmp_path.iterdir()} == {"backbone.npz"}
+
+
+def test_a_folder_of_somebody_else_is_a_line(tmp_path, monkeypatch, capsys):
+    """It may be a run, which has its own data; for root every folder is open."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    code, out, err = shell.call(monkeypatch, capsys, evaluate.main, tmp_path)
+    assert (code, out, err) == (2, "", f"error: {tmp_path} cannot be read: Permission denied.\n")
 
 
 def test_two_hosts_are_one(network, photos, tmp_path, monkeypatch, capsys):

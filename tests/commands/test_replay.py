@@ -218,7 +218,7 @@ def test_a_layer_that_explodes_is_named(tmp_path, monkeypatch, capsys):
     factors += ["--config.optimizer.clip_norm=None", "--config.optimizer.decoupled_weight_decay=0"]
     code, err = train_digits(monkeypatch, capsys, tmp_path / "w", *factors, "--config.log_every_steps=4")
     assert code == 2
-    assert "at step 4; what was saved before is kept" in err  # the first step that is looked at
+    assert "at step 4; no checkpoint was written yet" in err  # the first step that is looked at
     table, out = replayed(monkeypatch, capsys, tmp_path / "w")
     assert table["step"] == 2
     assert table["first_not_finite"].startswith("forward, the output of conv2: ")
@@ -285,7 +285,7 @@ def test_a_nan_image_is_named(tmp_path, monkeypatch, capsys):
     chain = "--config.data.train_transforms=resize(antialias=False)"
     code, err = train_digits(monkeypatch, capsys, tmp_path / "w", chain)
     assert code == 2
-    assert "at step 6; what was saved before is kept" in err
+    assert "at step 6; no checkpoint was written yet" in err
     table, out = replayed(monkeypatch, capsys, tmp_path / "w")
     assert (table["step"], table["first_not_finite"]) == (6, "the input: pixels of 1 image")
     wrong = [image for image in table["images"] if not image["pixels_finite"] or image["loss"] is None]

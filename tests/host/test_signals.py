@@ -63,11 +63,34 @@ with signals.StopRequest():
     assert (code, err) == (128 + signal.SIGTERM, "\ninterrupted\n")
 
 
-def test_a_second_signal_needs_no_reader(tmp_path):
+def test_the_first_signal_is_answered_at_once(tmp_path):
+    """Also in native code: who sees nothing presses Ctrl-C again. The second says what is left."""
     (tmp_path / "s.py").write_text("""
-import time
+import hashlib, sys
 from xception_flax.host import signals
-with signals.StopRequest() as stop:
+with signals.StopRequest(say=lambda text: print(text, file=sys.stderr, flush=True)):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+""")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, str(tmp_path / "s.py")], env=environment(1), text=True, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == f"{signals.ASKED}\n"
+    time.sleep(2 * signals.ECHO_SECONDS)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert (code, err) == (128 + signal.SIGINT, f"\ninterrupted; {signals.LEFT}\n")
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_second_signal_needs_no_reader(tmp_path, answered):
+    """Nor does it wait until a line about the first, for which there is no room in the pipe, is read."""
+    say = "lambda text: os.write(2, bytes(2**20))" if answered else "None"
+    (tmp_path / "s.py").write_text(f"""
+import os, time
+from xception_flax.host import signals
+with signals.StopRequest(say={say}) as stop:
     print("ready", flush=True)
     while stop.signal is None:
         time.sleep(0.01)
@@ -77,7 +100,8 @@ with signals.StopRequest() as stop:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, str(tmp_path / "s.py")], env=environment(1), text=True, **pipes)
     assert process.stdout.readline() == "ready\n"
-    process.stderr.close()
+    if not answered:
+        process.stderr.close()
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "asked\n"
     time.sleep(2 * signals.ECHO_SECONDS)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from xception_flax.text.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk, and a full quota, say
+
 
 @contextlib.contextmanager
 def file_errors(path: Path, what: str) -> Iterator[None]:
@@ -17,7 +19,7 @@ def file_errors(path: Path, what: str) -> Iterator[None]:
 
     Args:
       path: the file that is read or written.
-      what: 'read' or 'written'.
+      what: is done to it, such as 'read' or 'written'.
 
     Raises:
       UserError: the block raised an OSError.
@@ -25,7 +27,8 @@ def file_errors(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be {what}: {error.strerror or error}.") from error
+        full = "; make room, then give the same command" if error.errno in FULL else ""
+        raise UserError(f"{path} cannot be {what}: {error.strerror or error}{full}.") from error
 
 
 def write_whole(path: Path, content: Iterable[bytes]) -> None:

@@ -2,10 +2,11 @@
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -15,20 +16,24 @@ ECHO_SECONDS = 0.1
 
 PATIENCE_SECONDS = 5.0  # how long a batch may take after a signal: a disk may stand still
 
+ASKED = "asked to stop: after this step or batch a checkpoint is written; a second signal ends the run without it"
+LEFT = "the same command goes on from the last checkpoint that is whole, if there is one"
+
 # What asks a run to save and stop: a terminal, a batch system or a person, and Slurm's notice (`--signal=USR1@120`). A
 # batch system sends them to a whole process group.
 REQUESTS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 
-def stop_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
-    """Handles a signal by ending the process at once, with code 128 + N and no traceback.
+def stop_at_once(number: int, frame: FrameType | None = None, *, left: str = "") -> NoReturn:
+    """Handles a signal by ending the process at once, with code 128 + N and no traceback; `left` is said of its work.
 
     An exception would be lost inside a callback, and can crash native code. Files on the disk are whole at every
     moment, so ending here is as safe as SIGKILL.
     """
     show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # the progress bar hides it
     with contextlib.suppress(OSError):  # nobody reads it
-        os.write(2, f"{show_cursor}\ninterrupted\n".encode())
+        if select.select([], [2], [], 0)[1]:  # there is room in the pipe: to wait for it could be for ever
+            os.write(2, f"{show_cursor}\ninterrupted{left and f'; {left}'}\n".encode())
     os._exit(128 + number)
 
 
@@ -83,8 +88,16 @@ class StopRequest:
     first of the others is passed on to JAX as SIGTERM, and the second ends the process.
     """
 
-    def __init__(self, *, several_processes: bool = False) -> None:
+    def __init__(self, *, several_processes: bool = False, say: Callable[[str], None] | None = None) -> None:
+        """Does nothing yet.
+
+        Args:
+          several_processes: whether this is one of several.
+          say: shows a line. It is called once, in a thread of its own, when the first signal comes: what is done about
+            it may take a while, and who sees nothing asks again, and loses what the first would have saved.
+        """
         self.signal: int | None = None
+        self._say = say
         self._waiting, self._until = False, 0.0
         self._several = several_processes
         self._numbers = tuple(n for n in REQUESTS if not several_processes or n != signal.SIGTERM)
@@ -150,10 +163,12 @@ class StopRequest:
             if next(requests, None) is None:
                 return
             first = time.monotonic()
+            if self._say is not None:  # which waits while nobody reads, and a second signal must not
+                threading.Thread(target=self._say, args=(ASKED,), daemon=True).start()
             # The main thread may hold requests back, as while processes that read are started, and wait for a lock or a
             # pipe: Python handles the request when that is interrupted.
             if hasattr(signal, "SIGALRM"):
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
             for second in requests:
                 if time.monotonic() - first > ECHO_SECONDS:
-                    stop_at_once(second)
+                    stop_at_once(second, left=LEFT if self._say is not None else "")

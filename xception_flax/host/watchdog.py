@@ -63,7 +63,10 @@ class Watchdog:
             if not self._stop:
                 _say(f"WARNING: {sentence}. It goes on if that comes; watchdog_action=stop would end it.")
                 continue
-            message = f"error: {sentence}. The same command goes on from the last checkpoint, if there is one."
+            message = (
+                f"error: {sentence}. The same command goes on from the last checkpoint, if there is one; give more "
+                "watchdog_minutes where this takes longer."
+            )
             processes.end(processes.TRY_AGAIN, message)
             _say(message)
             os._exit(processes.TRY_AGAIN)

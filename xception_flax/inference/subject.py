@@ -19,7 +19,7 @@ from xception_flax.recipes.comparing import alike
 from xception_flax.runs.restore import restore
 from xception_flax.text import naming
 from xception_flax.text.sizes import shown
-from xception_flax.training import evaluation, sharding
+from xception_flax.training import sharding
 from xception_flax.training.metrics import METRICS
 from xception_flax.training.program import make_evaluation
 from xception_flax.weights import cards
@@ -40,7 +40,7 @@ class Subject(NamedTuple):
       rows: of the table, by name: of the network, and of the data.
       said: of the network, for the JSON.
       activation: from logits to probabilities.
-      advice: as of `training.evaluation.evaluate`.
+      advice: what to do where the loss is not finite, as a sentence.
     """
 
     title: str
@@ -55,8 +55,8 @@ class Subject(NamedTuple):
     preprocessing: Preprocessing
     rows: tuple[dict[str, str], dict[str, str]]
     said: dict[str, Any]
-    activation: Callable[[jax.Array], jax.Array] = jax.nn.softmax
-    advice: str = evaluation.RUN_ADVICE
+    activation: Callable[[jax.Array], jax.Array]
+    advice: str
 
 
 def of_run(
@@ -95,6 +95,7 @@ def of_run(
         ({"checkpoint": what}, rows),
         {"step": run.step, "weights": run.weights},
         ACTIVATIONS[run.activation],
+        "Take another step (--checkpoint), or look at the images.",
     )
 
 

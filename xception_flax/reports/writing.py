@@ -9,7 +9,9 @@ from xception_flax.inference.subject import Subject
 from xception_flax.reports import figures, page, predictions, record, scores
 from xception_flax.reports.comparing import Comparison
 from xception_flax.reports.predictions import Collector, Predictions
+from xception_flax.text.errors import UserError
 from xception_flax.training import evaluation
+from xception_flax.training.metrics import NotFinite
 
 
 class Paths(NamedTuple):
@@ -25,6 +27,9 @@ def evaluate(subject: Subject) -> tuple[dict[str, float], Predictions]:
     """Returns the results of `training.evaluation.evaluate`, and what the network said of each image.
 
     Each process must call it; the first has the predictions of all.
+
+    Raises:
+      UserError: the reasons of `training.evaluation.evaluate`; where the loss is not finite, what to do.
     """
     collector = Collector(
         subject.class_names,
@@ -33,9 +38,12 @@ def evaluate(subject: Subject) -> tuple[dict[str, float], Predictions]:
         subject.mesh,
         several_labels=subject.several_labels,
     )
-    results = evaluation.evaluate(
-        subject.eval_step, subject.variables, subject.split, subject.mesh, on_batch=collector, advice=subject.advice
-    )
+    try:
+        results = evaluation.evaluate(
+            subject.eval_step, subject.variables, subject.split, subject.mesh, on_batch=collector
+        )
+    except NotFinite as error:
+        raise UserError(f"{error}. {subject.advice}") from None
     return results, collector.predictions()
 
 

@@ -198,7 +198,8 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
         if at in run.saved:
             notes.append(f"checkpoint of step {at:,}: {_same_state(run, after)}")
         on_devices = sharding.global_batch(run.mesh, batch)
-        probed = make_probe(run.config, program, run.mesh, run.shares)(before, on_devices)
+        with console.waiting("looking at each layer"):
+            probed = jax.block_until_ready(make_probe(run.config, program, run.mesh, run.shares)(before, on_devices))
         return Replayed(
             step=at,
             start=start,

@@ -13,14 +13,17 @@ from jax.experimental import multihost_utils
 from xception_flax import data
 from xception_flax.data.sources.tfds import REENCODED
 from xception_flax.host import signals
+from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import LARGEST
 from xception_flax.training import checkpoint
-from xception_flax.training.metrics import Sum, check_finite
+from xception_flax.training.metrics import NotFinite, Sum, check_finite
 from xception_flax.training.state import TrainState
 
 # Of a checkpoint whose evaluation was broken off: a run that goes on from there begins with it.
 EVALUATION_DUE = "evaluation_due"
+
+SKIPPED = "skipped_in_a_row"  # of a checkpoint: how many steps up to it were skipped one after the other
 
 
 def training_data(split: data.Split) -> dict[str, Any]:
@@ -89,6 +92,31 @@ class StopTogether:
             return multihost_utils.reached_preemption_sync_point(next(self._calls))
         except RuntimeError:  # the user has turned JAX's service off (`jax_enable_preemption_service`)
             return False
+
+
+@contextlib.contextmanager
+def advice_where_not_finite(manager: checkpoint.Checkpoints, workdir: Path) -> Iterator[None]:
+    """A block of a run; where numbers in it are not finite, the error says what is saved and what to do.
+
+    Args:
+      manager: of the run's checkpoints.
+      workdir: of the run.
+
+    Raises:
+      UserError: for NotFinite.
+    """
+    try:
+        yield
+    except NotFinite as error:
+        with contextlib.suppress(UserError):  # of a save that is under way: the numbers are the reason
+            checkpoint.check_saves(manager, wait=True)
+        where, step = naming.shown(workdir), checkpoint.newest_step(manager.folder)
+        kept = f"the checkpoint of step {step:,} is kept" if step else "no checkpoint was written yet"
+        begin = f", from the start or from that checkpoint (--config.init.weights={where})" if step else ""
+        raise UserError(
+            f"{error}; {kept}. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new "
+            f"workdir{begin}; `xception-flax replay {where}` names the first such step, the layer and the images."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest, written
 from xception_flax.text.ranges import check_range
 from xception_flax.training import checksums, damage
-from xception_flax.training.metrics import DIVERGED
+from xception_flax.training.metrics import NotFinite
 from xception_flax.training.state import TrainState
 
 PyTree = Any
@@ -67,6 +67,7 @@ class Checkpoints(ocp.CheckpointManager):
 
     Attributes:
       folder: the path that the user gave; `directory` is a plain path to the same folder.
+      reading: whether nothing is saved or removed.
       verified: whether one saved step has been read back from the disk completely.
       warnings: about damaged steps that were moved away before it was opened.
     """
@@ -79,6 +80,7 @@ class Checkpoints(ocp.CheckpointManager):
         read_only: bool,
     ) -> None:
         self.folder = folder
+        self.reading = read_only
         self.verified = False
         self.warnings: list[str] = []
         self._saving: dict[str, PyTree] = {}
@@ -151,7 +153,7 @@ class Checkpoints(ocp.CheckpointManager):
     def message(self, error: Exception) -> str:
         """Returns the first line of an error, with `folder` in place of the plain path."""
         lines = str(error).replace(str(self.directory), str(self.folder)).strip().splitlines()
-        return lines[0][:300] if lines else type(error).__name__
+        return lines[0][:300].rstrip(".") if lines else type(error).__name__
 
     def expect(self, items: dict[str, PyTree]) -> None:
         """Sets the arrays that the steps saved from now on must have."""
@@ -327,7 +329,7 @@ def open_manager(
     except Exception as error:  # Orbax also reads the metrics of all steps, which may be damaged
         for step in steps:
             if wrong := damage.of_files(folder / str(step)):
-                raise _unreadable(folder, step, wrong) from error
+                raise _unusable(folder, step, wrong, read_only) from error
         raise UserError(f"the checkpoints in {folder} cannot be opened: {error}.") from error
     for step in manager.all_steps():
         try:
@@ -393,8 +395,8 @@ def save(
       metrics: of an evaluation of this state; None if there was none.
 
     Raises:
-      UserError: this save or the one before it failed (a full disk, say), or `not_finite` finds something; then nothing
-        is saved.
+      NotFinite: `not_finite` finds something; nothing is saved.
+      UserError: this save or the one before it failed (a full disk, say).
     """
     step = int(state.step)
     if step in manager.all_steps():
@@ -405,7 +407,7 @@ def save(
     for name, item in items.items():
         sums[name], wrong = checksums.inspect(item)
         if wrong := _refused(name, item, wrong):
-            raise UserError(f"{_places(name, wrong)} after step {step}; what was saved before is kept. {DIVERGED}")
+            raise NotFinite(f"{_places(name, wrong)} after step {step}")
     args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     saved = {"date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}", "version": __version__}
     args["meta"] = ocp.args.JsonSave(naming.stored(meta | {"step": step, "checksums": sums, "saved": saved}))
@@ -527,7 +529,7 @@ def restore_state(manager: Checkpoints, abstract_state: TrainState, step: int) -
     """
     items = _restore(manager, _items(abstract_state), step)
     if wrong := damage.of_name(int(items["optimizer"]["step"]), step):
-        raise _unreadable(manager.folder, step, wrong)
+        raise _unreadable(manager, step, wrong)
     return TrainState(
         step=items["optimizer"]["step"],
         opt_state=items["optimizer"]["opt_state"],
@@ -592,7 +594,7 @@ def read_meta(manager: Checkpoints, step: int) -> dict[str, Any]:
     if "step" in meta:  # older checkpoints lack it, and their strings are not encoded by `naming.stored`
         meta = naming.restored(meta)
         if wrong := damage.of_name(meta["step"], step):
-            raise _unreadable(manager.folder, step, wrong)
+            raise _unreadable(manager, step, wrong)
     # Older checkpoints have the names of classes as on the disk, in composed or decomposed Unicode.
     return meta | {"class_names": list(map(naming.composed, meta["class_names"]))}
 
@@ -631,15 +633,15 @@ def _restore(manager: Checkpoints, abstract_items: dict[str, PyTree], step: int)
         items = manager.restore(step, args=ocp.args.Composite(**args))
     except Exception as error:  # Orbax and TensorStore raise anything from KeyError to bare Exception
         if missing := damage.of_items(manager.folder / str(step), abstract_items):
-            raise _unreadable(manager.folder, step, missing) from None
+            raise _unreadable(manager, step, missing) from None
         raise _damaged(manager, step, error) from None
     for name in abstract_items:
         sums, wrong = checksums.inspect(items[name])
         for path, checksum in sums.items():
             if checksum != expected.get(name, {}).get(path):
-                raise _unreadable(manager.folder, step, f"the values of {name}{path} have changed on disk")
+                raise _unreadable(manager, step, f"the values of {name}{path} have changed on disk")
         if wrong := _refused(name, items[name], wrong):
-            raise _unreadable(manager.folder, step, _places(name, wrong))
+            raise _unreadable(manager, step, _places(name, wrong))
     return {name: items[name] for name in abstract_items}
 
 
@@ -647,7 +649,11 @@ def _restore(manager: Checkpoints, abstract_items: dict[str, PyTree], step: int)
 
 
 def _damaged(manager: Checkpoints, step: int, error: Exception) -> UserError:
-    return _unreadable(manager.folder, step, damage.of_files(manager.folder / str(step)) or manager.message(error))
+    return _unreadable(manager, step, damage.of_files(manager.folder / str(step)) or manager.message(error))
+
+
+def _unreadable(manager: Checkpoints, step: int, reason: str) -> UserError:
+    return _unusable(manager.folder, step, reason, manager.reading)
 
 
 def _places(name: str, paths: list[str]) -> str:
@@ -655,11 +661,13 @@ def _places(name: str, paths: list[str]) -> str:
     return f"values of {name}{paths[0]}{others} are not finite"
 
 
-def _unreadable(folder: Path, step: int, reason: str) -> UserError:
-    others = [other for other in _steps(folder) if other != step]
-    aside = (
-        f"move this folder away to go on from step {max(others, default=0)}, or train with "
-        "--config.checkpoint.on_damaged=older"
-    )
-    advice = aside if others else "there is no other"
+def _unusable(folder: Path, step: int, reason: str, reading: bool) -> UserError:
+    other = max((other for other in _steps(folder) if other != step), default=0)
+    if not other:
+        advice = "there is no other"
+    elif reading:
+        advice = f"take another, such as --checkpoint {other}"
+    else:
+        aside = f"move this folder away to go on from step {other}"
+        advice = f"{aside}, or train with --config.checkpoint.on_damaged=older"
     return UserError(f"checkpoint {folder / str(step)} cannot be used: {reason}", advice=advice)

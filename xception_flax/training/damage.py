@@ -121,6 +121,7 @@ def set_aside(folder: Path, plain: Path, templates: Mapping[str, PyTree], best_m
     for step, reason in damaged.items():
         with files.file_errors(folder.parent / ASIDE, "written"):
             place = _free(folder.parent / ASIDE, str(step))
+        with files.file_errors(folder / str(step), f"moved to {place}"):
             (folder / str(step)).rename(place)
         warnings.append(
             f"WARNING: checkpoint {folder / str(step)} is damaged: {reason}. It was moved to {place}; the newest whole "

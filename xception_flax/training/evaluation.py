@@ -12,14 +12,10 @@ from jax.sharding import Mesh
 
 from xception_flax import data
 from xception_flax.data.batch import Batch
-from xception_flax.text.errors import UserError
 from xception_flax.training import checksums, metrics, sharding
 
 # Takes a global batch, the place of each of its images in the split (from `num_images` on: padding), and the logits.
 BatchCallback = Callable[[Batch[jax.Array], jax.Array, jax.Array], None]
-
-# Where a run's loss is not finite.
-RUN_ADVICE = f"What was saved before is kept. {metrics.DIVERGED}"
 
 
 class BrokenOff(Exception):
@@ -32,7 +28,6 @@ def evaluate(
     split: data.Split,
     mesh: Mesh,
     on_batch: BatchCallback | None = None,
-    advice: str = RUN_ADVICE,
     waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> dict[str, float]:
     """Returns the mean of each metric over all images of the split, and their `count`.
@@ -46,13 +41,12 @@ def evaluate(
       mesh: the mesh of the variables.
       on_batch: called with each global batch, the place `[N]` of its images in the split, and its logits. It may raise
         `BrokenOff`; with several processes on all of them, at the same batch.
-      advice: what to do where the loss is not finite.
       waiting: returns a block in which each batch is waited for.
 
     Raises:
       BrokenOff: by `on_batch`.
       data.InputError: none of the images can be decoded.
-      UserError: the loss is not finite.
+      NotFinite: the loss is so.
     """
     totals = metrics.Accumulator()
     with contextlib.closing(split.batches()) as batches:
@@ -74,14 +68,7 @@ def evaluate(
     means = totals.means()
     if not math.isfinite(means["loss"]):
         wrong = checksums.not_finite(variables)
-        raise UserError(
-            f"the loss of the evaluation is {means['loss']}: "
-            + (
-                f"values of {wrong[0]} are not finite"
-                if wrong
-                else "the weights are finite, the network's output is not"
-            )
-            + f". {advice}"
-        )
+        why = f"values of {wrong[0]} are not finite" if wrong else "the weights are finite, the network's output is not"
+        raise metrics.NotFinite(f"the loss of the evaluation is {means['loss']}: {why}")
     bad = {"bad_images": split.num_images - count} if split.on_bad_image == "replace" else {}
     return means | {"count": count} | bad

@@ -25,10 +25,9 @@ class Sum(NamedTuple):
     count: Any
 
 
-DIVERGED = (
-    "Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir; "
-    "`xception-flax replay WORKDIR` names the layer and the images."
-)
+class NotFinite(UserError):
+    """A loss, a gradient, weights or moments are not finite: what was found, without what is kept and what to do."""
+
 
 MetricFunction = Callable[[jax.Array, jax.Array, jax.Array], dict[str, Sum]]
 
@@ -201,16 +200,17 @@ class Accumulator:
       pending: sums not added yet, which devices may still be computing.
     """
 
-    def __init__(self, max_pending: int = 0) -> None:
+    def __init__(self, max_pending: int = 0, skipped_in_a_row: int = 0) -> None:
         """Begins without batches.
 
         Args:
           max_pending: batches that the host may run ahead of the devices. Adding another one waits for the oldest.
+          skipped_in_a_row: how many steps were skipped one after the other just before.
         """
         self._max_pending = max_pending
         self.pending: collections.deque[Mapping[str, Sum]] = collections.deque()
         self._sums: dict[str, Sum] = {}
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row = skipped_in_a_row
 
     def add(self, sums: Mapping[str, Sum]) -> None:
         """Adds the sums of a batch."""
@@ -252,7 +252,7 @@ class Accumulator:
 
 
 def check_finite(sums: Mapping[str, Sum], step: int) -> None:
-    """Raises UserError if the loss or the gradient of step `step` is not finite. Call it before saving its state.
+    """Raises NotFinite if the loss or the gradient of step `step` is so. Call it before saving its state.
 
     A step that was skipped has changed nothing.
     """
@@ -263,4 +263,4 @@ def check_finite(sums: Mapping[str, Sum], step: int) -> None:
     for name in ("loss", "gradient_norm"):
         value = float(sums[name].total / sums[name].count)
         if not math.isfinite(value):
-            raise UserError(f"the {name} is {value} at step {step}; what was saved before is kept. {DIVERGED}")
+            raise NotFinite(f"the {name} is {value} at step {step}")

@@ -1,6 +1,7 @@
 """Opens weights wherever they are: a run, a file or a folder of any library, or the name of published ones."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -67,12 +68,20 @@ def open_source(source: str, mesh: Mesh, checkpoint: str = "best", weights: str 
 
 
 def is_workdir(source: str) -> bool:
-    """Whether a source is the workdir of a run. It fetches nothing."""
-    path = Path(source)
-    with contextlib.suppress(OSError, ValueError, RuntimeError):  # of names that are none; `open_source` says so
-        path = path.expanduser()
-        return (path / CONFIG).is_file() and _hub_folder(path) is None
-    return False
+    """Whether a source is the workdir of a run. It fetches nothing.
+
+    Raises:
+      UserError: it is a folder in which this user may not look.
+    """
+    try:
+        path = Path(source).expanduser()
+        is_open = not path.is_dir() or os.access(path, os.R_OK | os.X_OK)
+        is_one = is_open and (path / CONFIG).is_file() and _hub_folder(path) is None
+    except (OSError, ValueError, RuntimeError):  # of names that are none; `open_source` says so
+        return False
+    if not is_open:
+        raise UserError(f"{path} cannot be read: {os.strerror(errno.EACCES)}.")
+    return is_one
 
 
 def check_there(source: str) -> None:
