@@ -116,7 +116,7 @@ def main(argv: list[str], program: str = "python train.py") -> int:
         with cli.out_of_memory(OUT_OF_MEMORY):
             return train(config, arguments.workdir)
     except signals.Stopped as stopped:  # while the input stood still
-        console.stderr_console().print(stopped.left, soft_wrap=True)
+        console.say(stopped.left)
         os._exit(128 + stopped.number)  # Python's own end would wait for the threads that read
 
 
@@ -171,13 +171,16 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 **config.checkpoint,
             )
         )
-        start = find_start(manager, workdir, train_data, pretrained)
+        stack.enter_context(advice_where_not_finite(manager, workdir))
+        start = find_start(config, manager, workdir, train_data, pretrained)
         start_step, evaluation_due = start.step, start.evaluation_due
         if first_host:
             remember(workdir, config)  # the mesh or the data's folder may have changed
         first_step = start_step if evaluation_due else start_step + 1
         if start_step:
             patience.add_history(history.read_metrics(workdir / HISTORY), first_step - 1)
+        if start.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise gave_up(start.skipped_in_a_row, start_step)
         if not evaluation_due and (start_step >= total_steps or patience.is_over):
             return already_finished(workdir, start_step)
         # The step is compiled while the state is created or read.
@@ -187,6 +190,8 @@ def train(config: ConfigDict, workdir: Path) -> int:
         train_state, note = begin_or_resume(
             config, program, mesh, manager, train_data, start_step, pretrained, watchdog
         )
+        if first_host and not start_step:
+            notes.append(describe_lost(workdir))
         del pretrained  # the state has copies of its arrays
         report = stack.enter_context(
             open_report(config, workdir, program, mesh, train_data, start_step, unevaluated=evaluation_due)
@@ -205,11 +210,20 @@ def train(config: ConfigDict, workdir: Path) -> int:
             skipped = totals.skipped_in_a_row()
             return start.meta | due | ({SKIPPED: skipped} if skipped else {})
 
-        stack.enter_context(advice_where_not_finite(manager, workdir))
-        stack.enter_context(save_where_input_ends(manager, lambda: train_state, totals.pending, meta))
+        def settle(step: int) -> None:
+            for sums in totals.pending:
+                metrics.check_finite(sums, step)
+            check_claim(workdir)
+            if not totals.is_empty:
+                record(config, program, train_data, report, totals, step)
+            report.sync()
+
+        # A person may look at the output of any host.
+        answer = report.say if first_host else console.say
         several = jax.process_count() > 1
-        stop = stack.enter_context(signals.StopRequest(several_processes=several, say=report.say))
+        stop = stack.enter_context(signals.StopRequest(several_processes=several, say=answer))
         asked = StopTogether(stop)
+        stack.enter_context(save_where_input_ends(manager, lambda: train_state, settle, meta))
 
         def evaluating(*batch: Any) -> None:
             watchdog.again()
@@ -255,7 +269,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                         program.eval_step, variables, eval_data, mesh, on_batch=evaluating, waiting=stop.patience
                     )
                 stopping = results is None
-                if stopping and training and not recording:
+                if stopping and not totals.is_empty:
                     record(config, program, train_data, report, totals, step)
             if results is not None:
                 report.evaluation(step, results, weights)
@@ -272,10 +286,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 report.checkpoint(step)
             if giving_up:
                 checkpoint.check_saves(manager, wait=True)
-                raise metrics.NotFinite(
-                    f"{totals.skipped_in_a_row():,} steps in a row up to step {step:,} gave {NOT_FINITE}, and were "
-                    "skipped, so the weights are those from before them"
-                )
+                raise gave_up(totals.skipped_in_a_row(), step)
             if last or stopping:
                 break
 
@@ -404,7 +415,7 @@ class Start(NamedTuple):
       step: of the newest checkpoint; 0 without one.
       meta: the JSON values for the checkpoints to come.
       evaluation_due: whether an evaluation of this step was broken off, so that it comes first.
-      skipped_in_a_row: how many steps up to this one were skipped one after the other.
+      skipped_in_a_row: how many steps up to this one were skipped one after the other; 0 where no more are skipped.
     """
 
     step: int
@@ -414,11 +425,16 @@ class Start(NamedTuple):
 
 
 def find_start(
-    manager: checkpoint.Checkpoints, workdir: Path, train_data: data.Split, pretrained: initial.Initial | None
+    config: ConfigDict,
+    manager: checkpoint.Checkpoints,
+    workdir: Path,
+    train_data: data.Split,
+    pretrained: initial.Initial | None,
 ) -> Start:
     """Returns where the run begins: at the newest checkpoint, if there is one.
 
     Args:
+      config: the recipe, resolved.
       manager: of the checkpoints of `workdir`.
       workdir: of the run.
       train_data: the training split.
@@ -434,7 +450,8 @@ def find_start(
         saved = checkpoint.read_meta(manager, start_step)
         check_same_data(saved, train_data, workdir)
         evaluation_due = EVALUATION_DUE in saved and checkpoint.lacks_metrics(manager, start_step)
-        skipped = saved[SKIPPED] if isinstance(saved.get(SKIPPED), int) else 0
+        counted_on = config.step.on_nonfinite == "skip" and isinstance(saved.get(SKIPPED), int)
+        skipped = saved[SKIPPED] if counted_on else 0
         return Start(start_step, meta | {"init": saved.get("init")}, evaluation_due, skipped)
     if pretrained is None:
         raise UserError(f"the checkpoints in {workdir} were removed while this command began; start it again.")
@@ -559,6 +576,16 @@ def describe_images(train_data: data.Split) -> str:
     return "" if how is None else f"re-encoded images: {how}"
 
 
+def describe_lost(workdir: Path) -> str:
+    """Returns a warning about a run that begins anew because none of its checkpoints is left, or ''."""
+    path = workdir / HISTORY
+    last = max((each["step"] for each in history.read_metrics(path)), default=0) if path.exists() else 0
+    lost = (
+        f"WARNING: there is no checkpoint in {naming.shown(workdir)}: the run begins anew, and its records up to step"
+    )
+    return f"{lost} {last:,} are removed" if last else ""
+
+
 def count_masked(totals: metrics.Accumulator, batch_size: int) -> int:
     """Returns how many images of the steps in `totals` were left out."""
     steps = totals.count("gradient_norm")  # one for each step
@@ -570,6 +597,15 @@ def describe_skipped(skipped: int, step: int) -> str:
     return (
         f"WARNING: {counted(skipped, 'step')} since the last record, up to step {step:,}, gave {NOT_FINITE}: nothing "
         f"was learned there (step.on_nonfinite=skip; after {MAX_SKIPPED_IN_A_ROW} in a row the run ends)"
+    )
+
+
+def gave_up(skipped_in_a_row: int, step: int) -> metrics.NotFinite:
+    """Returns the error of a run that has skipped as many steps up to this one."""
+    return metrics.NotFinite(
+        f"{skipped_in_a_row:,} steps in a row up to step {step:,} gave {NOT_FINITE}, and were skipped, so the weights "
+        "are those from before them",
+        first_step=step - skipped_in_a_row + 1,
     )
 
 

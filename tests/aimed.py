@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import train
 from shell import children
 from xception_flax.commands import cli
 from xception_flax.host.watchdog import Watchdog
+from xception_flax.runs.progress import RunProgress
 from xception_flax.training import checkpoint
 
 HELD_SECONDS = 1.5  # all processes wait so long there, so that the notice reaches all
@@ -67,10 +69,33 @@ def in_an_evaluation(number: int) -> None:
     Watchdog.again = strike
 
 
+def where_the_input_ends(*, renamed: bool) -> None:
+    """Kills the readers at step 3; then renames the workdir, or asks to stop in the save that follows."""
+    advance, save = RunProgress.advance, checkpoint.save
+    workdir = Path(sys.argv[sys.argv.index("--workdir") + 1])
+
+    def strike(report: RunProgress, step: int) -> None:
+        advance(report, step)
+        if step == 3:
+            for reader in children(os.getpid()):
+                os.kill(reader, signal.SIGKILL)
+            if renamed:
+                workdir.rename(f"{workdir}-elsewhere")
+
+    def asked(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments)
+
+    RunProgress.advance = strike
+    checkpoint.save = asked
+
+
 MOMENTS = {
     "save": in_a_save,
     "begin": before_the_first_step,
     "readers killed": lambda: in_an_evaluation(signal.SIGKILL),
+    "readers killed, asked in the save": lambda: where_the_input_ends(renamed=False),
+    "readers killed, workdir renamed": lambda: where_the_input_ends(renamed=True),
     "readers stopped": lambda: in_an_evaluation(signal.SIGSTOP),
 }
 

@@ -448,6 +448,7 @@ def test_two_processes_are_one(tmp_path, monkeypatch, capsys):
     stopped = [finish(host) for host in hosts]
     assert [code for code, _, _ in stopped] == [128 + signal.SIGTERM, 128 + signal.SIGINT], stopped
     assert "checkpoint written" in stopped[0][2]
+    assert [signals.ASKED in err.splitlines() for _, _, err in stopped] == [False, True]
 
     hosts = start_two(shared, overrides=[long] * 2, lenet=True)
     wait_until(lambda: records(shared)[-1]["step"] == 160, hosts[0])
@@ -554,7 +555,25 @@ def test_a_killed_worker_loses_nothing(tmp_path):
     assert stopped == saved >= 5
     assert "Traceback" not in err
     assert (tmp_path / "checkpoints" / str(saved)).is_dir()
+    assert records(tmp_path)[-1]["step"] == saved  # the steps since the last record are in it
     assert_gone(readers, held)
+
+
+@pytest.mark.parametrize("also", ["asked in the save", "workdir renamed"])
+def test_a_killed_worker_and_more(tmp_path, also):
+    """A request to stop does not break the save off. Where the workdir is gone nothing is written in its place."""
+    workdir = tmp_path / "w"
+    arguments = ["--config", f"{DIGITS}:lenet", "--workdir", str(workdir), *LENET, *SELDOM, *WORKERS]
+    code, _, err = finish(shell.start("tests/aimed.py", f"readers killed, {also}", *arguments, devices=1))
+    if also == "workdir renamed":
+        assert code == 2, err
+        assert err.splitlines()[-1].startswith(f"error: workdir {workdir} was removed, renamed or closed to this run")
+        assert [path.name for path in tmp_path.iterdir()] == ["w-elsewhere"]
+    else:
+        assert code == 75, err
+        saved = int(re.search(r"Stopped after step (\d+); the checkpoint of step \1 is written; the same", err)[1])
+        assert checkpoint_steps(workdir) == [saved]
+        assert records(workdir)[-1]["step"] == saved >= 3
 
 
 def test_a_bad_image_stops_or_is_replaced(tmp_path, monkeypatch, capsys):
@@ -688,6 +707,13 @@ def test_checkpoints_by_the_clock_and_a_damaged_one(tmp_path, monkeypatch, capsy
     expected = arrays(whole, 16)
     for path, value in arrays(again, 16).items():
         np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+    # Without any it begins anew, which it says: the records of the lost steps go.
+    shutil.rmtree(again / "checkpoints")
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments, again)
+    anew = f"WARNING: there is no checkpoint in {again}: the run begins anew, and its records up to step 16 are removed"
+    assert (code, anew in err.splitlines()) == (0, True), err
+    assert [record["step"] for record in records(again) if "train/loss" in record] == [4, 8, 12, 16]
 
 
 # Mistakes ------------------------------------------------------------------------------------------
@@ -1008,14 +1034,27 @@ def test_steps_that_are_not_finite_are_skipped_on_request(tmp_path, monkeypatch,
     )
     ended = rf"error: (\d+) steps in a row up to step (\d+) {gave}, and were skipped, .*; the checkpoint of step \2 is"
     assert tuple(map(int, re.search(ended, err).groups())) == (100 + first, 105)
+    assert f"replay {tmp_path}/w --step {6 - first}` names the layer and the images" in err
     assert [record.get("train/skipped_steps") for record in records(tmp_path / "w")][:21] == [first] + [5] * 20
     assert "train/loss" not in records(tmp_path / "w")[1]
     assert all(np.isfinite(value).all() for value in arrays(tmp_path / "w", 105).values())
 
-    # Steps are counted over starts: the same command does not skip a hundred more.
+    # Steps are counted over starts: the same command says it at once.
     code, _, err = run(monkeypatch, capsys, train.main, *arguments, "--config.step.on_nonfinite=skip")
-    assert code == 2
-    assert tuple(map(int, re.search(ended, err).groups())) == (105 + first, 110)
+    assert (code, tuple(map(int, re.search(ended, err).groups()))) == (2, (100 + first, 105))
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments)  # which goes on, and skips none
+    assert (code, "at step 110; the checkpoint of step 105 is kept" in err) == (2, True), err
+
+    # Nor is a run finished that skipped the last hundred of its steps.
+    to_the_end = [
+        *arguments[:-1],
+        tmp_path / "e",
+        f"--config.epochs={105 / 157 * 2}",
+        "--config.step.on_nonfinite=skip",
+    ]
+    for _ in range(2):
+        code, _, err = run(monkeypatch, capsys, train.main, *to_the_end)
+        assert (code, tuple(map(int, re.search(ended, err).groups()))) == (2, (100 + first, 105))
 
 
 # The second update overflows: its rate is 3e38, that of the first is 0. Loss and gradient of both steps are finite. The
@@ -1048,7 +1087,7 @@ def test_an_update_that_overflows_exactly_at_a_save_is_not_saved(tmp_path, monke
         assert re.search(
             r"^error: values of raw\['params'\]\['conv1'\]\['kernel'\] and \d+ other arrays are not finite after step "
             r"2; the checkpoint of step 1 is kept\. Lower optimizer\.learning_rate or clip gradients "
-            rf"\(optimizer\.clip_norm\), in a new workdir, from the start or from that checkpoint "
+            rf"\(optimizer\.clip_norm\), in a new workdir from the start or, if it evaluates well, from there "
             rf"\(--config\.init\.weights={tmp_path}/w\); `xception-flax replay {tmp_path}/w` names the first such "
             r"step, the layer and the images\.$",
             err,
@@ -1073,6 +1112,26 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, c
     )
     assert [list(r) for r in records(tmp_path) if "eval/loss" in r] == []
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_checkpoint_whose_evaluation_is_not_finite_is_not_recommended(tmp_path, monkeypatch, capsys):
+    """It was written when a signal broke the evaluation off."""
+    arguments = ["--config", f"{DIGITS}:lenet", "--workdir", tmp_path, *OVERFLOW]
+    again = Watchdog.again
+
+    def strike(watchdog: Watchdog, *batch: object) -> None:
+        again(watchdog)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Watchdog, "again", strike)
+    assert run(monkeypatch, capsys, train.main, *arguments)[0] == 128 + signal.SIGTERM
+    monkeypatch.setattr(Watchdog, "again", again)
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments)
+    assert code == 2
+    assert (
+        "the network's output is not; the checkpoint of step 1, whose evaluation was broken off, has these weights. "
+        "Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir; `xception-flax"
+    ) in err.splitlines()[-1]
 
 
 BRIEF = [*LENET, "--config.epochs=0.1019", "--config.schedule.warmup_epochs=0"]  # 8 steps

@@ -409,11 +409,14 @@ def test_a_damaged_checkpoint_is_no_start_and_not_compared(random_run, tmp_path,
     path.write_text(json.dumps(meta))
     reason = "the values of raw['params']['conv1']['kernel'] have changed on disk"
     said = refused(monkeypatch, capsys, workdir, "--step", "17", "--output", tmp_path / "out")
-    assert said == f"error: checkpoint {folder} cannot be used: {reason}; give an earlier step, --step 16 at most."
+    assert (
+        said
+        == f"error: checkpoint {folder} cannot be used: {reason}; give --step 16 or less, which begins at an older one."
+    )
     path.write_text("{")
     said = refused(monkeypatch, capsys, workdir, "--step", "17", "--output", tmp_path / "out")
     assert said.startswith(f"error: checkpoint {folder} cannot be used: ")
-    assert said.endswith("; give an earlier step, --step 16 at most.")
+    assert said.endswith("; give --step 16 or less, which begins at an older one.")
     table, _ = replayed(monkeypatch, capsys, workdir, "--step", 16)
     assert (table["from_checkpoint"], table["notes"][0]) == (8, "8 records of the run: equal, to the last digit")
     assert table["notes"][1].startswith(

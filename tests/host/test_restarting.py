@@ -86,7 +86,8 @@ def test_progress_makes_the_count_begin_anew(tmp_path, capfd):
     lines = capfd.readouterr().err.splitlines()
     assert [line.split(": ", 1)[1] for line in lines] == [
         *["the run ended with SIGKILL; start 1 of 1 without a new checkpoint, in 0.01 s"] * 4,
-        "the run ended with SIGKILL, after 1 start without a new checkpoint: not started again",
+        "the run ended with SIGKILL, after 1 start without a new checkpoint: not started again; the same command goes "
+        "on",
     ]
 
 

@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -592,7 +594,8 @@ def test_where_no_checkpoint_is_whole_nothing_is_moved(tmp_path, two_steps, one_
         flip(largest(workdir / "checkpoints" / step / "raw"))
     state = abstract(make_state(one_device, 2))
     expected = (
-        r"^no checkpoint in .*/checkpoints can be used; the newest, 2: the values of raw.*\. Nothing was changed\.$"
+        r"^no checkpoint in .*/checkpoints can be used; the newest, 2: the values of raw.*\. Nothing was changed; "
+        r"take a new workdir\.$"
     )
     with pytest.raises(UserError, match=expected):
         open_manager(workdir, on_damaged="older", abstract_state=state)
@@ -684,6 +687,50 @@ def test_a_failed_save_leaves_no_thread(tmp_path, one_device, monkeypatch):
         for thread in set(threading.enumerate()) - before:
             thread.join(timeout=60)
         assert {t for t in threading.enumerate() if not t.daemon} <= before
+
+
+def test_a_save_that_fails_in_the_background_is_found_without_waiting_for_it(tmp_path, one_device):
+    """A limit on the size of files stands for a full disk. Orbax's own look for errors never finds it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def look() -> None:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            checkpoint.check_saves(manager)
+            time.sleep(0.05)
+
+    with open_manager(tmp_path) as manager:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+            checkpoint.save(manager, make_state(one_device, 1), META, None)
+            with pytest.raises(
+                UserError, match=r"could not be written to .*: File too large; there is no earlier one\.$"
+            ):
+                look()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_system_that_fails_for_a_moment_costs_no_checkpoint(tmp_path, two_steps, one_device, monkeypatch):
+    """What cannot be read is not damaged, and what can be read the second time is whole."""
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    older = {"on_damaged": "older", "abstract_state": abstract(make_state(one_device, 2))}
+    open_file, failures = Path.open, [1]
+
+    def fail(path: Path, *arguments: object, **options: object) -> object:
+        if path.name == "_METADATA" and failures and failures.pop(0):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with open_manager(tmp_path, **older) as manager:
+        assert (manager.latest_step(), manager.warnings, failures) == (2, [], [])
+    failures += [1] * 9
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/checkpoints/2/\w+/_METADATA cannot be read: Stale file handle\.$"
+    ):
+        open_manager(tmp_path, **older)
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_a_folder_that_cannot_be_read_or_made_is_named(tmp_path):

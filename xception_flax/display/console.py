@@ -142,6 +142,11 @@ def stderr_console() -> Console:
     return _Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
+def say(text: str) -> None:
+    """Prints a line on standard error."""
+    stderr_console().print(naming.harmless(text), soft_wrap=True)
+
+
 def percent(share: float) -> str:
     """0.99444 -> '99.44 %'."""
     return f"{100 * share:.2f} %"

@@ -43,7 +43,7 @@ def run(command: Sequence[str], restarts: int, progress: Callable[[], int]) -> i
             failures = 1 if reached > before else failures + 1
             if failures > restarts:
                 of = f"after {counted(restarts, 'start')} without a new checkpoint"
-                _say(f"the run ended with {_named(code)}, {of}: not started again")
+                _say(f"the run ended with {_named(code)}, {of}: not started again; the same command goes on")
                 break
             seconds = min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT)
             of = f"start {failures} of {restarts} without a new checkpoint"

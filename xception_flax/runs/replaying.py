@@ -175,7 +175,7 @@ def replay(workdir: Path, config: ConfigDict, step: int | None, begin: Begin, *,
             steps = program.length.total_steps
             raise UserError(f"the run in {workdir} has {counted(steps, 'step')}, and {what}; give --step 1 to {steps}.")
         state = first_state()
-        console.stderr_console().print(f"from {origin(start)}, {counted(end - start, 'step')}", soft_wrap=True)
+        console.say(f"from {origin(start)}, {counted(end - start, 'step')}")
         with console.waiting("compiling the step"):
             abstract_batch = sharding.abstract_batch(run.mesh, run.split.batch_shapes)
             train_step = program.train_step.lower(program.abstract_state, abstract_batch).compile()
@@ -301,7 +301,7 @@ def _advice(start: int) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(error.reason, advice=f"give an earlier step, --step {start} at most") from None
+        raise UserError(error.reason, advice=f"give --step {start} or less, which begins at an older one") from None
 
 
 def _same_state(run: _Run, state: TrainState) -> str:

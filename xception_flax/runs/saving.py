@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import LARGEST
 from xception_flax.training import checkpoint
-from xception_flax.training.metrics import NotFinite, Sum, check_finite
+from xception_flax.training.metrics import NotFinite
 from xception_flax.training.state import TrainState
 
 # Of a checkpoint whose evaluation was broken off: a run that goes on from there begins with it.
@@ -110,20 +110,33 @@ def advice_where_not_finite(manager: checkpoint.Checkpoints, workdir: Path) -> I
     except NotFinite as error:
         with contextlib.suppress(UserError):  # of a save that is under way: the numbers are the reason
             checkpoint.check_saves(manager, wait=True)
-        where, step = naming.shown(workdir), checkpoint.newest_step(manager.folder)
-        kept = f"the checkpoint of step {step:,} is kept" if step else "no checkpoint was written yet"
-        begin = f", from the start or from that checkpoint (--config.init.weights={where})" if step else ""
+        kept, good = _what_is_kept(manager)
+        where = naming.shown(workdir)
+        begin = f" from the start or, if it evaluates well, from there (--config.init.weights={where})" if good else ""
+        found = "the first such step, " if error.first_step is None else ""
+        at = "" if error.first_step is None else f" --step {error.first_step}"
         raise UserError(
             f"{error}; {kept}. Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new "
-            f"workdir{begin}; `xception-flax replay {where}` names the first such step, the layer and the images."
+            f"workdir{begin}; `xception-flax replay {where}{at}` names {found}the layer and the images."
         ) from error
+
+
+def _what_is_kept(manager: checkpoint.Checkpoints) -> tuple[str, bool]:
+    """Returns what the newest checkpoint is, and whether a run can begin from it."""
+    step = checkpoint.newest_step(manager.folder)
+    if not step:
+        return "no checkpoint was written yet", False
+    with contextlib.suppress(UserError):  # it is damaged
+        if EVALUATION_DUE in checkpoint.read_meta(manager, step) and manager.metrics(step) is None:
+            return f"the checkpoint of step {step:,}, whose evaluation was broken off, has these weights", False
+    return f"the checkpoint of step {step:,} is kept", True
 
 
 @contextlib.contextmanager
 def save_where_input_ends(
     manager: checkpoint.Checkpoints,
     state: Callable[[], TrainState],
-    pending: Iterable[Mapping[str, Sum]],
+    settle: Callable[[int], None],
     meta: Callable[[], dict[str, Any]],
 ) -> Iterator[None]:
     """Saves the state if the input ends in this block by a bad image, a file or a worker process, or stands still.
@@ -133,20 +146,20 @@ def save_where_input_ends(
     Args:
       manager: of the run's checkpoints.
       state: returns the newest state.
-      pending: sums of the steps that are not checked yet.
+      settle: is called before its step is saved; checks and records what is not recorded yet.
       meta: returns what `checkpoint.save` takes.
 
     Raises:
       data.InputError: the input has ended. The message says what is saved.
       signals.Stopped: it stood still when a signal came; so does its `left`.
+      UserError: the reasons of `settle` and `checkpoint.save`.
     """
     try:
         yield
     except (data.InputError, signals.Stopped) as error:
         step = int(state().step)
         if jax.process_count() == 1 and step > (manager.latest_step() or 0):
-            for sums in pending:
-                check_finite(sums, step)
+            settle(step)
             checkpoint.save(manager, state(), meta(), None)
         checkpoint.check_saves(manager, wait=jax.process_count() == 1)
         last = manager.latest_step()

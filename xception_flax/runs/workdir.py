@@ -36,6 +36,8 @@ FILES = (LOCK, CONFIG, HISTORY, CURVES)
 FOLDERS = (CHECKPOINTS, TENSORBOARD, PROFILE)
 REPLACED = (CONFIG, HISTORY)  # new files take their place at each start, whoever owns the old ones
 
+WRITE_ANEW = f" The command that began the run writes {CONFIG} anew in another workdir; copy it from there."
+
 CLAIM_AGAIN_SECONDS = 5.0  # before a second try to read the lock
 
 
@@ -88,7 +90,8 @@ def read_recipe(workdir: Path) -> ConfigDict:
         if not path.is_file():
             if not workdir.exists() and not run_around(workdir):
                 raise UserError(f"there is no {workdir}; expected the workdir of a run.")
-            raise UserError(f"{workdir} is no workdir of a run: it has no {CONFIG}{run_around(workdir)}.")
+            advice = WRITE_ANEW if has_checkpoints(workdir) else ""
+            raise UserError(f"{workdir} is no workdir of a run: it has no {CONFIG}{run_around(workdir)}.{advice}")
         content = path.read_bytes()
     try:
         values = naming.restored(json.loads(content))
@@ -96,10 +99,7 @@ def read_recipe(workdir: Path) -> ConfigDict:
             raise UserError(f"expected keys and values in braces, got {content[:40]!r}")
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else error
-        raise UserError(
-            f"{path} is damaged: {reason}. The command that began the run writes it anew in another workdir; copy it "
-            "from there."
-        ) from None
+        raise UserError(f"{path} is damaged: {reason}.{WRITE_ANEW}") from None
     try:
         return resolve(values)
     except UserError as error:
@@ -146,9 +146,10 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
         check_kind(workdir / name, folder=name in FOLDERS, access=access)
     if not (workdir / CONFIG).is_file() and (foreign := _foreign(workdir)):
         more = f" and {len(foreign) - 3:,} more" if len(foreign) > 3 else ""
+        advice = f" If it is one:{WRITE_ANEW.lower()}" if has_checkpoints(workdir) else ""
         raise UserError(
             f"workdir {workdir} has {', '.join(foreign[:3])}{more} and no {CONFIG}: not a run of this program, or a "
-            "damaged one. Nothing was changed; take another workdir."
+            f"damaged one. Nothing was changed; take another workdir.{advice}"
         )
     if (workdir / CONFIG).is_file() and (changed := differences(read_recipe(workdir), config)):
         raise UserError(
@@ -249,7 +250,8 @@ def check_claim(workdir: Path) -> None:
     except OSError as error:
         raise UserError(
             f"workdir {workdir} was removed, renamed or closed to this run while it was going on "
-            f"({LOCK}: {error.strerror}). Put it back, and the same command goes on from its newest checkpoint."
+            f"({LOCK}: {error.strerror}). Put it back, or give its new name as --workdir: the same command goes on "
+            "from its newest checkpoint."
         ) from None
     if holder != _holder():
         raise UserError(f"workdir {workdir} now belongs to {holder or 'another run'}, by its {LOCK}; this run ends.")

@@ -445,7 +445,10 @@ def check_saves(manager: Checkpoints, *, wait: bool = False) -> None:
       wait: whether to wait for saves that are under way.
     """
     try:
-        manager.wait_until_finished() if wait else manager.check_for_errors()
+        # An error of the background is raised by waiting alone (`check_for_errors` of Orbax has lost it by then), which
+        # takes no time where nothing is under way.
+        if wait or not manager.is_saving_in_progress():
+            manager.wait_until_finished()
     except Exception as error:
         raise _failed_save(manager, error) from error
     manager.delete_removed()
@@ -588,6 +591,8 @@ def read_meta(manager: Checkpoints, step: int) -> dict[str, Any]:
     try:
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     except Exception as error:
+        if missing := damage.of_items(manager.folder / str(step), ["meta"]):
+            raise _unreadable(manager, step, missing) from None
         raise _damaged(manager, step, error) from None
     if wrong := damage.of_meta(meta):
         raise _damaged(manager, step, UserError(wrong))

@@ -103,19 +103,24 @@ def set_aside(folder: Path, plain: Path, templates: Mapping[str, PyTree], best_m
       A warning for each step that was moved.
 
     Raises:
-      UserError: none is whole. Nothing was moved.
+      UserError: none is whole, or a file of one cannot be read, whatever is in it. Nothing was moved.
     """
     damaged: dict[int, str] = {}
     whole = None
     steps = sorted((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), reverse=True)
     for step in steps:
         if reason := _of_step(plain / str(step), templates if whole is None else {}, best_metric):
+            # A file system that fails for a moment must not cost a checkpoint: it is looked at twice.
+            _check_readable(plain / str(step), folder / str(step))
+            reason = _of_step(plain / str(step), templates if whole is None else {}, best_metric)
+        if reason:
             damaged[step] = reason
         elif whole is None:
             whole = step
     if damaged and whole is None:
         raise UserError(
-            f"no checkpoint in {folder} can be used; the newest, {steps[0]}: {damaged[steps[0]]}. Nothing was changed."
+            f"no checkpoint in {folder} can be used; the newest, {steps[0]}: {damaged[steps[0]]}. Nothing was changed; "
+            "take a new workdir."
         )
     warnings = []
     for step, reason in damaged.items():
@@ -130,6 +135,15 @@ def set_aside(folder: Path, plain: Path, templates: Mapping[str, PyTree], best_m
     if damaged:
         files.sync(folder)
     return warnings
+
+
+def _check_readable(folder: Path, shown: Path) -> None:
+    """Raises UserError if a file of a step cannot be read; one that is not there has nothing to read."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with files.file_errors(shown / path.relative_to(folder), "read"), path.open("rb") as file:
+                while file.read(2**24):
+                    pass
 
 
 def _free(folder: Path, name: str) -> Path:

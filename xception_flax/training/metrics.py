@@ -26,7 +26,15 @@ class Sum(NamedTuple):
 
 
 class NotFinite(UserError):
-    """A loss, a gradient, weights or moments are not finite: what was found, without what is kept and what to do."""
+    """A loss, a gradient, weights or moments are not finite: what was found, without what is kept and what to do.
+
+    Attributes:
+      first_step: that was so, where it is known.
+    """
+
+    def __init__(self, reason: str, first_step: int | None = None) -> None:
+        super().__init__(reason)
+        self.first_step = first_step
 
 
 MetricFunction = Callable[[jax.Array, jax.Array, jax.Array], dict[str, Sum]]
@@ -236,6 +244,11 @@ class Accumulator:
         """Returns the mean of each metric; NaN if its count is 0."""
         self._wait()
         return {name: s.total / s.count if s.count else float("nan") for name, s in self._sums.items()}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no batch was added since the beginning, or since `clear`."""
+        return not self.pending and not self._sums
 
     def clear(self) -> None:
         """Removes all sums."""

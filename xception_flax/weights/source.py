@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xception_flax.runs.restore import Run, restore
-from xception_flax.runs.workdir import CONFIG, run_around
+from xception_flax.runs.workdir import CONFIG, has_checkpoints, run_around
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest, written
@@ -76,7 +76,8 @@ def is_workdir(source: str) -> bool:
     try:
         path = Path(source).expanduser()
         is_open = not path.is_dir() or os.access(path, os.R_OK | os.X_OK)
-        is_one = is_open and (path / CONFIG).is_file() and _hub_folder(path) is None
+        there = is_open and ((path / CONFIG).is_file() or has_checkpoints(path))  # a run may have lost its recipe
+        is_one = there and _hub_folder(path) is None
     except (OSError, ValueError, RuntimeError):  # of names that are none; `open_source` says so
         return False
     if not is_open:
