@@ -261,7 +261,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
             if recording:
                 record(config, program, train_data, report, totals, step)
             results = None
-            if evaluation_due and not stopping:
+            if evaluation_due and not stopping and not giving_up:
                 watchdog.sign(f"the evaluation after step {step:,}")
                 variables = train_state.variables(weights)
                 with report.pause("evaluation"), contextlib.suppress(BrokenOff):

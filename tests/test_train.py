@@ -1032,7 +1032,7 @@ def test_steps_that_are_not_finite_are_skipped_on_request(tmp_path, monkeypatch,
             re.MULTILINE,
         )[1]
     )
-    ended = rf"error: (\d+) steps in a row up to step (\d+) {gave}, and were skipped, .*; the checkpoint of step \2 is"
+    ended = rf"error: (\d+) steps in a row up to step (\d+) {gave}, and were skipped, .*; the checkpoint of step \2[, ]"
     assert tuple(map(int, re.search(ended, err).groups())) == (100 + first, 105)
     assert f"replay {tmp_path}/w --step {6 - first}` names the layer and the images" in err
     assert [record.get("train/skipped_steps") for record in records(tmp_path / "w")][:21] == [first] + [5] * 20
@@ -1046,14 +1046,10 @@ def test_steps_that_are_not_finite_are_skipped_on_request(tmp_path, monkeypatch,
     assert (code, "at step 110; the checkpoint of step 105 is kept" in err) == (2, True), err
 
     # Nor is a run finished that skipped the last hundred of its steps.
-    to_the_end = [
-        *arguments[:-1],
-        tmp_path / "e",
-        f"--config.epochs={105 / 157 * 2}",
-        "--config.step.on_nonfinite=skip",
-    ]
+    arguments = [tmp_path / "e" if argument == tmp_path / "w" else argument for argument in arguments]
+    arguments += [f"--config.epochs={105 / 157 * 2}", "--config.step.on_nonfinite=skip"]
     for _ in range(2):
-        code, _, err = run(monkeypatch, capsys, train.main, *to_the_end)
+        code, _, err = run(monkeypatch, capsys, train.main, *arguments)
         assert (code, tuple(map(int, re.search(ended, err).groups()))) == (2, (100 + first, 105))
 
 
@@ -1129,7 +1125,7 @@ def test_a_checkpoint_whose_evaluation_is_not_finite_is_not_recommended(tmp_path
     code, _, err = run(monkeypatch, capsys, train.main, *arguments)
     assert code == 2
     assert (
-        "the network's output is not; the checkpoint of step 1, whose evaluation was broken off, has these weights. "
+        "the network's output is not; the checkpoint of step 1, which was not evaluated, has these weights. "
         "Lower optimizer.learning_rate or clip gradients (optimizer.clip_norm), in a new workdir; `xception-flax"
     ) in err.splitlines()[-1]
 

@@ -128,7 +128,7 @@ def _what_is_kept(manager: checkpoint.Checkpoints) -> tuple[str, bool]:
         return "no checkpoint was written yet", False
     with contextlib.suppress(UserError):  # it is damaged
         if EVALUATION_DUE in checkpoint.read_meta(manager, step) and manager.metrics(step) is None:
-            return f"the checkpoint of step {step:,}, whose evaluation was broken off, has these weights", False
+            return f"the checkpoint of step {step:,}, which was not evaluated, has these weights", False
     return f"the checkpoint of step {step:,} is kept", True
 
 
