@@ -14,6 +14,9 @@ COLORS = {"agree": "#2f7d5b", "disagree": "#c8553d", "open": "#2f5d8a"}  # other
 GRAY, GRID = "#8a8f98", "#e3e5e8"
 DPI = 130
 
+LINEAR_UP_TO = 2  # points of accuracy
+POINTS = (-50, -20, -5, -2, -1, 0, 1, 2, 5, 20, 50)  # ticks, as far as they are in the picture
+
 
 def differences(rows: Sequence[tuple[str, str, Verdict]]) -> bytes:
     """Draws each comparison's seeds, mean and interval, the zero line and the margin of equality.
@@ -49,8 +52,13 @@ def differences(rows: Sequence[tuple[str, str, Verdict]]) -> bytes:
                 axes.plot(verdict.mean, place, "D", color=color, ms=6)
         axes.set_yticks(range(len(of_set)), [f"{words}: {verdict.word}" for words, verdict in of_set])
         axes.set(ylim=(len(of_set) - 0.4, -0.6), title=data_set)
+        axes.set_xscale("symlog", linthresh=LINEAR_UP_TO, linscale=1.5)  # one wide interval would hide all others
+        ticks = [tick for tick in POINTS if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+        axes.set_xticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+        axes.xaxis.minorticks_off()
         _clean(axes, "x")
-    grid[-1, 0].set_xlabel("test accuracy minus that of the base, points\n(dots: seeds; bars: 95 %)")
+    said = f"dots: seeds; bars: 95 %; logarithmic beyond {LINEAR_UP_TO} points"
+    grid[-1, 0].set_xlabel(f"test accuracy minus that of the base, points\n({said})")
     return _png(figure)
 
 
