@@ -116,6 +116,7 @@ def main(argv: list[str], program: str = "python train.py") -> int:
         with cli.out_of_memory(OUT_OF_MEMORY):
             return train(config, arguments.workdir)
     except signals.Stopped as stopped:  # while the input stood still
+        parents.end_spawned()
         console.say(stopped.left)
         os._exit(128 + stopped.number)  # Python's own end would wait for the threads that read
 

@@ -332,10 +332,8 @@ def test_an_evaluation_whose_readers_end_comes_first_when_the_run_goes_on(tmp_pa
     with on_one_device():
         assert run(monkeypatch, capsys, train.main, *arguments, "--workdir", untouched)[0] == 0
     process = shell.start("tests/aimed.py", f"readers {what}", *arguments, *WORKERS, "--workdir", workdir, devices=1)
-    begin = time.monotonic()
     code, _, err = finish(process)
     assert code == (75 if what == "killed" else 128 + signal.SIGTERM), err
-    assert time.monotonic() - begin < 60
     assert re.search("topped after step 11.*the checkpoint of step 11 is written; the same command goes on", err)
     assert [record["step"] for record in evaluations(workdir)] == [6]
 

@@ -1,9 +1,11 @@
 """Ties a process to the one that started it, so that it does not live on alone, where Linux can."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 PARENT = "XCEPTION_FLAX_PARENT"  # in the environment of a process that is to end with its parent: the parent's number
 
@@ -19,6 +21,18 @@ def end_with_named() -> None:
     """Asks for SIGTERM when the parent that the environment names has ended; without a name it does nothing."""
     if (parent := os.environ.pop(PARENT, "")).isdecimal():
         end_with(int(parent), signal.SIGTERM)
+
+
+def end_spawned() -> None:
+    """Kills the processes that this one has started by `multiprocessing`, before it ends itself without waiting.
+
+    One that is just being started would else print a traceback, because it finds nobody who tells it what to do.
+    """
+    for listed in Path("/proc/self/task").glob("*/children"):
+        for child in listed.read_text().split():
+            with contextlib.suppress(OSError):  # it has ended
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(int(child), signal.SIGKILL)
 
 
 def end_with(parent: int, number: int) -> None:
