@@ -16,6 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import cut
 from xception_flax.text.naming import shown
 from xception_flax.weights import reading
 from xception_flax.weights.left_out import listed, modules
@@ -201,7 +202,8 @@ def from_deeplab(arrays: Arrays, template: Mapping[str, Any], name: str) -> dict
         variables[place] = value
         if value.shape != leaf.shape:
             wrong.append(f"{theirs!r}, {'/'.join(place)} here, must have shape {tuple(leaf.shape)}, got {value.shape}.")
-    wrong += [f"our network has no place for {shown(left)}." for left in sorted(arrays.keys() - set(names.values()))]
+    left_out = sorted(arrays.keys() - set(names.values()))
+    wrong += [f"our network has no place for {cut(shown(left))}." for left in left_out]
     if len(wrong) > MAX_LINES:
         wrong[MAX_LINES - 1 :] = [f"There are {len(wrong) - MAX_LINES + 1} more such lines."]
     if wrong:

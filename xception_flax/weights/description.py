@@ -13,8 +13,8 @@ from xception_flax.data.decoding import ORIENTATIONS, WHITE
 from xception_flax.data.transforms.geometry import MAX_SIDE
 from xception_flax.text import sizes
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import written
-from xception_flax.text.naming import repeated
+from xception_flax.text.lookup import cut, written
+from xception_flax.text.naming import repeated, shown
 from xception_flax.text.ranges import check_number, check_range
 from xception_flax.text.sizes import ImageSize
 from xception_flax.training.metrics import SHARES
@@ -70,7 +70,8 @@ def read(description: Any, arrays: Mapping[str, np.ndarray], path: Path) -> Pret
         place = wrong[0]
         raise UserError(f"{path}: {'/'.join(place)} must have shape {flat[place].shape}, got {ours[place].shape}.")
     if unknown := arrays.keys() - theirs.keys() - {"/".join(place) for place in ours}:
-        raise UserError(f"{path}: the network in its description has no place for {', '.join(sorted(unknown)[:5])}.")
+        names = ", ".join(cut(shown(name)) for name in sorted(unknown)[:5])
+        raise UserError(f"{path}: the network in its description has no place for {names}.")
     rest = unflatten_dict({place: leaf for place, leaf in flat.items() if place not in ours})
     if rest and not theirs:
         missing = sorted("/".join(place) for place in flatten_dict(rest))

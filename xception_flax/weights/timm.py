@@ -9,6 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import cut
 from xception_flax.text.naming import shown
 from xception_flax.weights import reading
 from xception_flax.weights.reading import MAX_BYTES
@@ -154,7 +155,7 @@ def from_timm(state: Mapping[str, np.ndarray], template: Mapping[str, PyTree]) -
             )
     # num_batches_tracked counts the batches behind the moving statistics; nothing here uses it.
     left = {name for name in state if not name.endswith("num_batches_tracked")} - set(names.values())
-    wrong += [f"our network has no place for {shown(name)} of the timm model." for name in sorted(left)]
+    wrong += [f"our network has no place for {cut(shown(name))} of the timm model." for name in sorted(left)]
     if len(wrong) > MAX_LINES:
         wrong[MAX_LINES - 1 :] = [f"There are {len(wrong) - MAX_LINES + 1} more such lines."]
     if wrong:

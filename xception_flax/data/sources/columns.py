@@ -152,9 +152,10 @@ def _open_parquet(path: str) -> TableFile:
 
     try:
         schema = parquet.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
+        names = schema.names
+    except (pa.ArrowException, OSError, UnicodeError) as error:  # the last: of a name that is no text
         raise _unreadable(path, error) from None
-    _check_names(path, schema.names)
+    _check_names(path, names)
     return TableFile(path, schema, first_row=1)
 
 
