@@ -28,11 +28,14 @@ def end_spawned() -> None:
 
     One that is just being started would else print a traceback, because it finds nobody who tells it what to do.
     """
+    spawned: list[str] = []
     for listed in Path("/proc/self/task").glob("*/children"):
-        for child in listed.read_text().split():
-            with contextlib.suppress(OSError):  # it has ended
-                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    os.kill(int(child), signal.SIGKILL)
+        with contextlib.suppress(OSError):  # the thread has ended
+            spawned += listed.read_text().split()
+    for child in spawned:
+        with contextlib.suppress(OSError):  # it has ended
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(int(child), signal.SIGKILL)
 
 
 def end_with(parent: int, number: int) -> None:
