@@ -59,7 +59,7 @@ def in_an_evaluation(number: int) -> None:
     def strike(watchdog: Watchdog, *batch: object) -> None:
         again(watchdog)
         signs.append(watchdog._sign[0])
-        if signs.count(at) == 2:
+        if signs.count(at) == 1:  # before the readers have all batches ready
             for reader in sorted(children(os.getpid()))[-2:]:  # the newest
                 os.kill(reader, number)
             if number == signal.SIGSTOP:

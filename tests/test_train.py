@@ -32,6 +32,7 @@ from xception_flax import data
 from xception_flax.commands import cli, evaluate
 from xception_flax.host import signals
 from xception_flax.host.watchdog import Watchdog
+from xception_flax.recipes import reading
 from xception_flax.runs import history, progress
 from xception_flax.runs.restore import restore
 from xception_flax.runs.workdir import has_checkpoints
@@ -166,7 +167,7 @@ def test_whether_a_run_has_begun_is_decided_once(tmp_path):
     split = data.load("digits", train=True, batch_size=8, image_size=32, channels=1)
     manager = SimpleNamespace(latest_step=lambda: None)
     with pytest.raises(UserError, match=rf"^the checkpoints in {tmp_path} were removed while this command began;"):
-        train.find_start(manager, tmp_path, split, None)
+        train.find_start(reading.load(DIGITS), manager, tmp_path, split, None)
 
 
 WORKERS = ["--config.data.num_workers=2", "--config.data.num_threads=1"]

@@ -408,7 +408,7 @@ def test_a_recipe(monkeypatch, capsys):
         (["xception", "--config", DIGITS], "argument --config: not allowed with argument NAME"),
         (["--all", "--config", DIGITS], "argument --config: not allowed with argument --all"),
         (["xception", "lenet"], "one NAME only, got 'lenet' too; --all compares all networks; --help shows"),
-        (["xception", "--config.model.width", "1"], "unknown argument '--config.model.width'"),
+        (["xception", "--config.model.width", "1"], "'--config.model.width' has no value; write it in one word, --c"),
         (["--all", "--layers"], "argument --layers: not allowed with argument --all"),
         (["--all", "--picture", "x.png"], "argument --picture: not allowed with argument --all"),
         (["xception", "--picture", "x.txt"], r"x\.txt is no name of a picture; expected one that ends in .png"),

@@ -263,7 +263,8 @@ def test_a_workdir_that_is_gone_is_noticed(tmp_path):
     config, workdir = reading.load(DIGITS), tmp_path / "w"
     gone = (
         rf"^workdir {workdir} was removed, renamed or closed to this run while it was going on \(\.lock: No such file "
-        r"or directory\)\. Put it back, and the same command goes on from its newest checkpoint\.$"
+        r"or directory\)\. Put it back, or give its new name as --workdir: the same command goes on from its newest "
+        r"checkpoint\.$"
     )
     with claim(workdir, config):
         check_claim(workdir)
