@@ -382,6 +382,23 @@ def test_a_folder_of_somebody_else_is_a_line(tmp_path, monkeypatch, capsys):
     assert (code, out, err) == (2, "", f"error: {tmp_path} cannot be read: Permission denied.\n")
 
 
+def test_a_folder_that_cannot_be_written_is_a_line_before_anything_is_evaluated(named, photos, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    code, out, err = shell.call(monkeypatch, capsys, evaluate.main, named, photos)
+    said = "error: . cannot be written by this user; give another folder by --output DIR."
+    assert (code, out, err.splitlines()[-1]) == (2, "", said)
+
+
+def test_a_run_without_its_recipe_is_still_a_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    code, out, err = shell.call(monkeypatch, capsys, evaluate.main, tmp_path)
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: {tmp_path} is no workdir of a run: it has no config.json. The command that began the run writes "
+        "config.json anew in another workdir; copy it from there.\n"
+    )
+
+
 def test_two_hosts_are_one(network, photos, tmp_path, monkeypatch, capsys):
     """Each reads a file of its own, the same, and puts its share of the arrays on its device."""
     paths = [tmp_path / "w.npz", tmp_path / "same.npz", tmp_path / "other.npz"]

@@ -195,7 +195,9 @@ def _paths(arguments: argparse.Namespace, folder: Path, config: ConfigDict, spli
         if jax.process_index() == 0:
             with files.file_errors(folder, "made"):
                 folder.mkdir(parents=True, exist_ok=True)
-    elif not (arguments.no_report and arguments.picture) and not os.access(folder, os.W_OK):
+    elif (
+        jax.process_index() == 0 and not (arguments.no_report and arguments.picture) and not os.access(folder, os.W_OK)
+    ):
         raise UserError(f"{folder} cannot be written by this user; give another folder by --output DIR.")
     picture = None if several else arguments.picture or folder / names.mistakes_picture(split)
     if picture is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,6 @@ from jax.experimental import multihost_utils
 from xception_flax import data
 from xception_flax.data.sources.tfds import REENCODED
 from xception_flax.host import signals
-from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import LARGEST
 from xception_flax.training import checkpoint
@@ -111,7 +111,7 @@ def advice_where_not_finite(manager: checkpoint.Checkpoints, workdir: Path) -> I
         with contextlib.suppress(UserError):  # of a save that is under way: the numbers are the reason
             checkpoint.check_saves(manager, wait=True)
         kept, good = _what_is_kept(manager)
-        where = naming.shown(workdir)
+        where = shlex.quote(str(workdir))  # to be pasted
         begin = f" from the start or, if it evaluates well, from there (--config.init.weights={where})" if good else ""
         found = "the first such step, " if error.first_step is None else ""
         at = "" if error.first_step is None else f" --step {error.first_step}"
