@@ -163,7 +163,7 @@ def compare(content: bytes, found: np.ndarray, options: Mapping[str, Any]) -> No
         raise WrongError(f"Pillow refuses it: {type(error).__name__}: {error}") from None
     if expected.shape != found.shape:
         raise WrongError(f"it has the shape {found.shape}, and by Pillow {expected.shape}")
-    if (worst := int(np.abs(expected.astype(int) - found).max())) > tolerance:
+    if (worst := int(np.abs(expected.astype(np.int16) - found).max())) > tolerance:
         raise WrongError(f"its pixels differ from Pillow's by {worst}")
 
 

@@ -79,8 +79,11 @@ def attempt(kind: kinds.Kind, folder: Path) -> dict[str, Any]:
     used = _cpu_seconds() - cpu
     if outcome != "finding" and used > CPU_SECONDS:
         outcome, message = "finding", f"it took {used:.1f} s of the processor"
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    if outcome != "finding" and children > MEMORY:
+    # The kernel counts for a child what its parent had when it was started, so what this process took is no finding.
+    own, children = (
+        resource.getrusage(whose).ru_maxrss * 1024 for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    if outcome != "finding" and children > max(MEMORY, own):
         outcome, message = "finding", f"a process that it started took {children / 2**30:.1f} GiB"
     return {"outcome": outcome, "message": message, "seconds": time.monotonic() - begun}
 

@@ -39,7 +39,7 @@ def _name_and_value(override: str) -> tuple[str, str]:
     name, equals, value = override.removeprefix("--config.").partition("=")
     if not override.startswith("--config.") or not equals or not name:
         if override.startswith("--config.") and not equals:
-            raise UserError(f"{written(override)} has no value; write it in one word, {override}=VALUE.")
+            raise UserError(f"{written(override)} has no value; write it in one word, {cut(override)}=VALUE.")
         raise UserError(
             f"unknown argument {written(override)}; --help lists them, and a recipe's key is set by --config.KEY=VALUE."
         )

@@ -24,4 +24,4 @@ def read(path: Path, room: Room) -> Contents:
         room.check(name, dtype, shape)
         entries.append((printable(name), [native(np.frombuffer(entry["data"], dtype).reshape(shape))]))
     header = parsed("the header", data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return Contents(entries, header.get("__metadata__", {}))
+    return Contents(entries, header.get("__metadata__") or {})  # null is none
