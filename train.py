@@ -46,6 +46,7 @@ from xception_flax.runs.saving import (
     StopTogether,
     advice_where_not_finite,
     check_same_data,
+    samples,
     save_where_input_ends,
     training_data,
 )
@@ -137,31 +138,37 @@ def train(config: ConfigDict, workdir: Path) -> int:
     Raises:
       UserError: the recipe cannot be run here. At most the config.json of an empty run has been written.
     """
-    # Prepare. Mistakes show here, before anything is written.
-    check_workdir(workdir, config)
-    checkpoint.check_options(**config.checkpoint)
-    processes.agree("recipe", lambda: alike(config) | processes.software())
-    first_host, begun = jax.process_index() == 0, has_checkpoints(workdir)
-    mesh = sharding.create_mesh(**config.mesh)
-    sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
-    train_data, eval_data = load_data(config, begun)
-    shares = class_shares(config, train_data)
-    program = create_program(config, mesh, train_data.image_shape, train_data.num_images, shares)
-    length, total_steps, weights = program.length, program.length.total_steps, program.weights
-    profiled = steps_to_profile(config, total_steps)
-    patience = Patience(config.metrics.name, config.patience_metric, config.patience_epochs, length)
-    abstract_batch = check_program(program, mesh, train_data, eval_data)
-    notes = [data.unread_of((train_data.source, eval_data.source)), describe_images(train_data)]
-    notes += [] if begun else [split.check_max_value() for split in (train_data, eval_data)]
-    pretrained = None if begun else load_initial(config, program, mesh, train_data)
-
     with contextlib.ExitStack() as stack:
+        # Prepare. Mistakes show here, before anything is written.
+        check_workdir(workdir, config)
+        checkpoint.check_options(**config.checkpoint)
+        stop_where_still = config.watchdog_action == "stop"
+        watchdog = stack.enter_context(Watchdog(config.watchdog_minutes, stacks(workdir), stop=stop_where_still))
+        watchdog.sign("the other hosts to begin")
+        processes.agree("recipe", lambda: alike(config) | processes.software())
+        first_host, begun = jax.process_index() == 0, has_checkpoints(workdir)
+        if first_host and not begun:
+            check_not_lost(workdir)
+        mesh = sharding.create_mesh(**config.mesh)
+        sharding.check_batch_size(config.batch_size, mesh, config.step.accumulation_steps)
+        watchdog.sign("the data to be opened, on every host")
+        train_data, eval_data = load_data(config, begun)
+        shares = class_shares(config, train_data)
+        program = create_program(config, mesh, train_data.image_shape, train_data.num_images, shares)
+        length, total_steps, weights = program.length, program.length.total_steps, program.weights
+        profiled = steps_to_profile(config, total_steps)
+        patience = Patience(config.metrics.name, config.patience_metric, config.patience_epochs, length)
+        watchdog.sign("the steps to be traced")
+        abstract_batch = check_program(program, mesh, train_data, eval_data)
+        notes = [data.unread_of((train_data.source, eval_data.source)), describe_images(train_data)]
+        notes += [] if begun else [split.check_max_value() for split in (train_data, eval_data)]
+        watchdog.sign("the initial weights to be read")
+        pretrained = None if begun else load_initial(config, program, mesh, train_data)
+
         # Begin, or resume from the newest checkpoint.
         if first_host:
             stack.enter_context(claim(workdir, config))
         processes.check_shared(workdir)
-        stop_where_still = config.watchdog_action == "stop"
-        watchdog = stack.enter_context(Watchdog(config.watchdog_minutes, stacks(workdir), stop=stop_where_still))
         watchdog.sign("the checkpoints to be opened")
         best_metric = metrics.METRICS[config.metrics.name].best
         manager = stack.enter_context(
@@ -173,13 +180,13 @@ def train(config: ConfigDict, workdir: Path) -> int:
             )
         )
         stack.enter_context(advice_where_not_finite(manager, workdir))
-        start = find_start(config, manager, workdir, train_data, pretrained)
+        start = find_start(config, manager, workdir, train_data, eval_data, pretrained)
         start_step, evaluation_due = start.step, start.evaluation_due
         if first_host:
             remember(workdir, config)  # the mesh or the data's folder may have changed
         first_step = start_step if evaluation_due else start_step + 1
         if start_step:
-            patience.add_history(history.read_metrics(workdir / HISTORY), first_step - 1)
+            patience.add_history(history.read_kept(workdir / HISTORY), first_step - 1)
         if start.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise gave_up(start.skipped_in_a_row, start_step)
         if not evaluation_due and (start_step >= total_steps or patience.is_over):
@@ -430,6 +437,7 @@ def find_start(
     manager: checkpoint.Checkpoints,
     workdir: Path,
     train_data: data.Split,
+    eval_data: data.Split,
     pretrained: initial.Initial | None,
 ) -> Start:
     """Returns where the run begins: at the newest checkpoint, if there is one.
@@ -439,17 +447,19 @@ def find_start(
       manager: of the checkpoints of `workdir`.
       workdir: of the run.
       train_data: the training split.
+      eval_data: the evaluation split.
       pretrained: the weights that the run begins with; None if it has begun before.
 
     Raises:
       UserError: hosts differ, the checkpoint is of other data, or the checkpoints are gone.
     """
     start_step = manager.latest_step() or 0
-    meta = training_data(train_data) | {"init": pretrained.meta() if pretrained else None}
+    seen = samples(train_data, eval_data)
+    meta = training_data(train_data) | seen | {"init": pretrained.meta() if pretrained else None}
     processes.agree("start", lambda: {"the newest checkpoint": start_step, "the initial weights": meta["init"]})
     if start_step:
         saved = checkpoint.read_meta(manager, start_step)
-        check_same_data(saved, train_data, workdir)
+        check_same_data(saved, train_data, workdir, seen)
         evaluation_due = EVALUATION_DUE in saved and checkpoint.lacks_metrics(manager, start_step)
         counted_on = config.step.on_nonfinite == "skip" and isinstance(saved.get(SKIPPED), int)
         skipped = saved[SKIPPED] if counted_on else 0
@@ -577,10 +587,19 @@ def describe_images(train_data: data.Split) -> str:
     return "" if how is None else f"re-encoded images: {how}"
 
 
+def check_not_lost(workdir: Path) -> None:
+    """Raises UserError if a workdir without checkpoints had whole ones, by its records: a mount may be missing."""
+    saved = [each["step"] for each in history.read_kept(workdir / HISTORY) if progress.BLOCKING in each]
+    if len(saved) > 1:  # the second begins when the first is whole
+        raise UserError(
+            f"{workdir / CHECKPOINTS} has no checkpoint, and by {HISTORY} {len(saved):,} were written, up to step "
+            f"{saved[-1]:,}; put them back (is it a mount?). To begin anew, take a new workdir."
+        )
+
+
 def describe_lost(workdir: Path) -> str:
     """Returns a warning about a run that begins anew because none of its checkpoints is left, or ''."""
-    path = workdir / HISTORY
-    last = max((each["step"] for each in history.read_metrics(path)), default=0) if path.exists() else 0
+    last = max((each["step"] for each in history.read_kept(workdir / HISTORY)), default=0)
     lost = (
         f"WARNING: there is no checkpoint in {naming.shown(workdir)}: the run begins anew, and its records up to step"
     )

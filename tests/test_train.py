@@ -35,7 +35,7 @@ from xception_flax.host.watchdog import Watchdog
 from xception_flax.recipes import reading
 from xception_flax.runs import history, progress
 from xception_flax.runs.restore import restore
-from xception_flax.runs.workdir import has_checkpoints
+from xception_flax.runs.workdir import check_workdir, has_checkpoints
 from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint, sharding
 
@@ -634,6 +634,20 @@ def test_a_run_whose_workers_stand_still_ends_on_request(tmp_path):
     wait_until_gone(readers)
 
 
+def test_data_that_cannot_be_opened_for_ever_end_a_run_on_request(tmp_path):
+    """As on a mount whose server has gone. The folder that got the stacks still is a new run's."""
+    program = (
+        "import time, train\nfrom xception_flax import data\nfrom xception_flax.commands import cli\n"
+        "data.load = lambda **_: time.sleep(600)\ncli.run(train.main)"
+    )
+    watched = ["--config.watchdog_minutes=0.05", "--config.watchdog_action=stop"]
+    code, _, err = finish(shell.start("-c", program, "--config", f"{DIGITS}:lenet", "--workdir", tmp_path, *watched))
+    assert code == 75, err
+    assert "waiting for the data to be opened, on every host; the stack of every thread is in" in err
+    assert re.search(r'train\.py", line \d+ in load_data$', (tmp_path / "stacks.txt").read_text(), re.MULTILINE)
+    check_workdir(tmp_path, reading.load(DIGITS, []))
+
+
 def test_a_signal_while_the_input_stands_still(tmp_path):
     """It is not the next step that saves, as there is none."""
     process = start(tmp_path, "--config.epochs=200", *WORKERS, lenet=True)
@@ -707,8 +721,23 @@ def test_checkpoints_by_the_clock_and_a_damaged_one(tmp_path, monkeypatch, capsy
     for path, value in arrays(again, 16).items():
         np.testing.assert_array_equal(value, expected[path], err_msg=path)
 
-    # Without any it begins anew, which it says: the records of the lost steps go.
+    # Without its records too, which are made anew from there.
+    (again / "metrics.jsonl").unlink()
+    code, out, err = run(monkeypatch, capsys, train.main, *arguments, again)
+    assert (code, "this run is finished" in out) == (0, True), err
+    shutil.copy(whole / "metrics.jsonl", again)
+
+    # Without any checkpoint, though by its records there were whole ones, it does not begin anew.
     shutil.rmtree(again / "checkpoints")
+    before = records(again)
+    code, _, err = run(monkeypatch, capsys, train.main, *arguments, again)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{again}/checkpoints has no checkpoint, and by metrics.jsonl 4 were written, up to step 16; put them" in err
+    assert records(again) == before
+
+    # Where the first may not have been whole it does, and says so: the records of the lost steps go.
+    lines = [line for line in (again / "metrics.jsonl").read_text().splitlines(True) if "blocking" not in line]
+    (again / "metrics.jsonl").write_text("".join(lines))
     code, _, err = run(monkeypatch, capsys, train.main, *arguments, again)
     anew = f"WARNING: there is no checkpoint in {again}: the run begins anew, and its records up to step 16 are removed"
     assert (code, anew in err.splitlines()) == (0, True), err
@@ -859,6 +888,20 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
     meta.write_text(json.dumps(content | {"class_names": ["x", "e\u0301"]}))
     code, out, _ = command("a")
     assert (code, "this run is finished (1 step); nothing to do." in out) == (0, True)
+
+    # One image of eight may be repaired; half of them are others, as where two folders were exchanged.
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    for path in (tmp_path / "c" / "train" / "x").iterdir():
+        path.write_bytes(bright)
+    code, _, err = command("c")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the content was 16 of 16 samples of the training images the same, now it is 8 of them. Give" in err
+    shutil.rmtree(tmp_path / "c" / "train")
+    shutil.copytree(tmp_path / "a" / "train", tmp_path / "c" / "train")
+    (tmp_path / "c" / "val" / "x" / "0.png").unlink()
+    code, _, err = command("c")
+    assert (code, "the number of evaluation images was 8, now it is 7. Give" in err) == (2, True)
+
     (tmp_path / "a" / "stray.txt").touch()
     code, out, _ = run(monkeypatch, capsys, evaluate.main, "--workdir", tmp_path / "w")
     assert code == 0

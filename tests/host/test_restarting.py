@@ -118,3 +118,24 @@ time.sleep(600)
     assert restarting.run([sys.executable, "-c", program], 3, lambda: 0) == {"running": 7, "waiting": 143}[when]
     assert time.monotonic() - begin < 60
     thread.join()
+
+
+def test_a_hangup_that_nohup_ignores_stops_neither(tmp_path):
+    """The terminal is closed: `nohup` had SIGHUP ignored before, in the supervisor and in what it starts."""
+    end = tmp_path / "end"
+    program = (
+        "import os, signal, sys, time\n"
+        "print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, flush=True)\n"
+        "while not os.path.exists(sys.argv[1]): time.sleep(0.05)\n"
+    )
+    command = [sys.executable, "-c", program, str(end)]
+    supervisor = shell.start(
+        "-c",
+        "import signal, sys\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        f"from xception_flax.host import restarting\nsys.exit(restarting.run({command!r}, 1, lambda: 0))",
+    )
+    assert supervisor.stdout.readline() == "True\n"
+    supervisor.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    end.touch()
+    assert shell.finish(supervisor)[0] == 0

@@ -1,5 +1,6 @@
 """A run that stands still is found, its threads are written down, and it ends where that is wanted."""
 
+import os
 import re
 import textwrap
 import time
@@ -38,7 +39,7 @@ def test_it_ends_a_process_that_stands_still(tmp_path):
     assert re.match(
         r"\n[0-9T:+-]{25}, process \d+: the run has stood still for 0.3 seconds, waiting for the batch", text
     )
-    assert text.count("most recent call first") == 2
+    assert text.count("most recent call first") == 3  # with the watchdog, and what writes for it
     assert "in wait_for_a_batch" in text
 
 
@@ -79,4 +80,19 @@ def test_who_was_suspended_has_not_stood_still(tmp_path, capfd, monkeypatch):
 def test_a_file_that_cannot_be_written_is_no_obstacle(tmp_path, capfd):
     with Watchdog(0.1 / 60, tmp_path / "missing" / "stacks.txt", stop=False):
         time.sleep(0.5)
-    assert "stacks.txt cannot be written: No such file or directory. It goes on" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "in test_a_file_that_cannot_be_written_is_no_obstacle" in said
+    assert "stacks.txt cannot be written: No such file or directory. It goes on" in said
+
+
+def test_a_file_system_that_stands_still_is_no_obstacle(tmp_path):
+    """As a pipe that nobody reads, which blocks where it is opened."""
+    os.mkfifo(file := tmp_path / "stacks.txt")
+    program = "from xception_flax.host import watchdog\nwatchdog.WRITE_SECONDS = 0.5\n"
+    result = shell.run("-c", program + textwrap.dedent(STILL), file)
+    assert result.returncode == 75
+    assert "in wait_for_a_batch" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: the run has stood still for 0.3 seconds, waiting for the batch of step 7; the stack of every thread is "
+        f"above, since {file} cannot be written: its file system stands still. The same command goes on"
+    )

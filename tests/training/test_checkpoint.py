@@ -1,14 +1,17 @@
 """Checkpoints: everything comes back bit for bit, onto any mesh, and damage is detected."""
 
+import contextlib
 import errno
 import json
 import os
 import re
 import resource
 import shutil
+import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from shell import ROOT
 from xception_flax.text.errors import UserError
 from xception_flax.training import checkpoint, sharding
 from xception_flax.training.metrics import NotFinite
@@ -106,6 +110,25 @@ def test_latest_and_best_are_kept(tmp_path, one_device):
         for which in ("3", "newest", "-1"):
             with pytest.raises(UserError, match=rf"no checkpoint '{which}' .*a step of: 2, 4, 5"):
                 checkpoint.find_step(manager, which)
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept", "best"),
+    [
+        ((0.5, 0.9, 0.9, 0.3, 0.3), [2, 5], 2),
+        ((0.9, 0.9, 0.9, 0.9), [1, 4], 1),
+        ((float("nan"), float("nan"), 0.1), [3], 3),
+        ((float("nan"), float("nan")), [1, 2], 1),
+    ],
+)
+def test_of_equal_scores_the_earlier_is_best(tmp_path, one_device, scores, kept, best):
+    with open_manager(tmp_path, keep_latest=1, keep_best=1) as manager:
+        for step, score in enumerate(scores, start=1):
+            checkpoint.save(manager, make_state(one_device, step), META, {"top1": score})
+            checkpoint.check_saves(manager, wait=True)
+    with open_manager(tmp_path, keep_latest=1, keep_best=1) as manager:
+        assert sorted(manager.all_steps()) == kept
+        assert checkpoint.find_step(manager, "best") == best
 
 
 def test_no_checkpoint_and_no_evaluation(tmp_path, one_device):
@@ -586,6 +609,41 @@ def test_the_best_checkpoint_may_be_the_damaged_one(tmp_path, two_steps, one_dev
     with open_manager(workdir, on_damaged="older", abstract_state=abstract(state)) as manager:
         assert len(manager.warnings) == 1
         assert manager.all_steps() == [2]
+
+
+def test_checkpoints_on_another_disk_are_moved_within_it(tmp_path, two_steps, one_device):
+    """`checkpoints` may be a link: a folder cannot be moved from one file system to another in one piece."""
+    with contextlib.ExitStack() as stack:
+        folders = (stack.enter_context(tempfile.TemporaryDirectory(dir=place)) for place in ("/dev/shm", ROOT))
+        other = next(Path(each) for each in folders if os.stat(each).st_dev != tmp_path.stat().st_dev)
+        shutil.copytree(two_steps / "checkpoints", other / "them")
+        (tmp_path / "checkpoints").symlink_to(other / "them")
+        flip(largest(other / "them" / "2" / "raw"))
+        state = make_state(one_device, 1)
+        with open_manager(tmp_path, on_damaged="older", abstract_state=abstract(state)) as manager:
+            (warning,) = manager.warnings
+            assert f"It was moved to {tmp_path}/checkpoints/damaged/2; the newest whole one is of step 1." in warning
+        assert sorted(path.name for path in (other / "them").iterdir()) == ["1", "damaged"]
+        with open_manager(tmp_path, on_damaged="older", abstract_state=abstract(state)) as manager:
+            assert (manager.warnings, manager.all_steps()) == ([], [1])
+
+
+def test_a_folder_that_cannot_be_read_is_no_damage(tmp_path, two_steps, one_device, monkeypatch):
+    """As for a user without the right to it; for root there is none such."""
+    workdir = shutil.copytree(two_steps, tmp_path / "run")
+    closed, scandir = workdir / "checkpoints" / "2" / "raw", os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path).name == "raw" and Path(path).parent.name == "2":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    state = abstract(make_state(one_device, 2))
+    with pytest.raises(UserError, match=rf"^{closed} cannot be read: Permission denied\.$"):
+        open_manager(workdir, on_damaged="older", abstract_state=state)
+    monkeypatch.undo()
+    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints"]
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_moved(tmp_path, two_steps, one_device):

@@ -6,6 +6,7 @@ an example, nor its augmentation, nor its place in the global batch. To resume a
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -44,6 +45,13 @@ THREADS_PER_PROCESS = 8
 
 # What `Split.check_max_value` looks at: images spread over the split and, in a folder, one image each of some classes.
 IMAGES_LOOKED_AT, CLASSES_LOOKED_AT = 32, 900
+
+NO_SHARED_MEMORY = (
+    "/dev/shm is full, through which processes that read give their batches. Give it more (docker run --shm-size=8g), "
+    "or read in threads by --config.data.num_workers=0."
+)
+
+NUM_SAMPLES = 16  # of a split, by which data are known again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,20 +130,29 @@ class Split:
         Raises:
           InputError: one of these examples cannot be read.
         """
-        digest = hashlib.sha256()
-        for index in np.linspace(0, self.num_images - 1, 16).astype(int):
-            try:
-                example = self.source[int(index if order is None else order[index])]
-            except OSError as error:
-                raise InputError(f"the data cannot be read: {error}.") from error
-            digest.update(bytes(example["image"]))
-            digest.update(np.asarray(example["label"]).tobytes())
+        digest = hashlib.sha256(b"".join(self._samples(order)))
         split = "the training data" if self.train else "the evaluation data"
         return {
             f"the number of images of {split}": self.num_images,
             f"the list of classes of {split}": self.class_names,
             f"the content of {split} (SHA-256 of samples)": digest.hexdigest()[:16],
         }
+
+    def samples(self) -> list[str]:
+        """Returns a digest of each of 16 examples, spread over the split, by which a run knows its data again.
+
+        Raises:
+          InputError: one of these examples cannot be read.
+        """
+        return [hashlib.sha256(content).hexdigest()[:8] for content in self._samples()]
+
+    def _samples(self, order: Sequence[int] | None = None) -> Iterator[bytes]:
+        for index in np.linspace(0, self.num_images - 1, NUM_SAMPLES).astype(int):
+            try:
+                example = self.source[int(index if order is None else order[index])]
+            except OSError as error:
+                raise InputError(f"the data cannot be read: {error}.") from error
+            yield bytes(example["image"]) + np.asarray(example["label"]).tobytes()
 
     def check_transforms(self) -> None:
         """Checks on example 0 that the transforms make images of `image_shape`.
@@ -290,7 +307,8 @@ class Split:
                         f"{error} Repair it, or go on without it by --config.data.on_bad_image=replace.{removing}"
                     ) from None
                 except OSError as error:
-                    raise InputError(f"the data cannot be read: {error}.") from error
+                    full = error.errno == errno.ENOSPC and self.num_workers  # reading alone writes nothing
+                    raise InputError(NO_SHARED_MEMORY if full else f"the data cannot be read: {error}.") from error
                 except RuntimeError as error:
                     if (code := re.search(r"Worker process was terminated .* exit code (-?\d+)", str(error))) is None:
                         raise

@@ -83,7 +83,8 @@ class _Told:
 def _passed_on() -> Iterator[_Told]:
     """Passes signals on to the process that is waited for, which is in a session of its own and gets each once."""
     told = _Told()
-    before = {number: signal.signal(number, told.handle) for number in PASSED_ON}
+    heeded = [number for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, told.handle) for number in heeded}
     try:
         yield told
     finally:

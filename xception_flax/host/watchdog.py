@@ -11,6 +11,7 @@ from pathlib import Path
 from xception_flax.host import processes
 
 LOOKS = 20  # in the time that is allowed
+WRITE_SECONDS = 20.0  # that the file may take: its file system may be what stands still
 
 
 class Watchdog:
@@ -75,13 +76,25 @@ class Watchdog:
         """Writes the stacks; returns a sentence about it."""
         still = f"the run has stood still for {self._seconds:g} seconds, waiting for {waiting_for}"
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        try:
-            with open(self._path, "a") as file:
-                print(f"\n{now}, process {os.getpid()}: {still}", file=file, flush=True)
-                faulthandler.dump_traceback(file, all_threads=True)
-        except OSError as error:
-            return f"{still}; {self._path} cannot be written: {error.strerror}"
-        return f"{still}; the stack of every thread is in {self._path}"
+        wrong: list[str | None] = []
+
+        def write() -> None:
+            try:
+                with open(self._path, "a") as file:
+                    print(f"\n{now}, process {os.getpid()}: {still}", file=file, flush=True)
+                    faulthandler.dump_traceback(file, all_threads=True)
+                wrong.append(None)
+            except OSError as error:
+                wrong.append(error.strerror)
+
+        writing = threading.Thread(target=write, daemon=True)
+        writing.start()
+        writing.join(WRITE_SECONDS)
+        reason = wrong[0] if wrong else "its file system stands still"
+        if reason is None:
+            return f"{still}; the stack of every thread is in {self._path}"
+        faulthandler.dump_traceback(2, all_threads=True)
+        return f"{still}; the stack of every thread is above, since {self._path} cannot be written: {reason}"
 
 
 def _say(text: str) -> None:

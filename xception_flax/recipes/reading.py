@@ -24,6 +24,8 @@ COUNTED = -1  # model.num_classes of a recipe for any folder or table: as many a
 
 NAME = re.compile(r"\w+")  # of a recipe of this project, such as digits; whatever has a dot or a slash is a file
 
+MAX_SAID = 1000  # letters of a recipe's own error, which may quote an argument of any length
+
 
 def load(path_and_argument: str, overrides: Sequence[str] = (), groups: Sequence[str] | None = None) -> ConfigDict:
     """Returns the resolved recipe of `FILE`, `NAME` or either with `:ARGUMENT`, with overrides applied.
@@ -183,9 +185,10 @@ def _no_recipe(path: str) -> UserError:
 
 
 def _failed(path: str, error: Exception | SystemExit) -> UserError:
+    said = cut(str(error), MAX_SAID) if len(str(error)) > MAX_SAID else str(error)
     if isinstance(error, UserError):  # about the argument; other errors are in the recipe, so its line helps
-        return UserError(f"recipe {path}: {error}")
+        return UserError(f"recipe {path}: {said}")
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame for frame in frames if Path(frame.filename).name == Path(path).name]
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return UserError(f"recipe {path}{f', line {lines[-1].lineno}' if lines else ''}: {kind}{error}")
+    return UserError(f"recipe {path}{f', line {lines[-1].lineno}' if lines else ''}: {kind}{said}")

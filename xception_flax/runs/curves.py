@@ -19,12 +19,13 @@ TRAIN_COLOR, EVAL_COLOR, RATE_COLOR = "#4c78a8", "#e45756", "#72b7b2"
 
 
 def draw_run(workdir: Path) -> None:
-    """Draws curves.png of a run from its metrics.jsonl.
+    """Draws curves.png of a run from its metrics.jsonl, if that is there.
 
     Raises:
       UserError: metrics.jsonl cannot be read, or curves.png cannot be written.
     """
-    records = history.read_metrics(workdir / HISTORY)
+    if not (records := history.read_kept(workdir / HISTORY)):
+        return
     with file_errors(workdir / CURVES, "written"):
         draw_curves(records, naming.shown(workdir), workdir / CURVES)
 

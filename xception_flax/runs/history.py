@@ -22,6 +22,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for line in _lines(path) if (record := _parse_record(line)) is not None]
 
 
+def read_kept(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a metrics.jsonl as `read_metrics`; none where the file is gone.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    return read_metrics(path) if path.is_file() else []
+
+
 def count_bad_images(path: Path) -> int:
     """Returns how many times training left out a bad image, by the records of a metrics.jsonl.
 

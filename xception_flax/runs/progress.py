@@ -24,6 +24,8 @@ from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.training.metrics import SHARES
 
+BLOCKING = "checkpoint/blocking_seconds"  # of the record of each checkpoint
+
 
 class RunProgress:
     """Shows and records one run; on hosts other than the first it does nothing.
@@ -223,7 +225,7 @@ class RunProgress:
     def checkpoint(self, step: int) -> None:
         """Records how long training stood still for the checkpoint of `step`."""
         if self._enabled:
-            self._record(step, {"checkpoint/blocking_seconds": self._pauses.pop("checkpoint")})
+            self._record(step, {BLOCKING: self._pauses.pop("checkpoint")})
 
     def sync(self) -> None:
         """Waits until the records are on the disk. Call it before the checkpoint of the same step is saved."""

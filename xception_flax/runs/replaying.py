@@ -280,7 +280,7 @@ def _rebuild(workdir: Path, config: ConfigDict, step: int | None, stack: context
         notes.append(f"computed with step.lowering='platform', which may round otherwise: {error}")
         config.step.lowering = "platform"
     shares = sampling.class_shares(split.source) if config.loss.class_weights == "balanced" else None
-    recorded = history.read_metrics(workdir / HISTORY) if (workdir / HISTORY).is_file() else []
+    recorded = history.read_kept(workdir / HISTORY)
     return _Run(
         config=config,
         split=split,

@@ -48,7 +48,7 @@ class Run(NamedTuple):
           UserError: the history cannot be read.
         """
         path = self.workdir / HISTORY
-        records = history.read_metrics(path) if path.is_file() else []
+        records = history.read_kept(path)
         for record in reversed(records):
             if (record["step"], record.get("eval/weights")) == (self.step, self.weights):
                 values = {name.removeprefix("eval/"): v for name, v in record.items() if name.startswith("eval/")}

@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,6 +27,10 @@ EVALUATION_DUE = "evaluation_due"
 SKIPPED = "skipped_in_a_row"  # of a checkpoint: how many steps up to it were skipped one after the other
 
 
+SAMPLES = "samples"  # of a checkpoint, by split: how many images, and digests of some of them
+MAX_CHANGED = 0.25  # share of the samples that may have changed: a person may have repaired an image
+
+
 def training_data(split: data.Split) -> dict[str, Any]:
     """Returns what a checkpoint keeps of its training data, as JSON values: classes, number of images, their size."""
     reencoding = data.reencoding_of(split.source)
@@ -36,20 +41,41 @@ def training_data(split: data.Split) -> dict[str, Any]:
     }
 
 
-def check_same_data(saved: Mapping[str, Any], split: data.Split, workdir: Path) -> None:
-    """Raises UserError if the checkpoint was trained on other classes, another number of images or another size.
+def samples(train_data: data.Split, eval_data: data.Split) -> dict[str, Any]:
+    """Returns what a checkpoint keeps of the images of both splits, as JSON values.
+
+    Raises:
+      data.InputError: one of the samples cannot be read.
+    """
+    splits = {"training": train_data, "evaluation": eval_data}
+    return {SAMPLES: {name: {"images": len(each.source), "digests": each.samples()} for name, each in splits.items()}}
+
+
+def check_same_data(
+    saved: Mapping[str, Any], split: data.Split, workdir: Path, now: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Raises UserError if the checkpoint was trained on other classes, another number of images, other images or sizes.
 
     Args:
       saved: from `checkpoint.read_meta`.
       split: the training data of this run.
       workdir: of the run, for the message.
+      now: from `samples`, to compare these too. Older checkpoints have none.
     """
-    for key, now in training_data(split).items():
-        if saved.get(key) != now:
-            raise UserError(
-                f"the data has changed since {workdir} was begun: {key} was {str(saved.get(key))[:200]}, now it is "
-                f"{str(now)[:200]}. Give the same data, or take a new workdir."
-            )
+    changed = [(key, saved.get(key), here) for key, here in training_data(split).items() if saved.get(key) != here]
+    for name, here in now.get(SAMPLES, {}).items():
+        if (before := saved.get(SAMPLES, {}).get(name, here))["images"] != here["images"]:
+            changed.append((f"the number of {name} images", before["images"], here["images"]))
+        others = sum(old != new for old, new in zip(before["digests"], here["digests"], strict=True))
+        if others > MAX_CHANGED * len(here["digests"]):
+            same = f"{len(here['digests'])} of {len(here['digests'])} samples of the {name} images the same"
+            changed.append(("the content", same, f"{len(here['digests']) - others} of them"))
+    if changed:
+        key, before, here = changed[0]
+        raise UserError(
+            f"the data has changed since {workdir} was begun: {key} was {str(before)[:200]}, now it is "
+            f"{str(here)[:200]}. Give the same data, or take a new workdir."
+        )
 
 
 class SaveClock:

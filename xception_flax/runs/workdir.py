@@ -161,9 +161,10 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
 
 def _foreign(workdir: Path) -> list[str]:
     """Returns the names in a folder that has no `CONFIG`, but for logs and what we, disks or file managers put."""
-    ours = (".", CONFIG, "lost+found"), (".log", ".out", ".err")  # such as nohup's and Slurm's, of this very run
+    # Ends such as nohup's and Slurm's, of this very run; `stacks` if it stood still before it began.
+    ours = re.compile(rf"(\.|{re.escape(CONFIG)}|lost\+found).*|.*\.(log|out|err)|stacks(-\d+)?\.txt", re.DOTALL)
     try:
-        return sorted(n for n in os.listdir(workdir) if not (n.startswith(ours[0]) or n.endswith(ours[1])))
+        return sorted(name for name in os.listdir(workdir) if not ours.fullmatch(name))
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -56,7 +56,7 @@ def written(value: object) -> str:
     return cut(text)
 
 
-def cut(text: str) -> str:
-    """Returns a user's text for an error message: in one line, with its middle left out if it is long."""
+def cut(text: str, most: int = MAX_SHOWN) -> str:
+    """Returns a user's text for an error message: in one line, with its middle left out if it has more letters."""
     text = text.replace("\n", " ")
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} ... {text[-MAX_SHOWN // 4 :]}"
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"

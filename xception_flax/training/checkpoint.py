@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,25 @@ REMOVED = "removed"  # the folder to which a step is moved in one piece before i
 READ_TIMES, READ_AGAIN_SECONDS = 20, 0.5
 
 
+class _Best(policies.PreservationPolicy):
+    """Keeps the best evaluated steps: of equal scores the earlier. Orbax' own `BestN` keeps the later."""
+
+    def __init__(self, score: Callable[[dict[str, float]], float], number: int) -> None:
+        self._score, self._number = score, number
+
+    def should_preserve(
+        self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
+    ) -> Sequence[bool]:
+        evaluated = {each.step: self._score(each.metrics) for each in checkpoints if each.metrics is not None}
+        best = _ranked(evaluated)[: self._number]
+        return [each.step in best for each in checkpoints]
+
+
+def _ranked(scores: Mapping[int, float]) -> list[int]:
+    """Returns the steps from the best to the worst: of equal scores the earlier is better."""
+    return sorted(scores, key=lambda step: (-scores[step], step))
+
+
 class Checkpoints(ocp.CheckpointManager):
     """Orbax's manager of a folder of checkpoints.
 
@@ -80,6 +99,7 @@ class Checkpoints(ocp.CheckpointManager):
         read_only: bool,
     ) -> None:
         self.folder = folder
+        self._score = score
         self.reading = read_only
         self.verified = False
         self.warnings: list[str] = []
@@ -130,6 +150,11 @@ class Checkpoints(ocp.CheckpointManager):
         """Deletes the steps that are no longer kept, unless a save is under way: it may be moving one there."""
         if self._removed is not None and self._removed.exists() and not self.is_saving_in_progress():
             shutil.rmtree(self._removed, ignore_errors=True)
+
+    def best_step(self) -> int | None:
+        """Returns the step with the best evaluation, of equal ones the earlier; None if none is evaluated."""
+        evaluated = {step: metrics for step in self.all_steps() if (metrics := self.metrics(step)) is not None}
+        return next(iter(_ranked({step: self._score(metrics) for step, metrics in evaluated.items()})), None)
 
     def reached_preemption(self, step: int) -> bool:
         """Returns False: Orbax would ask JAX with its own numbers, and the run asks with others (`StopTogether`)."""
@@ -311,7 +336,7 @@ def open_manager(
 
     kept = [policies.LatestN(keep_latest)]
     if keep_best:  # both rules at once: `max_to_keep` with `best_fn` would delete the newest
-        kept.append(policies.BestN(get_metric_fn=score, n=keep_best, keep_checkpoints_without_metrics=False))
+        kept.append(_Best(score, keep_best))
     folder = folder.absolute()
     warnings = []
     if on_damaged == "older" and abstract_state is not None:
@@ -483,7 +508,7 @@ def find_step(manager: Checkpoints, which: str) -> int:
         return steps[-1]
     if which == "best":
         best = manager.best_step()
-        if best is None or manager.metrics(best) is None:
+        if best is None:
             raise UserError(f"no checkpoint in {manager.folder} has an evaluation; take --checkpoint latest or a step.")
         return best
     if which not in map(str, steps):  # compared as text, since int() refuses more than 4,300 digits

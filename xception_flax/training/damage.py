@@ -23,7 +23,7 @@ JSON_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "metadata", "met
 def of_files(folder: Path) -> str | None:
     """Returns which file of a step is empty or not valid JSON; None if no damage is found."""
     try:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for path in _files(folder):
             name = path.relative_to(folder)
             if not path.stat().st_size:
                 return f"{name} is empty"
@@ -94,7 +94,8 @@ def set_aside(folder: Path, plain: Path, templates: Mapping[str, PyTree], best_m
     The steps are read from the newest on until one is whole; of the others only the files that describe them are read.
 
     Args:
-      folder: of the checkpoints. The steps go to the folder `ASIDE` beside it.
+      folder: of the checkpoints. The steps go to the folder `ASIDE` beside it; to one in it if it is a link to, or the
+        root of, another file system.
       plain: a path to the same folder that Orbax reads literally.
       templates: as for `of_values`.
       best_metric: the metric that every evaluated step must have.
@@ -124,8 +125,9 @@ def set_aside(folder: Path, plain: Path, templates: Mapping[str, PyTree], best_m
         )
     warnings = []
     for step, reason in damaged.items():
-        with files.file_errors(folder.parent / ASIDE, "written"):
-            place = _free(folder.parent / ASIDE, str(step))
+        aside = (folder.parent if folder.stat().st_dev == folder.parent.stat().st_dev else folder) / ASIDE
+        with files.file_errors(aside, "written"):
+            place = _free(aside, str(step))
         with files.file_errors(folder / str(step), f"moved to {place}"):
             (folder / str(step)).rename(place)
         warnings.append(
@@ -139,11 +141,25 @@ def set_aside(folder: Path, plain: Path, templates: Mapping[str, PyTree], best_m
 
 def _check_readable(folder: Path, shown: Path) -> None:
     """Raises UserError if a file of a step cannot be read; one that is not there has nothing to read."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with files.file_errors(shown / path.relative_to(folder), "read"), path.open("rb") as file:
+    try:
+        for path in _files(folder):
+            with path.open("rb") as file:
                 while file.read(2**24):
                     pass
+    except OSError as error:
+        with files.file_errors(shown / Path(error.filename or folder).relative_to(folder), "read"):
+            raise
+
+
+def _files(folder: Path) -> list[Path]:
+    """Returns all files in a folder. Raises OSError where one in it cannot be read, which `rglob` would pass over."""
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # the run may be removing it
+            raise error
+
+    found = (Path(where) / name for where, _, names in os.walk(folder, onerror=failed) for name in names)
+    return sorted(path for path in found if path.is_file())
 
 
 def _free(folder: Path, name: str) -> Path:
