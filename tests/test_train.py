@@ -167,7 +167,7 @@ def test_whether_a_run_has_begun_is_decided_once(tmp_path):
     split = data.load("digits", train=True, batch_size=8, image_size=32, channels=1)
     manager = SimpleNamespace(latest_step=lambda: None)
     with pytest.raises(UserError, match=rf"^the checkpoints in {tmp_path} were removed while this command began;"):
-        train.find_start(reading.load(DIGITS), manager, tmp_path, split, None)
+        train.find_start(reading.load(DIGITS), manager, tmp_path, split, split, None)
 
 
 WORKERS = ["--config.data.num_workers=2", "--config.data.num_threads=1"]
@@ -891,8 +891,9 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
 
     # One image of eight may be repaired; half of them are others, as where two folders were exchanged.
     shutil.copytree(tmp_path / "a", tmp_path / "c")
+    other = cv2.imencode(".png", np.full((40, 40, 3), 99, np.uint8))[1].tobytes()
     for path in (tmp_path / "c" / "train" / "x").iterdir():
-        path.write_bytes(bright)
+        path.write_bytes(other)
     code, _, err = command("c")
     assert (code, err.count("\n")) == (2, 1)
     assert "the content was 16 of 16 samples of the training images the same, now it is 8 of them. Give" in err

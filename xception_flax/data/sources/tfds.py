@@ -63,7 +63,7 @@ class TfdsSource:
             raise
         except Exception as error:  # array_record, protobuf and TFDS raise any exception for what is no example
             raise InputError(f"record {index} cannot be read: {_first_line(error)}.") from None
-        if record.get(self.image_key) is None:
+        if record.get(self.image_key) is None or record.get(self.label_key) is None:
             raise InputError(f"record {index} cannot be read: it is not there.")
         label, num_classes = record[self.label_key], len(self.class_names)
         for number in np.atleast_1d(label).tolist():
