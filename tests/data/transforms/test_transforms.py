@@ -76,6 +76,12 @@ def test_pixels_are_never_wrapped(change, made, monkeypatch):
         data.load("digits", image_size=8, channels=1, train_transforms="new | resize", train=True, batch_size=8)
 
 
+def test_a_keyword_without_a_type_is_named(monkeypatch):
+    monkeypatch.setitem(transforms.TRANSFORMS, "new", lambda image, rng, *, amount=1: image)
+    with pytest.raises(UserError, match=r"parameter 'amount' of \S*test_transforms\.\S+ must have a type .*, got none"):
+        transforms.parse_transforms("new(amount=2)", 8)
+
+
 @pytest.mark.parametrize("chain", CHAINS)
 def test_golden_image(chain):
     """98 % of the values are within 2 of 255, since versions of OpenCV round differently."""

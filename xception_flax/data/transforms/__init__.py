@@ -73,6 +73,7 @@ def _parse(call: str, image_size: ImageSize) -> Transform:
     for key, text in texts.items():
         if key not in parameters:
             raise UserError(f"transform {name!r} takes no {key!r}; {suggest(key, parameters)}")
+        values.check_parameter(transform, key, parameters[key].annotation)
         options[key] = values.parse(f"transform {name!r}: {key}", text, parameters[key].annotation)
     if "image_size" in parameters:
         options.setdefault("image_size", image_size)
