@@ -282,6 +282,7 @@ def write_our_onnx(job: Job) -> None:
         "xception_flax",
         {"name": "xception", "num_classes": NUM_CLASSES, "width": job.width, "middle_repeats": job.middle_repeats},
         jax.tree.map(np.asarray, _variables(job)),
+        channels=3,
         image_size=job.size,
         normalize={"mean": (127.5,), "std": (127.5,)},
     )

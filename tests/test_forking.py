@@ -19,15 +19,22 @@ FOLDERS, FILES = ("configs", "docs", "tests", "xception_flax"), ("train.py", "py
 # What the diffs add: the tests, and the rows of tables.
 ADDED = (
     "tests/models/test_models.py::test_sizes[mobilenet]",
+    "tests/models/test_models.py::test_contract[mobilenet]",
     "tests/models/test_models.py::test_the_docs_have_the_sizes",
     "tests/data/sources/test_noisy_digits.py",
     "tests/data/sources/test_sources.py::test_contract[noisy_digits]",
+    "tests/commands/test_summary.py::test_all_from_the_shell",
+    "tests/data/transforms/test_transforms.py::test_a_fifth_of_the_images_is_gray",
+    "tests/data/transforms/test_transforms.py::test_every_transform_has_a_golden_image",
+    "tests/data/transforms/test_transforms.py::test_golden_image[resize | random_gray(probability=1.0)]",
+    "tests/recipes/test_ranges.py::test_extremes_in_a_chain[random_gray]",
     "tests/training/test_losses.py::test_generalized_cross_entropy_by_hand",
     "tests/training/test_metrics.py::test_reciprocal_rank_against_sorting",
     "tests/training/test_metrics.py::test_an_entry_names_what_its_function_computes[ranked]",
     "tests/recipes/test_configs.py::test_the_list_is_complete",
     "tests/recipes/test_configs.py::test_every_network_is_in_a_recipe",
     "tests/recipes/test_configs.py::test_recipe_fits_together[noisy_digits]",
+    "tests/test_stability.py::test_what_is_new_is_promised_with_the_next_version",
 )
 
 
@@ -45,7 +52,7 @@ def fork(tmp_path: Path) -> Path:
     diffs = "".join(blocks)
     applied = subprocess.run(["git", "apply", "-"], input=diffs, text=True, cwd=root, env=alone, capture_output=True)
     assert applied.returncode == 0, applied.stderr
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     return root
 
 
@@ -56,6 +63,11 @@ def test_a_fork_by_the_page(fork, tmp_path, monkeypatch):
     small = ["--config.epochs=0.1", "--config.schedule.warmup_epochs=0", "--config.model.features=(64, 128)"]
     (command,) = re.findall(r"^\+ +python (train\.py --config \S+) --workdir \S+$", PAGE, re.MULTILINE)
     training = shell.start(*command.split(), "--workdir", workdir, *small, "--config.log_every_steps=1", root=fork)
+    scripts = re.findall(r"`python (tests/golden/make_\w+\.py)", PAGE)
+    assert len(scripts) == 2
+    for script in scripts:
+        code, _, err = shell.finish(shell.start(script, root=fork))
+        assert code == 0, err
     options = ("-n0", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'tests'}")
     checking = shell.start("-m", "pytest", *options, *ADDED, root=fork)
 

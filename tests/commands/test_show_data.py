@@ -27,11 +27,12 @@ MIXED = ["--config.mix.mixup_alpha=0.4", "--config.mix.cutmix_alpha=1.0", "--con
 class Linear(nn.Module):
     """The smallest network whose loss depends on every pixel."""
 
+    num_classes: int = 10
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images, *, train):
-        return nn.Dense(10, name="dense")(images.reshape(len(images), -1))
+        return nn.Dense(self.num_classes, name="dense")(images.reshape(len(images), -1))
 
 
 def test_it_shows_what_a_step_sees():

@@ -245,6 +245,7 @@ def test_all_from_the_shell():
     *table, last = result.stdout.splitlines()
     records = json.loads(last)
     assert [record["name"] for record in records] == list(MODELS)
+    assert set(MILLIONS) == set(MODELS), "add a row to MILLIONS, or take one away"
     assert {r["name"]: r["parameters"] / 1e6 for r in records} == pytest.approx(MILLIONS, abs=0.05)
     by_name = {record["name"]: record for record in records}
     assert by_name["inception_v3"]["parameters"] == 23_817_352  # Keras

@@ -279,6 +279,21 @@ def test_mistakes_are_refused(options, message):
         data.load(**(LOAD | dict(source="digits", train=True, batch_size=16) | options))
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.arange(9) % 3, "labels from 0 to 2, but 2 classes in class_names"),
+        (np.arange(9) % 2 - 1, "labels from -1 to 0, but 2 classes"),
+        (np.zeros((9, 3), np.uint8), r"labels of shape \(9, 3\), but 2 classes"),
+    ],
+)
+def test_labels_that_are_no_class_are_refused(labels, message, monkeypatch):
+    images = np.zeros((9, 8, 8), np.uint8)
+    monkeypatch.setitem(sources.SOURCES, "new", lambda split, /: sources.source.Arrays(images, labels, ("a", "b")))
+    with pytest.raises(UserError, match=f"source 'new' has {message}"):
+        data.load("new", image_size=8, train=True, batch_size=8)
+
+
 def test_splits_of_other_classes_are_refused():
     split = data.load(source="digits", train=False, batch_size=8, image_size=8)
     data.check_class_names(list("0123456789"), split)

@@ -60,6 +60,7 @@ def lenet() -> Pretrained:
         framework="xception_flax",
         model=model,
         variables=unflatten_dict(values),
+        channels=3,
         class_names=("cat", "dog", "n\u00e9"),
         image_size=32,
         transforms="center_crop(fraction=0.9)",

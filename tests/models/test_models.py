@@ -1,5 +1,6 @@
 """Networks: exact sizes, shapes, names and cost."""
 
+import inspect
 import math
 from pathlib import Path
 
@@ -46,17 +47,25 @@ XCEPTION_SHAPES = {
     "predictions": (1000,),
 }
 
+
+class Rows(dict):
+    """A table with a row for each network."""
+
+    def __missing__(self, name: str):
+        pytest.fail(f"{name!r} has no row in NARROW of tests/models/test_models.py: add its narrowest fields")
+
+
 # The narrowest of each, for what holds at any width.
-NARROW = {
-    "xception": dict(width=0.05, middle_repeats=1),
-    "xception_towers": dict(width=0.05, middle_repeats=1, width_multiple=8, towers=3),
-    "inception_v3": dict(width=0.05),
+NARROW = Rows(
+    xception=dict(width=0.05, middle_repeats=1),
+    xception_towers=dict(width=0.05, middle_repeats=1, width_multiple=8, towers=3),
+    inception_v3=dict(width=0.05),
     **{
         name: dict(width=0.05, middle_repeats=1)
         for name in ("xception41", "xception65", "xception71", "xception41p", "xception65p")
     },
-    "lenet": dict(width=0.25),
-}
+    lenet=dict(width=0.25),
+)
 
 
 def abstract_variables(model, channels: int = 3):
@@ -88,7 +97,42 @@ def count(tree) -> int:
 
 
 def test_the_size_table_is_complete():
-    assert set(SIZES) == set(MODELS) == set(NARROW)
+    assert set(SIZES) == set(MODELS), "add a row to SIZES, or take one away"
+    assert set(NARROW) == set(MODELS), "add a row to NARROW, or take one away"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_contract(name):
+    """What a network must have, as docs/forking.md lists it."""
+    model = create_model(name, num_classes=5, **NARROW[name])
+    for field in ("num_classes", "dtype"):
+        assert hasattr(model, field), f"{name} has no field {field!r}"
+    for method in ("__call__", "endpoints"):
+        assert hasattr(model, method), f"{name} has no method {method!r}"
+        parameters = inspect.signature(getattr(model, method)).parameters
+        assert list(parameters) == ["images", "train"], f"{name}: {method} must be (images, *, train)"
+        assert parameters["train"].kind is inspect.Parameter.KEYWORD_ONLY, f"{name}: {method} must take train by name"
+    images = jax.ShapeDtypeStruct((2, 75, 80, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    assert set(variables) <= {"params", "batch_stats"}, f"{name} has other collections than params and batch_stats"
+    assert "predictions" in variables["params"], f"{name}: the classifier must be named 'predictions' (classifier_head)"
+
+    def run(**options):
+        return jax.eval_shape(lambda v, x: model.apply(v, x, train=False, **options), variables, images)
+
+    logits, endpoints = run(), run(method="endpoints")
+    assert logits == endpoints.get("logits"), f"{name}: endpoints must have the 'logits' that a call returns"
+    assert (logits.shape, logits.dtype) == ((2, 5), jnp.float32), f"{name}: logits must be [N, num_classes] float32"
+    assert endpoints["pooled"].ndim == 2, f"{name}: endpoints must have 'pooled', [N, C]"
+    assert getattr(model, "strides", None), f"{name} has no strides, {{stage: pixels of the image}}"
+    marked = run(mutable=["intermediates"])[1].get("intermediates", {})
+    for stage, stride in model.strides.items():
+        assert stage in endpoints, f"{name}: strides have {stage!r}, which the endpoints lack"
+        expected = [pytest.approx(size / stride, abs=4) for size in images.shape[1:3]]
+        assert list(endpoints[stage].shape[1:-1]) == expected, (
+            f"{name}: {stage!r} must be [N, H / stride, W / stride, C]"
+        )
+        assert stage in marked, f"{name}: {stage!r} must pass through mark_stage, for explain"
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -319,7 +363,7 @@ def test_any_size_and_channels(name, height, width, channels):
 def test_other_channels_than_the_weights_have_are_refused(name):
     model = create_model(name, num_classes=7, **NARROW[name])
     variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_variables(model))
-    message = r"(block1|stem|)_?conv1: .* kernel of .* x 1 x 8 .*, the weights have .* x 3 x 8; give images"
+    message = r"^\w+: .* kernel of .* x 1 x (\d+) .*, the weights have .* x 3 x \1; give images"
     with pytest.raises(UserError, match=message):
         model.apply(variables, jnp.zeros((1, 75, 75, 1)), train=False)
 

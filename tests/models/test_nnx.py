@@ -181,6 +181,19 @@ def test_shard_map_over_images_is_the_whole_batch(small):
     assert_close(found, both(logits))
 
 
+def test_gradients_inside_shard_map_come_summed(small):
+    """As docs/nnx.md has it: where the parameters are replicated, a sum over the devices would count it eight times."""
+    model, variables, images = small
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def loss(variables: Any, images: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(model.apply(variables, images, train=False)))
+
+    specs = dict(in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec())
+    sharded = jax.shard_map(jax.grad(loss), mesh=mesh, **specs)
+    assert_close(jax.jit(sharded)(variables, images), jax.jit(jax.grad(loss))(variables, images))
+
+
 def test_checkpoint_changes_no_gradient(small):
     """`jax.checkpoint` around the whole network computes it twice: twice the convolutions of the forward pass."""
     model, variables, images = small

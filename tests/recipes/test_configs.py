@@ -109,7 +109,8 @@ def load(name: str, directory: Path, *overrides: str):
         (directory / "photos" / "train" / "cat").mkdir(parents=True)
         (directory / "photos" / "train" / "cat" / "1.jpg").touch()
         path += f":{directory / 'photos'}"
-    reading.load(path)  # as it is: every key known, every type right
+    recipe = reading.load(path)  # as it is: every key known, every type right
+    assert name in NARROWEST or "middle_repeats" in recipe.model, f"{name!r} needs a row in NARROWEST: add it"
     narrowest = [] if "model.name=lenet" in overrides else NARROWEST.get(name, ["model.middle_repeats=0"])
     texts = [*TINY, *narrowest, *make_data(name, directory), *overrides]
     return reading.load(path, ["--config." + text for text in texts])

@@ -4,11 +4,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import pytest
 from flax import linen as nn
 
-from xception_flax.recipes import groups, signatures
+from xception_flax.recipes import checking, groups, signatures
 from xception_flax.text import values
+from xception_flax.text.errors import UserError
 from xception_flax.training import losses, optimizers
 from xception_flax.weights import initial
 
@@ -26,6 +28,30 @@ def test_every_key_has_a_type_a_default_of_it_and_a_meaning(function):
         assert key.meaning, f"{name} has no entry in 'Args:' or 'Attributes:' of the docstring"
         if not key.is_required:
             values.check(name, key.default, key.annotation)
+
+
+def _untyped(logits, labels, /, q=0.7, *, label_smoothing):
+    pass
+
+
+def _without_slash(logits: jax.Array, labels: jax.Array, *, label_smoothing: float):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (_untyped, r"parameter 'q' of \S+test_groups\._untyped must have a type that a user can write .*, got none\."),
+        (
+            _without_slash,
+            r"parameter 'logits' of \S+_without_slash must .*, got \S*Array\. What the program gives stands",
+        ),
+    ],
+)
+def test_a_key_without_a_type_is_named(monkeypatch, function, message):
+    monkeypatch.setitem(groups.GROUPS["loss"].table, "new", function)
+    with pytest.raises(UserError, match=message):
+        checking.resolve_group("loss", {"name": "new"})
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)

@@ -78,6 +78,18 @@ def test_an_entry_names_what_its_function_computes(name):
     assert {float(s.total / s.count) for s in sums.values()} == {1.0}  # higher is better
 
 
+def test_an_entry_with_other_names_is_refused(monkeypatch):
+    for change in ({"shares": ("top1", "recall")}, {"best": "recall"}):
+        monkeypatch.setitem(metrics.METRICS, "new", metrics.METRICS["single_label"]._replace(**change))
+        with pytest.raises(UserError, match=r"metrics 'new' have computed \('top1', 'top5'\), but .*'recall'"):
+            metrics.create_metrics("new")(jnp.eye(2, 3), jnp.array([0, 1]), jnp.ones(2))
+
+
+def test_a_value_for_all_images_is_refused():
+    with pytest.raises(UserError, match=r"a value for each image, \[N\], here \(2,\), got shape \(\);"):
+        metrics.masked_sum(jnp.ones(()), jnp.ones(2))
+
+
 def test_perfect_ranking_scores_one(rng):
     labels = rng.random((5, 150)) < 0.9  # more labels than ranks
     np.testing.assert_allclose(metrics.average_precision(labels * 1.0, labels, 100), 1, rtol=1e-6)

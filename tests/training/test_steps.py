@@ -27,6 +27,7 @@ NORMALIZE = steps.create_normalizer((127.5,), (127.5,))
 class Small(nn.Module):
     """Has each kind of layer of Xception once. Tests of a step need no depth, and this compiles quickly."""
 
+    num_classes: int = CLASSES
     dropout_rate: float = 0.0
     dtype: DTypeLike = jnp.float32
 
@@ -38,7 +39,9 @@ class Small(nn.Module):
         x = nn.relu(norm(layers.Conv(8, strides=(2, 2), dtype=self.dtype, name="conv")(images), "conv_bn"))
         x = nn.relu(norm(layers.SeparableConv(16, dtype=self.dtype, name="sepconv")(x), "sepconv_bn"))
         x = ops.global_average_pool(x)
-        return layers.classifier_head(x, CLASSES, train=train, dropout_rate=self.dropout_rate, dtype=self.dtype)
+        return layers.classifier_head(
+            x, self.num_classes, train=train, dropout_rate=self.dropout_rate, dtype=self.dtype
+        )
 
 
 SMALL = Small()
@@ -401,6 +404,40 @@ def test_bad_step_options_are_refused(one_device, options, message):
         build(one_device, **options)
 
 
+@pytest.mark.parametrize(
+    ("head", "got"),
+    [
+        (lambda x: nn.Dense(CLASSES - 1)(x), r"\(16, 4\)"),
+        (lambda x: nn.Dense(CLASSES)(x)[:, None, None], r"\(16, 1, 1, 5\)"),
+        (lambda x: (nn.Dense(CLASSES)(x), x), "tuple"),
+    ],
+)
+def test_logits_of_another_shape_are_refused(one_device, head, got):
+    """Before anything is compiled. The loss of 4 logits would be 0 wherever the class is the fifth."""
+
+    class Wrong(Linear):
+        @nn.compact
+        def __call__(self, images, *, train):
+            return head(ops.global_average_pool(images))
+
+    message = rf"network Wrong must return logits \[N, model.num_classes\], here \(16, 5\), got {got};"
+    (batch,), measured, loss = batches(1), create_metrics("single_label"), losses.create_loss("softmax")
+    _, train_step, abstract = make(one_device, model=Wrong())
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(train_step, abstract, batch)
+    eval_step = steps.make_eval_step(Wrong(), loss, measured, NORMALIZE, one_device)
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(eval_step, abstract.variables("raw"), batch | {"mask": np.ones(BATCH, np.float32)})
+
+
+def test_a_loss_that_is_a_mean_is_refused(one_device):
+    loss = losses.create_loss("softmax")
+    loss = loss._replace(example=lambda *given: jnp.mean(losses.create_loss("softmax").plain(*given)))
+    _, train_step, abstract = make(one_device, model=Linear(), loss=loss)
+    with pytest.raises(UserError, match=r"a value for each image, \[N\], here \(16,\), got shape \(\);"):
+        jax.eval_shape(train_step, abstract, batches(1)[0])
+
+
 def test_evaluation_counts_real_images_only(one_device):
     eval_step = steps.make_eval_step(
         SMALL, losses.create_loss("softmax", label_smoothing=0.1), create_metrics("single_label"), NORMALIZE, one_device
@@ -416,11 +453,12 @@ def test_evaluation_counts_real_images_only(one_device):
 class Linear(nn.Module):
     """Has no batch statistics, which would include images that are left out."""
 
+    num_classes: int = CLASSES
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images, *, train):
-        return nn.Dense(CLASSES)(ops.global_average_pool(images))
+        return nn.Dense(self.num_classes)(ops.global_average_pool(images))
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -35,7 +35,7 @@ def random_network(name: str, framework: str, image_size: int, **fields: object)
             low, high = {"var": (0.3, 0.7), "scale": (0.9, 1.1)}.get(place[-1], (-0.1, 0.1))
             values[place] = rng.uniform(low, high, leaf.shape)
     variables = unflatten_dict({place: value.astype(np.float32) for place, value in values.items()})
-    return Pretrained(framework, model, variables, image_size=image_size)
+    return Pretrained(framework, model, variables, 3, image_size=image_size)
 
 
 STAGES = ["stage1", "stage2", "stage3", "stage4", "stage5", "pooled", "logits"]

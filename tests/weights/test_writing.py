@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import flax.linen as nn
 import h5py
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,13 @@ import numpy as np
 import pytest
 import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 
 from golden.seeded import structured_images
-from xception_flax import create_model
+from xception_flax import MODELS, create_model, ops
+from xception_flax.models.layers import Conv, classifier_head
 from xception_flax.text.errors import UserError
-from xception_flax.weights import description, keras_models, reading, source, timm_config, writing
+from xception_flax.weights import description, initial, keras_models, reading, source, timm_config, writing
 from xception_flax.weights.description import DESCRIPTION
 from xception_flax.weights.pretrained import Pretrained
 from xception_flax.weights.reader.room import MAX_CONFIG
@@ -51,6 +54,7 @@ def random_network(channels: int = 3, **model: object) -> Pretrained:
         "xception_flax",
         dict(model),
         variables,
+        channels,
         tuple(f"class {i}" for i in range(model["num_classes"])),
         71,
         "center_crop(fraction=0.9, kernel=bicubic)",
@@ -101,6 +105,37 @@ def test_our_own_files_are_the_same_network(tmp_path, name, model):
     assert found._replace(variables=None, origin={}) == network._replace(variables=None, origin={})
     assert found.origin.keys() == {"file", "sha256"}
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+class Own(nn.Module):
+    """A network of a fork, with names of its own: 'conv1' is not its first layer."""
+
+    num_classes: int = 1000
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        x = Conv(8, name="patches")(images)
+        x = ops.global_average_pool(nn.relu(Conv(4, name="conv1")(x)))
+        return classifier_head(x, self.num_classes, train=train)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.npz", "folder"])
+def test_a_network_with_other_names_is_written(tmp_path, monkeypatch, one_device, name):
+    """It is read again whole, and a run on images of another number of channels begins with it."""
+    monkeypatch.setitem(MODELS, "own", Own)
+    network = random_network(channels=1, name="own", num_classes=2)
+    writing.write(network, tmp_path / name)
+    found = source.open_source(str(tmp_path / name), None)
+    assert_same_arrays(found, network)
+    assert found.channels == 1
+
+    given = dict(model=Own(2), mesh=one_device, class_names=network.class_names, mean=(0.0,), std=(255.0,))
+    begun = initial.load(str(tmp_path / name), "latest", **given, image_shape=(71, 71, 3))
+    assert "; its first kernel, for 1 channels, adapted to 3; " in f"{begun}; "
+    for place, value in flatten_dict(network.variables).items():
+        expected = np.tile(value / 3, (1, 1, 3, 1)) if place[1:] == ("patches", "kernel") else value
+        np.testing.assert_allclose(begun.arrays[place], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("suffix", "model"), [("safetensors", FULL), ("safetensors", LEGACY)])

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from xception_flax.data.decoding import CHANNELS, ORIENTATIONS, WHITE
 from xception_flax.data.pipeline import ON_BAD_IMAGE, Split, choose_threads, usable_cpus
 from xception_flax.data.sampling import SAMPLINGS, Balanced
 from xception_flax.data.sources import SOURCES
+from xception_flax.data.sources.source import Source
 from xception_flax.data.transforms import Transform, parse_transforms
 from xception_flax.data.transforms.geometry import MAX_SIDE
 from xception_flax.host import allocator
@@ -110,6 +113,7 @@ def load(
     examples = function(train_split if train else eval_split, **options)
     if not len(examples):
         raise UserError(f"source {source!r}: split {train_split if train else eval_split!r} has no images.")
+    _check_labels(source, examples)
     if train and batch_size > len(examples):  # a batch would have images twice, and a step would be more than an epoch
         raise UserError(
             f"batch_size={batch_size} is more than the {counted(len(examples), 'image')} of split {train_split!r}; "
@@ -137,6 +141,24 @@ def load(
         Balanced(examples, seed)  # refuses what it cannot order
     split.check_transforms()
     return split
+
+
+def _check_labels(source: str, examples: Source) -> None:
+    """Raises UserError if labels that are known without reading images are none of the source's classes.
+
+    A loss would take them for no class at all, and would just be too low.
+    """
+    labels, count = np.asarray(getattr(examples, "labels", ())), len(examples.class_names)
+    if labels.ndim == 1 and labels.size and not 0 <= labels.min() <= labels.max() < count:
+        there = f"from {labels.min()} to {labels.max()}"
+    elif labels.ndim == 2 and labels.shape[1] != count:
+        there = f"of shape {labels.shape}"
+    else:
+        return
+    raise UserError(
+        f"source {source!r} has labels {there}, but {counted(count, 'class')} in class_names; "
+        "labels must be numbers of classes from 0, or rows with a column for each."
+    )
 
 
 def check_options(

@@ -26,7 +26,7 @@ from xception_flax.data.decoding import WHITE, BadImageError, decode, is_dark, l
 from xception_flax.data.sampling import Balanced
 from xception_flax.data.sources.folder import Files
 from xception_flax.data.sources.source import Example, InputError, Source, WorkerEnded
-from xception_flax.data.transforms import Transform
+from xception_flax.data.transforms import Transform, made
 from xception_flax.host import allocator, parents, signals
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
@@ -158,7 +158,7 @@ class Split:
         """Checks on example 0 that the transforms make images of `image_shape`.
 
         Raises:
-          UserError: they make another shape.
+          UserError: they make another shape or type.
         """
         try:
             image, rng = self.source[0]["image"], np.random.default_rng(self.seed)
@@ -400,16 +400,19 @@ def prepare_image(
 
     Raises:
       BadImageError: the image cannot be decoded, or a transform does not accept it.
-      UserError: the transforms make another shape.
+      UserError: the transforms make another shape or type.
     """
     image = decode(image, image_shape[-1], min_side, max_value, orientation)
     if not rounded:
         image = image.astype(np.float32)
+    dtype = image.dtype
     for transform in chain:
         try:
             image = transform(image, rng)
         except UserError as error:  # the image is too small for a crop, say
             raise BadImageError(str(error)) from None
+        if getattr(image, "dtype", None) != dtype:  # in a batch of uint8 it would be wrapped modulo 256
+            raise UserError(f"a transform made {made(image)}, expected an image of {dtype}; round and clip it there.")
     if image.shape != image_shape:
         raise UserError(
             f"the transforms made an image of shape {image.shape}, but the recipe's image_size and channels "

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 
 from xception_flax import models
+from xception_flax.text import values
 
 
 class Key(NamedTuple):
@@ -36,19 +37,24 @@ class Key(NamedTuple):
 
 @functools.cache
 def keys_of(function: Callable[..., Any]) -> Mapping[str, Key]:
-    """Returns the keys that a function, a class or a `partial` takes from a recipe, in order."""
+    """Returns the keys that a function, a class or a `partial` takes from a recipe, in order.
+
+    Raises:
+      UserError: a key has no type, or one of which no value can be written.
+    """
     # A partial that sets a keyword makes all parameters after it keyword-only, so kinds are those of the function.
     whole = getattr(function, "func", function)
     kinds, meanings = inspect.signature(whole).parameters, meanings_of(whole)
     is_network = isinstance(whole, type) and issubclass(whole, nn.Module)
     no_keys = models.NO_FIELDS if is_network else ()
-    return MappingProxyType(
-        {
-            name: Key(parameter.annotation, parameter.default, meanings.get(name, ""))
-            for name, parameter in inspect.signature(function).parameters.items()
-            if kinds[name].kind is parameter.POSITIONAL_OR_KEYWORD and name not in no_keys
-        }
-    )
+    keys = {
+        name: Key(parameter.annotation, parameter.default, meanings.get(name, ""))
+        for name, parameter in inspect.signature(function).parameters.items()
+        if kinds[name].kind is parameter.POSITIONAL_OR_KEYWORD and name not in no_keys
+    }
+    for name, key in keys.items():
+        values.check_parameter(whole, name, key.annotation)
+    return MappingProxyType(keys)
 
 
 def meanings_of(function: Callable[..., Any]) -> dict[str, str]:

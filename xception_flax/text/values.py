@@ -5,10 +5,11 @@ The types are those of keywords in signatures: `int`, `float`, `bool`, `str`, `X
 """
 
 import ast
+import inspect
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -119,6 +120,18 @@ def describe(annotation: Any, *, several: bool = False) -> str:
     if origin is Sequence:
         return f"{'lists' if several else 'a list'} of {describe(arguments[0], several=True)}"
     raise TypeError(f"{annotation} is no type of a value that a user can write.")
+
+
+def check_parameter(function: Callable[..., Any], name: str, annotation: Any) -> None:
+    """Raises UserError if a parameter that users set has no type, or one of which no value can be written."""
+    try:
+        describe(annotation)
+    except TypeError:
+        kind = "none" if annotation is inspect.Parameter.empty else inspect.formatannotation(annotation)
+        raise UserError(
+            f"parameter {name!r} of {function.__module__}.{function.__qualname__} must have a type that a user can "
+            f"write (int, float, bool, str, ...), got {kind}. What the program gives stands before '/' or after '*'."
+        ) from None
 
 
 def as_text(value: Any, annotation: Any) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import lookup
+from xception_flax.text.lookup import lookup, written
 from xception_flax.text.ranges import check_range
 
 
@@ -41,7 +41,16 @@ MetricFunction = Callable[[jax.Array, jax.Array, jax.Array], dict[str, Sum]]
 
 
 def masked_sum(values: jax.Array, mask: jax.Array) -> Sum:
-    """Returns the sum of `values` `[N]` where `mask` `[N]` is 1. Padding may hold any value, even NaN."""
+    """Returns the sum of `values` `[N]` where `mask` `[N]` is 1. Padding may hold any value, even NaN.
+
+    Raises:
+      UserError: `values` are not `[N]`. Of a mean, which has padding in it, any sum would be wrong.
+    """
+    if jnp.shape(values) != mask.shape:
+        raise UserError(
+            f"a loss and a metric must have a value for each image, [N], here {mask.shape}, "
+            f"got shape {jnp.shape(values)}; leave the mean over the images to the program."
+        )
     values = jnp.where(mask > 0, values.astype(jnp.float32), 0.0)
     return Sum(jnp.sum(values), jnp.sum(mask.astype(jnp.float32)))
 
@@ -196,9 +205,22 @@ def create_metrics(name: str, **options: Any) -> MetricFunction:
       **options: the metrics' own keywords.
 
     Raises:
-      UserError: unknown name, or a value out of its range.
+      UserError: unknown name, or a value out of its range. The function raises it if it has computed other metrics
+        than its entry names.
     """
-    return lookup(METRICS, name, "metric").function(**options)
+    entry = lookup(METRICS, name, "metric")
+    function = entry.function(**options)
+
+    def compute(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, Sum]:
+        sums = function(logits, labels, mask)
+        if sums.keys() != set(entry.shares) or entry.best not in sums:
+            raise UserError(
+                f"metrics {name!r} have computed {written(tuple(sums))}, but their entry in METRICS has "
+                f"shares={written(entry.shares)} and best={written(entry.best)}; give both the same names."
+            )
+        return sums
+
+    return compute
 
 
 class Accumulator:

@@ -122,7 +122,8 @@ def make_train_step(
         them is computed, and `gradient_norm` is that of the others. None: it changes all.
 
     Raises:
-      UserError: a value is out of its range, or the devices have no such lowering.
+      UserError: a value is out of its range, or the devices have no such lowering. The step raises it while it is
+        traced if the network does not return `[N, model.num_classes]`, or the loss or a metric no value for each image.
     """
     check_range("step.ema_decay, the share kept,", ema_decay, 0, 1, below=True)
     check_range("step.accumulation_steps", accumulation_steps, 1)
@@ -188,7 +189,10 @@ def make_objective(
     mixed: bool,
     frozen: Callable[[PyTree], PyTree] | None,
 ) -> Callable[[PyTree, PyTree, Batch[jax.Array], jax.Array], tuple[jax.Array, tuple[PyTree, Sums]]]:
-    """Returns `objective(params, batch_stats, batch, key) -> (mean loss + penalty, (new batch_stats, sums))`."""
+    """Returns `objective(params, batch_stats, batch, key) -> (mean loss + penalty, (new batch_stats, sums))`.
+
+    It raises UserError while it is traced if the network or the loss returns another shape than it must.
+    """
 
     def objective(params: PyTree, batch_stats: PyTree, batch: Batch[jax.Array], key: jax.Array):
         if frozen is not None:
@@ -201,6 +205,7 @@ def make_objective(
             rngs={"dropout": key},
             mutable=["batch_stats"],
         )
+        check_logits(model, logits, batch)
         targets = soft_labels(batch, logits.shape[-1]) if mixed else batch["labels"]
         losses, penalty = loss.example(logits, targets), loss.penalty(params)
         sums = {
@@ -213,6 +218,20 @@ def make_objective(
         return mean + penalty, (updates.get("batch_stats", {}), sums)
 
     return objective
+
+
+def check_logits(model: nn.Module, logits: jax.Array, batch: Batch[jax.Array]) -> None:
+    """Checks what a network returns, where a step is traced: with too few logits a loss would just be too low.
+
+    Raises:
+      UserError: it is not `[N, model.num_classes]`, of N images.
+    """
+    expected, shape = (len(batch["images"]), model.num_classes), getattr(logits, "shape", type(logits).__name__)
+    if shape != expected:
+        raise UserError(
+            f"network {type(model).__name__} must return logits [N, model.num_classes], here {expected}, got {shape}; "
+            "pool the features, and return the classifier's logits alone."
+        )
 
 
 def complete(batch: Batch[jax.Array]) -> Batch[jax.Array]:
@@ -279,13 +298,15 @@ def make_eval_step(
 
     `variables` are those of `TrainState.variables`. A batch (`data.batch.Batch`) must have a `mask`. The loss has no
     smoothing and no penalty. Logits are `[N, num_classes]`, on the devices of their images; `head` makes them of what
-    the network returns.
+    the network returns, `[N, model.num_classes]`; another shape raises UserError while the step is traced.
     """
 
     def eval_step(variables: PyTree, batch: Batch[jax.Array]) -> tuple[Sums, jax.Array]:
         variables = jax.lax.with_sharding_constraint(variables, sharding.replicated(mesh))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # as in `_make_gradient`
-            logits = head(model.apply(variables, normalize(batch["images"]), train=False))
+            logits = model.apply(variables, normalize(batch["images"]), train=False)
+            check_logits(model, logits, batch)
+            logits = head(logits)
         sums = metrics(logits, batch["labels"], batch["mask"])
         sums["loss"] = masked_sum(loss.plain(logits, batch["labels"]), batch["mask"])
         return sums, logits

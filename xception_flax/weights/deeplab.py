@@ -114,6 +114,7 @@ def _network(arrays: Arrays) -> Pretrained:
         "deeplab",
         model,
         from_deeplab(arrays, template, name),
+        channels,
         normalize=NORMALIZE,
         activation="sigmoid" if num_classes == 1 else "softmax",
     )

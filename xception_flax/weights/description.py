@@ -81,11 +81,11 @@ def read(description: Any, arrays: Mapping[str, np.ndarray], path: Path) -> Pret
             ours |= flatten_dict(timm.from_timm(theirs, rest))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-    return Pretrained(variables=unflatten_dict(ours), **said)
+    return Pretrained(variables=unflatten_dict(ours), channels=channels, **said)
 
 
 def checked(description: Any, path: Path) -> tuple[int, dict[str, Any]]:
-    """Returns the channels of the images, and all keywords of `Pretrained` but the variables.
+    """Returns the channels of the images, and all other keywords of `Pretrained` but the variables.
 
     Raises:
       UserError: the description is damaged, or of a network that is not here.

@@ -7,6 +7,7 @@ The classifier alone may differ, and then stays random.
 import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import check_range
 from xception_flax.training import recalibration, state
 from xception_flax.weights.channels import adapt_channels, add_alpha
-from xception_flax.weights.pretrained import FIRST_LAYERS, formula
+from xception_flax.weights.pretrained import formula
 from xception_flax.weights.source import open_source
 
 Place = tuple[str, ...]  # of an array: ('params', 'predictions', 'kernel')
@@ -113,20 +114,21 @@ def load(
     notes = []
     if isinstance(found, Run):
         theirs, normalize, skipped = found.model, found.recipe.normalize, FREE_FIELDS
+        had = found.recipe.data.channels
         origin = {"workdir": str(Path(weights).expanduser().absolute()), "step": found.step, "weights": found.weights}
     else:
         theirs, normalize, skipped = models.create_model(**found.model), found.normalize, FREE_FIELDS | SHAPE_FIELDS
-        origin = dict(found.origin)
+        had, origin = found.channels, dict(found.origin)
         notes += [f"without {part}" for part in found.left_out]
         if normalize is None:
             notes.append(f"taken to be for images as {formula(mean, std)}")
     values = flatten_dict(found.variables)
     ours = {"mean": mean, "std": std}
-    if normalize is not None and image_shape[-1] == RGBA and _channels(values) < RGBA:
+    if normalize is not None and image_shape[-1] == RGBA and had < RGBA:
         # Of alpha the weights know nothing; its normalization is the recipe's.
         normalize = {name: (*_each(normalize[name], RGBA - 1), ours[name][-1]) for name in ours}
     _check_settings(source, theirs, model, skipped, normalize, ours)
-    values, note = _for_channels(values, shapes)
+    values, note = _for_channels(values, shapes, had, image_shape[-1])
     notes += note
     same_classes = len(found.class_names) == 0 or tuple(found.class_names) == tuple(class_names)
     values = _without_other_classifier(values, shapes, same_classes)
@@ -188,23 +190,25 @@ def _plain(value: Any) -> Any:
 # Arrays --------------------------------------------------------------------------------------------
 
 
-def _channels(values: Mapping[Place, Any]) -> int:
-    """Returns how many channels the images have that the weights are for."""
-    kernels = (values[place] for layer in FIRST_LAYERS if (place := ("params", layer, "kernel")) in values)
-    return next((kernel.shape[2] for kernel in kernels), RGBA)  # where there is none, `_check_shapes` says so
+def _for_channels(
+    values: dict[Place, Any], shapes: Mapping[Place, Any], had: int, channels: int
+) -> tuple[dict[Place, Any], list[str]]:
+    """Returns the arrays, which are for images of `had` channels, for `channels`, and what was done, in words.
 
+    Those of another number are the kernels that meet the images, whatever their names.
+    """
 
-def _for_channels(values: dict[Place, Any], shapes: Mapping[Place, Any]) -> tuple[dict[Place, Any], list[str]]:
-    """Returns the arrays for images of as many channels as ours, and what was done for that, in words."""
-    for place in (("params", layer, "kernel") for layer in FIRST_LAYERS):
-        if place in values and place in shapes and values[place].shape[2] != (channels := shapes[place].shape[2]):
-            had = values[place].shape[2]
-            if channels == RGBA and had < RGBA:
-                note = f"its first kernel, for {counted(had, 'channel')}, extended to {channels} by zeros for alpha"
-                return values | {place: add_alpha(np.asarray(values[place]))}, [note]
-            adapted = adapt_channels(np.asarray(values[place]), channels)
-            return values | {place: adapted}, [f"its first kernel, for {had} channels, adapted to {channels}"]
-    return values, []
+    def meets_images(place: Place) -> bool:
+        return place in shapes and [tree[place].shape[2:3] for tree in (values, shapes)] == [(had,), (channels,)]
+
+    first = [place for place in values if had != channels and place[-1] == "kernel" and meets_images(place)]
+    if not first:
+        return values, []
+    adapt, note = partial(adapt_channels, channels=channels), f"for {had} channels, adapted to {channels}"
+    if channels == RGBA and had < RGBA:
+        adapt = add_alpha
+        note = f"for {counted(had, 'channel')}, extended to {channels} by zeros for alpha"
+    return values | {place: adapt(np.asarray(values[place])) for place in first}, [f"its first kernel, {note}"]
 
 
 def _without_other_classifier(

@@ -138,6 +138,7 @@ def _pretrained(
         "keras",
         model,
         variables,
+        channels,
         image_size=before.image_size,
         normalize=before.normalize,
         activation=head.activation,

@@ -18,8 +18,6 @@ def formula(mean: Sequence[float], std: Sequence[float]) -> str:
 
 IMAGE_SIZE = 299  # pixels a side that all these networks are published for
 
-FIRST_LAYERS = ("block1_conv1", "stem_conv1", "conv1")  # of each network, which meet the images
-
 
 class Pretrained(NamedTuple):
     """A network with its weights, and what the source says of its use.
@@ -29,6 +27,7 @@ class Pretrained(NamedTuple):
         source does not say is what this library does.
       model: keywords of `models.create_model`; `name` too.
       variables: what `model.apply` takes: 'params' and 'batch_stats', NumPy arrays.
+      channels: of the images.
       class_names: of the logits, in their order; () where the source does not say.
       class_descriptions: the same in words, where the names are codes such as 'n01440764'; () where unsaid.
       image_size: of the images it was trained on, in the normal form of `text.sizes`; None where unsaid.
@@ -45,6 +44,7 @@ class Pretrained(NamedTuple):
     framework: str
     model: dict[str, Any]
     variables: dict[str, Any]
+    channels: int
     class_names: tuple[str, ...] = ()
     image_size: ImageSize | None = None
     transforms: str | None = None
@@ -57,11 +57,3 @@ class Pretrained(NamedTuple):
     min_decoded_side: int = 0
     max_value: int | None = None
     orientation: str = "ignore"
-
-    @property
-    def channels(self) -> int:
-        """Channels of the images, which the first kernel says."""
-        kernel = next(
-            self.variables["params"][name]["kernel"] for name in FIRST_LAYERS if name in self.variables["params"]
-        )
-        return kernel.shape[2]

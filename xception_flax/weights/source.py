@@ -185,7 +185,8 @@ def read_file(path: Path, config: Mapping[str, Any] = MappingProxyType({})) -> P
         pretrained = deeplab.recognize(arrays, path)
     elif form in KERAS_FORMS and DESCRIPTION in contents.config:  # `writing` put it there
         channels, said = description.checked(contents.config[DESCRIPTION], path)
-        pretrained = Pretrained(variables=keras_models.variables_of(contents, said["model"], channels, path), **said)
+        variables = keras_models.variables_of(contents, said["model"], channels, path)
+        pretrained = Pretrained(variables=variables, channels=channels, **said)
     elif form in KERAS_FORMS:
         pretrained = keras_models.recognize(contents, path)
         if is_published:
@@ -213,6 +214,7 @@ def from_run(run: Run) -> Pretrained:
         framework="xception_flax",
         model=run.recipe.model.to_dict(),
         variables=jax.tree.map(np.asarray, run.variables),
+        channels=run.recipe.data.channels,
         class_names=run.class_names,
         image_size=run.recipe.data.image_size,
         transforms=run.recipe.data.eval_transforms,

@@ -150,6 +150,7 @@ def _network(arrays: Arrays, config: Mapping[str, Any]) -> Pretrained:
         "timm",
         model,
         variables,
+        channels,
         class_names=use.class_names,
         class_descriptions=use.class_descriptions,
         image_size=use.image_size,

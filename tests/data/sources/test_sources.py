@@ -25,11 +25,11 @@ def test_contract(prepared, name):
     """Sources have random access and classes, and pickle. Batches have their shapes; evaluation has each image once."""
     source = data.SOURCES[name]("train", **prepared[name])
     assert isinstance(source, sources.Source)
-    assert len(source.class_names) == 10
+    assert len(set(source.class_names)) == len(source.class_names) > 1
     for i in (len(source) - 1, 0):
         example = source[i]
         assert isinstance(example["image"], bytes) or example["image"].dtype == np.uint8
-        assert 0 <= int(example["label"]) < 10
+        assert 0 <= int(example["label"]) < len(source.class_names)
         again = pickle.loads(pickle.dumps(source))[i]
         assert int(again["label"]) == int(example["label"])
         assert np.array_equal(again["image"], example["image"])

@@ -52,6 +52,36 @@ def test_a_defect_of_a_transform_is_no_mistake_of_the_user(black, monkeypatch):
     assert type(caught.value) is ValueError
 
 
+@pytest.mark.parametrize(
+    ("function", "made"),
+    [
+        (lambda image, rng: image / 2, r"float64 of shape \(8, 8, 3\)"),
+        (lambda image, rng: image[..., 0], r"uint8 of shape \(8, 8\)"),
+        (lambda image, rng: None, "None"),
+    ],
+)
+def test_a_transform_that_makes_no_image_is_refused(function, made, monkeypatch):
+    monkeypatch.setitem(transforms.TRANSFORMS, "new", function)
+    with pytest.raises(UserError, match=rf"transform 'new' must make an image of uint8, \[H, W, C\], made {made}\."):
+        transforms.parse_transforms("new | resize", 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "made"), [(lambda x: x * 1.5, r"float64 of shape \(8, 8, 1\)"), (lambda x: None, "None")]
+)
+def test_pixels_are_never_wrapped(change, made, monkeypatch):
+    """Of a transform that changes some images alone: not the black one on which a chain is tried."""
+    monkeypatch.setitem(transforms.TRANSFORMS, "new", lambda image, rng: change(image) if image.any() else image)
+    with pytest.raises(UserError, match=rf"data.train_transforms: a transform made {made}, expected an image of uint8"):
+        data.load("digits", image_size=8, channels=1, train_transforms="new | resize", train=True, batch_size=8)
+
+
+def test_a_keyword_without_a_type_is_named(monkeypatch):
+    monkeypatch.setitem(transforms.TRANSFORMS, "new", lambda image, rng, *, amount=1: image)
+    with pytest.raises(UserError, match=r"parameter 'amount' of \S*test_transforms\.\S+ must have a type .*, got none"):
+        transforms.parse_transforms("new(amount=2)", 8)
+
+
 @pytest.mark.parametrize("chain", CHAINS)
 def test_golden_image(chain):
     """98 % of the values are within 2 of 255, since versions of OpenCV round differently."""

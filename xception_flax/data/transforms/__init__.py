@@ -10,7 +10,7 @@ import ast
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -59,8 +59,8 @@ def parse_transforms(text: str, image_size: ImageSize) -> tuple[Transform, ...]:
     `(height, width)`. Each transform is called once, on a black image, so that a value out of its range is found here.
 
     Raises:
-      UserError: the syntax is wrong, a transform or keyword is unknown, or a value has the wrong type or is out of its
-        range.
+      UserError: the syntax is wrong, a transform or keyword is unknown, a value has the wrong type or is out of its
+        range, or a transform makes no image of uint8.
     """
     return tuple(_parse(call.strip(), image_size) for call in text.split("|"))
 
@@ -73,6 +73,7 @@ def _parse(call: str, image_size: ImageSize) -> Transform:
     for key, text in texts.items():
         if key not in parameters:
             raise UserError(f"transform {name!r} takes no {key!r}; {suggest(key, parameters)}")
+        values.check_parameter(transform, key, parameters[key].annotation)
         options[key] = values.parse(f"transform {name!r}: {key}", text, parameters[key].annotation)
     if "image_size" in parameters:
         options.setdefault("image_size", image_size)
@@ -81,10 +82,19 @@ def _parse(call: str, image_size: ImageSize) -> Transform:
             raise UserError(f"transform {name!r} needs {key!r}: {name}({key}=...).")
     transform = partial(transform, **options)
     try:
-        transform(np.zeros((*sides(image_size), 3), np.uint8), np.random.default_rng(0))
+        image = transform(np.zeros((*sides(image_size), 3), np.uint8), np.random.default_rng(0))
     except UserError as error:
         raise UserError(f"transform {written(call)}: {error}") from None
+    if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3:
+        raise UserError(f"transform {name!r} must make an image of uint8, [H, W, C], made {made(image)}.")
     return transform
+
+
+def made(image: Any) -> str:
+    """Returns what a transform has made, in words: 'float32 of shape (8, 8, 3)'."""
+    if isinstance(image, np.ndarray):
+        return f"{image.dtype} of shape {image.shape}"
+    return "None" if image is None else type(image).__name__
 
 
 def _split(call: str) -> tuple[str, dict[str, str]]:
