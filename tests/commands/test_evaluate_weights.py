@@ -174,6 +174,19 @@ def test_a_table_scores_as_its_folder(named, photos, tmp_path, monkeypatch, caps
     assert records[0]["of"]["data"]["fingerprint"] == records[1]["of"]["data"]["fingerprint"]
 
 
+def test_a_table_says_where_to_say_where_its_images_are(named, photos, tmp_path, monkeypatch, capsys):
+    table = tmp_path / "elsewhere.csv"
+    table.write_text("file,label\n" + "".join(f"{path.name},{path.parent.name}\n" for path in photos.rglob("*.png")))
+    code, _, err = shell.call(monkeypatch, capsys, evaluate.main, named, table)
+    assert code == 2
+    assert "Say where the images are by --config.data.data_dir=DIR, or remove" in err
+    found, _, _ = scored(monkeypatch, capsys, named, table, f"--config.data.data_dir={photos}")
+    expected, _, _ = scored(monkeypatch, capsys, named, "--no-report", photos)
+    assert found == expected | {"loss": pytest.approx(expected["loss"])}
+    code, _, err = shell.call(monkeypatch, capsys, evaluate.main, named, table, "--config.data.path=x")
+    assert "the data are given twice, by" in err
+
+
 def test_phones_turn_their_photos_by_exif(network, photos, tmp_path, monkeypatch, capsys):
     """A network of images that were turned is asked about turned ones, by `predict` and by `evaluate`."""
     turned = tmp_path / "turned"

@@ -130,10 +130,10 @@ def _of_folder(arguments: argparse.Namespace, changes: Sequence[str]) -> list[st
     """Returns the overrides that FOLDER stands for."""
     if arguments.folder is None:
         return []
-    for key in ("source", "data_dir", "path"):
+    values = data.source_at(os.fspath(arguments.folder.expanduser())) | {"eval_split": ALL}
+    for key in ("source", "path", *(["data_dir"] if "data_dir" in values else [])):  # paths in a table are below one
         if any(change.startswith(f"--config.data.{key}=") for change in changes):
             raise UserError(f"the data are given twice, by {arguments.folder} and by --config.data.{key}; give one.")
-    values = data.source_at(os.fspath(arguments.folder.expanduser())) | {"eval_split": ALL}
     return [f"--config.data.{key}={value!r}" for key, value in values.items()]
 
 
