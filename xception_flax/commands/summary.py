@@ -29,7 +29,7 @@ from xception_flax.text.lookup import written
 EXAMPLES = """\
   xception-flax summary xception
   xception-flax summary xception65 --image-size 513 --config.model.output_stride=16
-  xception-flax summary --config configs/digits.py --layers
+  xception-flax summary --config digits --layers
   xception-flax summary xception --picture xception.png
   xception-flax summary --all --config.model.dtype=bfloat16"""
 
