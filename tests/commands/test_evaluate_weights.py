@@ -331,6 +331,7 @@ def test_classes_are_matched():
         ("abc", "abd", {}, r"^the data has classes that the network has not: d, and none of c\. Rename them, or name"),
         ("abc", many, {}, r"not: c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 and 20 more\. Rename"),
         (many, "ab", {}, r"not: a, b, and none of c0, c1, c2, c3, c4, c5, c6, c7 and 22 more\. Rename"),
+        ("012", ["images"], {"names_assumed": True}, r"has 1 class \(images\), and the network 3, without names\. N"),
         ("012", "ab", {"names_assumed": True}, r"has 2 classes \(a, b\), and the network 3, without names\. Name the"),
         (
             imagenet,
@@ -371,6 +372,8 @@ def test_classes_are_matched():
         (["{backbone}", "{photos}"], r"this network has no classifier; its features can be had"),
         (["/nowhere/w.npz", "{photos}"], r"/nowhere/w\.npz is neither a file nor a folder"),
         (["--workdir", "w", "a", "b"], r"--workdir w stands instead of SOURCE; give one of them"),
+        (["{named}", "/nowhere/photos", "--output", "new/folder"], r"data\.data_dir: /nowhere/photos is no directory"),
+        (["{backbone}", "{photos}", "--output", "new/folder"], r"this network has no classifier"),
         (["{named}", "{photos}/.."], r"has folders of splits, train"),
         (["{named}", "{photos}", "--picture", "m.doc"], r"m\.doc is no name of a picture"),
     ],

@@ -8,6 +8,7 @@ It works from shapes: nothing is computed and no accelerator is opened.
             parameters, in the network's dtype (float32; --config.model.dtype)
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from xception_flax.models.summary import Row, Shape, fold, summarize, totals, tr
 from xception_flax.recipes import checking, reading
 from xception_flax.text import naming, sizes
 from xception_flax.text.counting import counted
+from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 
 EXAMPLES = """\
@@ -226,6 +228,12 @@ def main(argv: list[str]) -> int:
     else:
         if any(text.startswith("--config.model.name=") for text in overrides):
             parser.error("--config.model.name is for a recipe's network (--config); else give the network as NAME")
+        if not arguments.all and arguments.name not in models.MODELS and os.path.exists(arguments.name):
+            raise UserError(
+                f"{written(arguments.name)} is a file or folder; give the name of a network, such as xception.\n"
+                "`xception-flax convert FILE --output OTHER` says which network a file of weights has, "
+                "`xception-flax recipe WORKDIR` which a run has."
+            )
         choices = [
             (checking.resolve_group("model", {"name": name}, overrides), IMAGE_SIZES.get(name, IMAGE_SIZE), 3)
             for name in (models.MODELS if arguments.all else [arguments.name])
