@@ -230,9 +230,8 @@ def main(argv: list[str]) -> int:
             parser.error("--config.model.name is for a recipe's network (--config); else give the network as NAME")
         if not arguments.all and arguments.name not in models.MODELS and os.path.exists(arguments.name):
             raise UserError(
-                f"{written(arguments.name)} is a file or folder; give the name of a network, such as xception.\n"
-                "`xception-flax convert FILE --output OTHER` says which network a file of weights has, "
-                "`xception-flax recipe WORKDIR` which a run has."
+                f"{written(arguments.name)} is a file or folder; give the name of a network, such as xception. "
+                "`xception-flax convert FILE --output OTHER` says which a file has, `recipe WORKDIR` which a run has."
             )
         choices = [
             (checking.resolve_group("model", {"name": name}, overrides), IMAGE_SIZES.get(name, IMAGE_SIZE), 3)
