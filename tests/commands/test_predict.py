@@ -361,7 +361,7 @@ def test_what_is_said_is_written(weights, digits, tmp_path, monkeypatch, capsys)
         assert f"| {words} |" in card
     network = source.open_source(str(weights), None)
     assert network.measured
-    assert told(network, class_names="abcd").measured == network.measured
+    assert told(network, class_names=tuple("abcd")).measured == network.measured
     assert told(network, image_size=40).measured == {}
 
 
