@@ -134,6 +134,13 @@ def test_a_network_is_used_without_what_training_needs(without_training, tmp_pat
         result = run(*command)
         assert result.returncode == 0, (command, result.stderr)
     assert re.search(r"not tried +it needs grain, .*: pip install 'xception_flax\[train\]'", result.stdout)
+    for verb in ("train", "evaluate", "show-data", "replay", "reproduce", "precompile"):
+        result = run(verb, "--help")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith(f"usage: xception-flax {verb} ")
+    result = run("prepare", "--help")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.search(r"^error: .* lacks grain, .*\[train\]'.*\n\Z", result.stderr)
     for verb in ("train", "evaluate"):
         result = run(verb, "--config", "digits", "--workdir", "new")
         assert (result.returncode, result.stdout) == (2, "")

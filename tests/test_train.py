@@ -948,7 +948,9 @@ def test_mistakes_in_both_splits_are_shown_at_once(tmp_path, monkeypatch, capsys
     code, _, err = run(monkeypatch, capsys, train.main, *arguments, "--workdir", tmp_path / "w")
     first, second = err.splitlines()
     assert code == 2
-    assert first == "error: batch_size=64 is more than the 2 images of split 'train'; take at most 2."
+    assert first == (
+        "error: batch_size=64 is more than the 2 images of split 'train'; take at most 2: --config.batch_size=2."
+    )
     assert second.startswith(f"{tmp_path}/photos/val/b has no image")
     assert not (tmp_path / "w").exists()
 

@@ -72,14 +72,20 @@ def main() -> NoReturn:
 
         print(f"error: unknown verb {written(verb)}; {suggest(verb, VERBS)}", file=sys.stderr)
         sys.exit(2)
-    libraries.check_libraries(training=verb not in USE)
+    asks = "--help" in rest or "-h" in rest
+    libraries.check_libraries(training=verb not in USE and not asks)
     if verb == "precompile":  # before the import of JAX, which looks for hardware
         from xception_flax.planning import machines
 
         machines.hide_hardware()
     from xception_flax.commands import cli
 
-    cli.run(command(verb), rest)
+    try:
+        found = command(verb)
+    except ModuleNotFoundError:  # `prepare` is made of libraries of the extra, and does not even show its help
+        libraries.check_libraries(training=True)
+        raise
+    cli.run(found, rest)
 
 
 def _complete() -> NoReturn:

@@ -47,6 +47,15 @@ def test_extras_are_there_or_missing():
     assert {"jax", "jax-cuda13-plugin"} <= set(doctor._distributions(Requirement("jax[cuda13]")))
 
 
+def test_settings_are_those_of_the_user(monkeypatch):
+    """`import jax` sets some itself."""
+    for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.setenv(name, "1")
+        assert name not in doctor._machine()
+        monkeypatch.setenv(name, "0")
+        assert doctor._machine()[name] == "0"
+
+
 def test_without_an_installed_package_it_says_so(monkeypatch):
     monkeypatch.setattr(doctor, "DISTRIBUTION", "no-such-distribution")
     assert doctor._extras() == {"(none)": "no-such-distribution is not installed: pip install -e ."}

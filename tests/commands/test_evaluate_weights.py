@@ -174,6 +174,19 @@ def test_a_table_scores_as_its_folder(named, photos, tmp_path, monkeypatch, caps
     assert records[0]["of"]["data"]["fingerprint"] == records[1]["of"]["data"]["fingerprint"]
 
 
+def test_a_table_says_where_to_say_where_its_images_are(named, photos, tmp_path, monkeypatch, capsys):
+    table = tmp_path / "elsewhere.csv"
+    table.write_text("file,label\n" + "".join(f"{path.name},{path.parent.name}\n" for path in photos.rglob("*.png")))
+    code, _, err = shell.call(monkeypatch, capsys, evaluate.main, named, table)
+    assert code == 2
+    assert "Say where the images are by --config.data.data_dir=DIR, or remove" in err
+    found, _, _ = scored(monkeypatch, capsys, named, table, f"--config.data.data_dir={photos}")
+    expected, _, _ = scored(monkeypatch, capsys, named, "--no-report", photos)
+    assert found == expected | {"loss": pytest.approx(expected["loss"])}
+    code, _, err = shell.call(monkeypatch, capsys, evaluate.main, named, table, "--config.data.path=x")
+    assert "the data are given twice, by" in err
+
+
 def test_phones_turn_their_photos_by_exif(network, photos, tmp_path, monkeypatch, capsys):
     """A network of images that were turned is asked about turned ones, by `predict` and by `evaluate`."""
     turned = tmp_path / "turned"
@@ -318,6 +331,7 @@ def test_classes_are_matched():
         ("abc", "abd", {}, r"^the data has classes that the network has not: d, and none of c\. Rename them, or name"),
         ("abc", many, {}, r"not: c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 and 20 more\. Rename"),
         (many, "ab", {}, r"not: a, b, and none of c0, c1, c2, c3, c4, c5, c6, c7 and 22 more\. Rename"),
+        ("012", ["images"], {"names_assumed": True}, r"has 1 class \(images\), and the network 3, without names\. N"),
         ("012", "ab", {"names_assumed": True}, r"has 2 classes \(a, b\), and the network 3, without names\. Name the"),
         (
             imagenet,
@@ -358,6 +372,8 @@ def test_classes_are_matched():
         (["{backbone}", "{photos}"], r"this network has no classifier; its features can be had"),
         (["/nowhere/w.npz", "{photos}"], r"/nowhere/w\.npz is neither a file nor a folder"),
         (["--workdir", "w", "a", "b"], r"--workdir w stands instead of SOURCE; give one of them"),
+        (["{named}", "/nowhere/photos", "--output", "new/folder"], r"data\.data_dir: /nowhere/photos is no directory"),
+        (["{backbone}", "{photos}", "--output", "new/folder"], r"this network has no classifier"),
         (["{named}", "{photos}/.."], r"has folders of splits, train"),
         (["{named}", "{photos}", "--picture", "m.doc"], r"m\.doc is no name of a picture"),
     ],

@@ -14,6 +14,7 @@ from tests.weights.test_writing import random_network
 from xception_flax.commands import explain
 from xception_flax.inference.explaining import Explainer
 from xception_flax.weights import writing
+from xception_flax.weights.source import open_source
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,17 @@ def photos(tmp_path_factory) -> Path:
         cv2.imwrite(str(folder / f"{i}.png"), np.uint8((image + 1) * 127.5))
     cv2.imwrite(str(folder / "5 again.png"), cv2.imread(str(folder / "2.png")))
     return folder
+
+
+def test_a_class_is_named_where_the_classes_have_no_names(source, photos, tmp_path, monkeypatch, capsys):
+    network = open_source(str(source), None)._replace(class_names=())
+    writing.write(network, path := tmp_path / "unnamed.npz")
+    code, out, err = run(monkeypatch, capsys, path, photos, "--class", "fork", "--output", tmp_path / "x.png")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == (
+        "error: unknown class 'fork'; there are: 0, 1, 2, 3. These are numbers, for want of names; --class-names FILE "
+        "gives them."
+    )
 
 
 def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:

@@ -262,7 +262,8 @@ def test_weights_from_elsewhere_predict(weights, digits, tmp_path, monkeypatch, 
     assert out.count("\r\n") == 9
     code, out, err = run(monkeypatch, capsys, weights, *files, "--json", "--image-size", 40)
     assert code == 0
-    assert err == "the source does not say, and so assumed: classes are known by their numbers\n"
+    numbers = "classes are known by their numbers (--class-names FILE gives them names)"
+    assert err == f"the source does not say, and so assumed: {numbers}\n"
     assert {"0", "1", "2", "3"} == json.loads(out.splitlines()[0])["classes"].keys()
 
 
@@ -310,7 +311,7 @@ def test_mistakes_with_weights_from_elsewhere(weights, workdir, digits, tmp_path
             [weights, file, "--class-names", tmp_path / "twice"],
             "two classes are named 'a'; give each a name of its own.",
         ),
-        ([weights, file, "--class-names", tmp_path / "latin"], "latin is no text in UTF-8; expected a name in each"),
+        ([weights, file, "--class-names", tmp_path / "latin"], "latin are no text in UTF-8; expected a name in each"),
         ([weights, file, "--mean", "0"], "mean and std go together; give both or neither."),
         ([weights, file, "--json", "--csv"], "not allowed with argument"),
         ([workdir, file, "--image-size", "32"], f"image_size: the recipe of {workdir} says this; leave it out."),
@@ -360,7 +361,7 @@ def test_what_is_said_is_written(weights, digits, tmp_path, monkeypatch, capsys)
         assert f"| {words} |" in card
     network = source.open_source(str(weights), None)
     assert network.measured
-    assert told(network, class_names="abcd").measured == network.measured
+    assert told(network, class_names=tuple("abcd")).measured == network.measured
     assert told(network, image_size=40).measured == {}
 
 

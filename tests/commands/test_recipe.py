@@ -23,7 +23,7 @@ def run(capsys, *arguments: str) -> str:
 
 def test_a_key_is_shown_with_value_type_default_and_meaning(capsys):
     lines = run(capsys, DIGITS, "--config.eval_every_epochs=inf", "--config.model.fc_layers=(64,)").splitlines()
-    assert lines[0] == f"{DIGITS}: * is not the default; train.py --config.KEY=VALUE sets a value"
+    assert lines[0] == f"{DIGITS}: * is not the default; --config.KEY=VALUE sets a value"
     for shown in (
         ("* batch_size=64                               integer, required", "of all hosts"),
         ("* eval_every_epochs=inf                       number or inf, default 1.0", "the end is always evaluated"),

@@ -403,9 +403,10 @@ def test_a_recipe(monkeypatch, capsys):
     ("arguments", "message"),
     [
         ([], "one of the arguments NAME --config --all is required; --help shows what there is"),
+        ([DIGITS], "digits.py' is a file or folder; give the name of a network, such as xception"),
         (["xeption"], "unknown model.name 'xeption'; did you mean 'xception'"),
         (["xception", "--all"], "argument --all: not allowed with argument NAME"),
-        (["--all", "xception"], "argument NAME: not allowed with argument --all"),
+        (["--all", "xception"], "argument --all: not allowed with argument NAME"),
         (["xception", "--config", DIGITS], "argument --config: not allowed with argument NAME"),
         (["--all", "--config", DIGITS], "argument --config: not allowed with argument --all"),
         (["xception", "lenet"], "one NAME only, got 'lenet' too; --all compares all networks; --help shows"),

@@ -118,16 +118,16 @@ def test_what_a_source_does_not_say_is_assumed_and_named(network, one_device):
     assert found.preprocessing == preprocessing.Preprocessing(299, 3, chain, (127.5,), (127.5,))
     assert found.notes == (
         "the source does not say, and so assumed: images of 299 x 299 pixels, resized as timm does, by "
-        f"'{chain}', values in [-1, 1], classes are known by their numbers",
+        f"'{chain}', values in [-1, 1], classes are known by their numbers (--class-names FILE gives them names)",
     )
     assert found.class_names == ("0", "1", "2", "3")
-    options = dict(image_size=71, transforms="resize", mean=(1.0, 2.0, 3.0), std=(4.0,) * 3, class_names="abcd")
+    options = dict(image_size=71, transforms="resize", mean=(1.0, 2.0, 3.0), std=(4.0,) * 3, class_names=tuple("abcd"))
     found = predictor.from_pretrained(told(silent, **options), one_device)
     assert found.preprocessing == preprocessing.Preprocessing(71, 3, "resize", (1.0, 2.0, 3.0), (4.0,) * 3)
     assert (found.notes, found.class_names) == ((), tuple("abcd"))
     for wrong, message in [
-        (dict(class_names="abc"), "got 3 names of classes for 4 logits; give"),
-        (dict(class_names="abca"), "two classes are named 'a'; give each a name of its own"),
+        (dict(class_names=("a", "b")), "got 2 names of classes for 4 logits; give each a name, in a file"),
+        (dict(class_names=tuple("abca")), "two classes are named 'a'; give each a name of its own"),
         (dict(mean=(1.0,)), "mean and std go together"),
         (dict(mean=(1.0, 2.0), std=(1.0, 2.0)), "mean has 2 values, and images have 3 channels"),
         (dict(mean=(1.0,), std=(0.0,)), "normalize.std"),
@@ -137,6 +137,21 @@ def test_what_a_source_does_not_say_is_assumed_and_named(network, one_device):
     ]:
         with pytest.raises(UserError, match=message):
             told(silent, **wrong)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_the_names_of_classes_may_be_a_file(network, tmp_path, kind):
+    """A text is no list of letters: it is the file that the command's option of the same name takes."""
+    writing.write(network, tmp_path / "w.npz")
+    (tmp_path / "abcd").write_bytes("\ufeffa cat\r\n\r\nb, c\nd\ne\n".encode())
+    file = kind(tmp_path / "abcd")
+    assert xception_flax.load(tmp_path / "w.npz", class_names=file).class_names == ("a cat", "b, c", "d", "e")
+    (tmp_path / "abcd").write_text("a,b,c,d\n")
+    with pytest.raises(UserError, match=r"got 1 name of classes for 4 logits; .* \(--class-names FILE\) a line each"):
+        told(network, class_names=file)
+    for missing, message in [("none", "No such file"), ("no\0ne", "null byte")]:
+        with pytest.raises(UserError, match=rf"the class names 'no.*ne' cannot be read: .*{message}"):
+            told(network, class_names=missing)
 
 
 def test_the_whole_image_as_keras_has_it(network, one_device, photos, tmp_path):

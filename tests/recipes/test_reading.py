@@ -367,6 +367,8 @@ def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
         match=rf"^no recipe file 'configs/digits\.py', seen from {tmp_path}; change to the .* --config digits\.$",
     ):
         reading.load("configs/digits.py")
+    with pytest.raises(UserError, match=r"or take this project's own: --config digits:lenet\.$"):
+        reading.load("configs/digits.py:lenet")
     with pytest.raises(UserError, match=r"^no recipe file 'digit'; did you mean 'digits'\? There are: ablations, "):
         reading.load("digit")
     with pytest.raises(UserError, match=r"digits\.py', and no recipe beside it; check the path"):
@@ -378,6 +380,10 @@ def test_a_recipe_of_this_project_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, file in [("digits", "digits.py"), ("digits:lenet", "digits.py:lenet")]:
         assert reading.load(name).to_dict() == reading.load(str(ROOT / "configs" / file)).to_dict()
+    with pytest.raises(UserError, match=r"^recipe finetune_folder needs an argument: --config finetune_folder:FOLDER$"):
+        reading.load("finetune_folder")
+    with pytest.raises(UserError, match=r"^recipe imagenet takes no argument, got 'imagenet:big'\.$"):
+        reading.load("imagenet:big")
     (tmp_path / "digits").touch()
     assert reading.load("digits").model.name == "xception"
     with pytest.raises(UserError, match=r"^'\./digits' is no Python file"):

@@ -692,6 +692,13 @@ def test_a_checkpoint_without_its_step_in_meta_is_read(tmp_path, two_steps, one_
         assert_equal(checkpoint.restore_state(manager, abstract(state), 2), state)
 
 
+def test_a_reader_is_not_warned_that_it_reads(two_steps, caplog):
+    """From Python nobody has set the verbosity of absl, as the commands do."""
+    with caplog.at_level("WARNING", "absl"), open_manager(two_steps, read_only=True) as manager:
+        assert manager.all_steps()
+    assert caplog.messages == []
+
+
 def test_a_reader_looks_again_where_its_step_is_removed(tmp_path, two_steps, one_device, monkeypatch):
     """Between a reader's choice and its reading, the run saves step 3 and removes step 2, partly or completely."""
     monkeypatch.setattr(checkpoint, "READ_AGAIN_SECONDS", 0)

@@ -275,8 +275,14 @@ def test_a_reader_is_found_from_anywhere(tmp_path, monkeypatch):
 
 def test_any_exception_of_a_library_is_a_sentence(tmp_path):
     path = write(tmp_path / "a.npz", VALUES)
-    path.write_bytes(path.read_bytes()[:-9])
-    with unreadable(path, "npz", "BadZipFile: File is not a zip file"):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:20] + whole[20:].replace(b"a.npy", b"b.npy", 1))
+    with unreadable(path, "npz", "BadZipFile: File name in directory 'a.npy' and header b'b.npy' differ"):
+        reading.read(path, "npz")
+    path.write_bytes(whole[:-9])
+    with unreadable(
+        path, "npz", "it has not the end of an archive (zip), so it may be incomplete; copy it or fetch it again"
+    ):
         reading.read(path, "npz")
 
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import io
+import itertools
 import logging
 import os
 import re
@@ -12,7 +13,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,13 +30,67 @@ MAX_COUNT = 10**10
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are UserErrors: one line."""
+    """A parser whose errors are UserErrors, of one line, and for which options may stand between positionals."""
+
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        args, overrides = self._in_order(sys.argv[1:] if args is None else args)
+        arguments, unknown = super().parse_known_args(args, namespace)
+        return arguments, [*unknown, *overrides]
+
+    def _in_order(self, args: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Returns the arguments with the positionals side by side, and the overrides.
+
+        argparse fills `nargs="*"` and "?" at once, with what stands before the next option, and refuses what comes
+        after it. `parse_intermixed_args` does not, but still stops at an override, an option that it does not know.
+        """
+        positionals = [action for action in self._actions if not action.option_strings]
+        if not positionals or any(action.nargs == argparse.PARSER for action in positionals):
+            return list(args), []
+        left, words, options, overrides = list(args), [], [], []
+        while left and left[0] != "--":
+            word = left.pop(0)
+            if word.startswith("--config."):
+                overrides.append(word)
+                if "=" not in word:  # the next word was meant for its value, as the error says
+                    overrides += left[:1]
+                    del left[:1]
+            elif not _is_option(word):
+                words.append(word)
+            else:
+                options.append(word)
+                count = _count_values(self._option_string_actions.get(word), left)
+                options += left[:count]
+                del left[:count]
+        return ([*options, "--", *words, *left[1:]] if left else [*words, *options]), overrides
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help shows what there is.")
 
     def print_help(self, file: Any = None) -> None:
         print(self.format_help(), end="", file=file, flush=True)  # argparse's own ignores that a disk is full
+
+
+def _is_option(word: str) -> bool:
+    """Returns whether argparse takes a word for an option; '-' alone, a number and what has a space are none."""
+    return len(word) > 1 and word[0] == "-" and " " not in word.partition("=")[0] and not _is_of_type(float, word)
+
+
+def _count_values(action: argparse.Action | None, words: Sequence[str]) -> int:
+    """Returns how many of the words behind an option are its values: of `nargs="+"` those that are of its type."""
+    if action is None or action.nargs == 0:
+        return 0
+    values = list(itertools.takewhile(lambda word: word != "--" and not _is_option(word), words))
+    most = len(values) if action.nargs == "+" else 1
+    of_type = list(itertools.takewhile(lambda word: _is_of_type(action.type, word), values[1:most]))
+    return len(values[:1]) + len(of_type)  # whether the first is of the type is for argparse to say
+
+
+def _is_of_type(kind: Any, word: str) -> bool:
+    try:
+        kind(word)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def directory(text: str) -> Path:

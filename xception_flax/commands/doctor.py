@@ -41,6 +41,9 @@ SETTINGS = (
     *("OMP_", "MALLOC_", "LD_PRELOAD", "XCEPTION_FLAX_"),
 )
 
+# What JAX sets itself when it is imported, and nobody has chosen.
+SET_BY_JAX = {"TF_CPP_MIN_LOG_LEVEL": "1", "TPU_SKIP_MDS_QUERY": "1"}
+
 RECIPE = "digits"
 BATCH_SIZE = 8  # images of a device
 
@@ -123,8 +126,8 @@ def _machine() -> dict[str, str]:
         if Path(folder).is_dir():
             usage = shutil.disk_usage(folder)
             rows[f"disk of {folder}"] = f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free"
-    settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)}
-    return rows | {name: naming.harmless(value) for name, value in settings.items()}
+    settings = sorted(item for item in os.environ.items() - SET_BY_JAX.items() if item[0].startswith(SETTINGS))
+    return rows | {name: naming.harmless(value) for name, value in settings}
 
 
 def _backends() -> Mapping[str, list[jax.Device]]:

@@ -1,9 +1,10 @@
 """Evaluates a trained network: scores, a page about them, a record, every prediction, a picture of the mistakes."""
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -54,8 +55,8 @@ def main(argv: list[str]) -> int:
     split = _split_name(arguments, config)
     other = comparing.open_other(arguments.compare, split) if arguments.compare is not None else None
     cli.start(arguments)
-    paths = _paths(arguments, Path(source) if is_run else Path(), config, split)
-    with cli.out_of_memory(cli.LOWER_BATCH_SIZE):
+    with _no_folder_left_empty(arguments.output), cli.out_of_memory(cli.LOWER_BATCH_SIZE):
+        paths = _paths(arguments, Path(source) if is_run else Path(), config, split)
         subject = _subject(source, arguments, config, is_run=is_run)
         if subject.several_labels and arguments.picture is not None:
             raise UserError("--picture: no picture is drawn with several labels per image; leave it out.")
@@ -130,10 +131,10 @@ def _of_folder(arguments: argparse.Namespace, changes: Sequence[str]) -> list[st
     """Returns the overrides that FOLDER stands for."""
     if arguments.folder is None:
         return []
-    for key in ("source", "data_dir", "path"):
+    values = data.source_at(os.fspath(arguments.folder.expanduser())) | {"eval_split": ALL}
+    for key in ("source", "path", *(["data_dir"] if "data_dir" in values else [])):  # paths in a table are below one
         if any(change.startswith(f"--config.data.{key}=") for change in changes):
             raise UserError(f"the data are given twice, by {arguments.folder} and by --config.data.{key}; give one.")
-    values = data.source_at(os.fspath(arguments.folder.expanduser())) | {"eval_split": ALL}
     return [f"--config.data.{key}={value!r}" for key, value in values.items()]
 
 
@@ -209,6 +210,20 @@ def _paths(arguments: argparse.Namespace, folder: Path, config: ConfigDict, spli
         for path in filter(None, (picture, *paths[:3])):
             files.check_writable(path)
     return paths
+
+
+@contextlib.contextmanager
+def _no_folder_left_empty(folder: Path | None) -> Iterator[None]:
+    """Removes what was made of a folder and of those that it lies in, if the block fails and nothing is in them."""
+    places = [] if folder is None or jax.process_index() != 0 else [folder, *folder.parents]
+    made = [place for place in places if not os.path.exists(place)]
+    try:
+        yield
+    except BaseException:
+        for place in made:
+            with contextlib.suppress(OSError, ValueError):  # it is not empty, or could not be made
+                place.rmdir()
+        raise
 
 
 # What is evaluated ---------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from xception_flax.inference import predictor
 from xception_flax.inference.predictor import BATCH_SIZE, Predictor
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
+from xception_flax.weights.word import read_class_names
 
 SOURCE = "workdir of a run, file or folder of weights, keras:NETWORK, timm:NAME, hf:OWNER/NAME"
 IMAGE_SIZE = "of what the network takes: pixels a side, or height x width such as 224x320"
@@ -51,8 +52,9 @@ def add_word(parser: argparse.ArgumentParser) -> None:
 
 def word(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns what the user says of the network, as keywords of `weights.word.told`."""
-    names = ("image_size", "transforms", "mean", "std")
-    return {"class_names": _class_names(arguments.class_names)} | {name: getattr(arguments, name) for name in names}
+    names = None if arguments.class_names is None else read_class_names(arguments.class_names)
+    options = ("image_size", "transforms", "mean", "std")
+    return {"class_names": names} | {name: getattr(arguments, name) for name in options}
 
 
 def given(arguments: argparse.Namespace) -> tuple[str, list[Path]]:
@@ -105,18 +107,6 @@ def report(unreadable: Sequence[tuple[Path, UserError]]) -> int:
     for path, error in unreadable:
         cli.complain(f"{naming.shown(path)}: {error}")
     return 2 if unreadable else 0
-
-
-def _class_names(path: Path | None) -> tuple[str, ...] | None:
-    if path is None:
-        return None
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()  # editors on Windows begin a text with a mark
-        return tuple(line.strip() for line in lines if line.strip())
-    except UnicodeDecodeError:
-        raise UserError(f"--class-names {path} is no text in UTF-8; expected a name in each line.") from None
-    except OSError as error:
-        raise UserError(f"--class-names {path} cannot be read: {error.strerror}.") from None
 
 
 def files(paths: Sequence[Path]) -> Iterator[Path]:

@@ -45,11 +45,11 @@ from xception_flax.text.counting import counted
 from xception_flax.training.length import create_length
 
 EXAMPLES = """\
-  xception-flax precompile --config configs/imagenet.py --topology v5e:4x4
-  xception-flax precompile --config configs/imagenet.py --topology v5e:2x4 --config.batch_size=1024
-  xception-flax precompile --config configs/imagenet.py --topology h100:8
-  xception-flax precompile --config configs/imagenet.py --topology v6e:2x4 --find-largest-batch
-  xception-flax precompile --config configs/folder.py:photos --topology v4:2x2x1 --num-images 50000"""
+  xception-flax precompile --config imagenet --topology v5e:4x4
+  xception-flax precompile --config imagenet --topology v5e:2x4 --config.batch_size=1024
+  xception-flax precompile --config imagenet --topology h100:8
+  xception-flax precompile --config imagenet --topology v6e:2x4 --find-largest-batch
+  xception-flax precompile --config folder:photos --topology v4:2x2x1 --num-images 50000"""
 
 
 # Showing -------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Shows every key that a recipe takes, by group: its value, type, default and meaning.
 
-A * marks a value that is not the default. KEY=VALUE is written as train.py takes it, after `--config.`
+A * marks a value that is not the default. KEY=VALUE is written as training takes it, after `--config.`
 Values are checked as far as they can be without the data and the devices of a run.
 """
 
@@ -23,10 +23,10 @@ from xception_flax.runs.workdir import CONFIG, read_recipe
 from xception_flax.text import naming, values
 
 EXAMPLES = """\
-  xception-flax recipe configs/digits.py
-  xception-flax recipe configs/digits.py --config.model.name=lenet
-  xception-flax recipe configs/imagenet.py | grep -A2 decay
-  xception-flax recipe configs/imagenet.py --json
+  xception-flax recipe digits
+  xception-flax recipe digits --config.model.name=lenet
+  xception-flax recipe imagenet | grep -A2 decay
+  xception-flax recipe imagenet --json
   xception-flax recipe runs/digits"""
 
 WIDTH = 100  # of a line, in terminal cells; only long values exceed it
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
         rows = (row for group in PARTS for row in _rows(group, config))
         print(naming.to_json({row.name: _record(row) for row in rows}, allow_nan=False))
         return 0
-    print(naming.harmless(f"{arguments.config}: * is not the default; train.py --config.KEY=VALUE sets a value"))
+    print(naming.harmless(f"{arguments.config}: * is not the default; --config.KEY=VALUE sets a value"))
     for group, part in PARTS.items():
         selector = part.selector
         console.show_title(f"{group}: {config[group][selector]}" if selector else group or "outside of groups")

@@ -24,9 +24,9 @@ from xception_flax.text.counting import counted
 from xception_flax.training import mixing
 
 EXAMPLES = """\
-  xception-flax show-data --config configs/digits.py --output digits.png
-  xception-flax show-data --config configs/folder.py:photos --output eval.png --split eval
-  xception-flax show-data --config configs/digits.py --output mixed.png --config.mix.mixup_alpha=0.4"""
+  xception-flax show-data --config digits --output digits.png
+  xception-flax show-data --config folder:photos --output eval.png --split eval
+  xception-flax show-data --config digits --output mixed.png --config.mix.mixup_alpha=0.4"""
 
 
 def main(argv: list[str]) -> int:

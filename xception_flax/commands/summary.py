@@ -8,6 +8,7 @@ It works from shapes: nothing is computed and no accelerator is opened.
             parameters, in the network's dtype (float32; --config.model.dtype)
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from xception_flax.models.summary import Row, Shape, fold, summarize, totals, tr
 from xception_flax.recipes import checking, reading
 from xception_flax.text import naming, sizes
 from xception_flax.text.counting import counted
+from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import written
 
 EXAMPLES = """\
   xception-flax summary xception
   xception-flax summary xception65 --image-size 513 --config.model.output_stride=16
-  xception-flax summary --config configs/digits.py --layers
+  xception-flax summary --config digits --layers
   xception-flax summary xception --picture xception.png
   xception-flax summary --all --config.model.dtype=bfloat16"""
 
@@ -226,6 +228,11 @@ def main(argv: list[str]) -> int:
     else:
         if any(text.startswith("--config.model.name=") for text in overrides):
             parser.error("--config.model.name is for a recipe's network (--config); else give the network as NAME")
+        if not arguments.all and arguments.name not in models.MODELS and os.path.exists(arguments.name):
+            raise UserError(
+                f"{written(arguments.name)} is a file or folder; give the name of a network, such as xception. "
+                "`xception-flax convert FILE --output OTHER` says which a file has, `recipe WORKDIR` which a run has."
+            )
         choices = [
             (checking.resolve_group("model", {"name": name}, overrides), IMAGE_SIZES.get(name, IMAGE_SIZE), 3)
             for name in (models.MODELS if arguments.all else [arguments.name])

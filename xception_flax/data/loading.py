@@ -117,7 +117,7 @@ def load(
     if train and batch_size > len(examples):  # a batch would have images twice, and a step would be more than an epoch
         raise UserError(
             f"batch_size={batch_size} is more than the {counted(len(examples), 'image')} of split {train_split!r}; "
-            f"take at most {len(examples)}."
+            f"take at most {len(examples)}: --config.batch_size={len(examples)}."
         )
     num_threads, num_workers = choose_threads(num_threads, num_workers, usable_cpus(processes_per_host))
     split = Split(

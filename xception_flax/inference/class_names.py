@@ -22,7 +22,7 @@ def describe(num_classes: int) -> str:
     """Returns what the names are, in words."""
     if num_classes == IMAGENET + 1:
         return "ImageNet's after 'background'"
-    return "ImageNet's" if num_classes == IMAGENET else "known by their numbers"
+    return "ImageNet's" if num_classes == IMAGENET else "known by their numbers (--class-names FILE gives them names)"
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from xception_flax import data
 from xception_flax.data.sources.source import Renumbered
 from xception_flax.inference.predictor import Predictor
+from xception_flax.text.counting import counted
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import cut
 from xception_flax.text.naming import composed, repeated, shown
@@ -147,9 +148,10 @@ def match(network: Sequence[str], there: Sequence[str], *, names_assumed: bool, 
         return Classes(network, tuple(numbers[name] for name in there), words)
     first = len(network) - len(there)  # logit of the first class: 1 behind a background
     if first and (first, network[0]) != (1, "background"):
+        classes = f"{counted(len(there), 'class')} ({_listed(there)})"
         raise UserError(
-            f"the data has {len(there):,} classes ({_listed(there)}), and the network {len(network):,}, without names. "
-            "Name the network's, in the order of its logits, by --class-names FILE."
+            f"the data has {classes}, and the network {len(network):,}, without names. Name the "
+            "network's, in the order of its logits, by --class-names FILE."
         )
     words = f"by their order{', after background' if first else ''}, as the network has no names of them"
     return Classes((*network[:first], *there), tuple(range(first, len(network))), words)

@@ -138,7 +138,9 @@ class Explainer:
             names = tuple(map(composed, names))
             if composed(name) in names:
                 return names.index(composed(name))
-        raise UserError(f"unknown class {written(name)}; {suggest(name, predictor.class_names)}")
+        unnamed = predictor.names_assumed and predictor.class_names[:1] == ("0",)
+        advice = " These are numbers, for want of names; --class-names FILE gives them." if unnamed else ""
+        raise UserError(f"unknown class {written(name)}; {suggest(name, predictor.class_names)}{advice}")
 
     def stream(
         self, images: Sequence[AnImage], number: int = PREDICTED

@@ -1,6 +1,7 @@
 """A trained network of any origin, ready to be asked: `load(SOURCE).predict(images)`."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -198,7 +199,7 @@ def load(
     transforms: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | str | os.PathLike[str] | None = None,
     batch_size: int = BATCH_SIZE,
     mesh: Mesh | None = None,
 ) -> Predictor:
@@ -210,8 +211,10 @@ def load(
       checkpoint, weights: of a workdir; see there.
       image_size, transforms, mean, std: as of `Preprocessing`; None for what the source says, or else what its library
         does. Not for a workdir, whose recipe says it.
-      class_names: of the logits; None for those of the source, ImageNet's for its 1,000 classes, or else numbers.
-      batch_size: images at a time; rounded up to a multiple of the devices.
+      class_names: of the logits, or a file of text with a name in each line; None for those of the source, ImageNet's
+        for its 1,000 classes, or else numbers.
+      batch_size: images at a time; rounded up to a multiple of the devices. Fewer images take as long as so many: for
+        one at a time give 1.
       mesh: the devices; None for all of them.
 
     Raises:

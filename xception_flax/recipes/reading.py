@@ -69,12 +69,13 @@ def as_written(path_and_argument: str) -> dict[str, Any]:
       UserError: as of `load`, but keys and values are not checked.
     """
     path, _, argument = path_and_argument.partition(":")
+    named = path
     if NAME.fullmatch(path) and path in (own := _own_recipes()):
         path = str(own[path])
     if not os.path.isfile(path):  # False if the path is too long; Path.is_file may raise
-        raise _no_recipe(path)
+        raise _no_recipe(path, argument)
     with _import_path(path):
-        return _call(_attribute(path, "get_config"), path, argument)
+        return _call(_attribute(path, "get_config"), path, named, argument)
 
 
 @contextlib.contextmanager
@@ -103,8 +104,8 @@ def read_names(path: str, names: Sequence[str]) -> list[Any]:
         return [_attribute(path, name) for name in names]
 
 
-def _call(get_config: Any, path: str, argument: str) -> dict[str, Any]:
-    """Returns what a recipe's `get_config` returns."""
+def _call(get_config: Any, path: str, named: str, argument: str) -> dict[str, Any]:
+    """Returns what a recipe's `get_config` returns; `named` is what the user calls the file at `path`."""
     try:
         signature = inspect.signature(get_config)
     except (TypeError, ValueError):  # not a function, or one without a signature
@@ -115,9 +116,10 @@ def _call(get_config: Any, path: str, argument: str) -> dict[str, Any]:
     if not (takes_none or takes_one):
         raise UserError(f"recipe {path}: get_config must take one argument or none, got get_config{signature}.")
     if argument and not takes_one:
-        raise UserError(f"recipe {path} takes no argument, got {written(f'{path}:{argument}')}.")
+        raise UserError(f"recipe {named} takes no argument, got {written(f'{named}:{argument}')}.")
     if not argument and not takes_none:
-        raise UserError(f"recipe {path} needs an argument: --config {path}:{next(iter(signature.parameters)).upper()}")
+        parameter = next(iter(signature.parameters)).upper()
+        raise UserError(f"recipe {named} needs an argument: --config {named}:{parameter}")
     try:
         config = get_config(argument) if argument else get_config()
         if isinstance(config, ConfigDict):
@@ -162,7 +164,7 @@ def _own_recipes() -> dict[str, Path]:
     return {file.stem: file for file in RECIPES.glob("*.py")}
 
 
-def _no_recipe(path: str) -> UserError:
+def _no_recipe(path: str, argument: str = "") -> UserError:
     is_folder = os.path.isdir(path or ".")
     folder = Path(path) if is_folder else Path(path).parent
     try:
@@ -178,7 +180,8 @@ def _no_recipe(path: str) -> UserError:
         return UserError(f"{wrong}; {suggest(Path(path).stem, recipes, spell=recipes.__getitem__)}")
     if Path(path).is_absolute():
         return UserError(f"{wrong}, and no recipe beside it; check the path.")
-    named = f", or take this project's own: --config {stem}" if (stem := Path(path).stem) in own else ""
+    stem, behind = Path(path).stem, f":{argument}" if argument else ""
+    named = f", or take this project's own: --config {stem}{behind}" if stem in own else ""
     return UserError(
         f"{wrong}, seen from {Path.cwd()}; change to the folder of the project, give the file's whole path{named}."
     )

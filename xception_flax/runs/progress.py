@@ -17,7 +17,6 @@ from rich.progress import (
 
 from xception_flax.display.console import duration, percent, stderr_console
 from xception_flax.host.files import file_errors
-from xception_flax.runs.events import Events
 from xception_flax.runs.history import open_metrics
 from xception_flax.runs.workdir import HISTORY, TENSORBOARD
 from xception_flax.text import naming
@@ -85,6 +84,8 @@ class RunProgress:
         self._shown = "compiling"
         if not enabled:
             return
+        from xception_flax.runs.events import Events  # here: --help needs none of the extra 'train'
+
         self._console = stderr_console()
         self._path = workdir / HISTORY
         self._file, strange = open_metrics(self._path, start_step, unevaluated=unevaluated)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import datetime
 import json
+import logging
 import math
 import os
 import re
@@ -81,6 +82,21 @@ def _ranked(scores: Mapping[int, float]) -> list[int]:
     return sorted(scores, key=lambda step: (-scores[step], step))
 
 
+@contextlib.contextmanager
+def _not_told_that_it_only_reads() -> Iterator[None]:
+    """Drops Orbax's warning that a folder is read only, which it was told itself. A user of `load` would see it."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("Given directory is read only")
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
 class Checkpoints(ocp.CheckpointManager):
     """Orbax's manager of a folder of checkpoints.
 
@@ -110,6 +126,8 @@ class Checkpoints(ocp.CheckpointManager):
             best_fn=score,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
+            save_interval_steps=0 if read_only else 1,  # with the next: what Orbax takes, and else warns that it does
+            create=not read_only,
             # Orbax deletes a step file by file: killed meanwhile, it would leave a step that looks damaged.
             todelete_subdir=None if read_only else REMOVED,
             # If it fails in the background, threads remain that wait five minutes for it.
@@ -125,7 +143,8 @@ class Checkpoints(ocp.CheckpointManager):
         if self._removed is not None:  # by a run that was killed meanwhile
             shutil.rmtree(self._removed, ignore_errors=True)
         try:
-            super().__init__(folder, options=options, handler_registry=registry)
+            with _not_told_that_it_only_reads():
+                super().__init__(folder, options=options, handler_registry=registry)
         except BaseException:
             self._opened.close()
             raise

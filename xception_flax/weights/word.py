@@ -1,6 +1,8 @@
 """The user's word about a trained network: what its source does not say, or says otherwise."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import flax.linen as nn
@@ -24,7 +26,7 @@ Network = TypeVar("Network", bound=Pretrained | Run)
 def told(
     network: Network,
     *,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | str | os.PathLike[str] | None = None,
     image_size: ImageSize | None = None,
     transforms: str | None = None,
     mean: Sequence[float] | None = None,
@@ -34,7 +36,7 @@ def told(
 
     Args:
       network: from `source.open_source`.
-      class_names: of the logits, in their order.
+      class_names: of the logits, in their order; or a file of them, as of `read_class_names`.
       image_size, transforms, mean, std: as of `Pretrained`; of a run its recipe says them. What was measured of a
         network was measured with its own, and is left out where they are given.
 
@@ -43,6 +45,8 @@ def told(
     """
     given = {"image_size": image_size, "transforms": transforms, "mean": mean, "std": std}
     said = [name for name, value in given.items() if value is not None]
+    if isinstance(class_names, str | os.PathLike):
+        class_names = read_class_names(class_names)
     if isinstance(network, Run):
         if said:
             raise UserError(f"{', '.join(said)}: the recipe of {network.workdir} says this; leave it out.")
@@ -75,10 +79,27 @@ def told(
     return network._replace(measured={}) if said else network
 
 
+def read_class_names(file: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Returns the names of classes in a file of text, a line each; empty lines count for nothing.
+
+    Raises:
+      UserError: the file is not there, or no text in UTF-8.
+    """
+    try:
+        lines = Path(file).read_text("utf-8-sig").splitlines()  # editors on Windows begin a text with a mark
+        return tuple(line.strip() for line in lines if line.strip())
+    except UnicodeDecodeError:
+        raise UserError(f"the class names {file} are no text in UTF-8; expected a name in each line.") from None
+    except (OSError, ValueError) as error:  # a ValueError: the name has a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the class names {written(os.fspath(file))} cannot be read: {reason}.") from None
+
+
 def _names(names: Sequence[str], model: nn.Module) -> tuple[str, ...]:
     if len(names) != model.num_classes:
         raise UserError(
-            f"got {counted(len(names), 'name')} of classes for {counted(model.num_classes, 'logit')}; give each a name."
+            f"got {counted(len(names), 'name')} of classes for {counted(model.num_classes, 'logit')}; give each a "
+            "name, in a file (--class-names FILE) a line each."
         )
     if (twice := repeated(names)) is not None:
         raise UserError(f"two classes are named {written(twice)}; give each a name of its own.")

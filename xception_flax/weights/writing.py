@@ -93,7 +93,7 @@ def keras_model(pretrained: Pretrained) -> Any:
     try:
         import keras
     except ImportError as error:
-        raise UserError(f"Keras writes this format, and cannot be imported: {error}; pip install keras") from None
+        raise UserError(f"this needs Keras, which cannot be imported: {error}; pip install keras") from None
     constructor = {"xception": keras.applications.Xception, "inception_v3": keras.applications.InceptionV3}[name]
     size = pretrained.image_size or IMAGE_SIZE
     hidden, classes = tuple(getattr(fields, "fc_layers", ())), fields.num_classes

@@ -279,7 +279,8 @@ def test_a_table_of_hugging_face(tmp_path):
     assert tags.class_names == ("red", "blue")
     assert [tags[i]["label"].tolist() for i in range(4)] == [[0, 0], [1, 0], [0, 1], [1, 1]]
     with pytest.raises(
-        UserError, match=r"'label' and 'tags' could each be the column of labels; say which by data\.lab"
+        UserError,
+        match=r"'label' and 'tags' could each be the column of labels; say which by --config\.data\.label_column=NAME",
     ):
         table("all", path=path)
     names = [f"{i:02}.png" for i in range(24)]

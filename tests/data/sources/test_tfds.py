@@ -55,7 +55,10 @@ def test_mistakes_with_tfds_are_refused(prepared, tmp_path):
         (dict(split="tran", data_dir=directory), r"has no split 'tran' .*there are: test, train"),
         (dict(split="train", data_dir=directory, label_key="lable"), "no feature 'lable'; did you mean 'label'"),
         (dict(split="train", data_dir=directory, label_key="image"), "must be a ClassLabel or a sequence of them"),
-        (dict(split="train", data_dir=str(tmp_path)), "has no dataset_info.json; point data.data_dir at NAME/VERSION"),
+        (
+            dict(split="train", data_dir=str(tmp_path)),
+            "has no dataset_info.json; give NAME/VERSION of a .* by --config.data.data_dir=DIR",
+        ),
         (
             dict(split="train", name="no_such_data", data_dir=str(tmp_path)),
             "no TFDS data set 'no_such_data', neither .* none is like it",

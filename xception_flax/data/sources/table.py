@@ -253,8 +253,8 @@ class _Columns(NamedTuple):
         image = image or _called_image(file, taken)
         if not image:
             raise UserError(
-                f"{file.path} has no column called image, path, file_name, id or the like; set data.image_column to "
-                f"one of its columns: {_listed(names)}."
+                f"{file.path} has no column called image, path, file_name, id or the like; name it by "
+                f"--config.data.image_column=NAME, one of: {_listed(names)}."
             )
         image, content = _content_of(file, image, taken)
         taken |= {image, (content or "").partition(".")[0]}
@@ -269,7 +269,7 @@ class _Columns(NamedTuple):
             if several and not (len(labels) > 1 and _are_zeros_and_ones(file, labels)):
                 raise UserError(
                     f"{file.path} has no column called label, class, category, target or the like, and its others are "
-                    f"not all of 0 and 1; set data.label_column to one of its columns: {_listed(names)}."
+                    f"not all of 0 and 1; name it by --config.data.label_column=NAME, one of: {_listed(names)}."
                 )
         return cls(image, content, labels, several, split, group)
 
@@ -304,7 +304,7 @@ def _called(file: TableFile, known: Sequence[str], what: str, key: str, taken: S
     if len(found) > 1:
         raise UserError(
             f"{file.path}: {' and '.join(map(written, found[:5]))} could each be the column of {what}; say which by "
-            f"data.{key}."
+            f"--config.data.{key}=NAME."
         )
     return found[0] if found else ""
 
@@ -503,7 +503,7 @@ class _Finder:
             raise UserError(
                 f"{file.path}: row {missing[0] + file.first_row:,}: image {written(names[missing[0]])} is not in "
                 f"{self._directory} or below it, with a suffix as {IMAGE_SUFFIXES[0]} or as it is{others}. Say where "
-                "the images are by data.data_dir, or remove these rows."
+                "the images are by --config.data.data_dir=DIR, or remove these rows."
             )
         return paths
 
@@ -561,7 +561,8 @@ def _not_repeated(file: TableFile, whole: Rows, splits: Sequence[str] | None) ->
         first = firsts[codes[row]]
         for what, values in (("labels", whole.labels), ("splits", splits)):
             if values is not None and values[first] != values[row]:
-                hint = "; if an image may have several, divide them by data.label_separator" if what == "labels" else ""
+                several = "; if an image may have several, say what divides them by --config.data.label_separator=TEXT"
+                hint = several if what == "labels" else ""
                 raise UserError(
                     f"{file.path}: rows {first + file.first_row:,} and {row + file.first_row:,} give "
                     f"{naming.shown(whole.path(row))} different {what}; leave one row{hint}."

@@ -180,8 +180,8 @@ def _tfds_builder(library: Any, name: str | None, data_dir: str | None) -> Any:
         directory = _bucket(library, data_dir) if "://" in data_dir else existing_directory(data_dir, "a TFDS data set")
         if not (directory / "dataset_info.json").exists():
             raise UserError(
-                f"{directory} has no dataset_info.json; point data.data_dir at NAME/VERSION of a prepared "
-                "data set, or give data.name too."
+                f"{directory} has no dataset_info.json; give NAME/VERSION of a prepared data set by "
+                "--config.data.data_dir=DIR, or --config.data.name=NAME too."
             )
         try:
             return library.builder_from_directory(directory)

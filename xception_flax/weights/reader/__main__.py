@@ -66,6 +66,8 @@ def _answer(form: str, path: Path, room: Room) -> tuple[dict[str, Any], list[np.
             raise ValueError("it has more arrays, or says more about them, than any network")
     except BaseException as error:  # h5py, zipfile, NumPy and Rust raise all kinds of exceptions
         reason = f"{error}" if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        if "File is not a zip file" in reason:  # the list of its contents, at its end, is not there
+            reason = "it has not the end of an archive (zip), so it may be incomplete; copy it or fetch it again"
         return {"error": "".join(c if c.isprintable() else "?" for c in " ".join(reason.split())[:300].rstrip("."))}, []
     return line, [array for _, arrays in entries for array in arrays]
 
