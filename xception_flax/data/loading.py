@@ -144,11 +144,13 @@ def load(
 
 
 def _check_labels(source: str, examples: Source) -> None:
-    """Raises UserError if labels that are known without reading images are none of the source's classes.
+    """Raises UserError if the labels of a source that has them in one array are none of its classes.
 
     A loss would take them for no class at all, and would just be too low.
     """
-    labels, count = np.asarray(getattr(examples, "labels", ())), len(examples.class_names)
+    labels, count = getattr(examples, "labels", None), len(examples.class_names)
+    if not isinstance(labels, np.ndarray):  # those of a table are checked where they are read
+        return
     if labels.ndim == 1 and labels.size and not 0 <= labels.min() <= labels.max() < count:
         there = f"from {labels.min()} to {labels.max()}"
     elif labels.ndim == 2 and labels.shape[1] != count:
