@@ -7,6 +7,8 @@ import itertools
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -484,11 +486,28 @@ def test_stop_names_the_file(folder, num_workers):
             next(batches)
 
 
-def test_a_file_that_is_gone_is_named(folder):
+def test_a_file_that_is_gone_is_named(folder, monkeypatch):
+    monkeypatch.setattr(pipeline, "READ_AGAIN_SECONDS", 0.01)
     split = load(folder, train=False)
     (folder / "test" / "a" / "02.JPEG").unlink()
     with pytest.raises(data.InputError, match=r"the data cannot be read: .*No such file.*a/02\.JPEG"):
         next(split.batches())
+
+
+def test_a_file_that_is_gone_for_a_moment_is_read(folder, monkeypatch):
+    """As when the server of a network file system starts again."""
+    monkeypatch.setattr(pipeline, "READ_AGAIN_SECONDS", 2.0)
+    split = load(folder, train=False)
+    with contextlib.closing(split.batches()) as batches:
+        expected = next(batches)["images"]
+    file = folder / "test" / "a" / "02.JPEG"
+    file.rename(away := file.with_suffix(".away"))
+    begin, back = time.monotonic(), threading.Timer(0.5, away.rename, [file])
+    back.start()
+    with contextlib.closing(split.batches()) as batches:
+        np.testing.assert_array_equal(next(batches)["images"], expected)
+    assert time.monotonic() - begin >= 2  # it was read in vain first
+    back.join()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker, util
@@ -52,6 +53,8 @@ NO_SHARED_MEMORY = (
 )
 
 NUM_SAMPLES = 16  # of a split, by which data are known again
+
+READ_AGAIN_SECONDS = 5.0  # before a second try: a network file system may fail for a moment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,7 +449,11 @@ class _Prepare:
         self._orientation = orientation
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        example = self._examples[index]
+        try:
+            example = self._examples[index]
+        except OSError:
+            time.sleep(READ_AGAIN_SECONDS)
+            example = self._examples[index]
         prepared: dict[str, Any] = {"labels": _label(example), "mask": example.get("mask", np.float32(1))}
         try:
             image = prepare_image(
