@@ -896,7 +896,7 @@ def test_other_data_in_an_old_workdir_is_refused(tmp_path, monkeypatch, capsys):
         path.write_bytes(other)
     code, _, err = command("c")
     assert (code, err.count("\n")) == (2, 1)
-    assert "the content was 16 of 16 samples of the training images the same, now it is 7 of them. Give" in err
+    assert "was begun: of 16 training images that were looked at 9 are others. Give the same data, or take" in err
     shutil.rmtree(tmp_path / "c" / "train")
     shutil.copytree(tmp_path / "a" / "train", tmp_path / "c" / "train")
     (tmp_path / "c" / "val" / "x" / "0.png").unlink()

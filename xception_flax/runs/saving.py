@@ -62,19 +62,21 @@ def check_same_data(
       workdir: of the run, for the message.
       now: from `samples`, to compare these too. Older checkpoints have none.
     """
-    changed = [(key, saved.get(key), here) for key, here in training_data(split).items() if saved.get(key) != here]
+    changed = [
+        f"{key} was {str(saved.get(key))[:200]}, now it is {str(here)[:200]}"
+        for key, here in training_data(split).items()
+        if saved.get(key) != here
+    ]
     for name, here in now.get(SAMPLES, {}).items():
-        if (before := saved.get(SAMPLES, {}).get(name, here))["images"] != here["images"]:
-            changed.append((f"the number of {name} images", before["images"], here["images"]))
+        before = saved.get(SAMPLES, {}).get(name, here)
+        if before["images"] != here["images"]:
+            changed.append(f"the number of {name} images was {before['images']:,}, now it is {here['images']:,}")
         others = sum(old != new for old, new in zip(before["digests"], here["digests"], strict=True))
-        if others > MAX_CHANGED * len(here["digests"]):
-            same = f"{len(here['digests'])} of {len(here['digests'])} samples of the {name} images the same"
-            changed.append(("the content", same, f"{len(here['digests']) - others} of them"))
+        if others > MAX_CHANGED * (looked_at := len(here["digests"])):
+            changed.append(f"of {looked_at} {name} images that were looked at {others} are others")
     if changed:
-        key, before, here = changed[0]
         raise UserError(
-            f"the data has changed since {workdir} was begun: {key} was {str(before)[:200]}, now it is "
-            f"{str(here)[:200]}. Give the same data, or take a new workdir."
+            f"the data has changed since {workdir} was begun: {changed[0]}. Give the same data, or take a new workdir."
         )
 
 
