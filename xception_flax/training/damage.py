@@ -124,8 +124,9 @@ def set_aside(folder: Path, plain: Path, templates: Mapping[str, PyTree], best_m
             "take a new workdir."
         )
     warnings = []
+    same_disk = not damaged or folder.stat().st_dev == folder.parent.stat().st_dev  # it may be a link
+    aside = (folder.parent if same_disk else folder) / ASIDE
     for step, reason in damaged.items():
-        aside = (folder.parent if folder.stat().st_dev == folder.parent.stat().st_dev else folder) / ASIDE
         with files.file_errors(aside, "written"):
             place = _free(aside, str(step))
         with files.file_errors(folder / str(step), f"moved to {place}"):
