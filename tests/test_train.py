@@ -775,7 +775,7 @@ def test_checkpoints_by_the_clock_and_a_damaged_one(tmp_path, monkeypatch, capsy
         (["--config.metrics.name=multi_label"], r"metrics 'multi_label' take a row .* set metrics.name=single_label"),
         (["--workdir", "gs://bucket/run"], "argument --workdir: gs://bucket/run is no path of a file system; mount"),
         (["--process-id", "one"], "argument --process-id: invalid int value: 'one'; --help shows"),
-        (["--wrokdir=x"], "unknown argument '--wrokdir=x'"),
+        (["--wrokdir=x"], "unknown option '--wrokdir'; did you mean '--workdir'"),
         (["--coordinator", "localhost:1"], "--coordinator, --num-processes and --process-id go together"),
         (["--num-processes", "2", "--process-id", "1"], "--coordinator, --num-processes and --process-id go together"),
         (["--workdir", "/"], "workdir '/' is the root of all folders; take a folder that is for this run alone"),

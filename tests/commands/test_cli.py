@@ -39,7 +39,7 @@ def test_what_a_disk_refuses_is_no_defect(monkeypatch, capsys, number):
         ("SOURCE a --mean 1 2 3 b", dict(mean=[1.0, 2.0, 3.0])),
         ("--mean 127.5 --std -1 SOURCE a b", dict(mean=[127.5], std=[-1.0])),
         ("SOURCE --top 3 a b --config.data.x=1", dict(top=3, unknown=["--config.data.x=1"])),
-        ("SOURCE --config.a=1 a --jsn b --config.b=2", dict(unknown=["--jsn", "--config.a=1", "--config.b=2"])),
+        ("SOURCE --config.a=1 a --shots b --config.b=2", dict(unknown=["--shots", "--config.a=1", "--config.b=2"])),
         ("SOURCE a b --config.a 1", dict(unknown=["--config.a", "1"])),
         ("SOURCE --json a --top 3 -- b", dict(json=True, top=3)),
         ("SOURCE --json a -- -b", dict(json=True, images=["a", "-b"])),
@@ -75,3 +75,5 @@ def test_a_value_of_a_wrong_type_is_still_refused():
         parser.parse_args(["SOURCE", "--batch-size", "0", "a"])
     with pytest.raises(UserError, match=r"unrecognized arguments: --jsn;"):
         parser.parse_args(["SOURCE", "a", "--jsn", "b"])
+    with pytest.raises(UserError, match=r"unknown option '--men'; did you mean '--mean'\? --help shows what there is\."):
+        parser.parse_args(["SOURCE", "a", "--men", "1"])

@@ -217,7 +217,7 @@ def test_evaluate_by_choice(whole, monkeypatch, capsys):
         (["--batch-size", "12"], "batch_size=12 does not divide over 8 devices"),
         (["--mean", "1", "--std", "1"], "mean, std: .* is a run, which says this itself; leave it out"),
         (["--config.model.width=1"], "--config.model.width cannot be changed here"),
-        (["--bath-size", "8"], "unknown argument '--bath-size'"),
+        (["--bath-size", "8"], "unknown option '--bath-size'; did you mean '--batch-size'"),
     ],
 )
 def test_mistakes_with_evaluate(whole, monkeypatch, capsys, arguments, message):

@@ -363,7 +363,7 @@ def test_classes_are_matched():
         ),
         (["{named}", "{photos}", "--config.model.width=1"], r"--config\.model\.width cannot be changed here"),
         (["{named}", "{photos}", "--split", "test"], r"unknown split of a folder of classes 'test'; .*all, train, val"),
-        (["{named}", "{photos}", "--bath-size=8"], r"unknown argument '--bath-size=8'"),
+        (["{named}", "{photos}", "--bath-size=8"], r"unknown option '--bath-size'; did you mean '--batch-size'"),
         (["{named}", "{photos}", "--mean", "0"], r"mean and std go together"),
         (
             ["{named}", "--config.data.source=digits"],

@@ -438,7 +438,7 @@ def test_a_recipe(monkeypatch, capsys):
         (["xception", "--config.model.name=lenet"], "--config.model.name is for a recipe's network"),
         (["--all", "--config.model.output_stride=8"], r"'model.output_stride' with model.name='inception_v3'"),
         (["--config", "digts.py"], "no recipe file 'digts.py'"),
-        (["xception", "--layres"], "unknown argument '--layres'"),
+        (["xception", "--layres"], "unknown option '--layres'; did you mean '--layers'"),
     ],
 )  # fmt: skip
 def test_mistakes(monkeypatch, capsys, arguments, message):

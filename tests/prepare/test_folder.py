@@ -217,7 +217,7 @@ def test_a_table_with_splits_and_several_labels(folder, tmp_path, capsys, monkey
         (["--config.data.path=x"], r"given twice, by \S+Labels\.csv and by --config\.data\.path; give one"),
         (["--config.data.val_split=x"], r"unknown recipe key 'data\.val_split'"),
         (["--config.model.name=lenet"], r"--config\.model\.name cannot be changed here; only keys of: data"),
-        (["--data"], r"unknown argument '--data'"),
+        (["--data"], r"unknown (argument|option) '--data'"),
     ]:
         for command in (["folder", "--data-dir", tmp_path / "x"], ["check"]):
             assert re.search(message, fail(capsys, monkeypatch, command[0], table, *command[1:], *options, *arguments))

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
 import io
 import itertools
@@ -23,7 +24,7 @@ from absl import logging as absl_logging
 from xception_flax.host import allocator, compilation_cache, processes
 from xception_flax.text import naming, sizes, values
 from xception_flax.text.errors import UserError
-from xception_flax.text.lookup import written
+from xception_flax.text.lookup import MAX_SHOWN, written
 
 # No data set has more images, and the bytes of so many fit in 64 bits. A larger count is refused as such.
 MAX_COUNT = 10**10
@@ -33,11 +34,25 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are UserErrors, of one line, and for which options may stand between positionals."""
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
-        args, overrides = self._in_order(sys.argv[1:] if args is None else args)
-        arguments, unknown = super().parse_known_args(args, namespace)
+        words = list(sys.argv[1:] if args is None else args)
+        if not any(action.nargs == argparse.PARSER for action in self._actions):  # else the words are of another parser
+            self._check_spelling(itertools.takewhile(lambda word: word != "--", words))
+        words, overrides = self._in_order(words)
+        arguments, unknown = super().parse_known_args(words, namespace)
         return arguments, [*unknown, *overrides]
 
-    def _in_order(self, args: Iterable[str]) -> tuple[list[str], list[str]]:
+    def _check_spelling(self, words: Iterable[str]) -> None:
+        """Raises UserError for an unknown option that is like one that exists; of others the caller knows what to say.
+
+        Before argparse looks: to it, an option in another spelling is one that is missing.
+        """
+        for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+            if option in self._option_string_actions or option.startswith("--config."):
+                continue
+            if close := difflib.get_close_matches(option[:MAX_SHOWN], self._option_string_actions, n=1, cutoff=0.75):
+                self.error(f"unknown option {written(option)}; did you mean {close[0]!r}?")
+
+    def _in_order(self, args: Sequence[str]) -> tuple[list[str], list[str]]:
         """Returns the arguments with the positionals side by side, and the overrides.
 
         argparse fills `nargs="*"` and "?" at once, with what stands before the next option, and refuses what comes
@@ -64,7 +79,7 @@ class _Parser(argparse.ArgumentParser):
         return ([*options, "--", *words, *left[1:]] if left else [*words, *options]), overrides
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help shows what there is.")
+        raise UserError(f"{message}{'' if message.endswith('?') else ';'} --help shows what there is.")
 
     def print_help(self, file: Any = None) -> None:
         print(self.format_help(), end="", file=file, flush=True)  # argparse's own ignores that a disk is full

@@ -37,6 +37,19 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 FLOAT_TYPES = tuple(map(jnp.dtype, ("bfloat16", "float16", "float32", "float64")))
 
 
+# What other libraries call it, timm above all, and how it is had here.
+ELSEWHERE = {
+    "pretrained": "xception_flax.load('keras:xception') fetches a network with its weights, in a recipe init.weights",
+    "weights": "xception_flax.load('keras:xception') fetches a network with its weights, in a recipe init.weights",
+    "in_chans": "the first layer takes as many channels as the images have",
+    "features_only": "model.apply(..., method='endpoints') returns the features of all stages",
+    "include_top": "num_classes=0 leaves the classifier out",
+    "classes": "it is num_classes",
+    "drop_rate": "it is dropout_rate",
+    "input_shape": "the network takes images of any size and number of channels",
+}
+
+
 class _NoFields(nn.Module):
     pass
 
@@ -63,7 +76,8 @@ def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Mod
     known = signature.keys() - NO_FIELDS
     for field, value in {"num_classes": num_classes, **fields}.items():
         if field not in known:
-            raise UserError(f"model {name!r} has no attribute {written(field)}; {suggest(field, known)}")
+            hint = ELSEWHERE.get(field) or suggest(field, known)
+            raise UserError(f"model {name!r} has no attribute {written(field)}; {hint}")
         kind = signature[field].annotation
         if field in ("dtype", "param_dtype"):
             fields[field] = _float_type(field, value)
