@@ -476,9 +476,9 @@ def test_chains_compute_what_single_layers_do(monkeypatch, train, padding):
     [
         ({"name": "xcepton"}, "unknown model 'xcepton'; did you mean 'xception'"),
         ({"widht": 0.5}, "model 'xception' has no attribute 'widht'; did you mean 'width'"),
-        ({"pretrained": True}, r"'xception' has no attribute 'pretrained'; xception_flax\.load\('keras:xception'\) fetches"),
+        ({"pretrained": True}, r"has no attribute 'pretrained'; xception_flax\.load\('keras:xception'\) fetches"),
         ({"in_chans": 1}, "no attribute 'in_chans'; the first layer takes as many channels as the images have"),
-        ({"features_only": True}, r"no attribute 'features_only'; model\.apply\(\.\.\., method='endpoints'\) returns"),
+        ({"features_only": True}, r"'features_only'; model\.apply\(\.\.\., method='endpoints'\) returns"),
         ({"include_top": False}, "no attribute 'include_top'; num_classes=0 leaves the classifier out"),
         ({"num_classes": "ten"}, "model.num_classes must be an integer, got 'ten'"),
         ({"width": None}, "model.width must be a number, got None"),
