@@ -8,13 +8,10 @@ are not run again. The picture is drawn from all of them.
 import argparse
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +19,8 @@ import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks import command
-from benchmarks.worker import ROOT, WorkerError
+from benchmarks import accuracy, command
+from benchmarks.worker import WorkerError
 from xception_flax.data.sources.fashion_mnist import fashion_mnist
 from xception_flax.text.errors import UserError
 
@@ -74,7 +71,7 @@ def main(argv: list[str]) -> int:
         for seed in range(options.seeds):
             for name in names:
                 run(name, seed, options)
-    rows = [row for row in read(options.results) if row["images_per_class"] == options.images]
+    rows = [row for row in accuracy.read(options.results) if row["images_per_class"] == options.images]
     for name in SETTINGS:
         kinds = {
             json.dumps([row["changes"] | {"seed": 0}, row["weights_sha256"]]) for row in rows if row["setting"] == name
@@ -89,11 +86,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read(results: Path) -> list[dict[str, Any]]:
-    """Returns the runs of a file, none where there is no file."""
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-
-
 def run(name: str, seed: int, options: argparse.Namespace) -> None:
     """Trains and evaluates one setting with one seed, unless the results have it, and writes its line."""
     changes = {"init.weights": options.weights, **SETTINGS[name].changes, "seed": seed, "data.image_size": SIZE}
@@ -101,7 +93,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
     key |= {"changes": changes | {"init.weights": Path(changes["init.weights"]).name}, "weights_sha256": None}
     if Path(changes["init.weights"]).is_file():
         key["weights_sha256"] = hashlib.sha256(Path(changes["init.weights"]).read_bytes()).hexdigest()
-    if any(row.items() >= key.items() for row in read(options.results)):
+    if any(row.items() >= key.items() for row in accuracy.read(options.results)):
         return
     progress = command.Progress(f"{name}, seed {seed}")
     never = {"checkpoint_every_epochs": "inf", "eval_every_epochs": "inf"}
@@ -111,24 +103,8 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
         recipe = ["--config", f"configs/finetune_folder.py:{folder}/images", "--workdir", str(workdir)]
         overrides = [f"--config.{key}={value}" for key, value in (changes | never).items()]
         begin = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, "train.py", *recipe, *overrides],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            last = ""
-            for line in process.stderr:
-                last = line.strip() or last
-                if line.startswith("step "):
-                    progress.show(line.strip())
-        finally:
-            process.kill()
-        if process.wait():
-            raise WorkerError(f"{name}, seed {seed}: train.py ended with code {process.returncode}: {last}")
-        records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        accuracy.follow(progress, "train.py", *recipe, *overrides)
+        records = accuracy.read(workdir / "metrics.jsonl")
     evaluation = next(record for record in reversed(records) if "eval/top1" in record)
     row = key | {
         "steps": evaluation["step"],
@@ -137,15 +113,11 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
         "evaluated": evaluation["eval/count"],
         "train_losses": [[r["step"], r["train/loss"]] for r in records if "train/loss" in r],
         "seconds": round(time.monotonic() - begin, 1),
-        "versions": {library: metadata.version(library) for library in ("jax", "flax", "optax")},
+        "versions": accuracy.versions(),
         "machine": command.machine(),
     }
     progress.say(f"top1 {row['top1']:.1%} after {row['steps']} steps")
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    accuracy.append(options.results, row)
 
 
 def write_images(folder: Path, seed: int, per_class: int, data_dir: str | None) -> None:

@@ -11,8 +11,8 @@ from xception_flax.recipes import reading
 from xception_flax.reproduction.claims import SEARCH_SEED, Table
 from xception_flax.text.errors import UserError
 
-# What a run sets itself, beside the recipe of its setting, and where data are: no part of the recipe's name.
-OF_A_RUN = ("seed", "optimizer.learning_rate", "data.data_dir")
+# What no result is named by: runs differ in their seeds, and machines in where data are.
+OF_A_RUN = ("seed", "data.data_dir")
 
 
 class Run(NamedTuple):
@@ -59,13 +59,9 @@ class Results:
         return self.rows.get(run)
 
     def recipe_name(self, data_set: str, setting: str) -> str:
-        """Returns a short name of the recipe of a setting as it is now, which changes with any of its values.
-
-        It is the SHA-256 of the recipe as written, without `OF_A_RUN`: a new key with a default changes nothing.
-        """
+        """Returns the `digest` of the recipe of a setting as it is now, without what a run sets itself."""
         flat = self._flat(data_set, setting)
-        content = json.dumps({key: value for key, value in flat.items() if key not in OF_A_RUN}, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:12]
+        return digest({key: value for key, value in flat.items() if key != "optimizer.learning_rate"})
 
     def learning_rate(self, data_set: str, setting: str) -> float:
         """Returns the learning rate that a setting's recipe is written with."""
@@ -75,6 +71,15 @@ class Results:
         if (data_set, setting) not in self._recipes:
             self._recipes[data_set, setting] = flat(reading.as_written(self._table.recipe(data_set, setting)))
         return self._recipes[data_set, setting]
+
+
+def digest(recipe: Mapping[str, Any]) -> str:
+    """Returns a short name of a recipe as written, which changes with any of its values but `OF_A_RUN`.
+
+    It is a SHA-256 of what is written: a new key with a default changes nothing.
+    """
+    content = {key: value for key, value in flat(recipe).items() if key not in OF_A_RUN}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
