@@ -38,7 +38,7 @@ def write(job: Job, readings: list[str]) -> dict[str, Any]:
     np.save(folder / "labels.npy", labels.astype(np.int32))
 
     init = jax.jit(
-        lambda key: network(job).init(key, jnp.zeros((1, 64, 64, 3)), train=False), compiler_options=_COMPILED_FAST
+        lambda key: network(job).init(key, jnp.zeros((1, 75, 75, 3)), train=False), compiler_options=_COMPILED_FAST
     )
     variables = init(jax.random.key(0))
     if readings and job.mode == "forward":

@@ -27,6 +27,7 @@ class Job(NamedTuple):
       threads: number of threads that compute, and of CPUs that the process may use.
       width: of the network; only this project's can have another than 1.
       middle_repeats: blocks of its middle flow; only this project's can have others than 8.
+      network: a name of `MODELS`; only this project has others than Xception, and at width 1.
     """
 
     folder: str
@@ -36,14 +37,15 @@ class Job(NamedTuple):
     threads: int
     width: float = 1.0
     middle_repeats: int = 8
+    network: str = "xception"
 
     def load(self, name: str) -> Any:
         return np.load(Path(self.folder) / name)
 
 
 def network(job: Job, **fields: Any) -> Any:
-    """Returns Xception as the benchmark runs it: without dropout, which Keras Applications and ONNX do not have."""
+    """Returns the network as the benchmark runs it: without dropout, which Keras Applications and ONNX do not have."""
     from xception_flax import create_model
 
-    scale = dict(width=job.width, middle_repeats=job.middle_repeats)
-    return create_model("xception", num_classes=NUM_CLASSES, dropout_rate=0.0, **scale, **fields)
+    scale = dict(width=job.width, middle_repeats=job.middle_repeats) if job.network == "xception" else {}
+    return create_model(job.network, num_classes=NUM_CLASSES, dropout_rate=0.0, **scale, **fields)

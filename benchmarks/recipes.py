@@ -1,8 +1,9 @@
 """What recipes reach: accuracy on the test split with several seeds, not time.
 
-Each run trains by the recipe as it is written but for its seed, and the last step is evaluated, whatever the validation
-says. A run is a line of the results, as it ends; runs that are there are not run again, and one that was stopped goes
-on. The table is of all results of the recipes as they are now.
+Each run trains by the recipe as it is written but for its seed, and is tested as `xception-flax evaluate` does it: the
+checkpoint that is best on the validation split, and averaged weights where the recipe keeps them. A run is a line of
+the results, as it ends; runs that are there are not run again, and one that was stopped goes on. The table is of all
+results of the recipes as they are now.
 """
 
 import argparse
@@ -77,19 +78,22 @@ def run(recipe: str, seed: int, options: argparse.Namespace) -> None:
     )
     seconds = time.monotonic() - begin
     with tempfile.TemporaryDirectory(prefix="xception_flax_benchmark_") as folder:
-        chosen = ["--split", SPLIT, "--checkpoint", "latest", "--output", folder]
-        accuracy.follow(progress, "-m", "xception_flax", "evaluate", str(workdir), *chosen)
+        accuracy.follow(
+            progress, "-m", "xception_flax", "evaluate", str(workdir), "--split", SPLIT, "--output", folder, *where
+        )
         tested = json.loads(Path(folder, f"evaluation_{SPLIT}.json").read_text())
     records = accuracy.read(workdir / "metrics.jsonl")
-    validated = next(record for record in reversed(records) if "eval/top1" in record)
+    weights = tested["of"]["weights"]
+    validated = next(record for record in records if "eval/top1" in record and record["step"] == weights["step"])
     layers = list_layers(create_model(**config.model), (*sides(config.data.image_size), config.data.channels))
     row = key | {
-        "steps": validated["step"],
+        "steps": records[-1]["step"],
+        "step": weights["step"],
         "validation": validated["eval/top1"],
         "test": tested["scores"]["top1"]["value"],
         "loss": tested["loss"],
         "images": tested["count"],
-        "weights": tested["of"]["weights"]["weights"],
+        "weights": weights["weights"],
         "parameters": sum(layer.parameters for layer in layers),
         "losses": [[r["step"], round(r["train/loss"], 6)] for r in records if r.get("train/loss") is not None],
         "accuracies": [[r["step"], r["eval/top1"]] for r in records if "eval/top1" in r],

@@ -36,6 +36,8 @@ from benchmarks import (
     worker,
 )
 from benchmarks.job import Job
+from xception_flax import create_model
+from xception_flax.models import costs
 
 MAX_DIFFERENCE = 1e-4  # of the spread of the logits over images, as in tests/weights/test_keras.py; measured: 8e-6
 
@@ -117,6 +119,20 @@ def test_growth(tmp_path):
     assert rows[1]["gflop"] == pytest.approx(3 * rows[0]["gflop"])
     assert rows[0]["relative"] == pytest.approx(3 * rows[0]["seconds"] / rows[1]["seconds"])
     assert "Time grows as FLOP to the power of" in result.stdout
+
+
+def test_growth_from_network_to_network(tmp_path):
+    file = tmp_path / "growth.json"
+    size = "--size 75 --batch 1 --rounds 1 --seconds-per-turn 0.1"
+    result = benchmark(f"growth {size} --axis network=lenet,inception_v3 --json {file}")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(file.read_text())["network"]["rows"]
+    assert [row["name"] for row in rows] == ["lenet", "inception_v3"]
+    for row in rows:
+        model = create_model(row["name"], num_classes=1000)
+        macs = sum(layer.macs for layer in costs.list_layers(model, (75, 75, 3)))
+        assert row["gflop"] == pytest.approx(2 * macs / 1e9)
+    assert "power" not in result.stdout
 
 
 def test_the_exponent_of_growth():
@@ -219,6 +235,8 @@ def test_a_reader_reads_whole_photos_as_pillow_does(tmp_path):
         ("step --threads 9999", "--threads must be at most .*, the CPUs that this process may use"),
         ("step --json /nowhere/step.json", "--json: there is no folder /nowhere"),
         ("growth --axis size=0.5", "size takes int values, got '0.5'"),
+        ("growth --axis network=inception", "unknown network 'inception'; did you mean 'inception_v3'"),
+        ("growth --axis network --width 0.5", "--axis network compares networks as they are: leave out --width"),
         ("growth --axis batches=1", "unknown axis 'batches'; did you mean 'batch'?"),
         ("cold_start --contenders-python /nowhere", "keras_tensorflow: there is no /nowhere; .* `make contenders`"),
     ],
@@ -277,6 +295,37 @@ def test_images_to_fine_tune_on(tmp_path):
     assert found[0]["val"] == found[1]["val"]
     assert {int(path.stem) for path in found[0]["val"]} == set(range(1000))
     assert found[0]["train"] != found[1]["train"]
+
+
+# Recipes -------------------------------------------------------------------------------------------
+
+
+def test_what_the_docs_say_of_recipes_is_in_the_results():
+    result = benchmark("recipes")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.strip() in (shell.ROOT / "docs" / "recipes.md").read_text()
+
+
+def test_a_recipe_is_run_with_each_seed_once_and_anew_where_it_changes(tmp_path):
+    recipe, results = tmp_path / "tiny.py", tmp_path / "results.jsonl"
+    content = "from configs import digits\n\n\ndef get_config():\n    config = digits.get_config('lenet')\n"
+    recipe.write_text(content + "    config.epochs, config.schedule.warmup_epochs = 0.5, 0.0\n    return config\n")
+    command_line = f"recipes {recipe} --results {results} --workdir {tmp_path / 'runs'}"
+    result = benchmark(f"{command_line} --seeds 2")
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(row["seed"], row["steps"], row["images"]) for row in rows] == [(0, 10, 360), (1, 10, 360)]
+    assert rows[0]["losses"] != rows[1]["losses"]
+    mean = (rows[0]["test"] + rows[1]["test"]) / 2
+    assert f" {mean:.2%} |" in result.stdout
+    assert list((tmp_path / "runs").iterdir()) == []
+
+    again = benchmark(f"{command_line} --seeds 2")
+    assert (again.returncode, again.stdout, again.stderr) == (0, result.stdout, "")
+    recipe.write_text(content + "    config.epochs, config.schedule.warmup_epochs = 0.6, 0.0\n    return config\n")
+    changed = benchmark(f"recipes --results {results}")
+    assert (changed.returncode, changed.stdout) == (1, "")
+    assert "has no run of a recipe as it is now; name a RECIPE to run it" in changed.stderr
 
 
 # A long run ----------------------------------------------------------------------------------------

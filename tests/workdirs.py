@@ -19,6 +19,11 @@ def evaluations(workdir: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k != "eval/seconds"} for r in records(workdir) if "eval/loss" in r]
 
 
+def best_evaluation(workdir: Path) -> dict:
+    """Returns the record of the evaluation with the most right answers, of equal ones with the lower loss."""
+    return max(evaluations(workdir), key=lambda record: (record["eval/top1"], -record["eval/loss"]))
+
+
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Returns every array of a checkpoint by its path, whatever devices and processes have saved it."""
     leaves, handler = {}, ocp.StandardCheckpointHandler()

@@ -184,10 +184,11 @@ def is_over(workdir: Path) -> bool:
 
 
 def best_step(workdir: Path) -> int:
-    """Returns the step of the checkpoint with the highest share of right answers, of equal ones the first."""
+    """Returns the step of the checkpoint with the most right answers, of equal ones that with the lower loss."""
     scores = {}
     for step in saved_steps(workdir):
         file = workdir / "checkpoints" / str(step) / "metrics" / "metrics"
         if file.exists():
-            scores[step] = json.loads(file.read_text())["top1"]
-    return max(scores, key=lambda step: (scores[step], -step))
+            metrics = json.loads(file.read_text())
+            scores[step] = metrics["top1"], -metrics["loss"], -step
+    return max(scores, key=scores.__getitem__)

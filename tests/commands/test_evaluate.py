@@ -13,7 +13,7 @@ import sklearn.metrics
 
 from shell import ROOT
 from shell import call as run
-from workdirs import evaluations, records
+from workdirs import best_evaluation, evaluations, records
 from xception_flax.commands import evaluate
 from xception_flax.data.sources import digits
 from xception_flax.reports import grid
@@ -32,12 +32,17 @@ def test_evaluate_repeats_the_loops_evaluation(whole, monkeypatch, capsys):
     assert code == 0
     assert "digits, split 'validation', 180 images" in out
     result = json.loads(out.splitlines()[-1])
-    recorded = evaluations(whole)[-1]
+    recorded = best_evaluation(whole)
     assert {"top1", "top5", "loss", "count"} <= set(result)
-    assert (result["step"], result["weights"], result["count"]) == (157, "ema", 180)
+    assert (result["step"], result["weights"], result["count"]) == (recorded["step"], "ema", 180)
     assert result["top1"] == pytest.approx(recorded["eval/top1"], abs=1e-9)
     assert result["loss"] == pytest.approx(recorded["eval/loss"], rel=1e-4)
     assert (whole / "mistakes_validation.png").exists()
+
+    code, out, _ = run(monkeypatch, capsys, evaluate.main, "--workdir", whole, "--checkpoint", "latest")
+    result = json.loads(out.splitlines()[-1])
+    assert (code, result["step"]) == (0, 157)
+    assert result["loss"] == pytest.approx(evaluations(whole)[-1]["eval/loss"], rel=1e-4)
 
 
 def test_the_picture_says_what_it_is_of(whole, tmp_path, monkeypatch, capsys):
@@ -61,7 +66,7 @@ def test_the_picture_says_what_it_is_of(whole, tmp_path, monkeypatch, capsys):
     text = "\n".join(comments)
     assert "9 of 10 wrong (10.00 % right)" in text
     assert "arrays, split 'ten'" in text
-    assert "step 157, ema weights" in text
+    assert f"step {best_evaluation(whole)['step']}, ema weights" in text
     wrong_labels = {int(label) for label in re.findall(r"^is (\d)", text, re.MULTILINE)}
     (right,) = set(range(10)) - wrong_labels
     files |= {"none": (digit, np.array([right])), "one": (digit, np.array([min(wrong_labels)]))}
@@ -137,7 +142,8 @@ def test_the_files_say_what_the_table_says(whole, tmp_path, monkeypatch, capsys)
     matrix = sklearn.metrics.confusion_matrix(rows["true"], rows["predicted"])
     assert record["confusion_matrix"]["counts"] == matrix.tolist()
     of = record["of"]
-    assert (of["weights"]["step"], of["weights"]["weights"], of["weights"]["checkpoint"]) == (157, "ema", "latest")
+    best = best_evaluation(whole)["step"]
+    assert (of["weights"]["step"], of["weights"]["weights"], of["weights"]["checkpoint"]) == (best, "ema", "best")
     assert (of["data"]["split"], of["data"]["images"], of["device"]) == ("test", 360, jax.devices()[0].device_kind)
     assert of["preprocessing"]["image_size"] == 32
     page = (folder / "report_test.html").read_text()
@@ -168,7 +174,7 @@ def test_a_grid_is_a_table(whole, tmp_path, monkeypatch, capsys):
     code, out, err = run(monkeypatch, capsys, evaluate.main, whole, "--grid")
     assert code == 0, err
     found = json.loads(out.splitlines()[-1])
-    given = evaluations(whole)[-1]
+    given = best_evaluation(whole)
     trials = found["grid"]
     assert len(trials) == 9
     assert [t["top1"] for t in trials] == sorted((t["top1"] for t in trials), reverse=True)

@@ -121,10 +121,29 @@ def test_latest_and_best_are_kept(tmp_path, one_device):
         ((float("nan"), float("nan")), [1, 2], 1),
     ],
 )
-def test_of_equal_scores_the_earlier_is_best(tmp_path, one_device, scores, kept, best):
+@pytest.mark.parametrize("loss", [{}, {"loss": 0.1}, {"loss": float("nan")}])
+def test_of_equal_scores_the_earlier_is_best(tmp_path, one_device, scores, kept, best, loss):
     with open_manager(tmp_path, keep_latest=1, keep_best=1) as manager:
         for step, score in enumerate(scores, start=1):
-            checkpoint.save(manager, make_state(one_device, step), META, {"top1": score})
+            checkpoint.save(manager, make_state(one_device, step), META, {"top1": score} | loss)
+            checkpoint.check_saves(manager, wait=True)
+    with open_manager(tmp_path, keep_latest=1, keep_best=1) as manager:
+        assert sorted(manager.all_steps()) == kept
+        assert checkpoint.find_step(manager, "best") == best
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept", "best"),
+    [
+        ((0.3, 0.2, 0.4), [2, 3], 2),
+        ((0.3, 0.2, 0.2), [2, 3], 2),
+        ((0.3, float("nan"), 0.4), [1, 3], 1),
+    ],
+)
+def test_of_equal_accuracies_that_with_the_lower_loss_is_best(tmp_path, one_device, losses, kept, best):
+    with open_manager(tmp_path, keep_latest=1, keep_best=1) as manager:
+        for step, loss in enumerate(losses, start=1):
+            checkpoint.save(manager, make_state(one_device, step), META, {"top1": 0.9, "loss": loss})
             checkpoint.check_saves(manager, wait=True)
     with open_manager(tmp_path, keep_latest=1, keep_best=1) as manager:
         assert sorted(manager.all_steps()) == kept

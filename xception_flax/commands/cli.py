@@ -185,11 +185,10 @@ def parser(prog: str, description: str | None, examples: str, *, hosts: bool = T
     return arguments
 
 
-def add_checkpoint(parser: argparse.ArgumentParser, default: str = "best") -> None:
-    """Adds which checkpoint of a run, and which of its weights."""
-    words = [f"{word} (default)" if word == default else word for word in ("best", "latest")]
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds which checkpoint of a run, and which of its weights. The default is one for all commands, and `load`'s."""
     parser.add_argument(
-        "--checkpoint", default=default, metavar="WHICH", help=f"{', '.join(words)}, or the number of a step"
+        "--checkpoint", default="best", metavar="WHICH", help="best (default), latest, or the number of a step"
     )
     parser.add_argument("--weights", choices=("raw", "ema"), help="default: ema if the recipe keeps them, else raw")
 

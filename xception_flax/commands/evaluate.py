@@ -31,7 +31,7 @@ from xception_flax.weights.pretrained import IMAGE_SIZE
 from xception_flax.weights.source import check_there, is_workdir
 
 EXAMPLES = """\
-  xception-flax evaluate runs/digits --split test --weights raw --checkpoint best
+  xception-flax evaluate runs/digits --split test --weights raw --checkpoint latest
   xception-flax evaluate runs/imagenet --config.data.data_dir=/data/tfds
   xception-flax evaluate mine.keras photos/val --output reports
   xception-flax evaluate runs/second photos/val --compare reports
@@ -84,7 +84,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of images, CLASS/*.jpg, all of which are taken, or a table of them; with --split also SPLIT/CLASS/*.jpg",
     )
     parser.add_argument("--workdir", type=cli.directory, help="instead of SOURCE: folder of a run of train.py")
-    cli.add_checkpoint(parser, "latest")
+    cli.add_checkpoint(parser)
     parser.add_argument(
         "--output",
         type=cli.directory,

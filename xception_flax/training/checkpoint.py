@@ -63,10 +63,13 @@ REMOVED = "removed"  # the folder to which a step is moved in one piece before i
 READ_TIMES, READ_AGAIN_SECONDS = 20, 0.5
 
 
+Score = Callable[[dict[str, float]], tuple[float, float]]  # of the metrics of an evaluation; higher is better
+
+
 class _Best(policies.PreservationPolicy):
     """Keeps the best evaluated steps: of equal scores the earlier. Orbax' own `BestN` keeps the later."""
 
-    def __init__(self, score: Callable[[dict[str, float]], float], number: int) -> None:
+    def __init__(self, score: Score, number: int) -> None:
         self._score, self._number = score, number
 
     def should_preserve(
@@ -77,9 +80,9 @@ class _Best(policies.PreservationPolicy):
         return [each.step in best for each in checkpoints]
 
 
-def _ranked(scores: Mapping[int, float]) -> list[int]:
+def _ranked(scores: Mapping[int, tuple[float, float]]) -> list[int]:
     """Returns the steps from the best to the worst: of equal scores the earlier is better."""
-    return sorted(scores, key=lambda step: (-scores[step], step))
+    return sorted(sorted(scores), key=scores.__getitem__, reverse=True)
 
 
 @contextlib.contextmanager
@@ -110,7 +113,7 @@ class Checkpoints(ocp.CheckpointManager):
     def __init__(
         self,
         folder: Path,
-        score: Callable[[dict[str, float]], float],
+        score: Score,
         preserved: policies.PreservationPolicy,
         read_only: bool,
     ) -> None:
@@ -123,7 +126,7 @@ class Checkpoints(ocp.CheckpointManager):
         self._opened = contextlib.ExitStack()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preserved,
-            best_fn=score,
+            best_fn=lambda metrics: score(metrics)[0],
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             save_interval_steps=0 if read_only else 1,  # with the next: what Orbax takes, and else warns that it does
@@ -171,7 +174,7 @@ class Checkpoints(ocp.CheckpointManager):
             shutil.rmtree(self._removed, ignore_errors=True)
 
     def best_step(self) -> int | None:
-        """Returns the step with the best evaluation, of equal ones the earlier; None if none is evaluated."""
+        """Returns the step with the best evaluation, see `open_manager`; None if none is evaluated."""
         evaluated = {step: metrics for step in self.all_steps() if (metrics := self.metrics(step)) is not None}
         return next(iter(_ranked({step: self._score(metrics) for step, metrics in evaluated.items()})), None)
 
@@ -340,7 +343,8 @@ def open_manager(
       on_damaged: what to do where a run resumes and its newest checkpoint is damaged: 'stop' names it and stops;
         'older' moves it to the folder `damaged` of the workdir, and the run goes on from the newest that is whole. All
         of it is read to find out.
-      best_metric: the metric of an evaluation whose highest value is 'best'.
+      best_metric: the metric of an evaluation whose highest value is 'best'; of equal ones that with the lower loss,
+        since few images make many equal, and then the earlier.
       read_only: save and remove nothing, since the run may still be going on.
       abstract_state: of the run that resumes; without it no checkpoint is moved. With it every process must call this.
 
@@ -349,9 +353,9 @@ def open_manager(
     """
     check_options(keep_latest, keep_best, on_damaged)
 
-    def score(metrics: dict[str, float]) -> float:
-        value = metrics[best_metric]
-        return value if math.isfinite(value) else -math.inf
+    def score(metrics: dict[str, float]) -> tuple[float, float]:
+        values = metrics[best_metric], -metrics.get("loss", math.inf)
+        return tuple(value if math.isfinite(value) else -math.inf for value in values)
 
     kept = [policies.LatestN(keep_latest)]
     if keep_best:  # both rules at once: `max_to_keep` with `best_fn` would delete the newest
