@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 import PIL.Image
@@ -72,17 +73,19 @@ def test_it_computes_what_the_network_does(network, loaded, photos):
 
 
 def test_images_of_every_kind(loaded, photos):
-    """A path, its text, the content, PIL's image, pixels: the same image, the same result."""
+    """A path, its text, the content, PIL's image, pixels of any library: the same image, the same result."""
     path = photos[0]
     with PIL.Image.open(path) as image:
         kinds = [path, str(path), path.read_bytes(), image, np.asarray(image), image.convert("RGBA")]
+        kinds.append(jnp.asarray(np.asarray(image)))
         expected = loaded.predict(path)
         assert expected.shape == (1, 4)
         for kind in kinds:
             np.testing.assert_array_equal(loaded.predict(kind), expected)
         np.testing.assert_array_equal(loaded.predict(kinds), np.repeat(expected, len(kinds), axis=0))
         batch = np.stack([np.asarray(image)] * 3)
-    np.testing.assert_array_equal(loaded.predict(batch), np.repeat(expected, 3, axis=0))
+    for array in (batch, jnp.asarray(batch)):
+        np.testing.assert_array_equal(loaded.predict(array), np.repeat(expected, 3, axis=0))
 
 
 def test_mistakes_are_named(loaded, photos, tmp_path):
@@ -96,6 +99,19 @@ def test_mistakes_are_named(loaded, photos, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             loaded.predict(images)
+
+
+def test_options_of_load_are_checked(whole, tmp_path):
+    """A checkpoint's number may be a number; what is refused is named, and the checkpoint is not called damaged."""
+    assert xception_flax.load(whole, checkpoint=157).origin["step"] == 157
+    for options, message in [
+        (dict(checkpoint=3), r"no checkpoint '3' in .*; take latest, best or a step of"),
+        (dict(weights="last"), r"^weights must be 'raw' or 'ema', got 'last'\.$"),
+        (dict(batch_size=0), r"^batch_size must be at least 1, got 0\.$"),
+        (dict(batch_size=-3), r"^batch_size must be at least 1, got -3\.$"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            xception_flax.load(whole, **options)
 
 
 def test_a_backbone_has_features_and_no_classes(tmp_path, photos):

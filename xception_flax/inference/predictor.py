@@ -20,6 +20,7 @@ from xception_flax.inference import preprocessing as preprocessings
 from xception_flax.inference.preprocessing import AnImage, Image, Preprocessing
 from xception_flax.runs.restore import Run
 from xception_flax.text.errors import UserError
+from xception_flax.text.ranges import check_range
 from xception_flax.text.sizes import ImageSize
 from xception_flax.training import sharding, state, steps
 from xception_flax.weights.pretrained import Pretrained
@@ -74,6 +75,7 @@ class Predictor:
         self.model, self.variables = model, variables
         self.class_names, self.preprocessing = tuple(class_names), preprocessing
         self.activation, self.origin, self.notes = activation, dict(origin), tuple(notes)
+        check_range("batch_size", batch_size, 1)
         self.batch_size = -(-batch_size // mesh.size) * mesh.size  # each device as many
         self.normalize = steps.create_normalizer(preprocessing.mean, preprocessing.std)
         self.activate = ACTIVATIONS[activation]
@@ -86,7 +88,7 @@ class Predictor:
 
         Args:
           images: one or several, each a path, the content of a file, an image of PIL, or uint8 pixels `[H, W]` or
-            `[H, W, C]`; or all in one array `[N, H, W, C]`. Any number, of any sizes.
+            `[H, W, C]`, an array of any library; or all in one array `[N, H, W, C]`. Any number, of any sizes.
 
         Raises:
           UserError: the network has no classifier, or an image cannot be read; the message says which.
@@ -193,7 +195,7 @@ class Predictor:
 def load(
     source: str,
     *,
-    checkpoint: str = "best",
+    checkpoint: str | int = "best",
     weights: str | None = None,
     image_size: ImageSize | None = None,
     transforms: str | None = None,
@@ -206,22 +208,23 @@ def load(
     """Returns a trained network, whoever trained it, ready to be asked.
 
     Args:
-      source: a workdir, a file of weights, a folder as the hub has it, or a name such as 'keras:xception'; see
-        `weights.source.open_source`.
-      checkpoint, weights: of a workdir; see there.
+      source: the workdir of a run; a file of Keras, timm, torch or this project; a folder as the Hugging Face hub has
+        it; 'keras:NETWORK', 'timm:NAME' or 'hf:OWNER/NAME', which are fetched.
+      checkpoint: of a workdir: 'best', 'latest' or the number of a step.
+      weights: of a workdir: 'raw' or 'ema', the averaged ones; None for 'ema' where the run keeps them.
       image_size, transforms, mean, std: as of `Preprocessing`; None for what the source says, or else what its library
         does. Not for a workdir, whose recipe says it.
       class_names: of the logits, or a file of text with a name in each line; None for those of the source, ImageNet's
         for its 1,000 classes, or else numbers.
-      batch_size: images at a time; rounded up to a multiple of the devices. Fewer images take as long as so many: for
-        one at a time give 1.
+      batch_size: images at a time, 32 unless given; rounded up to a multiple of the devices. Fewer images take as long
+        as so many: for one at a time give 1.
       mesh: the devices; None for all of them.
 
     Raises:
       UserError: the source, or one of the values, is wrong.
     """
     mesh = mesh or sharding.create_mesh()
-    found = open_source(str(source), mesh, checkpoint, weights)
+    found = open_source(str(source), mesh, str(checkpoint), weights)
     found = told(found, class_names=class_names, image_size=image_size, transforms=transforms, mean=mean, std=std)
     create = from_run if isinstance(found, Run) else from_pretrained
     return create(found, mesh, batch_size=batch_size)

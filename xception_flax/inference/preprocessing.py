@@ -111,8 +111,10 @@ def content(image: Image, channels: int) -> bytes | np.ndarray:
         return np.asarray(
             image.convert("RGBA") if alpha else image if image.mode in ("L", "RGB") else image.convert("RGB")
         )
-    if isinstance(image, bytes | np.ndarray):
+    if isinstance(image, bytes):
         return image
+    if hasattr(image, "__array__"):  # also those of JAX, torch and TensorFlow
+        return np.asarray(image)
     raise UserError(f"an image must be a path, bytes, an array or an image of PIL, got {written(image)}.")
 
 

@@ -11,6 +11,7 @@ from xception_flax import models
 from xception_flax.runs import history
 from xception_flax.runs.workdir import CHECKPOINTS, CONFIG, HISTORY, read_recipe
 from xception_flax.text.errors import UserError
+from xception_flax.text.lookup import written
 from xception_flax.training import checkpoint as checkpoints
 from xception_flax.training import losses, metrics, program, state
 
@@ -95,6 +96,8 @@ def restore(workdir: Path, mesh: Mesh, checkpoint: str, weights: str | None = No
     except Exception as error:  # the file may have been changed by hand, and Flax then raises anything
         reason = (str(error).strip().splitlines() or [""])[0][:300]
         raise UserError(f"{workdir / CONFIG} is no recipe of a network: {type(error).__name__}: {reason}") from error
+    if weights not in (None, "raw", "ema"):
+        raise UserError(f"weights must be 'raw' or 'ema', got {written(weights)}.")
     kept = program.evaluated_weights(recipe)
     if weights == "ema" and kept != "ema":
         raise UserError(f"{workdir} keeps no averaged weights (step.ema_decay is 0); take raw.")
