@@ -41,7 +41,7 @@ CONTENTS = {
         "docs/measuring",
     ],
     "At scale": ["docs/imagenet", "docs/pods", "docs/runs", "docs/reliability"],
-    "What it is worth": [
+    "Results": [
         "benchmarks/README",
         "docs/comparison",
         "docs/miniature",

@@ -228,6 +228,21 @@ def test_links_lead_somewhere():
                 assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, (page, link)
 
 
+def test_no_wrapped_line_begins_a_list():
+    """Below a line of prose, '1. ', '- ', '+ ' or '* ' makes an item of what was meant as the sentence's next word.
+
+    A list that is meant has an empty line above it, or a line that ends in a colon.
+    """
+    for page in (*PAGES, "CHANGELOG.md"):
+        text = (ROOT / page).read_text()
+        prose = re.sub(r"^```.*?^```$", lambda block: "\n" * block[0].count("\n"), text, flags=re.MULTILINE | re.DOTALL)
+        for number, (above, line) in enumerate(itertools.pairwise(prose.splitlines()), start=2):
+            begins = re.match(r" *(?=(1[.)]|[-+*]) )", line)
+            if begins and above.strip() and not above.endswith(":"):
+                content = re.match(r" *(?:(?:\d+[.)]|[-+*]) +)?", above)  # of the paragraph above, or of its item
+                assert begins.end() != content.end(), f"{page}:{number}: {line}"
+
+
 def test_the_places_of_new_things_are_there():
     """Every path and every dotted name in the page, but for files that are to come: `models/NAME.py`, `export/`."""
     folders = {path.name for path in (ROOT / "xception_flax").iterdir() if path.is_dir()}
