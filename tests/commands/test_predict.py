@@ -306,6 +306,7 @@ def test_mistakes_with_weights_from_elsewhere(weights, workdir, digits, tmp_path
     (tmp_path / "twice").write_text("a\nb\nc\na\n")
     for arguments, message in [
         ([weights], f"there is no image; give files or folders behind {weights}."),
+        ([file], f"{file} is an image; expected the network before it: a workdir of a run, file or folder of weights"),
         ([weights, file, "--class-names", tmp_path / "three"], "got 3 names of classes for 4 logits; give"),
         (
             [weights, file, "--class-names", tmp_path / "twice"],

@@ -203,7 +203,8 @@ def test_another_choice_drops_the_keys_of_the_old_one():
         ("--config.model=xception", "--config.model is a group; set one of its keys"),
         ("--config.model.name=resnet", "unknown model.name 'resnet'"),
         ("--config.batch_size", "'--config.batch_size' has no value; write it in one word, --config.batch_size=VALUE"),
-        ("--batch_size=3", "unknown argument '--batch_size=3'"),
+        ("--batch_size=3", r"unknown argument '--batch_size=3'; .* set by --config\.batch_size=3\.$"),
+        ("--batchsize=3", r"unknown argument '--batchsize=3'; .* set by --config\.KEY=VALUE\.$"),
         ("--config.=3", "unknown argument '--config.=3'"),
         ("--config..=3", r"unknown recipe group '' in --config\.\.; there are: "),
         ("--config.model.=3", r"unknown recipe key 'model\.' with model\.name='xception'; there are: "),
@@ -248,6 +249,21 @@ def test_another_choice_drops_the_keys_of_the_old_one():
 def test_bad_overrides_are_refused(override, message):
     with pytest.raises(UserError, match=message):
         reading.load(DIGITS, [override])
+
+
+def test_an_option_that_is_a_key_is_answered_with_how_the_key_is_set():
+    for words, meant in [
+        (["--epochs", "3"], "--config.epochs=3"),
+        (["--learning-rate=0.1"], "--config.optimizer.learning_rate=0.1"),
+        (["--epochs", "--config.seed=1"], "--config.epochs=VALUE"),
+        (["--bs", "1"], "--config.KEY=VALUE"),
+    ]:
+        with pytest.raises(UserError) as error:
+            reading.load(DIGITS, words)
+        expected = f"unknown argument {words[0]!r}; --help lists them, and a recipe's key is set by {meant}."
+        assert str(error.value) == expected
+    with pytest.raises(UserError, match=r"set by --config\.KEY=VALUE\.$"):  # which may not be changed here
+        reading.override(reading.load(DIGITS), ["--epochs=3"], groups=("data", "mesh"))
 
 
 def test_of_a_key_given_twice_the_last_counts():

@@ -90,7 +90,7 @@ def test_differences_by_hand():
 def test_what_cannot_be_compared_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "keras", None)
     with pytest.raises(UserError, match=r"^this needs Keras, which cannot be imported: .*; pip install keras$"):
-        verifying.verify(random_network("xception", "keras", 71, width=0.02, middle_repeats=0))
+        verifying.verify(random_network("xception", "keras", 71))
     monkeypatch.setitem(sys.modules, "timm", None)
     for framework, fields, message in [
         ("deeplab", {}, "timm computes what is compared, and cannot be imported: .*; pip install timm$"),

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,6 +137,13 @@ def test_a_network_with_other_names_is_written(tmp_path, monkeypatch, one_device
     for place, value in flatten_dict(network.variables).items():
         expected = np.tile(value / 3, (1, 1, 3, 1)) if place[1:] == ("patches", "kernel") else value
         np.testing.assert_allclose(begun.arrays[place], expected, rtol=1e-6)
+
+
+def test_of_a_network_that_timm_has_not_the_names_are_ours(tmp_path):
+    notes = writing.write(random_network(**NARROW), tmp_path / "narrow.safetensors").notes
+    assert notes == ("timm has no xception of these widths and depths; the names are ours",)
+    notes = writing.write(random_network(1, name="lenet", num_classes=2), tmp_path / "lenet.safetensors").notes
+    assert notes == ("timm has no lenet; the names are ours",)
 
 
 @pytest.mark.parametrize(("suffix", "model"), [("safetensors", FULL), ("safetensors", LEGACY)])
@@ -299,8 +307,17 @@ def test_keras_own_inception_v3(tmp_path):
     assert_same_arrays(source.read_file(tmp_path / "m.keras"), network)
 
 
-def test_what_does_not_fit_is_refused(tmp_path, full):
-    """Nothing is written, and nothing that is there is touched."""
+def test_keras_smallest_images():
+    """By Keras itself: one pixel less is refused."""
+    for name, build in (("xception", keras.applications.Xception), ("inception_v3", keras.applications.InceptionV3)):
+        side = writing.KERAS_MIN_SIZE[name]
+        with pytest.raises(ValueError, match=f"Input size must be at least {side}x{side}"):
+            build(weights=None, include_top=False, input_shape=(side + 9, side - 1, 3))
+
+
+def test_what_does_not_fit_is_refused(tmp_path, full, monkeypatch):
+    """Nothing is written, and nothing that is there is touched. Keras is not needed to say that it has no such network."""
+    monkeypatch.setitem(sys.modules, "keras", None)
     narrow = random_network(**NARROW)
     (tmp_path / "there.npz").write_bytes(b"mine")
     for network, name, message in [
@@ -308,11 +325,12 @@ def test_what_does_not_fit_is_refused(tmp_path, full):
         (full, "there.npz", r"there\.npz is there already; nothing was written"),
         (full, "none/w.npz", r"none is no folder; make it, or take another one for w\.npz"),
         (
-            narrow._replace(image_size=64),
+            full._replace(image_size=64),
             "w.keras",
-            r"Keras cannot build xception for images of 64 pixels: Input size mu",
+            r"Keras cannot build xception for images of 64 pixels, only from 71 on; write \.safetensors or \.npz",
         ),
-        (narrow._replace(image_size=(90, 64)), "w.keras", r"Keras cannot build xception for images of 90x64 pixels: "),
+        (full._replace(image_size=(90, 64)), "w.keras", r"Keras cannot build xception for images of 90x64 pixels, "),
+        (narrow._replace(image_size=48), "w.keras", r"Keras has xception in one size; this one has other widths or d"),
         (narrow, "w.keras", r"Keras has xception in one size; this one has other widths or depths"),
         (random_network(name="xception41", num_classes=1, width=0.02), "w.keras", r"Keras has no xception41; write "),
     ]:

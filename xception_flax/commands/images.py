@@ -61,11 +61,13 @@ def given(arguments: argparse.Namespace) -> tuple[str, list[Path]]:
     """Returns the network and the files of images that the arguments name.
 
     Raises:
-      UserError: no image is named, or one does not exist.
+      UserError: no network or no image is named, or one does not exist.
     """
     source, paths = arguments.source, arguments.images
     if arguments.workdir is not None:
         source, paths = str(arguments.workdir), [Path(source), *paths]
+    elif Path(source).suffix.lower() in folder.IMAGE_SUFFIXES and not Path(source).is_dir():
+        raise UserError(f"{naming.shown(Path(source))} is an image; expected the network before it: a {SOURCE}.")
     if not paths:
         raise UserError(f"there is no image; give files or folders behind {naming.shown(Path(source))}.")
     return source, list(files(paths))

@@ -41,6 +41,8 @@ TIMM_TAGS = {
     "inception_v3": "tv_in1k",
 }
 
+TIMM_ALIASES = {"xception": "legacy_xception"}  # names that timm has renamed, and still takes
+
 # What can be meant, for a hint where nothing of a name is found.
 NAMES = (*(f"keras:{network}" for network in KERAS_FILES), *(f"timm:{network}" for network in TIMM_TAGS))
 
@@ -63,8 +65,8 @@ def fetch(source: str) -> Path:
     """Returns the file, or the folder in the hub's layout, that `source` names, from the cache or the network.
 
     Args:
-      source: 'keras:NETWORK', a key of `KERAS_FILES`; 'timm:NAME' or 'timm:NAME.TAG'; 'hf:OWNER/NAME' or
-        'hf:OWNER/NAME@REVISION'.
+      source: 'keras:NETWORK', a key of `KERAS_FILES`; 'timm:NAME' or 'timm:NAME.TAG', of `TIMM_TAGS` or `TIMM_ALIASES`;
+        'hf:OWNER/NAME' or 'hf:OWNER/NAME@REVISION'.
 
     Raises:
       UserError: there is no such source, it cannot be reached, or what came is not what was published.
@@ -74,6 +76,7 @@ def fetch(source: str) -> Path:
         return _fetch_keras(name)
     if library == "timm":
         network, _, tag = name.partition(".")
+        network = TIMM_ALIASES.get(network, network)
         return _fetch_hub(f"timm/{network}.{tag or lookup(TIMM_TAGS, network, 'network of timm')}")
     return _fetch_hub(name)
 

@@ -20,12 +20,16 @@ from xception_flax import models
 from xception_flax.host.files import beside, check_new
 from xception_flax.text.errors import UserError
 from xception_flax.text.lookup import suggest
-from xception_flax.text.sizes import sides, spelled
+from xception_flax.text.sizes import ImageSize, sides, spelled
 from xception_flax.weights import cards, timm
 from xception_flax.weights import keras as keras_names
 from xception_flax.weights.description import DESCRIPTION, describe
 from xception_flax.weights.pretrained import IMAGE_SIZE, Pretrained
 from xception_flax.weights.shapes import shapes_of
+
+
+# The networks that Keras has too, and the smallest side of an image for which it builds them.
+KERAS_MIN_SIZE = {"xception": 71, "inception_v3": 75}
 
 
 class Written(NamedTuple):
@@ -87,15 +91,14 @@ def _write_keras(pretrained: Pretrained, path: Path) -> list[str]:
 def keras_model(pretrained: Pretrained) -> Any:
     """Keras Applications' network with these weights; a classifier with hidden layers is built behind it."""
     name, fields = pretrained.model["name"], models.create_model(**pretrained.model)
-    if name not in ("xception", "inception_v3"):
-        raise UserError(f"Keras has no {name}; write .safetensors or .npz.")
+    size = pretrained.image_size or IMAGE_SIZE
+    _check_keras_has(pretrained, size)  # before the import: Keras would be installed in vain
     os.environ.setdefault("KERAS_BACKEND", "jax")  # before its import; TensorFlow is not among our requirements
     try:
         import keras
     except ImportError as error:
         raise UserError(f"this needs Keras, which cannot be imported: {error}; pip install keras") from None
     constructor = {"xception": keras.applications.Xception, "inception_v3": keras.applications.InceptionV3}[name]
-    size = pretrained.image_size or IMAGE_SIZE
     hidden, classes = tuple(getattr(fields, "fc_layers", ())), fields.num_classes
     options = {
         "include_top": classes > 0 and not hidden,
@@ -106,11 +109,7 @@ def keras_model(pretrained: Pretrained) -> Any:
         options |= {"classes": classes, "classifier_activation": pretrained.activation}
     else:
         options["pooling"] = "avg"
-    try:
-        model = constructor(**options)
-    except ValueError as error:  # of images too small for it
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"Keras cannot build {name} for images of {spelled(size)} pixels: {reason}.") from None
+    model = constructor(**options)
     if classes and hidden:
         x = model.output
         for i, features in enumerate(hidden, start=1):
@@ -120,15 +119,30 @@ def keras_model(pretrained: Pretrained) -> Any:
         model = keras.Model(model.input, x, name=name)
     layers = [layer for layer in model.layers if layer.weights]
     arrays = keras_names.to_keras(pretrained.variables, [(layer.name, len(layer.weights)) for layer in layers])
-    try:
-        for layer, values in zip(layers, arrays, strict=True):
-            layer.set_weights(values)
-    except ValueError:
-        raise UserError(f"Keras has {name} in one size; this one has other widths or depths.") from None
+    for layer, values in zip(layers, arrays, strict=True):
+        layer.set_weights(values)
     taken = sum(value.size for values in arrays for value in values)
     if (left := sum(value.size for value in flatten_dict(pretrained.variables).values()) - taken) != 0:
         raise UserError(f"Keras' {name} has no place for {left:,} values of this network (model {pretrained.model}).")
     return model
+
+
+def _check_keras_has(pretrained: Pretrained, size: ImageSize) -> None:
+    """Raises UserError where Keras has no such network, by its name, its layers or the size of its images."""
+    name = pretrained.model["name"]
+    if name not in KERAS_MIN_SIZE:
+        raise UserError(f"Keras has no {name}; write .safetensors or .npz.")
+    theirs = flatten_dict(shapes_of({"name": name, "num_classes": 0}, pretrained.channels))
+    ours = flatten_dict(pretrained.variables)
+    if any(place not in ours or ours[place].shape != leaf.shape for place, leaf in theirs.items()):
+        raise UserError(
+            f"Keras has {name} in one size; this one has other widths or depths. Write .safetensors or .npz."
+        )
+    if min(sides(size)) < KERAS_MIN_SIZE[name]:
+        raise UserError(
+            f"Keras cannot build {name} for images of {spelled(size)} pixels, only from {KERAS_MIN_SIZE[name]} on; "
+            "write .safetensors or .npz."
+        )
 
 
 def _write_safetensors(pretrained: Pretrained, path: Path) -> list[str]:
@@ -145,7 +159,9 @@ def _torch_arrays(pretrained: Pretrained) -> tuple[dict[str, np.ndarray], list[s
     """Returns arrays by timm's names where timm has the network, else by ours, and what timm does otherwise."""
     architecture = architecture_of(pretrained)
     if architecture is None:
-        return _our_arrays(pretrained.variables), [f"timm has no {pretrained.model['name']}; the names are ours"]
+        name = pretrained.model["name"]
+        of_size = " of these widths and depths" if any(name == n["name"] for n in timm.NETWORKS.values()) else ""
+        return _our_arrays(pretrained.variables), [f"timm has no {name}{of_size}; the names are ours"]
     flat = flatten_dict(pretrained.variables)
     hidden = bool(pretrained.model.get("fc_layers"))
     head = {place: value for place, value in flat.items() if hidden and _is_head(place)}
