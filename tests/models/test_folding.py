@@ -34,6 +34,15 @@ def test_folding_changes_no_endpoint(name):
     assert unfolded == UNFOLDED.get(name, set())
 
 
+@pytest.mark.parametrize("name", ["xception", "inception_v3", "xception41p"])
+def test_the_channels_are_those_of_the_weights(name):
+    """Gray images: nothing is to be said."""
+    model = create_model(name, num_classes=7, **NARROW[name])
+    variables = random_variables(model, jnp.zeros((1, 75, 75, 1)))
+    expected = fold_batch_norm(model, variables, image_shape=(75, 75, 1))
+    jax.tree.map(np.testing.assert_array_equal, fold_batch_norm(model, variables), expected)
+
+
 def test_folding_in_blocks_that_are_rematerialised():
     variables = random_variables(
         create_model("xception", num_classes=7, **NARROW["xception"]), jnp.zeros((1, 75, 75, 3))

@@ -17,7 +17,7 @@ CONVOLUTIONS = (Conv, DepthwiseConv, PointwiseConv)
 
 
 def fold_batch_norm(
-    model: nn.Module, variables: PyTree, *, image_shape: tuple[int, int, int] = (299, 299, 3)
+    model: nn.Module, variables: PyTree, *, image_shape: tuple[int, int, int] | None = None
 ) -> dict[str, PyTree]:
     """Returns variables of the same network in which a normalization after a convolution only adds a bias.
 
@@ -30,7 +30,8 @@ def fold_batch_norm(
       model: one of `MODELS`, or a network in which the result of a normalized convolution is used only by its
         normalization and as an endpoint; other uses are not detected.
       variables: `{'params': ..., 'batch_stats': ...}`.
-      image_shape: `(H, W, C)` of an image that the network accepts.
+      image_shape: `(H, W, C)` of an image that the network accepts; None for 299 pixels a side, and the channels that
+        the kernel of its first convolution has.
 
     Raises:
       UserError: there are no statistics to fold.
@@ -38,6 +39,8 @@ def fold_batch_norm(
     if not variables.get("batch_stats"):
         raise UserError("fold_batch_norm needs variables with 'batch_stats'; this network, or this file, has none.")
     params, stats = (flatten_dict(variables[name]) for name in ("params", "batch_stats"))
+    if image_shape is None:
+        image_shape = (299, 299, params[(*_first_convolution(model), "kernel")].shape[2])
     for convolution, norm, epsilon in _normalized_convolutions(model, variables, image_shape):
         mean, var = stats[(*norm, "mean")], stats[(*norm, "var")]
         scale = jax.lax.rsqrt(var + epsilon) * params.get((*norm, "scale"), 1.0)
@@ -48,6 +51,19 @@ def fold_batch_norm(
         if (*norm, "scale") in params:
             params[(*norm, "scale")] = jnp.ones_like(params[(*norm, "scale")])
     return {**variables, "params": unflatten_dict(params), "batch_stats": unflatten_dict(stats)}
+
+
+def _first_convolution(model: nn.Module) -> tuple[str, ...]:
+    paths = []
+
+    def watch(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, CONVOLUTIONS):
+            paths.append(context.module.path)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 299, 299, 3)), train=False), jax.random.key(0))
+    return paths[0]
 
 
 def _normalized_convolutions(
