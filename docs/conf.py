@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import flax.linen as nn
+from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -92,12 +93,14 @@ nitpick_ignore_regex = [("py:.*", rf"(?!xception_flax\.({PAGES_OF_FOLDERS})\b).*
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "build" / "notebooks")
 nb_execution_timeout = 600  # seconds a cell
+NOTEBOOKS_SECONDS = 180  # all of them together, on two CPU cores
 nb_execution_raise_on_error = True
 
 myst_heading_anchors = 4  # as GitHub makes them
 highlight_language = "text"  # of a block that names none
 
-default_role = "code"  # docstrings write `code`, as the pages do
+# Docstrings write `code`, as the pages do. So a name in them is no reference, and is not looked up.
+default_role = "code"
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
@@ -160,6 +163,11 @@ def name_entries(app: Sphinx, what: str, name: str, obj: object, options: object
         lines[:] = [*comment, "", ", ".join(f"`{key}`" for key in obj)]
 
 
+def leave_out_field(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
+    """Leaves out a field of a NamedTuple, of which Sphinx knows its number alone: the class says what it is."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def leave_out_value(app: Sphinx, domain: str, kind: str, content: addnodes.desc_content) -> None:
     """Leaves out the value of a table: functions, at length. `autodoc` cannot, for the members of a module."""
     if kind == "data":
@@ -181,6 +189,15 @@ def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
             logging.getLogger(__name__).warning("no page of the reference has xception_flax.%s", name)
 
 
+def check_notebooks_time(app: Sphinx, env: BuildEnvironment) -> None:
+    """Warns where the notebooks take too long. A translation is in the cache, and its time is that of the run there."""
+    found = (NbMetadataCollector.get_exec_data(env, name) for name in env.found_docs)
+    seconds = sum({data["runtime"] or 0 for data in found if data})  # a set: one run, one time
+    if seconds > NOTEBOOKS_SECONDS:
+        message = "the notebooks take %.0f s; expected at most %d"
+        logging.getLogger(__name__).warning(message, seconds, NOTEBOOKS_SECONDS)
+
+
 def add_index(app: Sphinx, error: Exception | None) -> None:
     if error is None:
         shutil.copy(app.outdir / "README.html", app.outdir / "index.html")
@@ -190,6 +207,8 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", add_to_page)
     app.connect("autodoc-process-signature", shorten_signature)
     app.connect("autodoc-process-docstring", name_entries)
+    app.connect("autodoc-skip-member", leave_out_field)
     app.connect("object-description-transform", leave_out_value)
     app.connect("env-check-consistency", check_public_names)
+    app.connect("env-check-consistency", check_notebooks_time)
     app.connect("build-finished", add_index)

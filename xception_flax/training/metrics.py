@@ -84,7 +84,7 @@ def average_precision(
 
     For an example with label set L and class weights w, this is `sum over ranks r <= k of [c_r in L] w(c_r)
     precision(r)`, divided by the sum of the k largest weights in L, which is the most that a ranking can reach. With
-    w = 1 this is the usual AP@k. The paper (section 4.1) weights each class of FastEval14k "with a score estimating how
+    w = 1 this is the usual `AP@k`. The paper (section 4.1) weights each class of FastEval14k "with a score estimating how
     common the class is" and publishes neither the scores nor the formula; this reading is ours.
 
     Args:
@@ -125,7 +125,7 @@ def single_label() -> MetricFunction:
 
 
 def multi_label(k: int = 100, class_weights: str | None = None) -> MetricFunction:
-    """Mean average precision over the k best predictions (paper, table 2: MAP@100), as `map`.
+    """Mean average precision over the k best predictions (paper, table 2: `MAP@100`), as `map`.
 
     Labels are `[N, num_classes]`, 0 or 1. The mean is over the examples with at least one label of positive weight.
 
