@@ -30,6 +30,7 @@ from benchmarks import (
     inputs,
     photos,
     plain_linen,
+    pods,
     readers,
     reencoding,
     step,
@@ -248,6 +249,25 @@ def test_mistakes(capsys, arguments, message):
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
+
+
+# Pods ----------------------------------------------------------------------------------------------
+
+
+def test_the_bill_of_a_pod_is_that_of_the_page(tmp_path):
+    """The parts of a step add up to the step, to the rounding of the columns: 0.05 GB are 0.06 ms of a v5e."""
+    tables = pods.bills((shell.ROOT / "docs" / "pods.md").read_text())
+    assert [(title.split(",")[0], len(rows)) for title, rows in tables.items()] == [
+        ("Weak scaling", 4),
+        ("Strong scaling", 4),
+    ]
+    last = tables["Strong scaling, a batch of 1,536 images"][-1]
+    assert last[:3] == ("v5e:16x16", 6, 8.6)
+    assert last.hbm == pytest.approx(1e3 * 4.5 / 819)
+    assert all(abs(b.hbm + b.arithmetic + b.collectives - b.step) < 0.2 for rows in tables.values() for b in rows)
+    assert benchmark(f"pods --picture {tmp_path / 'p.png'}").returncode == 0
+    with Image.open(tmp_path / "p.png") as drawn, Image.open(shell.ROOT / "docs/images/pods.png") as shown:
+        assert drawn.size == shown.size
 
 
 # Fine-tuning ---------------------------------------------------------------------------------------
