@@ -3,7 +3,7 @@
     python benchmarks/pods.py            both tables of TPUs as Markdown, about 20 minutes on two CPU cores
     python benchmarks/pods.py --tpu v6e  the same slices of another TPU
     python benchmarks/pods.py --gpus     the table of GPUs, five compilations of a minute or more
-    python benchmarks/pods.py --picture docs/images/pods.png    draws the tables that are in docs/pods.md: no compilation
+    python benchmarks/pods.py --picture docs/images/pods.png    draws the tables of docs/pods.md, compiles nothing
 
 Weak scaling keeps the images a chip, strong scaling the batch. Needs libtpu and no TPU, or XLA for CUDA and no GPU.
 """

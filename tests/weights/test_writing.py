@@ -316,7 +316,7 @@ def test_keras_smallest_images():
 
 
 def test_what_does_not_fit_is_refused(tmp_path, full, monkeypatch):
-    """Nothing is written, and nothing that is there is touched. Keras is not needed to say that it has no such network."""
+    """Nothing is written, and nothing that is there is touched. What Keras has not is said without Keras."""
     monkeypatch.setitem(sys.modules, "keras", None)
     narrow = random_network(**NARROW)
     (tmp_path / "there.npz").write_bytes(b"mine")

@@ -84,8 +84,8 @@ def average_precision(
 
     For an example with label set L and class weights w, this is `sum over ranks r <= k of [c_r in L] w(c_r)
     precision(r)`, divided by the sum of the k largest weights in L, which is the most that a ranking can reach. With
-    w = 1 this is the usual `AP@k`. The paper (section 4.1) weights each class of FastEval14k "with a score estimating how
-    common the class is" and publishes neither the scores nor the formula; this reading is ours.
+    w = 1 this is the usual `AP@k`. The paper (section 4.1) weights each class of FastEval14k "with a score estimating
+    how common the class is" and publishes neither the scores nor the formula; this reading is ours.
 
     Args:
       logits: `[N, num_classes]`.

@@ -27,7 +27,6 @@ from xception_flax.weights.description import DESCRIPTION, describe
 from xception_flax.weights.pretrained import IMAGE_SIZE, Pretrained
 from xception_flax.weights.shapes import shapes_of
 
-
 # The networks that Keras has too, and the smallest side of an image for which it builds them.
 KERAS_MIN_SIZE = {"xception": 71, "inception_v3": 75}
 
