@@ -23,7 +23,7 @@ WORKDIR ?= runs/digits
 
 demo: $(INSTALLED)
 	.venv/bin/python train.py --config configs/digits.py --workdir $(WORKDIR)
-	.venv/bin/xception-flax evaluate --workdir $(WORKDIR) --split test
+	.venv/bin/xception-flax evaluate $(WORKDIR) --split test
 	@echo "to look at: $(WORKDIR)/report_test.html $(WORKDIR)/curves.png $(WORKDIR)/mistakes_test.png"
 
 test: lint

@@ -1,7 +1,7 @@
 """Handwritten digits: real data, included in the package; two to four minutes on two CPU cores.
 
     python train.py --config configs/digits.py --workdir runs/digits
-    xception-flax evaluate --workdir runs/digits --split test
+    xception-flax evaluate runs/digits --split test
     python train.py --config configs/digits.py:lenet --workdir runs/lenet       the baseline
 
 Data: 1,257 digits of 8 x 8 pixels to train on, 180 for 'validation', 360 held out for 'test'.

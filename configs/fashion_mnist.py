@@ -1,7 +1,7 @@
 """A narrow Xception on Fashion-MNIST, from its four IDX files.
 
     python train.py --config configs/fashion_mnist.py --workdir runs/fashion --config.data.data_dir=DIR
-    xception-flax evaluate --workdir runs/fashion --split test
+    xception-flax evaluate runs/fashion --split test
 
 Data: 55,000 images to train on, 5,000 to validate, 10,000 to test. Debian: apt install
 dataset-fashion-mnist puts the files into the default data_dir.

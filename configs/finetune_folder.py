@@ -1,7 +1,7 @@
 """Xception, fine-tuned on a folder of your own images from the weights that Keras publishes.
 
     python train.py --config configs/finetune_folder.py:FOLDER --workdir WORKDIR
-    xception-flax predict --workdir WORKDIR IMAGE...
+    xception-flax predict WORKDIR IMAGE...
 
     ... --config.init.weights=SOURCE            other weights: a file of Keras or timm, a workdir, timm:NAME
     ... --config.optimizer.backbone_factor=0    train only the classifier, in half of the time

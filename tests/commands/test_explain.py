@@ -1,6 +1,7 @@
 """`explain` draws and prints what `inference.explaining` computes, and names what is wrong."""
 
 import json
+import re
 from pathlib import Path
 
 import cv2
@@ -69,6 +70,9 @@ def test_it_prints_what_is_computed(source, photos, tmp_path, monkeypatch, capsy
         assert path.name not in near
         twin = {"2.png": "5 again.png", "5 again.png": "2.png"}.get(path.name)
         assert twin in (None, near[0])
+    code, out, _ = run(monkeypatch, capsys, source, paths[0], "--steps", 2, "--output", tmp_path / "one.png")
+    assert code == 0
+    assert re.search(r", attributions add up to -?\d+\.\d\d of the logit's change of -?\d+\.\d\d\n", out)
     picture = cv2.imread(str(output))
     assert picture.shape[0] > 6 * 150  # a row each
     assert picture.shape[1] > 5 * 150  # the image, two methods, two neighbours

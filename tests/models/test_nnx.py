@@ -34,6 +34,14 @@ def small() -> tuple[nn.Module, dict[str, Any], jax.Array]:
     return prepared(Small(), 12)
 
 
+@pytest.fixture(scope="module", params=["small", "xception"])
+def network(request) -> tuple[nn.Module, dict[str, Any], jax.Array]:
+    """What the transformations are tried on."""
+    if request.param == "small":
+        return request.getfixturevalue("small")
+    return prepared(create_model("xception", num_classes=3, width=0.02, middle_repeats=0, dropout_rate=0.0), 48)
+
+
 def prepared(model: nn.Module, size: int) -> tuple[nn.Module, dict[str, Any], jax.Array]:
     """Returns the model, variables with no constant array in them, and 16 images."""
     images = jax.random.normal(jax.random.key(1), (16, size, size, 3))
@@ -56,11 +64,11 @@ def assert_equal(found: Any, expected: Any) -> None:
         assert np.any(np.asarray(b))
 
 
-def assert_close(found: Any, expected: Any) -> None:
-    """But for the order of sums: 1e-5 of the largest value of an array."""
+def assert_close(found: Any, expected: Any, within: float = 1e-5) -> None:
+    """But for the order of sums: to `within` of the largest value of an array."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.abs(b).max() > 1e-3
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=0, atol=within * np.abs(b).max())
 
 
 def update(model: nn.Module, variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
@@ -136,9 +144,9 @@ def test_a_step_on_nnx_state_is_the_step_on_variables(small):
     assert_close(to_linen(network), jax.jit(partial(update, model))(variables, images))
 
 
-def test_vmap_over_weights_is_each_network_by_itself(small):
+def test_vmap_over_weights_is_each_network_by_itself(network):
     """An ensemble: logits in inference, and a step of training."""
-    model, variables, images = small
+    model, variables, images = network
     members = [jax.tree.map(lambda leaf, i=i: leaf * (1 + 0.1 * i), variables) for i in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
@@ -150,17 +158,17 @@ def test_vmap_over_weights_is_each_network_by_itself(small):
     assert_close(found, jax.tree.map(lambda *leaves: jnp.stack(leaves), *(alone(m, images) for m in members)))
 
 
-def test_donated_variables_are_given_up(small):
-    model, variables, images = small
+def test_donated_variables_are_given_up(network):
+    model, variables, images = network
     expected = jax.jit(partial(update, model))(variables, images)
     given = jax.tree.map(jnp.copy, variables)
     assert_equal(jax.jit(partial(update, model), donate_argnums=0)(given, images), expected)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
 
 
-def test_shard_map_over_images_is_the_whole_batch(small):
+def test_shard_map_over_images_is_the_whole_batch(network):
     """Two images on each of eight devices: logits, and gradients, which `shard_map` adds up."""
-    model, variables, images = small
+    model, variables, images = network
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
     def logits(params: Any, images: jax.Array) -> jax.Array:
@@ -178,12 +186,12 @@ def test_shard_map_over_images_is_the_whole_batch(small):
 
     found = both(sharded)
     assert len(found[1].sharding.device_set) == 8
-    assert_close(found, both(logits))
+    assert_close(found, both(logits), within=1e-5 if isinstance(model, Small) else 1e-4)
 
 
-def test_gradients_inside_shard_map_come_summed(small):
+def test_gradients_inside_shard_map_come_summed(network):
     """As docs/nnx.md has it: where the parameters are replicated, a sum over the devices would count it eight times."""
-    model, variables, images = small
+    model, variables, images = network
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
     def loss(variables: Any, images: jax.Array) -> jax.Array:
@@ -191,12 +199,13 @@ def test_gradients_inside_shard_map_come_summed(small):
 
     specs = dict(in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec())
     sharded = jax.shard_map(jax.grad(loss), mesh=mesh, **specs)
-    assert_close(jax.jit(sharded)(variables, images), jax.jit(jax.grad(loss))(variables, images))
+    expected = jax.jit(jax.grad(loss))(variables, images)
+    assert_close(jax.jit(sharded)(variables, images), expected, within=1e-5 if isinstance(model, Small) else 1e-4)
 
 
-def test_checkpoint_changes_no_gradient(small):
+def test_checkpoint_changes_no_gradient(network):
     """`jax.checkpoint` around the whole network computes it twice: twice the convolutions of the forward pass."""
-    model, variables, images = small
+    model, variables, images = network
 
     def gradients(wrap: Callable[..., Any]) -> Callable[..., Any]:
         def logits(params: Any) -> tuple[jax.Array, dict[str, Any]]:

@@ -233,5 +233,5 @@ def _tell(
     if found.number != best:
         said.append(f"explained: {_said(words[found.number], found.probabilities[found.number])}")
     if total is not None:
-        said.append(f"attributions add up to {total:.2f}, of {found.difference:.2f}")
+        said.append(f"attributions add up to {total:.2f} of the logit's change of {found.difference:.2f}")
     console.show_row(naming.shown(path), ", ".join(said), 0)
