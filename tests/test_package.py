@@ -47,6 +47,7 @@ def test_the_wheel_has_the_package_the_program_and_the_recipes(wheel):
     project = {f"xception_flax/project/{name}" for name in files if name == "train.py" or name.startswith("configs/")}
     assert len(project) >= 12
     assert names(wheel) == project | {name for name in files if name.startswith("xception_flax/")}
+    assert "xception_flax/py.typed" in names(wheel)  # without it no type checker reads the annotations
 
 
 def test_the_source_distribution_builds_the_same_wheel(wheel, tmp_path):
@@ -55,6 +56,7 @@ def test_the_source_distribution_builds_the_same_wheel(wheel, tmp_path):
         tar.extractall(tmp_path / "source", filter="data")
     (source,) = (tmp_path / "source").iterdir()
     assert (source / "tests" / "test_package.py").is_file()
+    assert (source / "xception_flax" / "py.typed").is_file()
     assert names(build(source, "wheel", tmp_path / "wheel")) == names(wheel)
 
 
