@@ -2,12 +2,14 @@
 
 import ast
 import email
+import fnmatch
 import importlib
 import json
 import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -164,3 +166,19 @@ def test_names_imported_at_first_use_are_those_that_a_type_checker_sees(package)
         module = importlib.import_module(home)
         there = getattr(module, name, None) or importlib.import_module(f"{home}.{name}")
         assert getattr(package, name) is there, name
+
+
+def test_types_are_checked_strictly_where_exported_names_are_at_home():
+    """What pyproject.toml switches off elsewhere is on there."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyrefly"]
+    kinds = {"bad-argument-type", "missing-attribute", "unsupported-operation", "unbound-name"}
+    assert kinds <= settings["errors"].keys()
+    strict = [
+        each["matches"] for each in settings["sub-config"] if {k for k, on in each["errors"].items() if on} >= kinds
+    ]
+    for home in ["", *xception_flax._HOMES.values()]:
+        file = Path(importlib.import_module(f"xception_flax.{home}".strip(".")).__file__).relative_to(ROOT)
+        # pyrefly's `**/` is also no folder at all, which fnmatch does not know.
+        assert any(fnmatch.fnmatch(file, each) or fnmatch.fnmatch(file, each.replace("**/", "")) for each in strict), (
+            file
+        )

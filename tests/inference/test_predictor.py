@@ -1,5 +1,6 @@
 """The object from Python: what it computes is what the network and Keras compute, whatever images come as."""
 
+import collections
 import importlib.resources
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_images_of_every_kind(loaded, photos):
         assert expected.shape == (1, 4)
         for kind in kinds:
             np.testing.assert_array_equal(loaded.predict(kind), expected)
-        np.testing.assert_array_equal(loaded.predict(kinds), np.repeat(expected, len(kinds), axis=0))
+        for several in (kinds, collections.deque(kinds)):
+            np.testing.assert_array_equal(loaded.predict(several), np.repeat(expected, len(kinds), axis=0))
         batch = np.stack([np.asarray(image)] * 3)
     for array in (batch, jnp.asarray(batch)):
         np.testing.assert_array_equal(loaded.predict(array), np.repeat(expected, 3, axis=0))

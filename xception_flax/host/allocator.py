@@ -35,9 +35,10 @@ def keep_freed_memory() -> bool:
 def free_memory_bytes() -> int:
     """Returns the free memory of this host in bytes: on Linux at most the container's limit, elsewhere all memory."""
     try:
-        available = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
-    except (OSError, TypeError):
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    available = int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):  # no limit: no such file, or 'max'

@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -180,9 +180,8 @@ class Predictor:
             return error, False
 
     def _whole(self, images: Image | Sequence[Image] | np.ndarray, names: tuple[str, ...]) -> Outputs:
-        several = images if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
         rows = []
-        for i, (image, outputs) in enumerate(self.stream(several, names)):
+        for i, (image, outputs) in enumerate(self.stream(_listed(images), names)):
             if isinstance(outputs, UserError):
                 which = image if isinstance(image, str) or hasattr(image, "__fspath__") else f"image {i}"
                 raise UserError(f"{which}: {outputs}") from None
@@ -193,7 +192,7 @@ class Predictor:
 
 
 def load(
-    source: str,
+    source: str | os.PathLike[str],
     *,
     checkpoint: str | int = "best",
     weights: str | None = None,
@@ -226,8 +225,9 @@ def load(
     mesh = mesh or sharding.create_mesh()
     found = open_source(str(source), mesh, str(checkpoint), weights)
     found = told(found, class_names=class_names, image_size=image_size, transforms=transforms, mean=mean, std=std)
-    create = from_run if isinstance(found, Run) else from_pretrained
-    return create(found, mesh, batch_size=batch_size)
+    if isinstance(found, Run):
+        return from_run(found, mesh, batch_size=batch_size)
+    return from_pretrained(found, mesh, batch_size=batch_size)
 
 
 def from_run(run: Run, mesh: Mesh, *, batch_size: int = BATCH_SIZE) -> Predictor:
@@ -255,8 +255,9 @@ def from_pretrained(pretrained: Pretrained, mesh: Mesh, *, batch_size: int = BAT
         assumed = (*assumed, f"classes are {known_names.describe(model.num_classes)}")
     if assumed:
         notes.append(f"the source does not say, and so assumed: {', '.join(assumed)}")
-    shapes = flatten_dict(state.abstract_variables(model, preprocessing.image_shape, mesh))
-    values = flatten_dict(dict(pretrained.variables))
+    abstract = state.abstract_variables(model, preprocessing.image_shape, mesh)
+    shapes = cast("dict[tuple[str, ...], jax.ShapeDtypeStruct]", flatten_dict(abstract))
+    values = cast("dict[tuple[str, ...], np.ndarray]", flatten_dict(dict(pretrained.variables)))
     placed = {place: _placed(values[place].astype(leaf.dtype), leaf.sharding) for place, leaf in shapes.items()}
     return Predictor(
         model,
@@ -272,6 +273,14 @@ def from_pretrained(pretrained: Pretrained, mesh: Mesh, *, batch_size: int = BAT
         names_assumed=not pretrained.class_names,
         measured=pretrained.measured,
     )
+
+
+def _listed(images: Image | Sequence[Image] | np.ndarray) -> Sequence[Image]:
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+        return list(images)  # not every sequence can be sliced
+    if getattr(images, "ndim", 0) == 4:  # of any library
+        return cast("Sequence[np.ndarray]", images)
+    return [images]
 
 
 def _placed(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -1,7 +1,7 @@
 """Batch normalization folded into the convolutions before it, for inference."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,7 @@ from xception_flax.models.layers import Conv, DepthwiseConv, PointwiseConv
 from xception_flax.text.errors import UserError
 
 PyTree = Any
+Flat = dict[tuple[str, ...], jax.Array]
 
 CONVOLUTIONS = (Conv, DepthwiseConv, PointwiseConv)
 
@@ -37,7 +38,7 @@ def fold_batch_norm(
     """
     if not variables.get("batch_stats"):
         raise UserError("fold_batch_norm needs variables with 'batch_stats'; this network, or this file, has none.")
-    params, stats = (flatten_dict(variables[name]) for name in ("params", "batch_stats"))
+    params, stats = (cast("Flat", flatten_dict(variables[name])) for name in ("params", "batch_stats"))
     for convolution, norm, epsilon in _normalized_convolutions(model, variables, image_shape):
         mean, var = stats[(*norm, "mean")], stats[(*norm, "var")]
         scale = jax.lax.rsqrt(var + epsilon) * params.get((*norm, "scale"), 1.0)

@@ -355,7 +355,8 @@ def open_manager(
 
     def score(metrics: dict[str, float]) -> tuple[float, float]:
         values = metrics[best_metric], -metrics.get("loss", math.inf)
-        return tuple(value if math.isfinite(value) else -math.inf for value in values)
+        accuracy, loss = (value if math.isfinite(value) else -math.inf for value in values)
+        return accuracy, loss
 
     kept = [policies.LatestN(keep_latest)]
     if keep_best:  # both rules at once: `max_to_keep` with `best_fn` would delete the newest
