@@ -33,7 +33,14 @@ def keep_freed_memory() -> bool:
 
 
 def free_memory_bytes() -> int:
-    """Returns the free memory of this host in bytes: on Linux at most the container's limit, elsewhere all memory."""
+    """Returns the free memory of this host in bytes: on Linux at most the container's limit, elsewhere all memory.
+
+    Example:
+      >>> from xception_flax import allocator
+      >>> hundred_photos = 100 * 299 * 299 * 3
+      >>> allocator.free_memory_bytes() > hundred_photos
+      True
+    """
     try:
         found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:

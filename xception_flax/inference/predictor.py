@@ -221,6 +221,16 @@ def load(
 
     Raises:
       UserError: the source, or one of the values, is wrong.
+
+    Example:
+      A file of a network with three classes, and two photos.
+
+      >>> import xception_flax
+      >>> network = xception_flax.load("network.safetensors", class_names=["cat", "dog", "fox"])
+      >>> probabilities = network.predict(["garden.jpg", "street.jpg"])
+      >>> probabilities.shape
+      (2, 3)
+      >>> names = [network.class_names[best] for best in probabilities.argmax(axis=1)]
     """
     mesh = mesh or sharding.create_mesh()
     found = open_source(str(source), mesh, str(checkpoint), weights)
