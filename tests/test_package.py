@@ -119,7 +119,7 @@ def without_training(wheel, tmp_path_factory) -> Path:
 
 
 def test_a_network_is_used_without_what_training_needs(without_training, tmp_path):
-    """A run of another machine is asked, explained, converted; training says what it lacks."""
+    """A run of another machine is asked and converted; pictures and training say what they lack."""
     unpacked("workdir_0.1.tar.xz", tmp_path / "run")
     environment = shell.environment(devices=1) | {"PYTHONPATH": str(without_training), "COLUMNS": "120"}
 
@@ -130,7 +130,7 @@ def test_a_network_is_used_without_what_training_needs(without_training, tmp_pat
     digit = ROOT / "docs" / "images" / "digit.png"
     for command in (
         ("predict", "run", digit, "--json"),
-        ("explain", "run", digit, "--output", "why.png", "--steps", "0"),
+        ("embed", "run", digit, "--output", "features.npy"),
         ("convert", "run", "--output", "weights.safetensors"),
         ("summary", "xception"),
         ("doctor",),
@@ -138,7 +138,17 @@ def test_a_network_is_used_without_what_training_needs(without_training, tmp_pat
         result = run(*command)
         assert result.returncode == 0, (command, result.stderr)
     assert re.search(r"not tried +it needs grain, .*: pip install 'xception_flax\[train\]'", result.stdout)
-    for verb in ("train", "evaluate", "show-data", "replay", "reproduce", "precompile"):
+    for arguments, what in (
+        (("explain", "run", digit), "explain needs matplotlib: pip install 'xception_flax[plot]'"),
+        (
+            ("summary", "xception", "--picture", "x.png"),
+            "--picture needs matplotlib: pip install 'xception_flax[plot]'",
+        ),
+        (("demo", "run"), "the page needs gradio and matplotlib: pip install 'xception_flax[demo]'"),
+    ):
+        result = run(*arguments)
+        assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: {what}\n")
+    for verb in ("explain", "demo", "train", "evaluate", "show-data", "replay", "reproduce", "precompile"):
         result = run(verb, "--help")
         assert (result.returncode, result.stderr) == (0, "")
         assert result.stdout.startswith(f"usage: xception-flax {verb} ")
@@ -149,7 +159,7 @@ def test_a_network_is_used_without_what_training_needs(without_training, tmp_pat
         result = run(verb, "--config", "digits", "--workdir", "new")
         assert (result.returncode, result.stdout) == (2, "")
         assert re.fullmatch(
-            r"error: \S+ lacks grain, array_record, imagehash and 5 more; activate .*, or: pip install "
+            r"error: \S+ lacks grain, array_record, imagehash and 6 more; activate .*, or: pip install "
             r"'xception_flax\[train\]' \(in a clone: pip install -r requirements.txt\)\n",
             result.stderr,
         )
@@ -182,3 +192,34 @@ def test_types_are_checked_strictly_where_exported_names_are_at_home():
         assert any(fnmatch.fnmatch(file, each) or fnmatch.fnmatch(file, each.replace("**/", "")) for each in strict), (
             file
         )
+
+
+HEAVY = {"jax", "flax", "grain", "matplotlib", "optax", "orbax", "scipy", "tensorboardX", "tensorflow_datasets"}
+IMPORT = """
+import json, sys, time
+begin = time.perf_counter()
+import {module}
+{more}
+print(json.dumps([time.perf_counter() - begin, list(sys.modules)]))
+"""
+
+
+def imported(module: str, more: str = "") -> tuple[float, set[str]]:
+    """Returns how long `import module` takes in a new process, in seconds, and what is imported by it and by `more`."""
+    command = [sys.executable, "-c", IMPORT.format(module=module, more=more)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    seconds, names = json.loads(result.stdout)
+    return seconds, set(names)
+
+
+def test_the_import_is_light():
+    """And what it has is imported as it is asked for: no training for a network, no pictures for a prediction."""
+    times, (names, *_) = zip(*(imported("xception_flax") for _ in range(3)), strict=True)
+    assert not names & HEAVY
+    assert min(times) < 0.3
+    _, names = imported("xception_flax", "xception_flax.create_model")
+    assert names & HEAVY == {"jax", "flax"}
+    assert not [name for name in names if name.startswith(("xception_flax.training", "xception_flax.data"))]
+    for verb in ("predict", "explain", "demo", "embed", "convert", "export", "summary", "evaluate"):
+        _, names = imported(f"xception_flax.commands.{verb}")
+        assert not names & {"grain", "matplotlib", "tensorboardX", "tensorflow_datasets"}, verb

@@ -45,6 +45,9 @@ def test_extras_are_there_or_missing():
     assert {"cuda", "tpu", "onnx", "demo", "dev"} <= extras.keys()
     assert extras["tpu"] == "missing: libtpu"
     assert {"jax", "jax-cuda13-plugin"} <= set(doctor._distributions(Requirement("jax[cuda13]")))
+    of_dev = doctor._distributions(Requirement("xception-flax[dev]"))  # which has `train`, which has `data`
+    assert {"pytest", "grain"} <= set(of_dev)
+    assert "xception-flax" not in of_dev
 
 
 def test_settings_are_those_of_the_user(monkeypatch):

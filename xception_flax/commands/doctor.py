@@ -98,13 +98,13 @@ def _applies(requirement: Requirement, extra: str) -> bool:
 
 
 def _distributions(requirement: Requirement) -> list[str]:
-    """Returns the names of what must be installed: of `jax[cuda13]` JAX's plugins for CUDA too."""
-    names = [requirement.name]
+    """Returns the names of what must be installed: JAX's plugins with `jax[cuda13]`, and what our extras have."""
+    names = [] if requirement.name == DISTRIBUTION else [requirement.name]
     for extra in sorted(requirement.extras):
         if _version(requirement.name) is not None:
             parts = map(Requirement, metadata.requires(requirement.name) or [])
-            names += [part.name for part in parts if _applies(part, extra)]
-    return names
+            names += [name for part in parts if _applies(part, extra) for name in _distributions(part)]
+    return list(dict.fromkeys(names))
 
 
 def _version(name: str) -> str | None:
