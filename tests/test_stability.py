@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,30 @@ def test_nothing_that_was_promised_is_gone(found, kind):
 def test_what_is_new_is_promised_with_the_next_version(found):
     """The list is complete: `python tests/golden/make_promised.py` adds to it, and takes nothing away."""
     assert {kind: sorted(names) for kind, names in found.items()} == PROMISED
+
+
+def test_what_breaks_a_caller_is_gone_from_the_calls():
+    def calls(function: Callable) -> set[str]:
+        return set(make_promised.calls("f", function))
+
+    before = calls(lambda x, y=1, *, z=2: None)
+    assert before == {"f(x)", "f(x, y)", "f x=", "f y=", "f z="}
+    for compatible in (
+        lambda x=0, y=1, *, z=2: None,
+        lambda x, y=1, new=0, *, z=2, other=3, **more: None,
+        lambda x, y=1, z=2: None,
+    ):
+        assert before <= calls(compatible)
+    for breaking in (
+        lambda x, y=1, *, z: None,
+        lambda x, y=1, *, z=2, new: None,
+        lambda x, new, y=1, *, z=2: None,
+        lambda x, *, y=1, z=2: None,
+        lambda a, y=1, *, z=2: None,
+        lambda x, y=1: None,
+        lambda y, x=1, *, z=2: None,
+    ):
+        assert not before <= calls(breaking)
 
 
 def test_the_version_has_its_place():
