@@ -152,6 +152,11 @@ def test_a_network_is_used_without_what_training_needs(without_training, tmp_pat
         result = run(verb, "--help")
         assert (result.returncode, result.stderr) == (0, "")
         assert result.stdout.startswith(f"usage: xception-flax {verb} ")
+    result = run("--completion")  # of all verbs; the options of `prepare` are left out
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search(r"^ +train\) words='.*--workdir", result.stdout, re.MULTILINE)
+    assert re.search(r"^ +prepare\) words='' ;;$", result.stdout, re.MULTILINE)
+    assert "--config.optimizer.momentum=" in result.stdout
     result = run("prepare", "--help")
     assert (result.returncode, result.stdout) == (2, "")
     assert re.search(r"^error: .* lacks grain, .*\[train\]'.*\n\Z", result.stderr)
