@@ -1,8 +1,10 @@
-"""Docstrings: their examples run."""
+"""Docstrings: their examples run, and where docs/api.md promises one there is one."""
 
+import ast
 import doctest
 import importlib
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -63,3 +65,20 @@ def test_what_is_exported_has_examples():
         module = value if isinstance(value, types.ModuleType) else importlib.import_module(value.__module__)
         examples = examples_of(module)
         assert examples if module is value else name in examples, name
+
+
+@pytest.mark.parametrize("folder_of_page", sorted(path.stem for path in (ROOT / "docs" / "api").glob("*.md")))
+def test_every_name_of_the_reference_is_documented(folder_of_page):
+    """Functions, classes and their methods, but those with an underscore."""
+
+    def bare(node: ast.AST, place: str) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef) and not child.name.startswith("_"):
+                name = f"{place}.{child.name}"
+                if ast.get_docstring(child) is None:
+                    yield name
+                if isinstance(child, ast.ClassDef):
+                    yield from bare(child, name)
+
+    files = sorted((ROOT / "xception_flax" / folder_of_page).rglob("*.py"))
+    assert [name for file in files for name in bare(ast.parse(file.read_text()), name_of(file))] == []
