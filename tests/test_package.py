@@ -52,6 +52,20 @@ def test_the_wheel_has_the_package_the_program_and_the_recipes(wheel):
     assert "xception_flax/py.typed" in names(wheel)  # without it no type checker reads the annotations
 
 
+def test_the_metadata_say_who_what_and_for_which_pythons(wheel):
+    """The Pythons are those that the workflow tries."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        about = email.message_from_bytes(archive.read(name))
+    assert about["Author"] == "The xception_flax authors"
+    assert "Xception" in about["Keywords"].split(",")
+    classifiers = about.get_all("Classifier")
+    assert "Typing :: Typed" in classifiers
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    tried = re.findall(r'"(3\.\d+)"', re.search(r"^ +python: \[(.*)\]$", workflow, re.MULTILINE)[1])
+    assert [line.split(" :: ")[-1] for line in classifiers if " :: Python :: 3." in line] == tried
+
+
 def test_the_source_distribution_builds_the_same_wheel(wheel, tmp_path):
     archive = build(ROOT, "sdist", tmp_path / "sdist")
     with tarfile.open(archive) as tar:

@@ -55,7 +55,7 @@ def test_what_breaks_a_caller_is_gone_from_the_calls():
 
 
 def test_the_version_has_its_place():
-    """In the changelog, beside what is not released yet, and in the citation."""
-    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert xception_flax.__version__ in headings[:2]
-    assert f"\nversion: {xception_flax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    """In the changelog, beside what is not released yet, and in the citation, with its day."""
+    headings = re.findall(r"^## (\S+)(?: \((.*)\))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    day = dict(headings[:2])[xception_flax.__version__]
+    assert f"\nversion: {xception_flax.__version__}\ndate-released: {day}\n" in (ROOT / "CITATION.cff").read_text()
