@@ -3,6 +3,7 @@
 import re
 from importlib import metadata
 
+import jax
 from packaging.requirements import Requirement
 
 import train
@@ -36,6 +37,16 @@ def test_it_says_what_is_there_and_takes_the_step_of_a_run(tmp_path, monkeypatch
     recipe = ["--config=digits:lenet", *(f"--config.{text}" for text in short)]
     assert train.main([*recipe, "--workdir", str(tmp_path / "run")]) == 0
     assert f"{records(tmp_path / 'run')[0]['train/loss']:.6f}" == found[1]
+
+
+def test_a_backend_that_fails_is_a_row_and_the_others_are_tried(monkeypatch):
+    """What cannot be a device is one that fails."""
+    monkeypatch.setattr(doctor, "RECIPE", "digits:lenet")
+    backends = {"broken": [object()], "cpu": jax.local_devices(backend="cpu")}
+    monkeypatch.setattr(doctor, "_backends", lambda: backends)
+    rows = dict(doctor._steps())
+    assert re.fullmatch(r"failed: \w+: \S.*", rows["broken"])
+    assert re.match(r"64 images on 8 devices: loss \d", rows["cpu"])
 
 
 def test_extras_are_there_or_missing():
