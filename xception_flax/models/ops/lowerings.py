@@ -26,11 +26,12 @@ def lowering(name: str) -> Iterator[None]:
     A function under `jit` keeps the lowering with which it was first traced.
 
     Args:
-      name: 'platform', the default, is the fastest that was measured for each platform; 'portable' is the same without
-        kernels of Pallas, which no later version of JAX promises to run from a file; 'stock' is XLA's own operation on
-        all platforms; 'fused' is 'platform', but with the kernels of `tpu` on TPUs where shapes allow, for Xception
-        networks in training. They take a multiple of 16 images a chip. They move fewer bytes by the compiler's count,
-        and have not been timed on a TPU yet.
+      name: 'platform', the default, is the fastest that was measured for each platform (of GPUs on an H100 and an H200
+        alone, and all from Ampere on get the same); 'portable' is the same without kernels of Pallas, which no later
+        version of JAX promises to run from a file; 'stock' is XLA's own operation on all platforms; 'fused' is
+        'platform', but with the kernels of `tpu` on TPUs where shapes allow, for Xception networks in training. They
+        take a multiple of 16 images a chip. They move fewer bytes by the compiler's count, and have not been timed on a
+        TPU yet.
 
     Raises:
       UserError: an unknown name.
