@@ -213,7 +213,8 @@ def test_lowering_is_chosen_by_platform():
 def test_options_of_the_compiler_change_nothing_but_rounding(rng):
     """A forward pass at the smallest size that has options; float32 rounds differently in another order of sums."""
     options = ops.compiler_options("cpu", 128, 160)
-    assert options and options.keys() == {"xla_cpu_experimental_ynn_fusion_type"}
+    assert options is not None
+    assert options.keys() == {"xla_cpu_experimental_ynn_fusion_type"}
     model = create_model("xception", width=0.25, middle_repeats=1, num_classes=5)
     images = rng.normal(size=(2, 128, 128, 3)).astype(np.float32)
     variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), images, train=False)
