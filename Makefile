@@ -118,7 +118,7 @@ pins: $(INSTALLED_DEV)
 	$(COMPILE) pyproject.toml --extra train -o requirements.txt
 	$(COMPILE) pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
 	$(COMPILE) benchmarks/requirements.in -c requirements.txt -o benchmarks/requirements.txt
-	$(COMPILE) pyproject.toml --extra dev --extra onnx --extra savedmodel --extra litert -c requirements-dev.txt -o requirements-extras.txt
+	$(COMPILE) pyproject.toml --extra dev --extra export -c requirements-dev.txt -o requirements-extras.txt
 	$(COMPILE) pyproject.toml --extra browser -o requirements-browser.txt
 	$(COMPILE) pyproject.toml --extra docs -c requirements.txt -o requirements-docs.txt
 	$(COMPILE) pyproject.toml --extra tpu -c requirements.txt -o requirements-tpu.txt

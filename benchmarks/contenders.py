@@ -53,10 +53,12 @@ def _variables(job: Job) -> Any:
         return jax.device_put(unflatten_dict({tuple(name.split("/")): file[name] for name in file}))
 
 
-def _jitted_forward(model: Any, variables: Any, job: Job) -> Work:
+def _jitted_forward(model: Any, variables: Any, job: Job, compiler_options: dict[str, str] | None = None) -> Work:
     import jax
 
-    forward = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
+    forward = jax.jit(
+        lambda variables, images: model.apply(variables, images, train=False), compiler_options=compiler_options
+    )
     images = jax.device_put(job.load("images.npy"))
     return lambda: np.asarray(forward(variables, images))
 
@@ -84,12 +86,13 @@ def build_xception_flax_glibc(job: Job) -> Work:
     import jax
     import jax.numpy as jnp
 
+    from xception_flax import ops
     from xception_flax.training import losses, metrics, optimizers, sharding, state, steps
     from xception_flax.training.length import RunLength
 
     model, variables = network(job), _variables(job)
     if job.mode == "forward":
-        return _jitted_forward(model, variables, job)
+        return _jitted_forward(model, variables, job, ops.compiler_options("cpu", job.size, job.size))
 
     mesh = sharding.create_mesh()
     schedule = optimizers.create_schedule(run=RunLength(job.batch, num_images=job.batch, total_steps=1))
@@ -119,12 +122,12 @@ def build_xception_flax_glibc(job: Job) -> Work:
 
 def build_folded(job: Job) -> Work:
     """Inference with batch normalization folded into the convolutions by this project's own function."""
-    from xception_flax import fold_batch_norm
+    from xception_flax import fold_batch_norm, ops
     from xception_flax.host import allocator
 
     allocator.keep_freed_memory()
-    model = network(job)
-    return _jitted_forward(model, fold_batch_norm(model, _variables(job)), job)
+    model, options = network(job), ops.compiler_options("cpu", job.size, job.size)
+    return _jitted_forward(model, fold_batch_norm(model, _variables(job)), job, options)
 
 
 def build_plain_linen(job: Job) -> Work:

@@ -1,8 +1,9 @@
 """Measures this network on one GPU: correctness of each lowering, operations, forward pass and training step.
 
 Each contender is a process of its own, one at a time. Images are noise that is already on the device: no figure
-includes reading or moving them. The most valuable jobs are measured first, and the JSON is written anew after each
-record, so an interrupted run loses nothing. What does not fit into --minutes has a row that says so.
+includes reading or moving them. One row more has this project's training step with batches that are moved as train.py
+moves them. The most valuable jobs are measured first, and the JSON is written anew after each record, so an interrupted
+run loses nothing. What does not fit into --minutes has a row that says so.
 """
 
 import argparse
@@ -123,7 +124,7 @@ class Results:
 
     def add(self, job: Job, record: Record) -> None:
         kind, record = record["kind"], {name: value for name, value in record.items() if name != "kind"}
-        of = {"contender": job.subject, "mode": job.mode, "batch": job.batch}
+        of = {"contender": job.subject, "mode": record.pop("mode", job.mode), "batch": job.batch}
         if kind == "ceilings":
             self.all["ceilings"] = record
         elif kind in ("correctness", "operation"):
@@ -195,8 +196,7 @@ def jobs(chosen: Sequence[str], batches: Sequence[int], options: argparse.Namesp
     contenders = [name for name in chosen if name not in ("correctness", "operations")]
 
     def of_contenders(mode: str, batch: int) -> list[Job]:
-        profile = (mode, batch) == (modes[0], batches[0])
-        return [Job(name, mode, batch, profile=profile, **tiny) for name in contenders if mode in modes]
+        return [Job(name, mode, batch, **tiny) for name in contenders if mode in modes]
 
     first, *others = batches
     correctness = Job("correctness", batch=2 if options.dry_run else 8, **{"size": 139} | tiny)
@@ -260,6 +260,9 @@ def _line(kind: str, of: Record, record: Record) -> str:
         return f"copy {record['copy_gb_per_second']:.0f} GB/s, product {record['matmul_tflops_bf16']:.0f} TFLOP/s"
     if kind == "profile":
         return f"{name}: kernels take {record['kernel_ms']:.1f} ms a step"
+    if "put_seconds" in record:
+        rate = record["batch_bytes"] / record["put_seconds"] / 1e9
+        return f"{name}: {record['images_per_second']:.1f} images/s, a batch alone is moved at {rate:.1f} GB/s"
     return f"{name}: {record['images_per_second']:.1f} images/s, first run {record['first_seconds']:.0f} s"
 
 

@@ -27,6 +27,11 @@ from benchmarks.worker import end_with_parent, one_line, take_output
 NUM_CLASSES = 1000
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 REPEATS = 5  # chains of steps; the median counts
+PROFILED = 3  # steps whose kernels are recorded: a trace must stay small beside what it is of
+HOST_BATCHES = 4  # in turn, so that none is still in a cache when it is moved again
+STEPS_IN_FLIGHT = 2  # train.MAX_STEPS_IN_FLIGHT, which cannot be imported without the libraries that reading needs
+
+FED = "train, each batch from the host"  # the mode of rows of `TrainStep.fed`
 
 Record = dict[str, Any]
 Step = Callable[[], Any]  # sends one step to the device; its result is ready when the step is done
@@ -41,7 +46,6 @@ class Job(NamedTuple):
       batch: images.
       size: pixels a side.
       chain_seconds: approximate time of a chain of steps, which ends with one synchronization.
-      profile: whether the longest kernels are recorded as well.
       tiny: small shapes and one middle block, for a CPU.
     """
 
@@ -50,7 +54,6 @@ class Job(NamedTuple):
     batch: int = 0
     size: int = 299
     chain_seconds: float = 1.0
-    profile: bool = False
     tiny: bool = False
 
 
@@ -171,6 +174,40 @@ def trace_forward(job: Job, model: Any) -> Callable[[], Step]:
     return compile_
 
 
+class TrainStep:
+    """The step of train.py, on a batch that is on the device already, or by `fed` on one that must be moved first."""
+
+    def __init__(self, compiled: Callable[..., Any], first: Any, mesh: Any, batch: dict[str, np.ndarray]) -> None:
+        from xception_flax.training import metrics
+
+        self._compiled, self._carried, self._mesh = compiled, first, mesh
+        self._hosts = [{name: np.roll(values, i, 0) for name, values in batch.items()} for i in range(HOST_BATCHES)]
+        self._number = 0
+        self._placed = self.put()
+        self._totals = metrics.Accumulator(STEPS_IN_FLIGHT)
+        self.batch_bytes = sum(values.nbytes for values in batch.values())
+
+    def __call__(self) -> Any:
+        return self._sums(self._placed)["loss"].total
+
+    def fed(self) -> Any:
+        """Puts another batch to the device and sends the step, as train.py does: so many steps ahead and no more."""
+        sums = self._sums(self.put())
+        self._totals.add(sums)
+        return sums["loss"].total
+
+    def put(self) -> Any:
+        """Returns the next of the host's batches, on the device once it is there."""
+        from xception_flax.training import sharding
+
+        self._number += 1
+        return sharding.global_batch(self._mesh, self._hosts[self._number % HOST_BATCHES])
+
+    def _sums(self, placed: Any) -> Any:
+        self._carried, sums = self._compiled(self._carried, placed)
+        return sums
+
+
 def trace_ours(job: Job, lowering: str) -> Callable[[], Step]:
     """This project's network by one lowering; its training step is that of train.py: uint8 images, metrics."""
     import jax
@@ -210,14 +247,7 @@ def trace_ours(job: Job, lowering: str) -> Callable[[], Step]:
         compiled = lowered.compile()
         first = state.TrainState(step=jnp.zeros((), jnp.int32), opt_state=tx.init(variables["params"]), **variables)
         carried = jax.device_put(first, jax.tree.map(lambda leaf: leaf.sharding, abstract_state))
-        placed = sharding.global_batch(mesh, batch)
-
-        def step() -> jax.Array:
-            nonlocal carried
-            carried, sums = compiled(carried, placed)
-            return sums["loss"].total
-
-        return step
+        return TrainStep(compiled, carried, mesh, batch)
 
     return compile_
 
@@ -330,7 +360,7 @@ def trace_timm(job: Job, compile_mode: str | None = None) -> Callable[[], Step]:
 
 
 def contender(job: Job) -> Iterator[Record]:
-    """One mode and batch of one contender: its row, and its longest kernels if asked."""
+    """One mode and batch of one contender: its row, its longest kernels, and what moving a batch to a step costs."""
     if lowering := re.fullmatch(r"xception_flax_(.+)", job.subject):
         compile_, library = trace_ours(job, lowering[1]), Jax()
     elif job.subject == "plain_linen":
@@ -342,23 +372,29 @@ def contender(job: Job) -> Iterator[Record]:
     step = compile_()
     value = library.synchronize(step())
     first_seconds = time.perf_counter() - start
-    laps = lap_seconds(step, library.synchronize, job.chain_seconds)
-    last = step().tolist()
-    if not (np.isfinite(value.tolist()).all() and np.isfinite(last).all()):
-        raise FloatingPointError(f"the {'loss' if job.mode == 'train' else 'logits'} are not finite")
-    seconds = float(np.median(laps))
-    yield {
-        "kind": "row",
-        "seconds": seconds,
-        "images_per_second": job.batch / seconds,
-        "lap_seconds": laps,
-        "first_seconds": first_seconds,
-        "peak_bytes": library.peak_bytes(),
-        **library.versions,
-    }
-    if job.profile:
-        steps = 5
-        yield {"kind": "profile", **longest(library.kernels(step, steps), steps)}
+
+    def row(step: Step) -> Record:
+        laps = lap_seconds(step, library.synchronize, job.chain_seconds)
+        last = step().tolist()
+        if not (np.isfinite(value.tolist()).all() and np.isfinite(last).all()):
+            raise FloatingPointError(f"the {'loss' if job.mode == 'train' else 'logits'} are not finite")
+        seconds = float(np.median(laps))
+        return {
+            "kind": "row",
+            "seconds": seconds,
+            "images_per_second": job.batch / seconds,
+            "lap_seconds": laps,
+            "first_seconds": first_seconds,
+            "peak_bytes": library.peak_bytes(),
+            **library.versions,
+        }
+
+    yield row(step)
+    yield {"kind": "profile", **longest(library.kernels(step, PROFILED), PROFILED)}
+    if isinstance(step, TrainStep) and job.subject == "xception_flax_platform":
+        record = row(step.fed)
+        put_seconds = float(np.median(lap_seconds(step.put, library.synchronize, job.chain_seconds / 10)))
+        yield {**record, "mode": FED, "batch_bytes": step.batch_bytes, "put_seconds": put_seconds}
 
 
 # Operations ----------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ EXAMPLES = f"""\
 contenders: {", ".join(READERS)}"""
 
 # Rows without a difference: the work alone reads nothing, and records have other pixels, which `reencoding` measures.
-UNCOMPARED = ("alone", "prepared")
+ALONE = ("alone", "prepared_alone")
+UNCOMPARED = (*ALONE, "prepared")
 
 CHECKED = 8  # images, not cropped, whose pixels are compared
 
@@ -84,7 +85,7 @@ def measure(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]
 
         for threads in sorted({1, options.threads}):
             for name in names:
-                if name == "alone" and threads > 1:
+                if name in ALONE and threads > 1:
                     continue
                 key, title = f"{name}@{threads}", f"{READERS[name].title}, {threads} CPU{'s' * (threads > 1)}"
                 job = random._replace(threads=threads)
@@ -149,10 +150,12 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     failures = [f"| {row['title']} | failed: {row['error']} |" for row in result["rows"] if "error" in row]
     lines = [f"Files of {result['mean_file_bytes'] / 1e3:.0f} kB."]
-    if ours and (alone := done.get(("alone", 1))):
-        share = 1 - alone["cpu_ms_per_image"] / ours["cpu_ms_per_image"]
-        lines.append(f"{100 * share:.1f} % of one CPU's time is outside of decode, crop, resize and flip.")
-    if (prepared := done.get(("prepared", 1))) and (theirs := done.get(("tf_data", 1))):
+    prepared = done.get(("prepared", 1))
+    for reader, name, what in ((ours, "alone", ""), (prepared, "prepared_alone", ", of the records")):
+        if reader and (alone := done.get((name, 1))):
+            share = 1 - alone["cpu_ms_per_image"] / reader["cpu_ms_per_image"]
+            lines.append(f"{100 * share:.1f} % of one CPU's time is outside of decode, crop, resize and flip{what}.")
+    if prepared and (theirs := done.get(("tf_data", 1))):
         ratio = theirs["cpu_ms_per_image"] / prepared["cpu_ms_per_image"]
         lines.append(f"The records take 1/{ratio:.2f} of the CPU time that tf.data takes for the originals.")
     for (name, cpus), row in done.items():

@@ -2,7 +2,7 @@
 
     python benchmarks/pods.py            both tables of TPUs as Markdown, about 20 minutes on two CPU cores
     python benchmarks/pods.py --tpu v6e  the same slices of another TPU
-    python benchmarks/pods.py --gpus     the table of GPUs, five compilations of a minute or more
+    python benchmarks/pods.py --gpus     the table of GPUs, seven compilations of a minute or more
     python benchmarks/pods.py --picture docs/images/pods.png    draws the tables of docs/pods.md, compiles nothing
 
 Weak scaling keeps the images a chip, strong scaling the batch. Needs libtpu and no TPU, or XLA for CUDA and no GPU.
@@ -22,7 +22,7 @@ from xception_flax.planning import machines
 
 PAGE = Path(__file__).parent.parent / "docs" / "pods.md"
 
-GPUS = ("h100", "h100:8", "h200", "b200", "l4")
+GPUS = ("h100", "h100:8", "h100:2x8", "h200", "b200", "a100", "l4")
 SLICES = ("2x4", "4x8", "8x8", "16x16")  # 8, 32, 64, 256 chips
 IMAGES_A_CHIP = 128
 BATCH_SIZE = 1536  # the recipe's

@@ -62,6 +62,14 @@ def build_prepared(job: Job) -> Work:
     """The same of the records that `xception-flax prepare --max-side` makes of these files, which it writes first."""
     import dataclasses
 
+    split = _prepared(job)
+    many = dataclasses.replace(split.source, records=_Many(split.source.records))
+    iterator = dataclasses.replace(split, source=many).batches()
+    return _reader(job, "prepared", lambda: next(iterator)["images"])
+
+
+def _prepared(job: Job) -> Any:
+    """Returns the split of the records of these files, which are written first where they are missing."""
     from xception_flax.data.sources.tfds import Reencoding
     from xception_flax.prepare import folder, records
 
@@ -73,10 +81,7 @@ def build_prepared(job: Job) -> Work:
     if not records.is_complete(layout):
         with records.claim(layout) as missing:
             records.complete(layout, records.write(layout, missing, 1, lambda num_bytes: None))
-    split = _split(job, "tfds", str(layout.directory))
-    many = dataclasses.replace(split.source, records=_Many(split.source.records))
-    iterator = dataclasses.replace(split, source=many).batches()
-    return _reader(job, "prepared", lambda: next(iterator)["images"])
+    return _split(job, "tfds", str(layout.directory))
 
 
 class _Many:
@@ -113,12 +118,22 @@ def _split(job: Job, source: str, data_dir: str) -> Any:
 
 def build_alone(job: Job) -> Work:
     """Only decoding, crop with resizing, and flip, of files in memory: no pipeline can be faster."""
+    return _alone(job, [Path(path).read_bytes() for path in _paths(job)])
+
+
+def build_prepared_alone(job: Job) -> Work:
+    """The same of the images of the records that `prepared` reads."""
+    source = _prepared(job).source
+    return _alone(job, [source[i]["image"] for i in range(len(source))])
+
+
+def _alone(job: Job, files: Sequence[bytes]) -> Work:
     from xception_flax.data import decoding, transforms
     from xception_flax.host import allocator
 
     allocator.keep_freed_memory()
     chain = transforms.parse_transforms("random_resized_crop(min_area=0.08) | flip_left_right", job.size)
-    files, rng = [Path(path).read_bytes() for path in _paths(job)], np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
     def run() -> np.ndarray:
         for i in range(BATCHES * job.batch):
@@ -204,6 +219,12 @@ READERS: dict[str, Contender] = {
         f"xception_flax, records of {MAX_SIDE} px", build_prepared, ("grain", "cv2", "simplejpeg"), ours=True
     ),
     "alone": Contender("decode, crop, resize, flip alone", build_alone, ("grain", "cv2", "simplejpeg"), ours=True),
+    "prepared_alone": Contender(
+        f"decode, crop, resize, flip alone, {MAX_SIDE} px",
+        build_prepared_alone,
+        ("grain", "cv2", "simplejpeg"),
+        ours=True,
+    ),
     "tf_data": Contender("tf.data, decode_and_crop_jpeg", build_tf_data, ("tensorflow",)),
     "torchvision": Contender("torchvision's DataLoader, Pillow", build_torchvision, ("torch", "torchvision", "PIL")),
 }

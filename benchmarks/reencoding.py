@@ -57,8 +57,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "bytes": statistics.mean(map(len, small)),
                 "whole_psnr": statistics.mean(map(psnr, map(_whole, whole), map(_whole, pixels))),
                 "crop_psnr": statistics.mean(map(psnr, map(_crop, whole, boxes), map(_crop, pixels, boxes))),
-                "features": None if embed is None else float(np.median(_distance(embed(small), expected))),
             }
+            | ({} if embed is None else differences(embed(small), expected))
         )
     progress.end()
     others = None
@@ -95,6 +95,12 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return min(100.0, 10 * np.log10(255**2 / max(error, 1e-9)))
 
 
+def differences(features: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """Returns median and maximum over images of what their features `[N, C]` differ by from the originals'."""
+    apart = _distance(features, expected)
+    return {"features": float(np.median(apart)), "features_most": float(np.max(apart))}
+
+
 def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Returns 1 - cosine of the features in the last axis."""
     lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
@@ -103,14 +109,14 @@ def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def table(result: dict[str, Any]) -> str:
     """Returns the result of `measure` as a table in Markdown, with what it is of in lines below."""
-    header = ("longer side, quality", "kB", "whole, dB", "crops, dB", "features")
+    header = ("longer side, quality", "kB", "whole, dB", "crops, dB", "features", "at most")
     rows = [
         (
             f"{row['max_side']}, {row['quality']}",
             f"{row['bytes'] / 1e3:.0f}",
             f"{row['whole_psnr']:.1f}",
             f"{row['crop_psnr']:.1f}",
-            "-" if row["features"] is None else f"{row['features']:.4f}",
+            *(f"{row[key]:.4f}" if key in row else "-" for key in ("features", "features_most")),
         )
         for row in result["rows"]
     ]

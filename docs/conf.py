@@ -68,6 +68,13 @@ EXPORTS = """
    The networks by name, as `create_model` takes it.
 ```
 
+## What load returns
+
+```{eval-rst}
+.. autoclass:: xception_flax.inference.predictor.Predictor()
+   :no-index:
+```
+
 ## xception_flax.allocator
 
 ```{eval-rst}

@@ -178,21 +178,23 @@ def test_input_is_measured_and_its_values_are_compared(tmp_path):
     file = tmp_path / "input_pipeline.json"
     result = benchmark(
         "input_pipeline --images 8 --batch 8 --size 64 --threads 1 --rounds 1 --seconds-per-turn 0.1 "
-        f"--only xception_flax,prepared,alone,tf_data --contenders-python {sys.executable} --json {file}"
+        f"--only xception_flax,prepared,alone,prepared_alone,tf_data --contenders-python {sys.executable} --json {file}"
     )
     assert result.returncode == 1, result.stderr
     record = json.loads(file.read_text())
     rows = {row["contender"]: row for row in record["rows"]}
-    assert set(rows) == {"xception_flax", "prepared", "alone", "tf_data"}
+    ours = ("xception_flax", "prepared", "alone", "prepared_alone")
+    assert set(rows) == {*ours, "tf_data"}
     assert record["images"] == 8 * 8
     assert rows["xception_flax"]["difference"] == 0.0
-    for name in ("xception_flax", "prepared", "alone"):
+    for name in ours:
         assert 0 < rows[name]["cpu_seconds"] < 1.1 * rows[name]["seconds"]  # one thread
         assert rows[name]["images_per_second"] == pytest.approx(64 / rows[name]["seconds"])
         assert 0 < rows[name]["imported_mb"] < rows[name]["run_peak_mb"] < rows[name]["imported_mb"] + 400
     assert "No module named 'tensorflow'" in rows["tf_data"]["error"]
     assert "| tf.data, decode_and_crop_jpeg, 1 CPU | failed: ModuleNotFoundError" in result.stdout
-    assert "of one CPU's time is outside of decode, crop, resize and flip" in result.stdout
+    for end in (".", ", of the records."):
+        assert f"of one CPU's time is outside of decode, crop, resize and flip{end}" in result.stdout
 
 
 def test_what_smaller_records_change(capsys):
@@ -201,7 +203,7 @@ def test_what_smaller_records_change(capsys):
     assert reencoding.psnr(gray, gray + 2) == pytest.approx(20 * np.log10(255 / 2))
     assert reencoding.main(["--images", "2"]) == 0
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if re.match(r"\| +\d", line)]
-    rows = {tuple(map(int, setting.split(","))): list(map(float, values)) for setting, *values, _ in lines}
+    rows = {tuple(map(int, setting.split(","))): list(map(float, values)) for setting, *values, _, _ in lines}
     assert set(rows) == {tuple(setting) for setting in reencoding.SETTINGS}
     for side in (300, 350, 400):
         for quality in (90, 95):
@@ -209,6 +211,16 @@ def test_what_smaller_records_change(capsys):
             assert all(less < more for less, more in zip(small, large, strict=True))
             assert 25 < small[2] < 60
         assert all(less < more for less, more in zip(rows[side, 90], rows[side, 95], strict=True))
+
+
+def test_what_features_differ_by_has_a_median_and_a_maximum():
+    """1 - cosine by hand: of the same direction 0, at 60 degrees 0.5, at right angles 1."""
+    expected = np.array([[1.0, 0], [2, 0], [3, 0]])
+    found = reencoding.differences(np.array([[4.0, 0], [1, np.sqrt(3)], [0, 5]]), expected)
+    assert found == pytest.approx({"features": 0.5, "features_most": 1.0})
+    row = dict(max_side=400, quality=90, bytes=1e3, whole_psnr=30.0, crop_psnr=30.0)
+    result = {"mean_file_bytes": 1e3, "features_of_others": 0.69, "rows": [row | found]}
+    assert "|   0.5000 |  1.0000 |" in reencoding.table(result)
 
 
 def test_a_reader_reads_whole_photos_as_pillow_does(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import environments
+import train
 from benchmarks import gpu, gpu_contenders
 
 ROOT = Path(__file__).parent.parent
@@ -18,8 +19,9 @@ ROOT = Path(__file__).parent.parent
 def test_a_dry_run(tmp_path):
     """Everything but torch, which is not installed: its row says so. Nor is any library that it does not need."""
     file, lowerings = tmp_path / "gpu.json", gpu_contenders.timed_lowerings()
-    names = ["correctness", "operations", "xception_flax_platform", "timm"]
-    call = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--mode", "train", "--minutes", "30"]
+    ours = ["xception_flax_platform", "xception_flax_stock", "plain_linen"]
+    names = ["correctness", "operations", *ours, "timm"]
+    call = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--minutes", "30"]
     call += ["--only", ",".join(names), "--json", str(file)]
     environments.restrict(tmp_path, ["jax", "jaxlib", "flax", "optax"])
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -41,18 +43,29 @@ def test_a_dry_run(tmp_path):
     timed = [(r["part"], r["lowering"]) for r in record["operations"] if r["gb_per_second"] > 0]
     assert set(timed) == {(part, lowering) for part in gpu_contenders.PARTS for lowering in lowerings}
 
-    rows = {row["contender"]: row for row in record["rows"]}
-    assert set(rows) == set(names[2:])
-    row = rows[names[2]]
-    assert (row["mode"], row["batch"]) == ("train", 2)
-    assert row["images_per_second"] == pytest.approx(2 / sorted(row["lap_seconds"])[2])
-    assert row["first_seconds"] > 0
-    assert row["library"].startswith("jax ")
-    (profile,) = record["profiles"]
-    assert profile["contender"] == names[2]
-    assert len(profile["longest"]) == 10
-    assert "not installed: ModuleNotFoundError: No module named 'timm'" in rows["timm"]["failure"]
+    rows = {(row["contender"], row["mode"]): row for row in record["rows"]}
+    measured = {(name, mode) for name in ours for mode in ("train", "forward")}
+    fed = ("xception_flax_platform", gpu_contenders.FED)
+    assert set(rows) == measured | {fed, ("timm", "train"), ("timm", "forward")}
+    for key in (*measured, fed):
+        row = rows[key]
+        assert row["batch"] == 2
+        assert row["images_per_second"] == pytest.approx(2 / sorted(row["lap_seconds"])[2])
+        assert row["first_seconds"] > 0
+        assert row["library"].startswith("jax ")
+    assert rows[fed]["batch_bytes"] == 2 * (64 * 64 * 3 + 4)  # uint8 images, int32 labels
+    assert rows[fed]["put_seconds"] > 0
+    assert {(profile["contender"], profile["mode"]) for profile in record["profiles"]} == measured
+    assert all(len(profile["longest"]) == 10 for profile in record["profiles"])
+    for mode in ("train", "forward"):
+        assert "not installed: ModuleNotFoundError: No module named 'timm'" in rows["timm", mode]["failure"]
     assert "| timm | not installed: " in result.stdout
+    assert f"| {gpu_contenders.FED}, 2 images | images/s |" in result.stdout
+
+
+def test_batches_are_moved_as_train_py_moves_them():
+    """Which cannot be imported where only JAX, Flax and Optax are."""
+    assert gpu_contenders.STEPS_IN_FLIGHT == train.MAX_STEPS_IN_FLIGHT
 
 
 @pytest.fixture
@@ -109,7 +122,6 @@ def test_the_most_valuable_comes_first(options):
         ("plain_linen", "train", 1),
         ("timm", "train", 1),
     ]
-    assert [job.profile for job in jobs if job.mode] == [True] * 2 + [False] * 6
 
 
 def test_kernels_are_added_up_by_name_and_by_kind():

@@ -2,12 +2,14 @@
 
 import ast
 import email
+import fnmatch
 import importlib
 import json
 import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -47,6 +49,21 @@ def test_the_wheel_has_the_package_the_program_and_the_recipes(wheel):
     project = {f"xception_flax/project/{name}" for name in files if name == "train.py" or name.startswith("configs/")}
     assert len(project) >= 12
     assert names(wheel) == project | {name for name in files if name.startswith("xception_flax/")}
+    assert "xception_flax/py.typed" in names(wheel)  # without it no type checker reads the annotations
+
+
+def test_the_metadata_say_who_what_and_for_which_pythons(wheel):
+    """The Pythons are those that the workflow tries."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        about = email.message_from_bytes(archive.read(name))
+    assert about["Author"] == "The xception_flax authors"
+    assert "Xception" in about["Keywords"].split(",")
+    classifiers = about.get_all("Classifier")
+    assert "Typing :: Typed" in classifiers
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    tried = re.findall(r'"(3\.\d+)"', re.search(r"^ +python: \[(.*)\]$", workflow, re.MULTILINE)[1])
+    assert [line.split(" :: ")[-1] for line in classifiers if " :: Python :: 3." in line] == tried
 
 
 def test_the_source_distribution_builds_the_same_wheel(wheel, tmp_path):
@@ -55,6 +72,7 @@ def test_the_source_distribution_builds_the_same_wheel(wheel, tmp_path):
         tar.extractall(tmp_path / "source", filter="data")
     (source,) = (tmp_path / "source").iterdir()
     assert (source / "tests" / "test_package.py").is_file()
+    assert (source / "xception_flax" / "py.typed").is_file()
     assert names(build(source, "wheel", tmp_path / "wheel")) == names(wheel)
 
 
@@ -115,7 +133,7 @@ def without_training(wheel, tmp_path_factory) -> Path:
 
 
 def test_a_network_is_used_without_what_training_needs(without_training, tmp_path):
-    """A run of another machine is asked, explained, converted; training says what it lacks."""
+    """A run of another machine is asked and converted; pictures and training say what they lack."""
     unpacked("workdir_0.1.tar.xz", tmp_path / "run")
     environment = shell.environment(devices=1) | {"PYTHONPATH": str(without_training), "COLUMNS": "120"}
 
@@ -126,7 +144,7 @@ def test_a_network_is_used_without_what_training_needs(without_training, tmp_pat
     digit = ROOT / "docs" / "images" / "digit.png"
     for command in (
         ("predict", "run", digit, "--json"),
-        ("explain", "run", digit, "--output", "why.png", "--steps", "0"),
+        ("embed", "run", digit, "--output", "features.npy"),
         ("convert", "run", "--output", "weights.safetensors"),
         ("summary", "xception"),
         ("doctor",),
@@ -134,10 +152,25 @@ def test_a_network_is_used_without_what_training_needs(without_training, tmp_pat
         result = run(*command)
         assert result.returncode == 0, (command, result.stderr)
     assert re.search(r"not tried +it needs grain, .*: pip install 'xception_flax\[train\]'", result.stdout)
-    for verb in ("train", "evaluate", "show-data", "replay", "reproduce", "precompile"):
+    for arguments, what in (
+        (("explain", "run", digit), "explain needs matplotlib: pip install 'xception_flax[plot]'"),
+        (
+            ("summary", "xception", "--picture", "x.png"),
+            "--picture needs matplotlib: pip install 'xception_flax[plot]'",
+        ),
+        (("demo", "run"), "the page needs gradio and matplotlib: pip install 'xception_flax[demo]'"),
+    ):
+        result = run(*arguments)
+        assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: {what}\n")
+    for verb in ("explain", "demo", "train", "evaluate", "show-data", "replay", "reproduce", "precompile"):
         result = run(verb, "--help")
         assert (result.returncode, result.stderr) == (0, "")
         assert result.stdout.startswith(f"usage: xception-flax {verb} ")
+    result = run("--completion")  # of all verbs; the options of `prepare` are left out
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search(r"^ +train\) words='.*--workdir", result.stdout, re.MULTILINE)
+    assert re.search(r"^ +prepare\) words='' ;;$", result.stdout, re.MULTILINE)
+    assert "--config.optimizer.momentum=" in result.stdout
     result = run("prepare", "--help")
     assert (result.returncode, result.stdout) == (2, "")
     assert re.search(r"^error: .* lacks grain, .*\[train\]'.*\n\Z", result.stderr)
@@ -145,7 +178,7 @@ def test_a_network_is_used_without_what_training_needs(without_training, tmp_pat
         result = run(verb, "--config", "digits", "--workdir", "new")
         assert (result.returncode, result.stdout) == (2, "")
         assert re.fullmatch(
-            r"error: \S+ lacks grain, array_record, imagehash and 5 more; activate .*, or: pip install "
+            r"error: \S+ lacks grain, array_record, imagehash and 6 more; activate .*, or: pip install "
             r"'xception_flax\[train\]' \(in a clone: pip install -r requirements.txt\)\n",
             result.stderr,
         )
@@ -162,3 +195,50 @@ def test_names_imported_at_first_use_are_those_that_a_type_checker_sees(package)
         module = importlib.import_module(home)
         there = getattr(module, name, None) or importlib.import_module(f"{home}.{name}")
         assert getattr(package, name) is there, name
+
+
+def test_types_are_checked_strictly_where_exported_names_are_at_home():
+    """What pyproject.toml switches off elsewhere is on there."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyrefly"]
+    kinds = {"bad-argument-type", "missing-attribute", "unsupported-operation", "unbound-name"}
+    assert kinds <= settings["errors"].keys()
+    strict = [
+        each["matches"] for each in settings["sub-config"] if {k for k, on in each["errors"].items() if on} >= kinds
+    ]
+    for home in ["", *xception_flax._HOMES.values()]:
+        file = Path(importlib.import_module(f"xception_flax.{home}".strip(".")).__file__).relative_to(ROOT)
+        # pyrefly's `**/` is also no folder at all, which fnmatch does not know.
+        assert any(fnmatch.fnmatch(file, each) or fnmatch.fnmatch(file, each.replace("**/", "")) for each in strict), (
+            file
+        )
+
+
+HEAVY = {"jax", "flax", "grain", "matplotlib", "optax", "orbax", "scipy", "tensorboardX", "tensorflow_datasets"}
+IMPORT = """
+import json, sys, time
+begin = time.perf_counter()
+import {module}
+{more}
+print(json.dumps([time.perf_counter() - begin, list(sys.modules)]))
+"""
+
+
+def imported(module: str, more: str = "") -> tuple[float, set[str]]:
+    """Returns how long `import module` takes in a new process, in seconds, and what is imported by it and by `more`."""
+    command = [sys.executable, "-c", IMPORT.format(module=module, more=more)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    seconds, names = json.loads(result.stdout)
+    return seconds, set(names)
+
+
+def test_the_import_is_light():
+    """And what it has is imported as it is asked for: no training for a network, no pictures for a prediction."""
+    times, (names, *_) = zip(*(imported("xception_flax") for _ in range(3)), strict=True)
+    assert not names & HEAVY
+    assert min(times) < 0.3
+    _, names = imported("xception_flax", "xception_flax.create_model")
+    assert names & HEAVY == {"jax", "flax"}
+    assert not [name for name in names if name.startswith(("xception_flax.training", "xception_flax.data"))]
+    for verb in ("predict", "explain", "demo", "embed", "convert", "export", "summary", "evaluate"):
+        _, names = imported(f"xception_flax.commands.{verb}")
+        assert not names & {"grain", "matplotlib", "tensorboardX", "tensorflow_datasets"}, verb

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,32 @@ def test_what_is_new_is_promised_with_the_next_version(found):
     assert {kind: sorted(names) for kind, names in found.items()} == PROMISED
 
 
+def test_what_breaks_a_caller_is_gone_from_the_calls():
+    def calls(function: Callable) -> set[str]:
+        return set(make_promised.calls("f", function))
+
+    before = calls(lambda x, y=1, *, z=2: None)
+    assert before == {"f(x)", "f(x, y)", "f x=", "f y=", "f z="}
+    for compatible in (
+        lambda x=0, y=1, *, z=2: None,
+        lambda x, y=1, new=0, *, z=2, other=3, **more: None,
+        lambda x, y=1, z=2: None,
+    ):
+        assert before <= calls(compatible)
+    for breaking in (
+        lambda x, y=1, *, z: None,
+        lambda x, y=1, *, z=2, new: None,
+        lambda x, new, y=1, *, z=2: None,
+        lambda x, *, y=1, z=2: None,
+        lambda a, y=1, *, z=2: None,
+        lambda x, y=1: None,
+        lambda y, x=1, *, z=2: None,
+    ):
+        assert not before <= calls(breaking)
+
+
 def test_the_version_has_its_place():
-    """In the changelog, beside what is not released yet, and in the citation."""
-    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert xception_flax.__version__ in headings[:2]
-    assert f"\nversion: {xception_flax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    """In the changelog, beside what is not released yet, and in the citation, with its day."""
+    headings = re.findall(r"^## (\S+)(?: \((.*)\))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    day = dict(headings[:2])[xception_flax.__version__]
+    assert f"\nversion: {xception_flax.__version__}\ndate-released: {day}\n" in (ROOT / "CITATION.cff").read_text()

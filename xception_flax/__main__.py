@@ -89,11 +89,19 @@ def main() -> NoReturn:
 
 
 def _complete() -> NoReturn:
-    libraries.check_libraries(training=True)  # every verb is asked for its options
+    libraries.check_libraries(training=False)
     from xception_flax.commands import cli, completion
 
+    def asked(verb: str) -> Callable[[list[str]], int]:
+        try:
+            return command(verb)
+        except ModuleNotFoundError:  # `prepare` without the extra, as above: its options are left out
+            if not libraries.missing_of(libraries.TRAINING):
+                raise
+            return lambda argv: 0
+
     def write(argv: list[str]) -> int:
-        print(completion.script({verb: command(verb) for verb in VERBS}), end="", flush=True)
+        print(completion.script({verb: asked(verb) for verb in VERBS}), end="", flush=True)
         return 0
 
     cli.run(write, [])

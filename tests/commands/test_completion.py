@@ -1,6 +1,7 @@
 """Completion, by bash itself: what it offers at the end of a command line."""
 
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -55,6 +56,19 @@ def offered(script: Path, *words: str) -> list[str]:
 )
 def test_it_offers_what_may_come_next(script, words, expected):
     assert offered(script, *words) == expected
+
+
+SHELLS = {"bash": ("--norc",), "zsh": ("-f",)}  # with no files of the user
+
+
+@pytest.mark.parametrize("name", [name for name in SHELLS if shutil.which(name)])
+def test_each_shell_takes_the_options_of_complete_as_words(script, name):
+    """zsh makes one word of an expansion. There no space follows a key; bash is told so where keys are offered."""
+    ask = f"complete() {{ printf '%s\\n' \"$@\"; }}; source {script}"
+    result = subprocess.run([name, *SHELLS[name], "-c", ask], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    nospace = ["-o", "nospace"] if name == "zsh" else []
+    assert result.stdout.split("\n") == ["-o", "default", *nospace, "-F", "_xception_flax", "xception-flax", ""]
 
 
 def test_it_has_every_verb_and_key(script):

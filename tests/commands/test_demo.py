@@ -89,4 +89,4 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, out, err = shell.call(monkeypatch, capsys, demo.main, "nowhere")
     assert (code, out) == (2, "")
-    assert err == "error: the page needs gradio: pip install 'xception_flax[demo]'\n"
+    assert err == "error: the page needs gradio and matplotlib: pip install 'xception_flax[demo]'\n"

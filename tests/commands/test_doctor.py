@@ -3,6 +3,7 @@
 import re
 from importlib import metadata
 
+import jax
 from packaging.requirements import Requirement
 
 import train
@@ -38,6 +39,16 @@ def test_it_says_what_is_there_and_takes_the_step_of_a_run(tmp_path, monkeypatch
     assert f"{records(tmp_path / 'run')[0]['train/loss']:.6f}" == found[1]
 
 
+def test_a_backend_that_fails_is_a_row_and_the_others_are_tried(monkeypatch):
+    """What cannot be a device is one that fails."""
+    monkeypatch.setattr(doctor, "RECIPE", "digits:lenet")
+    backends = {"broken": [object()], "cpu": jax.local_devices(backend="cpu")}
+    monkeypatch.setattr(doctor, "_backends", lambda: backends)
+    rows = dict(doctor._steps())
+    assert re.fullmatch(r"failed: \w+: \S.*", rows["broken"])
+    assert re.match(r"64 images on 8 devices: loss \d", rows["cpu"])
+
+
 def test_extras_are_there_or_missing():
     """Of those of this environment, and of what JAX's own extras install."""
     extras = doctor._extras()
@@ -45,6 +56,9 @@ def test_extras_are_there_or_missing():
     assert {"cuda", "tpu", "onnx", "demo", "dev"} <= extras.keys()
     assert extras["tpu"] == "missing: libtpu"
     assert {"jax", "jax-cuda13-plugin"} <= set(doctor._distributions(Requirement("jax[cuda13]")))
+    of_dev = doctor._distributions(Requirement("xception-flax[dev]"))  # which has `train`, which has `data`
+    assert {"pytest", "grain"} <= set(of_dev)
+    assert "xception-flax" not in of_dev
 
 
 def test_settings_are_those_of_the_user(monkeypatch):

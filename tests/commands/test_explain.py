@@ -13,6 +13,7 @@ import xception_flax
 from golden.seeded import structured_images
 from tests.weights.test_writing import random_network
 from xception_flax.commands import explain
+from xception_flax.display import pictures
 from xception_flax.inference.explaining import Explainer
 from xception_flax.weights import writing
 from xception_flax.weights.source import open_source
@@ -98,7 +99,7 @@ def test_each_image_has_the_neighbours_that_there_are(source, photos, tmp_path, 
     gallery.mkdir()
     (gallery / "0.png").symlink_to(photos / "0.png")
     drawn = []
-    monkeypatch.setattr(explain.pictures, "draw_images", lambda *given, **options: drawn.append((given, options)))
+    monkeypatch.setattr(pictures, "draw_images", lambda *given, **options: drawn.append((given, options)))
     arguments = [source, photos / "0.png", photos / "1.png", "--steps", 0, "--neighbours", gallery, "--json"]
     code, out, err = run(monkeypatch, capsys, *arguments, "--output", tmp_path / "why.png")
     assert code == 0, err

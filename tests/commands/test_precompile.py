@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +69,14 @@ def test_gpus(cpus_for_chips: None, capsys: pytest.CaptureFixture[str]) -> None:
     # What runs on a CPU is no kernel of a GPU, but each instruction that moves data is counted once.
     assert sum(result["kernels"].values()) > 10
     assert result["jax-cuda13-pjrt"] == "1.2.3"
+    # The recipe computes in float32: TF32 on the GPU's tensor cores.
+    assert re.search(r"peak +494\.7 TFLOP/s, in float32$", out, re.MULTILINE)
+
+
+def test_a_peak_that_is_not_known_is_said(cpus_for_chips: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert precompile.main([*LENET[:-1], "b200", "--num-images", "1257"]) == 0
+    expected = "2,250.0 TFLOP/s, in bfloat16, since the GPU's in float32 is not known"
+    assert expected in capsys.readouterr().out
 
 
 def test_what_does_not_fit_a_gpu_is_compiled_all_the_same(

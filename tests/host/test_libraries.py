@@ -9,25 +9,48 @@ from pathlib import Path
 
 import pytest
 
+from xception_flax.export.writing import FORMATS
 from xception_flax.host import libraries
 
 ROOT = Path(__file__).parents[2]
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def required(extra: str) -> list[str]:
+    """Returns what an extra requires, with that of the extras that it includes."""
+    lines = []
+    for line in PROJECT["optional-dependencies"][extra]:
+        included = re.fullmatch(r"xception-flax\[(.*)\]", line)
+        lines += [each for name in included[1].split(",") for each in required(name)] if included else [line]
+    return lines
+
+
 def test_the_lists_are_those_of_the_project():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     distributions = importlib.metadata.packages_distributions()
 
     def normal(name: str) -> str:  # as package indexes compare names
         return re.sub(r"[-_.]+", "-", name).lower()
 
     for names, lines in (
-        (libraries.LIBRARIES, project["dependencies"]),
-        (libraries.TRAINING, project["optional-dependencies"]["train"]),
+        (libraries.LIBRARIES, PROJECT["dependencies"]),
+        (libraries.TRAINING, required("train")),
     ):
         provided = {normal(distribution) for name in names for distribution in distributions[name]}
         assert provided >= {normal(re.match(r"[\w-]+", line)[0]) for line in lines}
         assert len(names) == len(lines)
+
+
+def test_extras_have_what_their_names_say():
+    """And docs/api.md has a line for each."""
+    extras = PROJECT["optional-dependencies"]
+    assert set(required("export")) == {line for form in FORMATS for line in required(form)}
+    for extra in ("plot", "data", "train"):
+        assert set(required(extra)) <= set(required("train")) <= set(required("dev"))
+    assert "matplotlib>=3.10" in required("demo")
+    listed = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert [name for cell in listed for name in re.findall(r"\w+", cell)] == list(extras)
 
 
 @pytest.mark.parametrize(

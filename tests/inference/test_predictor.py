@@ -1,5 +1,6 @@
 """The object from Python: what it computes is what the network and Keras compute, whatever images come as."""
 
+import collections
 import importlib.resources
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import xception_flax
 from golden.seeded import structured_images
 from tests.weights.test_writing import random_network
+from xception_flax import ops
 from xception_flax.inference import predictor, preprocessing
 from xception_flax.text.errors import UserError
 from xception_flax.weights import writing
@@ -82,10 +84,20 @@ def test_images_of_every_kind(loaded, photos):
         assert expected.shape == (1, 4)
         for kind in kinds:
             np.testing.assert_array_equal(loaded.predict(kind), expected)
-        np.testing.assert_array_equal(loaded.predict(kinds), np.repeat(expected, len(kinds), axis=0))
+        for several in (kinds, collections.deque(kinds)):
+            np.testing.assert_array_equal(loaded.predict(several), np.repeat(expected, len(kinds), axis=0))
         batch = np.stack([np.asarray(image)] * 3)
     for array in (batch, jnp.asarray(batch)):
         np.testing.assert_array_equal(loaded.predict(array), np.repeat(expected, 3, axis=0))
+
+
+def test_how_the_forward_pass_is_compiled(network, one_device):
+    """With XLA's own options for small images; 8 at a time on CPUs, unless told otherwise."""
+    small = predictor.from_pretrained(network, one_device)
+    assert (small.compiler_options, small.batch_size) == (None, 8)
+    large = predictor.from_pretrained(told(network, image_size=128), one_device, batch_size=3)
+    assert (large.compiler_options, large.batch_size) == (ops.compiler_options("cpu", 128, 128), 3)
+    assert large.compiler_options is not None
 
 
 def test_mistakes_are_named(loaded, photos, tmp_path):

@@ -48,7 +48,7 @@ def test_figures_are_as_specified() -> None:
         assert gpu.memory_bytes / 1e9 == pytest.approx(memory, rel=0.08), name
         assert gpu.usable_bytes == int(0.75 * gpu.memory_bytes)
         assert gpu.hbm_bytes_per_second == pytest.approx(bandwidth * 1e9, rel=0.005), name
-        assert gpu.flops_per_second == teraflops * 1e12
+        assert gpu.peaks["bfloat16"] == teraflops * 1e12
         assert 2 * gpu.link_bytes_per_second == link * 1e9
         assert 8 * gpu.network_bytes_per_second == network * 1e9
         assert gpu.nvlink == (link > 100)

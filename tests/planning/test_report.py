@@ -7,8 +7,8 @@ import pytest
 
 from xception_flax import MODELS, create_model, data
 from xception_flax.models import costs
+from xception_flax.planning import machines, tpus
 from xception_flax.planning import report as reporting
-from xception_flax.planning import tpus
 from xception_flax.planning.hlo import Collective
 from xception_flax.recipes import reading
 
@@ -102,7 +102,7 @@ def test_the_bound_by_hand() -> None:
         "batch norm.": reporting.Cost(0, 1_638_000_000),
     }
     report = reporting.Report(10**9, 10**6, 2e12, 2e9, kinds, {}, [Collective("all-reduce", 90_000_000, 2)])
-    result = reporting.estimate(report, where, images_a_chip=16)
+    result = reporting.estimate(report, where, images_a_chip=16, dtype="bfloat16")
     # 1.97 of 197 TFLOP/s: 10 ms against 0.1 ms of memory; 1.638 of 819 GB/s: 2 ms; two all-reduces of 2 ms.
     assert result["kinds"]["pointwise conv."]["seconds"] == pytest.approx(10e-3)
     assert result["kinds"]["batch norm."]["seconds"] == pytest.approx(2e-3)
@@ -111,3 +111,19 @@ def test_the_bound_by_hand() -> None:
     assert result["images_per_second_per_chip"] == pytest.approx(1000)
     assert result["bound"] == "arithmetic"
     assert result["collectives"] == {"all-reduce": {"count": 2, "bytes": 180_000_000}}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak_dtype", "milliseconds"),
+    [
+        ("h100", "bfloat16", "bfloat16", 1),
+        ("h100", "float32", "float32", 2),  # TF32
+        ("b200", "float32", "bfloat16", 989.4 / 2250),  # its peak in TF32 is not known
+        ("v5e:1x1", "float32", "float32", 989.4 / 197),  # one pass in bfloat16
+    ],
+)
+def test_the_peak_is_that_of_the_type(name: str, dtype: str, peak_dtype: str, milliseconds: float) -> None:
+    report = reporting.Report(0, 0, None, None, {"pointwise conv.": reporting.Cost(989.4e9, 0)}, {}, [])
+    result = reporting.estimate(report, machines.parse_machine(name), 1, dtype)
+    assert result["peak_dtype"] == peak_dtype
+    assert result["step_seconds"] == pytest.approx(1e-3 * milliseconds)

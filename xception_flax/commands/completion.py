@@ -40,7 +40,7 @@ _xception_flax() {{
     fi
     COMPREPLY=($(compgen -P "$begin" -W "$words" -- "$word"))
 }}
-complete -o default ${{ZSH_VERSION:+-o nospace}} -F _xception_flax xception-flax
+complete -o default ${{ZSH_VERSION:+-o}} ${{ZSH_VERSION:+nospace}} -F _xception_flax xception-flax
 """
 
 

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-browser", action="store_true", help="print the address only")
     parser.set_defaults(batch_size=1)
     arguments = parser.parse_args(argv)
-    check_extra("demo", ("gradio",), "the page")
+    check_extra("demo", ("gradio", "matplotlib"), "the page")
     check_address(arguments.host, arguments.port)
     cli.start(arguments)
     with cli.out_of_memory("Take a smaller --image-size, or another network."):

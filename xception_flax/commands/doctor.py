@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -98,13 +98,13 @@ def _applies(requirement: Requirement, extra: str) -> bool:
 
 
 def _distributions(requirement: Requirement) -> list[str]:
-    """Returns the names of what must be installed: of `jax[cuda13]` JAX's plugins for CUDA too."""
-    names = [requirement.name]
+    """Returns the names of what must be installed: JAX's plugins with `jax[cuda13]`, and what our extras have."""
+    names = [] if requirement.name == DISTRIBUTION else [requirement.name]
     for extra in sorted(requirement.extras):
         if _version(requirement.name) is not None:
             parts = map(Requirement, metadata.requires(requirement.name) or [])
-            names += [part.name for part in parts if _applies(part, extra)]
-    return names
+            names += [name for part in parts if _applies(part, extra) for name in _distributions(part)]
+    return list(dict.fromkeys(names))
 
 
 def _version(name: str) -> str | None:
@@ -155,23 +155,32 @@ def _steps() -> Iterator[tuple[str, str]]:
         yield "not tried", f"it needs {', '.join(missing)}: pip install 'xception_flax[train]'"
         return
     for backend, devices in _backends().items():
-        mesh = sharding.create_mesh(devices=devices)
-        recipe = reading.load(RECIPE, [f"--config.batch_size={BATCH_SIZE * len(devices)}"])
-        split = data.load(**recipe.data, batch_size=recipe.batch_size, seed=recipe.seed, train=True)
-        program = create_program(recipe, mesh, split.image_shape, split.num_images)
-        begin = time.perf_counter()
-        with console.waiting(f"compiling for {backend}"):
-            abstract_batch = sharding.abstract_batch(mesh, split.batch_shapes)
-            step = program.train_step.lower(program.abstract_state, abstract_batch).compile()
-        compiled = time.perf_counter()
-        state = program.init(jax.random.key(recipe.seed))
-        batches = split.batches()
-        batch = next(batches)
-        batches.close()
-        _, sums = jax.block_until_ready(step(state, sharding.global_batch(mesh, batch)))
-        loss, count = jax.device_get(sums["loss"])
-        yield (
-            backend,
-            f"{counted(recipe.batch_size, 'image')} on {counted(len(devices), 'device')}: loss {loss / count:.6f}, "
-            f"compiled in {compiled - begin:.1f} s",
-        )
+        try:
+            said = _step(backend, devices)
+        except Exception as error:  # whatever it is, it belongs into the report, and the other backends are tried
+            first = (str(error).strip() or "no message").splitlines()[0]
+            said = f"failed: {type(error).__name__}: {naming.harmless(first)}"
+        yield backend, said
+
+
+def _step(backend: str, devices: Sequence[jax.Device]) -> str:
+    """Trains for a step on the devices of a backend; returns what a row says of it."""
+    mesh = sharding.create_mesh(devices=devices)
+    recipe = reading.load(RECIPE, [f"--config.batch_size={BATCH_SIZE * len(devices)}"])
+    split = data.load(**recipe.data, batch_size=recipe.batch_size, seed=recipe.seed, train=True)
+    program = create_program(recipe, mesh, split.image_shape, split.num_images)
+    begin = time.perf_counter()
+    with console.waiting(f"compiling for {backend}"):
+        abstract_batch = sharding.abstract_batch(mesh, split.batch_shapes)
+        step = program.train_step.lower(program.abstract_state, abstract_batch).compile()
+    compiled = time.perf_counter()
+    state = program.init(jax.random.key(recipe.seed))
+    batches = split.batches()
+    batch = next(batches)
+    batches.close()
+    _, sums = jax.block_until_ready(step(state, sharding.global_batch(mesh, batch)))
+    loss, count = jax.device_get(sums["loss"])
+    return (
+        f"{counted(recipe.batch_size, 'image')} on {counted(len(devices), 'device')}: loss {loss / count:.6f}, "
+        f"compiled in {compiled - begin:.1f} s"
+    )

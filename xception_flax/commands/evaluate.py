@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from xception_flax import data
 from xception_flax.commands import cli, images
 from xception_flax.data.sources.folder import ALL
-from xception_flax.display import console, pictures
+from xception_flax.display import console
 from xception_flax.host import files
 from xception_flax.inference import subject as subjects
 from xception_flax.inference.subject import Subject
@@ -202,6 +202,8 @@ def _paths(arguments: argparse.Namespace, folder: Path, config: ConfigDict, spli
         raise UserError(f"{folder} cannot be written by this user; give another folder by --output DIR.")
     picture = None if several else arguments.picture or folder / names.mistakes_picture(split)
     if picture is not None:
+        from xception_flax.display import pictures  # Matplotlib, of an extra: the help does without it
+
         pictures.check_suffix(picture)
     kinds = dict(page=names.evaluation_page, record=names.evaluation_record, predictions=names.evaluation_predictions)
     report = {} if arguments.no_report else {kind: folder / name(split) for kind, name in kinds.items()}
@@ -261,6 +263,8 @@ def _report(subject: Subject, config: ConfigDict, paths: Paths, other: comparing
     picture = None
     if paths.picture is not None:
         title = _title(subject, config, results, said, wrong)
+        from xception_flax.display import pictures
+
         picture = pictures.draw_mistakes(*said.mistakes, title, paths.picture)
     if paths.page is not None:
         with console.waiting("scores and report"):

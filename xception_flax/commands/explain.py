@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from xception_flax.commands import cli, images
-from xception_flax.display import console, heat, pictures
+from xception_flax.display import console, heat
 from xception_flax.host.files import check_kind, check_writable, file_errors
+from xception_flax.host.libraries import check_extra
 from xception_flax.inference.explaining import PREDICTED, Explainer, Explanation
 from xception_flax.inference.neighbours import Gallery, Neighbour
 from xception_flax.inference.predictor import Predictor
@@ -43,6 +44,9 @@ class Row(NamedTuple):
 
 def main(argv: list[str]) -> int:
     arguments = _arguments(argv)
+    check_extra("plot", ("matplotlib",), "explain")
+    from xception_flax.display import pictures
+
     source, paths = images.given(arguments)
     gallery = _gallery(arguments.neighbours)
     in_one = _check_output(arguments.output, len(paths))
@@ -131,6 +135,8 @@ def _check_output(output: Path, count: int) -> bool:
         with file_errors(output, "written"):
             output.mkdir(parents=True, exist_ok=True)
         return False
+    from xception_flax.display import pictures
+
     pictures.check_suffix(output)
     if count > MAX_ROWS:
         raise UserError(

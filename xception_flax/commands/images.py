@@ -14,7 +14,7 @@ from xception_flax.commands import cli
 from xception_flax.data.sources import folder
 from xception_flax.display import console
 from xception_flax.inference import predictor
-from xception_flax.inference.predictor import BATCH_SIZE, Predictor
+from xception_flax.inference.predictor import BATCH_SIZE, CPU_BATCH_SIZE, Predictor
 from xception_flax.text import naming
 from xception_flax.text.errors import UserError
 from xception_flax.weights.word import read_class_names
@@ -23,13 +23,17 @@ SOURCE = "workdir of a run, file or folder of weights, keras:NETWORK, timm:NAME,
 IMAGE_SIZE = "of what the network takes: pixels a side, or height x width such as 224x320"
 
 
-def add_arguments(parser: argparse.ArgumentParser, batch_size: int = BATCH_SIZE) -> None:
-    """Adds the network, the images, and what says how an image becomes what the network takes."""
+def add_arguments(parser: argparse.ArgumentParser, batch_size: int | None = None) -> None:
+    """Adds the network, the images, and what says how an image becomes what the network takes.
+
+    Without `batch_size`, the default is that of `load`.
+    """
     add_network(parser)
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="a file, or a folder with files in it")
     parser.add_argument("--workdir", type=cli.directory, help="instead of SOURCE: folder of a run of train.py")
+    default = batch_size or f"{BATCH_SIZE}, on CPUs {CPU_BATCH_SIZE}"
     parser.add_argument(
-        "--batch-size", type=cli.positive, default=batch_size, metavar="N", help=f"images at a time ({batch_size})"
+        "--batch-size", type=cli.positive, default=batch_size, metavar="N", help=f"images at a time ({default})"
     )
     add_word(parser)
 

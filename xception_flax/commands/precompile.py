@@ -13,14 +13,16 @@ CUDA). No TPU, GPU or data are needed; it takes one to five minutes. Where the f
                 all arithmetic is beside it
   collectives   read from the compiled program: arrays that the chips sum or gather
   time          an estimate: each kind of layer takes the larger of its bytes at full bandwidth and its
-                arithmetic at full peak, which no chip reaches; collectives are added, though they may
-                overlap; input, evaluation, checkpoints and starting kernels are not included
+                arithmetic at full peak, which no chip reaches: that of the type in which the recipe
+                computes, where it is known, else that of bfloat16; collectives are added, though they
+                may overlap; input, evaluation, checkpoints and starting kernels are not included
 """
 
 import concurrent.futures
 import importlib.metadata
 from typing import Any
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from xception_flax.commands import cli
@@ -102,6 +104,7 @@ def _show_costs(config: ConfigDict, where: Machine, result: dict[str, Any]) -> N
     rows = {
         "arithmetic": f"{result['network_flops'] / 1e9:,.0f} GFLOP of the network"
         + (f"; in all, by the compiler's count, {result['flops'] / 1e9:,.0f}" if result["flops"] else ""),
+        "peak": _peak(jnp.dtype(config.model.dtype).name, where, result),
         "bytes": f"{_gb(result['hbm_bytes'])} of HBM"
         + (
             f"; by the compiler's count, with those within the chip, {_gb(result['xla_bytes'])}"
@@ -121,6 +124,15 @@ def _show_costs(config: ConfigDict, where: Machine, result: dict[str, Any]) -> N
         epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs:g} epochs"
         rows["run"] = f"{counted(result['steps'], 'step')}, {epochs}: {result['hours']:,.2f} h (estimate)"
     console.show_table(f"a step of a {where.noun}, and the run", {name: row for name, row in rows.items() if row})
+
+
+def _peak(dtype: str, where: Machine, result: dict[str, Any]) -> str:
+    """Returns of which type the peak is that the estimate takes; '' for bfloat16 in a recipe that computes in it."""
+    used = result["peak_dtype"]
+    if dtype == used == "bfloat16":
+        return ""
+    unknown = f", since the {where.noun}'s in {dtype} is not known" if dtype != used else ""
+    return f"{result['peak_flops_per_second'] / 1e12:,.1f} TFLOP/s, in {used}{unknown}"
 
 
 # Command -------------------------------------------------------------------------------------------
@@ -187,7 +199,9 @@ def main(argv: list[str]) -> int:
         sizes = largest_batch(memory_at, usable, config.batch_size // parts, report.state if fits else 0, grain)
         result["largest_batch"], result["too_large_batch"] = (images and images * parts for images in sizes)
     if fits:
-        result |= {"state_bytes": report.state} | estimate(report, where, config.batch_size / where.num_chips)
+        result |= {"state_bytes": report.state} | estimate(
+            report, where, config.batch_size / where.num_chips, jnp.dtype(config.model.dtype).name
+        )
         if num_images is not None:
             steps = create_length(config.epochs, config.batch_size, num_images).total_steps
             result |= {"steps": steps, "hours": steps * result["step_seconds"] / 3600}

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from xception_flax import data
 from xception_flax.commands import cli
 from xception_flax.data.batch import Batch
-from xception_flax.display import console, pictures
+from xception_flax.display import console
 from xception_flax.host import files
 from xception_flax.recipes import reading
 from xception_flax.text import naming
@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
     )
     arguments, overrides = parser.parse_known_args(argv)
     config = reading.load(arguments.config, overrides)
+    from xception_flax.display import pictures  # Matplotlib, of an extra: the help does without it
+
     pictures.check_suffix(arguments.output)
     files.check_writable(arguments.output)
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, perhaps with this recipe

@@ -21,6 +21,7 @@ from xception_flax import models
 from xception_flax.commands import cli
 from xception_flax.display import console
 from xception_flax.host import files
+from xception_flax.host.libraries import check_extra
 from xception_flax.models.summary import Row, Shape, fold, summarize, totals, trace_network
 from xception_flax.recipes import checking, reading
 from xception_flax.text import naming, sizes
@@ -105,6 +106,7 @@ def _record(config: ConfigDict, image_shape: Shape, totals: tuple[int, int, int,
 
 
 def _check_picture(path: Path) -> None:
+    check_extra("plot", ("matplotlib",), "--picture")
     from xception_flax.display import pictures  # Matplotlib, which takes a second
 
     pictures.check_suffix(path)

@@ -82,9 +82,9 @@ def load(
       **options: the source's own keywords, such as `data_dir`.
 
     Raises:
-      UserError: a name, a number or a path is wrong, or the extra 'train' is missing; the message says what to do.
+      UserError: a name, a number or a path is wrong, or the extra 'data' is missing; the message says what to do.
     """
-    check_extra("train", ("grain",), "reading a data set")
+    check_extra("data", ("grain",), "reading a data set")
     function = lookup(SOURCES, source, "source")
     if batch_size < 1 or batch_size % process_count:
         raise UserError(

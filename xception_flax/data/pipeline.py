@@ -98,10 +98,12 @@ class Split:
 
     @property
     def num_images(self) -> int:
+        """Images of the source."""
         return len(self.source)
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """Of the labels 0, 1, ..., in their order."""
         return self.source.class_names
 
     @property

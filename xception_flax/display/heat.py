@@ -1,7 +1,6 @@
 """Images with colours over them that say where something is."""
 
 import cv2
-import matplotlib
 import numpy as np
 
 BLUR = 0.015  # of signed values, as a share of the height: single pixels alternate, and nobody sees them
@@ -18,14 +17,14 @@ def warm(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
       uint8 `[H, W, 3]`.
     """
     share = _enlarged(heat / _largest(heat), pixels).clip(0, 1)
-    return _mixed(pixels, matplotlib.colormaps["inferno"](0.2 + 0.8 * share), 0.8 * share)
+    return _mixed(pixels, "inferno", 0.2 + 0.8 * share, 0.8 * share)
 
 
 def for_and_against(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Returns an image, grayer, with signed `values` `[H, W]` over it: red above 0, blue below. As `warm` otherwise."""
     smooth = cv2.GaussianBlur(values.astype(np.float32), (0, 0), max(BLUR * len(values), 0.5))
     share = smooth / _largest(np.abs(smooth))
-    return _mixed(pixels, matplotlib.colormaps["coolwarm"](0.5 + 0.5 * np.sign(share)), 0.85 * np.abs(share) ** 0.7)
+    return _mixed(pixels, "coolwarm", 0.5 + 0.5 * np.sign(share), 0.85 * np.abs(share) ** 0.7)
 
 
 def _largest(values: np.ndarray) -> float:
@@ -37,8 +36,11 @@ def _enlarged(values: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     return cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def _mixed(pixels: np.ndarray, colors: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    """Lays RGBA `colors` of Matplotlib over the image, whose own colours are paled so that they do not compete."""
+def _mixed(pixels: np.ndarray, colormap: str, values: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+    """Lays the colours of `values`, 0 to 1, over the image, whose own colours are paled so that they do not compete."""
+    import matplotlib  # of an extra: who only asks for the help of a command does without it
+
+    colors = matplotlib.colormaps[colormap](values)
     image = np.broadcast_to(pixels[..., :3], (*pixels.shape[:2], 3)) / np.float32(255)
     image = 0.85 * image.mean(-1, keepdims=True) + 0.15 * image
     opacity = opacity[..., None]

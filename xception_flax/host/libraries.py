@@ -5,13 +5,13 @@ import sys
 
 from xception_flax.text.errors import UserError
 
-# The dependencies of pyproject.toml, as they are imported, and those of its extra 'train'.
+# The dependencies of pyproject.toml, as they are imported, and those of its extra 'train' with what it includes.
 LIBRARIES = (
-    "jax", "flax", "optax", "orbax", "numpy", "ml_collections", "absl", "cv2", "h5py", "huggingface_hub", "matplotlib",
-    "packaging", "PIL", "pooch", "rich", "safetensors", "scipy", "simplejpeg",
+    "jax", "flax", "optax", "orbax", "numpy", "ml_collections", "absl", "cv2", "h5py", "huggingface_hub", "packaging",
+    "PIL", "pooch", "rich", "safetensors", "scipy", "simplejpeg",
 )  # fmt: skip
 TRAINING = (
-    "grain", "array_record", "imagehash", "importlib_resources", "pyarrow", "sklearn", "tensorboardX",
+    "grain", "array_record", "imagehash", "importlib_resources", "matplotlib", "pyarrow", "sklearn", "tensorboardX",
     "tensorflow_datasets",
 )  # fmt: skip
 

@@ -87,6 +87,7 @@ def prepare(predictor: Predictor, split: data.Split) -> Evaluation:
         steps.create_normalizer(preprocessing.mean, preprocessing.std),
         predictor.mesh,
         head=_no_and_yes if single_logit else lambda logits: logits,
+        compiler_options=predictor.compiler_options,
     )
     source = Renumbered(split.source, classes.numbers, classes.names)
     return Evaluation(

@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ from xception_flax.data.decoding import BadImageError
 from xception_flax.inference import class_names as known_names
 from xception_flax.inference import preprocessing as preprocessings
 from xception_flax.inference.preprocessing import AnImage, Image, Preprocessing
+from xception_flax.models import ops
 from xception_flax.runs.restore import Run
 from xception_flax.text.errors import UserError
 from xception_flax.text.ranges import check_range
@@ -27,7 +28,8 @@ from xception_flax.weights.pretrained import Pretrained
 from xception_flax.weights.source import open_source
 from xception_flax.weights.word import told
 
-BATCH_SIZE = 32
+# Images at a time. On CPUs larger batches take longer for each image: their arrays do not fit into the caches.
+BATCH_SIZE, CPU_BATCH_SIZE = 32, 8
 
 Outputs = dict[str, np.ndarray]
 
@@ -52,6 +54,7 @@ class Predictor:
       mesh: the devices.
       normalize: from pixels, 0 to 255, to what the network takes.
       activate: from logits to probabilities.
+      compiler_options: of the forward pass; see `ops.compiler_options`.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class Predictor:
         activation: str = "softmax",
         origin: Mapping[str, Any] = {},
         notes: Sequence[str] = (),
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
         class_descriptions: Sequence[str] = (),
         names_assumed: bool = False,
         measured: Mapping[str, Any] = {},
@@ -75,11 +78,15 @@ class Predictor:
         self.model, self.variables = model, variables
         self.class_names, self.preprocessing = tuple(class_names), preprocessing
         self.activation, self.origin, self.notes = activation, dict(origin), tuple(notes)
+        platform, shape = mesh.devices.flat[0].platform, preprocessing.image_shape
+        if batch_size is None:
+            batch_size = CPU_BATCH_SIZE if platform == "cpu" else BATCH_SIZE
         check_range("batch_size", batch_size, 1)
         self.batch_size = -(-batch_size // mesh.size) * mesh.size  # each device as many
         self.normalize = steps.create_normalizer(preprocessing.mean, preprocessing.std)
         self.activate = ACTIVATIONS[activation]
-        self._forward = jax.jit(self._outputs, static_argnames="names")
+        self.compiler_options = ops.compiler_options(platform, *shape[:2])
+        self._forward = jax.jit(self._outputs, static_argnames="names", compiler_options=self.compiler_options)
 
     def predict(self, images: Image | Sequence[Image] | np.ndarray) -> np.ndarray:
         """Returns the probability of each class, float32 `[N, num_classes]`.
@@ -180,9 +187,8 @@ class Predictor:
             return error, False
 
     def _whole(self, images: Image | Sequence[Image] | np.ndarray, names: tuple[str, ...]) -> Outputs:
-        several = images if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4 else [images]
         rows = []
-        for i, (image, outputs) in enumerate(self.stream(several, names)):
+        for i, (image, outputs) in enumerate(self.stream(_listed(images), names)):
             if isinstance(outputs, UserError):
                 which = image if isinstance(image, str) or hasattr(image, "__fspath__") else f"image {i}"
                 raise UserError(f"{which}: {outputs}") from None
@@ -193,7 +199,7 @@ class Predictor:
 
 
 def load(
-    source: str,
+    source: str | os.PathLike[str],
     *,
     checkpoint: str | int = "best",
     weights: str | None = None,
@@ -202,7 +208,7 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     class_names: Sequence[str] | str | os.PathLike[str] | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> Predictor:
     """Returns a trained network, whoever trained it, ready to be asked.
@@ -216,21 +222,32 @@ def load(
         does. Not for a workdir, whose recipe says it.
       class_names: of the logits, or a file of text with a name in each line; None for those of the source, ImageNet's
         for its 1,000 classes, or else numbers.
-      batch_size: images at a time, 32 unless given; rounded up to a multiple of the devices. Fewer images take as long
-        as so many: for one at a time give 1.
+      batch_size: images at a time; None for 32, on CPUs 8. It is rounded up to a multiple of the devices. Fewer images
+        take as long as so many: for one at a time give 1.
       mesh: the devices; None for all of them.
 
     Raises:
       UserError: the source, or one of the values, is wrong.
+
+    Example:
+      A file of a network with three classes, and two photos.
+
+      >>> import xception_flax
+      >>> network = xception_flax.load("network.safetensors", class_names=["cat", "dog", "fox"])
+      >>> probabilities = network.predict(["garden.jpg", "street.jpg"])
+      >>> probabilities.shape
+      (2, 3)
+      >>> names = [network.class_names[best] for best in probabilities.argmax(axis=1)]
     """
     mesh = mesh or sharding.create_mesh()
     found = open_source(str(source), mesh, str(checkpoint), weights)
     found = told(found, class_names=class_names, image_size=image_size, transforms=transforms, mean=mean, std=std)
-    create = from_run if isinstance(found, Run) else from_pretrained
-    return create(found, mesh, batch_size=batch_size)
+    if isinstance(found, Run):
+        return from_run(found, mesh, batch_size=batch_size)
+    return from_pretrained(found, mesh, batch_size=batch_size)
 
 
-def from_run(run: Run, mesh: Mesh, *, batch_size: int = BATCH_SIZE) -> Predictor:
+def from_run(run: Run, mesh: Mesh, *, batch_size: int | None = None) -> Predictor:
     """Returns a run, restored to `mesh`, ready to be asked; arguments as of `load`."""
     return Predictor(
         run.model,
@@ -244,7 +261,7 @@ def from_run(run: Run, mesh: Mesh, *, batch_size: int = BATCH_SIZE) -> Predictor
     )
 
 
-def from_pretrained(pretrained: Pretrained, mesh: Mesh, *, batch_size: int = BATCH_SIZE) -> Predictor:
+def from_pretrained(pretrained: Pretrained, mesh: Mesh, *, batch_size: int | None = None) -> Predictor:
     """Returns a network from elsewhere ready to be asked; arguments as of `load`."""
     preprocessing, assumed = preprocessings.of_pretrained(pretrained)
     model = models.create_model(**pretrained.model)
@@ -255,8 +272,9 @@ def from_pretrained(pretrained: Pretrained, mesh: Mesh, *, batch_size: int = BAT
         assumed = (*assumed, f"classes are {known_names.describe(model.num_classes)}")
     if assumed:
         notes.append(f"the source does not say, and so assumed: {', '.join(assumed)}")
-    shapes = flatten_dict(state.abstract_variables(model, preprocessing.image_shape, mesh))
-    values = flatten_dict(dict(pretrained.variables))
+    abstract = state.abstract_variables(model, preprocessing.image_shape, mesh)
+    shapes = cast("dict[tuple[str, ...], jax.ShapeDtypeStruct]", flatten_dict(abstract))
+    values = cast("dict[tuple[str, ...], np.ndarray]", flatten_dict(dict(pretrained.variables)))
     placed = {place: _placed(values[place].astype(leaf.dtype), leaf.sharding) for place, leaf in shapes.items()}
     return Predictor(
         model,
@@ -272,6 +290,14 @@ def from_pretrained(pretrained: Pretrained, mesh: Mesh, *, batch_size: int = BAT
         names_assumed=not pretrained.class_names,
         measured=pretrained.measured,
     )
+
+
+def _listed(images: Image | Sequence[Image] | np.ndarray) -> Sequence[Image]:
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+        return list(images)  # not every sequence can be sliced
+    if getattr(images, "ndim", 0) == 4:  # of any library
+        return cast("Sequence[np.ndarray]", images)
+    return [images]
 
 
 def _placed(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

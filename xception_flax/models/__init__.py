@@ -70,6 +70,15 @@ def create_model(name: str, num_classes: int = 1000, **fields: object) -> nn.Mod
 
     Raises:
       UserError: an unknown name or attribute, or a value out of its range.
+
+    Example:
+      >>> import jax
+      >>> from xception_flax import create_model
+      >>> model = create_model("xception", num_classes=10, width=0.05, middle_repeats=0)
+      >>> images = jax.numpy.zeros([2, 71, 71, 3])
+      >>> variables = model.init(jax.random.key(0), images, train=False)
+      >>> model.apply(variables, images, train=False).shape
+      (2, 10)
     """
     constructor = lookup(MODELS, name, "model")
     signature = inspect.signature(constructor).parameters

@@ -1,7 +1,7 @@
 """Batch normalization folded into the convolutions before it, for inference."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,7 @@ from xception_flax.models.layers import Conv, DepthwiseConv, PointwiseConv
 from xception_flax.text.errors import UserError
 
 PyTree = Any
+Flat = dict[tuple[str, ...], jax.Array]
 
 CONVOLUTIONS = (Conv, DepthwiseConv, PointwiseConv)
 
@@ -35,10 +36,21 @@ def fold_batch_norm(
 
     Raises:
       UserError: there are no statistics to fold.
+
+    Example:
+      >>> import jax
+      >>> from xception_flax import create_model, fold_batch_norm
+      >>> model = create_model("xception", num_classes=10, width=0.05, middle_repeats=0)
+      >>> images = jax.random.normal(jax.random.key(1), [2, 71, 71, 3])
+      >>> variables = model.init(jax.random.key(0), images, train=False)
+      >>> folded = fold_batch_norm(model, variables, image_shape=(71, 71, 3))
+      >>> before, after = (model.apply(each, images, train=False) for each in (variables, folded))
+      >>> bool(abs(after - before).max() < 1e-5)
+      True
     """
     if not variables.get("batch_stats"):
         raise UserError("fold_batch_norm needs variables with 'batch_stats'; this network, or this file, has none.")
-    params, stats = (flatten_dict(variables[name]) for name in ("params", "batch_stats"))
+    params, stats = (cast("Flat", flatten_dict(variables[name])) for name in ("params", "batch_stats"))
     if image_shape is None:
         image_shape = (299, 299, params[(*_first_convolution(model), "kernel")].shape[2])
     for convolution, norm, epsilon in _normalized_convolutions(model, variables, image_shape):

@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from xception_flax.host.peaks import PEAK_FLOPS_PER_SECOND
@@ -74,9 +74,9 @@ class Gpu(NamedTuple):
         return int(MEMORY_FRACTION * self.memory_bytes)
 
     @property
-    def flops_per_second(self) -> float:
-        """The peak for matrix products in bfloat16; a multiply-add counts as two."""
-        return PEAK_FLOPS_PER_SECOND[self.kind]["bfloat16"]
+    def peaks(self) -> Mapping[str, float]:
+        """Of matrix products, by their type; see `host.peaks`."""
+        return PEAK_FLOPS_PER_SECOND[self.kind]
 
 
 _HOPPER = dict(compute_capability=(9, 0), cores=132, fpus=128, threads=2048, shared_bytes=233_472, clock_ghz=1.98)

@@ -1,7 +1,7 @@
 """Machines that need not be here, by their names: TPU slices and hosts with GPUs, and what both say of themselves."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from xception_flax.planning import gpus, tpus
@@ -18,7 +18,8 @@ class Chip(Protocol):
     @property
     def hbm_bytes_per_second(self) -> float: ...
     @property
-    def flops_per_second(self) -> float: ...
+    def peaks(self) -> Mapping[str, float]:
+        """Operations a second in matrix products, by their type: 'bfloat16', and others where they are known."""
 
 
 class Machine(Protocol):

@@ -159,11 +159,21 @@ def kind_of(op_name: str, paths: dict[str, str], network: str) -> str:
     return BETWEEN if f"jvp({network})" in op_name else LOSS if "jvp(" in op_name else UPDATE
 
 
-def estimate(report: Report, where: Machine, images_a_chip: float) -> dict[str, Any]:
-    """Returns what the report implies for a machine, for the JSON: an estimate, not a measurement."""
+def estimate(report: Report, where: Machine, images_a_chip: float, dtype: str) -> dict[str, Any]:
+    """Returns what the report implies for a machine, for the JSON: an estimate, not a measurement.
+
+    Args:
+      report: of a step.
+      where: the machine.
+      images_a_chip: of a step.
+      dtype: in which the network computes. Where the chip's peak in it is not known, that in bfloat16 is taken, which
+        'peak_dtype' of the result says.
+    """
     chip, kinds = where.chip, {}
+    peak_dtype = dtype if dtype in chip.peaks else "bfloat16"
+    peak = chip.peaks[peak_dtype]
     for kind, cost in report.kinds.items():
-        computing, moving = cost.flops / chip.flops_per_second, cost.size / chip.hbm_bytes_per_second
+        computing, moving = cost.flops / peak, cost.size / chip.hbm_bytes_per_second
         bound = "arithmetic" if computing > moving else "bytes"
         kinds[kind] = {"flops": cost.flops, "bytes": cost.size, "seconds": max(computing, moving), "bound": bound}
     sent: dict[str, dict[str, int]] = {}
@@ -180,6 +190,8 @@ def estimate(report: Report, where: Machine, images_a_chip: float) -> dict[str, 
         "network_flops": sum(cost.flops for cost in report.kinds.values()),
         "hbm_bytes": sum(cost.size for cost in report.kinds.values()),
         "xla_bytes": report.xla_size,
+        "peak_dtype": peak_dtype,
+        "peak_flops_per_second": peak,
         "kinds": kinds,
         "kernels": report.kernels,
         "collectives": sent,

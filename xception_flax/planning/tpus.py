@@ -9,7 +9,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from xception_flax.host.peaks import PEAK_FLOPS_PER_SECOND as _PEAKS
@@ -29,7 +29,7 @@ class Chip(NamedTuple):
     Attributes:
       usable_bytes: high-bandwidth memory (HBM) for a program.
       hbm_bytes_per_second: reads and writes together.
-      flops_per_second: for matrix products in bfloat16; a multiply-add counts as two.
+      peaks: of matrix products, by their type; see `host.peaks`.
       link_bytes_per_second: to one neighbour, in one direction.
       shapes: slices that exist, by their sides; with three sides, also all whose sides are multiples of 4.
       wraps_at: a side is a ring if its length is a multiple of this, else a line.
@@ -38,7 +38,7 @@ class Chip(NamedTuple):
 
     usable_bytes: int
     hbm_bytes_per_second: float
-    flops_per_second: float
+    peaks: Mapping[str, float]
     link_bytes_per_second: float
     shapes: tuple[str, ...]
     wraps_at: int
@@ -49,10 +49,10 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 CHIPS = {
-    "v4": Chip(int(30.75 * GIB), 1.2e12, _PEAKS["TPU v4"]["bfloat16"], 4.5e10, _CUBES, wraps_at=4, config="megacore"),
-    "v5e": Chip(int(15.75 * GIB), 8.19e11, _PEAKS["TPU v5e"]["bfloat16"], 4.5e10, _FLAT, wraps_at=16),
-    "v5p": Chip(int(95.74 * GIB), 2.765e12, _PEAKS["TPU v5p"]["bfloat16"], 9e10, _CUBES, wraps_at=4, config="megacore"),
-    "v6e": Chip(int(31.25 * GIB), 1.64e12, _PEAKS["TPU v6e"]["bfloat16"], 9e10, _FLAT, wraps_at=16),
+    "v4": Chip(int(30.75 * GIB), 1.2e12, _PEAKS["TPU v4"], 4.5e10, _CUBES, wraps_at=4, config="megacore"),
+    "v5e": Chip(int(15.75 * GIB), 8.19e11, _PEAKS["TPU v5e"], 4.5e10, _FLAT, wraps_at=16),
+    "v5p": Chip(int(95.74 * GIB), 2.765e12, _PEAKS["TPU v5p"], 9e10, _CUBES, wraps_at=4, config="megacore"),
+    "v6e": Chip(int(31.25 * GIB), 1.64e12, _PEAKS["TPU v6e"], 9e10, _FLAT, wraps_at=16),
 }
 
 

@@ -32,6 +32,7 @@ class Key(NamedTuple):
 
     @property
     def is_required(self) -> bool:
+        """Whether a recipe must give it, since it has no default."""
         return self.default is inspect.Parameter.empty
 
 

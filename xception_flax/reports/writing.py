@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from xception_flax.host import files
 from xception_flax.inference.subject import Subject
-from xception_flax.reports import figures, page, predictions, record, scores
+from xception_flax.reports import page, predictions, record, scores
 from xception_flax.reports.comparing import Comparison
 from xception_flax.reports.predictions import Collector, Predictions
 from xception_flax.text.errors import UserError
@@ -75,6 +75,8 @@ def write(
     files.write_whole(paths.record, [record.record(found, names, about, results, comparison).encode()])
     in_file = {"title": about["title"], "split": about["data"]["split"], "fingerprint": about["data"]["fingerprint"]}
     predictions.write(said, record.file_names(subject.data.source), in_file, paths.predictions)
+    from xception_flax.reports import figures  # Matplotlib, of an extra: the help does without it
+
     drawn = {"curves": figures.curves(found, said), "reliability": figures.reliability(found)}
     if found.confusion is not None:
         drawn["confusion"] = figures.confusion(found, names)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from xception_flax.host import files
-from xception_flax.reproduction import figures
 from xception_flax.reproduction.claims import (
     CONFIDENCE,
     EXTENSIONS,
@@ -58,6 +57,8 @@ def write(results: Results, table: Table, folder: Path) -> list[Path]:
 
 def draw(results: Results, table: Table) -> dict[str, bytes | None]:
     """Returns the figures by their file's name, PNGs; None for those that have nothing to show yet."""
+    from xception_flax.reproduction import figures  # Matplotlib, of an extra: the help does without it
+
     rows = [
         (table.data_sets[data_set], words(table, comparison), found)
         for data_set in table.data_sets

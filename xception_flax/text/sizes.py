@@ -31,7 +31,7 @@ def fits(value: Any) -> bool:
 def normal(value: int | str | Sequence[int]) -> int | tuple[int, int]:
     """Returns the normal form of a value that `fits`."""
     if isinstance(value, str):
-        value = tuple(map(int, _SPELLED.fullmatch(value).groups()))
+        value = tuple(map(int, value.split("x")))
     if isinstance(value, int):
         return value
     height, width = value

@@ -354,8 +354,8 @@ def open_manager(
     check_options(keep_latest, keep_best, on_damaged)
 
     def score(metrics: dict[str, float]) -> tuple[float, float]:
-        values = metrics[best_metric], -metrics.get("loss", math.inf)
-        return tuple(value if math.isfinite(value) else -math.inf for value in values)
+        value, loss = metrics[best_metric], metrics.get("loss", math.inf)
+        return value if math.isfinite(value) else -math.inf, -loss if math.isfinite(loss) else -math.inf
 
     kept = [policies.LatestN(keep_latest)]
     if keep_best:  # both rules at once: `max_to_keep` with `best_fn` would delete the newest

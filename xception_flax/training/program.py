@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from xception_flax import models
+from xception_flax.models import ops
 from xception_flax.text.errors import UserError
 from xception_flax.text.sizes import sides
 from xception_flax.training import losses, metrics, mixing, optimizers, probing, recalibration, state, steps
@@ -130,6 +131,7 @@ def make_evaluation(config: ConfigDict, model: nn.Module, mesh: Mesh) -> Callabl
         metrics.create_metrics(**config.metrics),
         steps.create_normalizer(**config.normalize),
         mesh,
+        compiler_options=ops.compiler_options(mesh.devices.flat[0].platform, *sides(config.data.image_size)),
     )
 
 

@@ -293,12 +293,14 @@ def make_eval_step(
     mesh: Mesh,
     *,
     head: Callable[[jax.Array], jax.Array] = lambda logits: logits,
+    compiler_options: dict[str, str] | None = None,
 ) -> Callable[[PyTree, Batch[jax.Array]], tuple[Sums, jax.Array]]:
     """Returns the compiled `eval_step(variables, batch) -> (metrics, logits)`.
 
     `variables` are those of `TrainState.variables`. A batch (`data.batch.Batch`) must have a `mask`. The loss has no
     smoothing and no penalty. Logits are `[N, num_classes]`, on the devices of their images; `head` makes them of what
     the network returns, `[N, model.num_classes]`; another shape raises UserError while the step is traced.
+    `compiler_options` are those of `ops.compiler_options`.
     """
 
     def eval_step(variables: PyTree, batch: Batch[jax.Array]) -> tuple[Sums, jax.Array]:
@@ -311,4 +313,5 @@ def make_eval_step(
         sums["loss"] = masked_sum(loss.plain(logits, batch["labels"]), batch["mask"])
         return sums, logits
 
-    return jax.jit(eval_step, out_shardings=(sharding.replicated(mesh), sharding.batch_sharding(mesh)))
+    shardings = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    return jax.jit(eval_step, out_shardings=shardings, compiler_options=compiler_options)

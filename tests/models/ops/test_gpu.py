@@ -1,6 +1,8 @@
 """The lowerings for GPUs, on CPUs (Triton's kernels interpreted): values and gradients are those of XLA's own."""
 
 import dataclasses
+import itertools
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,10 +18,11 @@ from xception_flax.planning.hlo import Hlo
 from xception_flax.training import sharding
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1 / 256, "float16": 1 / 2048}  # half of the spacing of the short ones
 
 
 def assert_equals_stock(rng, function, shape, kernel_shape, dtype, **options):
-    """Compares value and both gradients with XLA's in float32; bfloat16 to half of its spacing, 1 / 256."""
+    """Compares value and both gradients with XLA's in float32, to `TOLERANCES`."""
     x, kernel = jnp.asarray(rng.normal(size=shape), dtype), jnp.asarray(rng.normal(size=kernel_shape), dtype)
     assert_equal(rng, function, partial(stock.depthwise, **options), x, kernel)
 
@@ -32,27 +35,40 @@ def assert_equal(rng, function, exact_function, *operands, atol=1e-5):
     results, exacts = pullback(cotangent), exact_pullback(cotangent.astype(jnp.float32))
     for like, ours, exact in zip((y, *operands), (y, *results), (expected, *exacts), strict=True):
         assert ours.dtype == like.dtype
-        tolerance = 1e-5 if ours.dtype == jnp.float32 else 1 / 256
         largest = np.abs(exact).max()
-        np.testing.assert_allclose(np.asarray(ours, np.float32), exact, rtol=tolerance, atol=atol * largest)
+        rtol = TOLERANCES[ours.dtype.name]
+        np.testing.assert_allclose(np.asarray(ours, np.float32), exact, rtol=rtol, atol=atol * largest)
 
 
 SAME = dict(strides=(1, 1), padding="SAME", dilation=(1, 1))
 
 
-@DTYPES
-@pytest.mark.parametrize("shape", [(2, 19, 19, 24), (3, 10, 5, 8), (1, 3, 9, 130), (2, 1, 1, 3), (1, 5, 17, 1)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *itertools.product(
+            [(2, 19, 19, 24), (3, 10, 5, 8), (1, 3, 9, 130), (2, 1, 1, 3), (1, 5, 17, 1), (1, 147, 6, 4)],
+            ["float32", "bfloat16"],
+        ),
+        ((2, 19, 19, 24), "float16"),
+    ],
+)
 def test_kernels(rng, dtype, shape):
-    """Heights, widths and channels that are no multiples of a tile."""
+    """Heights, widths and channels that are no multiples of a tile, and a height above `_HIGH`."""
     function = partial(gpu.triton_depthwise, interpret=True)
     assert_equals_stock(rng, function, shape, (3, 3, 1, shape[-1]), dtype, **SAME)
 
 
-@DTYPES
-@pytest.mark.parametrize("relu", [True, False])
-def test_kernels_with_a_normalization(rng, dtype, relu):
+@pytest.mark.parametrize(
+    ("shape", "relu", "dtype"),
+    [
+        *itertools.product([(3, 5, 7, 6)], [True, False], ["float32", "bfloat16"]),
+        *itertools.product([(1, 147, 6, 6)], [True], TOLERANCES),
+    ],
+)
+def test_kernels_with_a_normalization(rng, dtype, relu, shape):
     """The padding is zeros after the normalization, and pixels outside the image do not count in the sums."""
-    x, kernel = jnp.asarray(rng.normal(size=(3, 5, 7, 6)), dtype), jnp.asarray(rng.normal(size=(3, 3, 1, 6)), dtype)
+    x, kernel = jnp.asarray(rng.normal(size=shape), dtype), jnp.asarray(rng.normal(size=(3, 3, 1, 6)), dtype)
     affine = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
 
     def one_by_one(x, kernel, affine):
@@ -111,6 +127,11 @@ def test_max_pooling_with_a_normalization(rng, dtype, padding):
 @DTYPES
 def test_moments_by_one_reduction(rng, dtype):
     assert_equal(rng, gpu.moments, stock.moments, jnp.asarray(rng.normal(size=(3, 5, 7, 6)), dtype))
+
+
+def test_moments_of_no_image_are_those_of_stock():
+    for module in (gpu, stock):
+        assert np.isnan(module.moments(jnp.zeros((0, 5, 7, 6)))).all()
 
 
 @DTYPES
@@ -271,6 +292,18 @@ def test_the_largest_array_is_a_share():
     with jax.sharding.use_abstract_mesh(mesh_of_gpus()):
         assert gpu.has_kernel(x, kernel, **SAME)
         assert not gpu.has_kernel(jax.ShapeDtypeStruct((1001, *x.shape[1:]), x.dtype), kernel, **SAME)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((70_000, 1, 1, 128), 2), ((1, 1200, 1200, 4), 1)])
+def test_a_grid_may_be_larger_than_cuda_takes(shape, axis):
+    """Of its second and third axis CUDA has 65,535 blocks at most: Pallas makes the first axis of what is more."""
+    x, kernel = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((3, 3, 1, shape[-1]), jnp.float32)
+    assert gpu.has_kernel(x, kernel, **SAME)
+    assert gpu._Plan.of(shape, gpu.FORWARD).grid[axis] > 65_535
+    text = jax.jit(gpu.triton_depthwise).trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
+    grid = [int(blocks) for blocks in re.findall(r"grid_[xyz] = (\d+)", text)]
+    assert max(grid) > 65_535
+    assert sorted(grid)[:2] == [1, 1]
 
 
 def test_products_by_parts_of_a_share():

@@ -10,7 +10,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
+from xception_flax import create_model
 from xception_flax.models import ops
+from xception_flax.models.ops import lowerings
 from xception_flax.planning.hlo import Collective, Hlo
 from xception_flax.text.errors import UserError
 from xception_flax.training import sharding
@@ -206,6 +208,34 @@ def test_lowering_is_chosen_by_platform():
     assert "reduce_window" not in lowered(ops.max_pool, x, platform="cpu")
     with ops.lowering("stock"):
         assert "feature_group_count = 4" in lowered(ops.depthwise_convolution, x, kernel, platform="cpu")
+
+
+def test_options_of_the_compiler_change_nothing_but_rounding(rng):
+    """A forward pass at the smallest size that has options; float32 rounds differently in another order of sums."""
+    options = ops.compiler_options("cpu", 128, 160)
+    assert options is not None
+    assert options.keys() == {"xla_cpu_experimental_ynn_fusion_type"}
+    model = create_model("xception", width=0.25, middle_repeats=1, num_classes=5)
+    images = rng.normal(size=(2, 128, 128, 3)).astype(np.float32)
+    variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), images, train=False)
+    expected, found = (
+        jax.jit(model.apply, static_argnames="train", compiler_options=each)(variables, images, train=False)
+        for each in (None, options)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("platform", "height", "width"), [("cpu", 127, 299), ("cpu", 299, 96), ("gpu", 299, 299)])
+def test_small_images_and_other_platforms_have_no_options(platform, height, width):
+    assert ops.compiler_options(platform, height, width) is None
+
+
+@pytest.mark.parametrize("unknown", [{"xla_cpu_nothing": "1"}, {"xla_cpu_experimental_ynn_fusion_type": "NOTHING"}])
+def test_a_jaxlib_without_the_option_runs_without(monkeypatch, unknown):
+    monkeypatch.setattr(lowerings, "_BY_EIGEN", unknown)
+    lowerings._has_eigen_option.cache_clear()
+    assert ops.compiler_options("cpu", 299, 299) is None
+    lowerings._has_eigen_option.cache_clear()
 
 
 def test_unknown_lowering_is_refused():

@@ -35,7 +35,9 @@ class Source(Protocol):
     """What every source function returns."""
 
     @property
-    def class_names(self) -> tuple[str, ...]: ...
+    def class_names(self) -> tuple[str, ...]:
+        """Of the labels 0, 1, ..., in their order."""
+        ...
 
     def __len__(self) -> int: ...
 

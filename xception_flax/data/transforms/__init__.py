@@ -106,9 +106,11 @@ def _split(call: str) -> tuple[str, dict[str, str]]:
         node = ast.parse(call, mode="eval").body
         if isinstance(node, ast.Name):
             return node.id, {}
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            raise wrong
         name, keywords = node.func.id, node.keywords
         texts = {keyword.arg: ast.get_source_segment(call, keyword.value) for keyword in keywords}
-    except (SyntaxError, AttributeError, ValueError, RecursionError, MemoryError):  # the parser may raise any of these
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the parser may raise any of these
         raise wrong from None
     if node.args or None in texts:  # a value without a keyword, or `**keywords`
         raise wrong

@@ -24,6 +24,7 @@ from xception_flax.models.ops.lowerings import (
     LOWERINGS,
     check_lowering,
     chosen,
+    compiler_options,
     image_multiple,
     lower,
     lowering,
@@ -38,6 +39,7 @@ __all__ = [
     "atrous_max_pool",
     "average_pool",
     "check_lowering",
+    "compiler_options",
     "convolution",
     "depthwise_convolution",
     "fused_layer",
@@ -111,6 +113,14 @@ def depthwise_convolution(
 
     Returns:
       `[N, H', W', C * multiplier]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from xception_flax import ops
+      >>> x, kernel = jnp.ones([1, 4, 4, 2]), jnp.ones([3, 3, 1, 2])
+      >>> y = ops.depthwise_convolution(x, kernel, padding="VALID")
+      >>> y.shape, float(y[0, 0, 0, 0])
+      ((1, 2, 2, 2), 9.0)
     """
     options = dict(strides=strides, padding=padding, dilation=dilation)
     return lower(x, kernel, cpu=cpu.depthwise, cuda=gpu.depthwise, stock=stock.depthwise, **options)
@@ -215,6 +225,13 @@ def max_pool(
 
     The gradient goes to the first of equal maxima, row by row. If a window has NaN, or only -inf, CPUs and
     NVIDIA GPUs give its gradient to another pixel of the window, or to none.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from xception_flax import ops
+      >>> x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+      >>> ops.max_pool(x, window=(2, 2))[0, :, :, 0].tolist()
+      [[5.0, 7.0], [13.0, 15.0]]
     """
     options = dict(window=window, strides=strides, padding=padding)
     return lower(x, cpu=pooling.max_pool, cuda=gpu.max_pool, stock=stock.max_pool, **options)

@@ -55,8 +55,7 @@ def has_kernel(
     same = kernel.shape == (3, 3, 1, x.shape[-1]) and (*strides, *dilation) == (1, 1, 1, 1)
     shares = _num_shares()
     whole_shares = x.shape[0] % shares == 0
-    # Offsets within a share have 32 bits; axes of the grid, except the first, have at most 65535 blocks.
-    fits = 0 < x.size // shares < 2**31 and x.shape[0] // shares < 2**16
+    fits = 0 < x.size // shares < 2**31  # offsets within a share have 32 bits
     dtypes = (jnp.float32, jnp.bfloat16, jnp.float16)
     return same and pads == [(1, 1), (1, 1)] and whole_shares and fits and x.dtype in dtypes
 
