@@ -18,8 +18,8 @@ from xception_flax.text.lookup import suggest
 CONTENDERS_PYTHON = ROOT / ".venv-contenders" / "bin" / "python"
 
 
-def parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """Returns a parser with the arguments that every benchmark takes; `name` is its module's."""
+def parser(name: str, description: str, examples: str, *, timed: bool = True) -> argparse.ArgumentParser:
+    """Returns a parser, with the arguments of every benchmark that is `timed`; `name` is its module's."""
     arguments = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=description,
@@ -27,6 +27,8 @@ def parser(name: str, description: str, examples: str) -> argparse.ArgumentParse
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    if not timed:
+        return arguments
     arguments.add_argument("--json", type=Path, metavar="FILE", help="write every number to this file too")
     arguments.add_argument(
         "--threads", type=positive(int), default=cpu_count(), metavar="N", help="CPUs that each may use (all)"

@@ -51,13 +51,7 @@ SETTINGS = {
 
 
 def main(argv: list[str]) -> int:
-    arguments = argparse.ArgumentParser(
-        prog="python -m benchmarks.finetuning",
-        description=__doc__,
-        epilog=f"examples:\n{EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    arguments = command.parser("finetuning", __doc__, EXAMPLES, timed=False)
     arguments.add_argument("--weights", metavar="SOURCE", help="to start from: keras, a file; without, nothing is run")
     arguments.add_argument("--results", type=Path, required=True, metavar="FILE", help="a JSON line for each run")
     arguments.add_argument("--picture", type=Path, metavar="FILE", help="draw the results")

@@ -34,13 +34,7 @@ SPLIT = "test"
 
 
 def main(argv: list[str]) -> int:
-    arguments = argparse.ArgumentParser(
-        prog="python -m benchmarks.recipes",
-        description=__doc__,
-        epilog=f"examples:\n{EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    arguments = command.parser("recipes", __doc__, EXAMPLES, timed=False)
     arguments.add_argument("recipes", nargs="*", metavar="RECIPE", help="to run; without, nothing is run")
     arguments.add_argument(
         "--results", type=Path, default=Path("results/recipes.jsonl"), metavar="FILE", help="a JSON line for each run"

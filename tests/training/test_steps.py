@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 import shell
 from xception_flax import create_model
 from xception_flax.models import layers, ops
+from xception_flax.recipes import reading
 from xception_flax.text.errors import UserError
-from xception_flax.training import losses, mixing, sharding, steps
+from xception_flax.training import losses, mixing, program, sharding, steps
 from xception_flax.training.metrics import create_metrics
 from xception_flax.training.optimizers import OPTIMIZERS, backbone_mask, create_optimizer, factors_of
 from xception_flax.training.state import make_init
@@ -554,3 +555,17 @@ def test_a_step_that_is_not_finite_is_skipped(optimizer, rate, what):
     assert float(sums["skipped_steps"].total) == 0
     for new, old in zip(jax.tree.leaves(went_on), jax.tree.leaves(same), strict=True):
         np.testing.assert_allclose(np.asarray(new), np.asarray(old), rtol=1e-5, atol=1e-6)
+
+
+def test_an_evaluation_of_large_images_is_compiled_with_the_options(one_device):
+    """Of a recipe at 128 px, XLA's library has the reductions alone; at 96 px products and convolutions too."""
+    fused = {}
+    for size in (96, 128):
+        config = reading.load("digits:lenet", [f"--config.data.image_size={size}"])
+        evaluated = program.create_program(config, one_device, (size, size, 1), num_images=1257)
+        shapes = {"images": ((8, size, size, 1), "uint8"), "labels": ((8,), "int32"), "mask": ((8,), "float32")}
+        batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+        compiled = evaluated.eval_step.lower(evaluated.abstract_state.variables("raw"), batch).compile()
+        fused[size] = compiled.as_text().count("ynn_fusion")
+    known = ops.compiler_options("cpu", 128, 128) is not None
+    assert fused[128] < fused[96] if known else fused[128] == fused[96]

@@ -37,10 +37,12 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 FLOAT_TYPES = tuple(map(jnp.dtype, ("bfloat16", "float16", "float32", "float64")))
 
 
+_WEIGHTS = "xception_flax.load('keras:xception') fetches a network with its weights, in a recipe init.weights"
+
 # What other libraries call it, timm above all, and how it is had here.
 ELSEWHERE = {
-    "pretrained": "xception_flax.load('keras:xception') fetches a network with its weights, in a recipe init.weights",
-    "weights": "xception_flax.load('keras:xception') fetches a network with its weights, in a recipe init.weights",
+    "pretrained": _WEIGHTS,
+    "weights": _WEIGHTS,
     "in_chans": "the first layer takes as many channels as the images have",
     "features_only": "model.apply(..., method='endpoints') returns the features of all stages",
     "include_top": "num_classes=0 leaves the classifier out",
