@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         for seed in range(options.seeds):
             run(recipe, seed, options)
     rows = accuracy.read(options.results)
-    current = [row for row in rows if row["digest"] == digest(reading.as_written(row["recipe"]))]
+    current = [row for row in rows if row["digest"] == _digest(row["recipe"])]
     if not current:
         raise WorkerError(f"{options.results} has no run of a recipe as it is now; name a RECIPE to run it.")
     print(table(current))
@@ -100,8 +100,19 @@ def run(recipe: str, seed: int, options: argparse.Namespace) -> None:
     shutil.rmtree(workdir, ignore_errors=True)
 
 
+def _digest(recipe: str) -> str | None:
+    """Returns the digest of a recipe as it is now; None if there is no such recipe any more."""
+    try:
+        return digest(reading.as_written(recipe))
+    except UserError:
+        return None
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Returns a row for each recipe in Markdown; the interval is Student's t of the mean over the seeds."""
+    """Returns a row for each recipe in Markdown; the interval is Student's t of the mean over the seeds.
+
+    To each side it is at least half a test image.
+    """
     cells = []
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         of = [row for row in rows if row["recipe"] == recipe]
@@ -112,7 +123,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             (
                 f"`{recipe}`",
                 f"{np.mean(tests):.2%}",
-                f"{low:.2%} to {high:.2%}" if len(tests) > 1 else "-",
+                f"{low:.2%} to {min(high, 1):.2%}" if len(tests) > 1 else "-",
                 f"{min(tests):.2%} to {max(tests):.2%}",
                 f"{len(tests)}",
                 f"{of[0]['images']:,.0f}",

@@ -15,6 +15,16 @@ def test_the_interval_is_students():
     assert (mean, low, high) == pytest.approx((2.0, 2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
 
 
+def test_holm_takes_all_comparisons_together():
+    """Of three, the least p has to be below 5 / 3 %, the next below 5 / 2 %; one that is not leaves all after it."""
+    far, near, none = [-2.0, -2.2, -1.8], [1.0, 2.0, 2.0], [1.0, -1.0, 0.5]  # p 0.0033, 0.038, 0.81 by scipy
+    assert claims.stand([near]) == [True]
+    assert claims.stand([near, far]) == [True, True]
+    assert claims.stand([none, near, far]) == [False, False, True]
+    assert claims.stand([[-1.0] * 3, [0.0] * 3]) == [True, False]  # without any scatter
+    assert claims.stand([]) == []
+
+
 def test_the_interval_is_no_finer_than_half_an_image():
     assert interval([0.2, 0.2, 0.2], 0.05) == pytest.approx((0.2, 0.15, 0.25))
     assert decide([0.0, 0.0, 0.0], "worse", 0.05).word == "undecided"
@@ -78,7 +88,7 @@ def test_what_comparisons_say_together(words, word):
 def test_a_table_with_a_wrong_name_is_refused(tmp_path):
     text = """\
 from xception_flax.reproduction.claims import Claim, Comparison, Setting
-DATA_SETS, SETTINGS = {"digits": "digits"}, {"base": Setting("base")}
+ABOUT, DATA_SETS, SETTINGS = "", {"digits": "digits"}, {"base": Setting("base")}
 CLAIMS = [Claim("a", "A", "", [Comparison("base", "bass", "worse")])]
 """
     (tmp_path / "table.py").write_text(text)
@@ -88,7 +98,7 @@ CLAIMS = [Claim("a", "A", "", [Comparison("base", "bass", "worse")])]
     with pytest.raises(UserError, match=r"claim 'a' expects 'worst'; it must be one of better, worse, equal, open"):
         read_table(tmp_path / "table.py")
     (tmp_path / "table.py").write_text("CLAIMS = []")
-    with pytest.raises(UserError, match="has no DATA_SETS"):
+    with pytest.raises(UserError, match="has no ABOUT"):
         read_table(tmp_path / "table.py")
 
 

@@ -102,6 +102,32 @@ def test_more_seeds_only_where_three_do_not_decide(results, claims, others, seed
     assert len(runs) == 2 * len(seeds)
 
 
+def test_after_four_seeds_the_fifth_is_run_whatever_they_say(results, claims):
+    """Looking after every seed would find a difference where there is none more often than after 3 and after 5."""
+    finish_search(results)
+    finish_search(results, "no_momentum")
+    for seed, accuracy in enumerate((0.51, 0.58, 0.545, 0.545)):  # -5.5, of three ±8.7, of four ±4.5
+        plant(results, "base", 0.05, seed, 0.6)
+        plant(results, "no_momentum", 0.05, seed, accuracy)
+    found = plan.verdict(results, "digits", claims[0].comparisons[0])
+    assert (len(found.differences), found.high < 0, found.word) == (4, True, "too few seeds")
+    runs = plan.missing(results, claims[:1], ["digits"], 3)
+    assert [(run.setting, run.seed) for run in runs] == [("no_momentum", 4), ("base", 4)]
+    for setting, accuracy in (("base", 0.6), ("no_momentum", 0.55)):
+        plant(results, setting, 0.05, 4, accuracy)
+    assert plan.verdict(results, "digits", claims[0].comparisons[0]).word == "agree"
+
+
+def test_four_seeds_that_were_asked_for_are_enough_where_three_decide(results, claims):
+    finish_search(results)
+    finish_search(results, "no_momentum")
+    for seed, accuracy in enumerate((0.5, 0.5, 0.502, 0.5)):
+        plant(results, "base", 0.05, seed, 0.6)
+        plant(results, "no_momentum", 0.05, seed, accuracy)
+    found = plan.verdict(results, "digits", claims[0].comparisons[0])
+    assert (len(found.differences), found.word) == (4, "agree")
+
+
 def test_the_difference_is_paired_by_seed(results, claims):
     finish_search(results)
     finish_search(results, "no_momentum")

@@ -59,7 +59,14 @@ def test_three_seeds_decide_and_the_costs_and_rates_are_beside(tmp_path):
     assert row_of(page, "momentum")[3:] == ["worse", "-10.00 (-10.05 to -9.95)", "3", "agree"]
     assert row_of(page, "LeNet, digits | 1,000")[1:] == ["1,000", "2.00", "0.100", "10", "60.20", "3"]
     assert row_of(page, "LeNet, digits | 0.025")[1:] == ["0.025: 50.00, 0.05: 60.00, 0.1: 50.00", "0.05"]
-    assert "- 12 runs: 2 CPUs (none), jax 1" in page
+    assert "- 12 runs: digits, 2 CPUs (none), jax 1" in page
+    assert "\nA network that is narrow.\n" in page
+    assert "- **averaging.** Nothing is said of it." in page
+    # -10 three times, and 10 to 10.4: both by far.
+    kept = (
+        "the 2 comparisons of a claimed difference together, these exclude 0: without momentum, digits; LeNet, digits."
+    )
+    assert kept in " ".join(page.split())
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path):
@@ -70,6 +77,15 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
     assert len(files) == 4
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_runs_that_diverged_are_counted():
+    results = planted_results(3)
+    run = Run("digits", "no_momentum", 0.05, 2)
+    results.add(planted.row(results, run, 0.5) | {"test": None})
+    page = report.render(results, read_table(TINY), [])
+    assert row_of(page, "without momentum, digits | 1,000")[-2:] == ["50.10", "2 (and 1 diverged)"]
+    assert row_of(page, "momentum")[4:] == ["", "0", "undecided"]
 
 
 def test_rows_of_other_recipes_are_said():

@@ -72,6 +72,12 @@ def test_a_run_that_was_stopped_and_killed_ends_as_one_that_was_not(tmp_path):
     assert not list(folder.iterdir())
 
 
+def test_a_search_never_sees_the_test_split(tmp_path):
+    row = perform(Run("digits", "base", 0.05, SEARCH_SEED), tmp_path)
+    assert row["test"] is None
+    assert row["validation"]["top1"] > 0.2
+
+
 def test_a_run_that_diverges_has_a_row_without_numbers(tmp_path):
     row = perform(Run("digits", "unstable", 1e30, SEARCH_SEED), tmp_path)
     assert (row["validation"], row["test"]) == (None, None)

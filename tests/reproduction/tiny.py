@@ -4,6 +4,8 @@ from ml_collections import ConfigDict
 
 from xception_flax.reproduction.claims import Claim, Comparison, Setting
 
+ABOUT = "A network that is narrow."
+
 DATA_SETS = {"digits": "digits"}
 
 SETTINGS = {
@@ -20,6 +22,8 @@ CLAIMS = (
         "nowhere",
         [Comparison("base", "base", "worse", weights="raw")],
         axis={"rates": [("plain", "base"), ("other", "no_momentum")]},
+        axis_title="setting",
+        note="Nothing is said of it.",
     ),
 )
 

@@ -25,6 +25,7 @@ from xception_flax.text.lookup import lookup
 EXAMPLES = """\
   xception-flax reproduce --budget 10
   xception-flax reproduce --only residual,order --seeds 5
+  xception-flax reproduce --budget 10 --results mine.jsonl --output mine
   xception-flax reproduce --data-dir /data/fashion-mnist
   xception-flax reproduce --report"""
 

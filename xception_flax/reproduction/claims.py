@@ -1,7 +1,7 @@
 """What is claimed, how it is tried, and the rule that decides: all of it is fixed before anything is run.
 
-A table is a recipe's file, such as `configs/miniature.py`, with the names `DATA_SETS`, `SETTINGS` and `CLAIMS` beside
-its `get_config`, which takes `DATA_SET/SETTING`.
+A table is a recipe's file, such as `configs/miniature.py`, with the names `ABOUT`, `DATA_SETS`, `SETTINGS` and `CLAIMS`
+beside its `get_config`, which takes `DATA_SET/SETTING`.
 """
 
 import dataclasses
@@ -23,6 +23,8 @@ MARGIN = 0.5  # percentage points: smaller differences are none to speak of, whe
 
 # What is claimed of a setting beside its base; 'open' where nobody claimed anything, and a difference is only shown.
 EXPECTATIONS = ("better", "worse", "equal", "open")
+
+TOO_FEW = "too few seeds"  # of the words of a verdict
 
 
 class Setting(NamedTuple):
@@ -67,6 +69,8 @@ class Claim(NamedTuple):
       place: in the paper.
       comparisons: what tries it.
       axis: where settings have an order: a line of points by its name, a point as its tick and setting.
+      axis_title: what the ticks of `axis` are.
+      note: for the page, of what was found: written after a look at the results.
     """
 
     name: str
@@ -74,6 +78,8 @@ class Claim(NamedTuple):
     place: str
     comparisons: Sequence[Comparison]
     axis: Mapping[str, Sequence[tuple[str, str]]] = {}
+    axis_title: str = ""
+    note: str = ""
 
 
 class Table(NamedTuple):
@@ -81,11 +87,13 @@ class Table(NamedTuple):
 
     Attributes:
       path: of the file.
+      about: what is trained on what, for the page.
       data_sets: what the page calls each.
       settings, claims: see there.
     """
 
     path: Path
+    about: str
     data_sets: Mapping[str, str]
     settings: Mapping[str, Setting]
     claims: Sequence[Claim]
@@ -101,7 +109,7 @@ def read_table(path: Path) -> Table:
     Raises:
       UserError: the file cannot be run, a name is missing, or a comparison is of settings that are not there.
     """
-    data_sets, settings, claims = reading.read_names(str(path), ("DATA_SETS", "SETTINGS", "CLAIMS"))
+    about, data_sets, settings, claims = reading.read_names(str(path), ("ABOUT", "DATA_SETS", "SETTINGS", "CLAIMS"))
     for claim in claims:
         for comparison in claim.comparisons:
             for name in (comparison.setting, comparison.base):
@@ -112,7 +120,7 @@ def read_table(path: Path) -> Table:
                     f"{path}: claim {claim.name!r} expects {comparison.expected!r}; it must be one of "
                     f"{', '.join(EXPECTATIONS)}."
                 )
-    return Table(path, data_sets, settings, claims)
+    return Table(path, about, data_sets, settings, claims)
 
 
 # The rule ------------------------------------------------------------------------------------------
@@ -159,6 +167,30 @@ def standard_error(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
+def stand(of_comparisons: Sequence[Sequence[float]]) -> list[bool]:
+    """Says which means differ from 0 by Holm's correction (1979) of paired t-tests, all of them together at 5 %.
+
+    Args:
+      of_comparisons: the differences of each, at least two.
+    """
+    from scipy import stats
+
+    tested = [
+        (
+            float(stats.ttest_1samp(differences, 0).pvalue)
+            if standard_error(differences)
+            else float(not any(differences))
+        )
+        for differences in of_comparisons
+    ]
+    found = [False] * len(tested)
+    for rank, number in enumerate(sorted(range(len(tested)), key=tested.__getitem__)):
+        if tested[number] > (1 - CONFIDENCE) / (len(tested) - rank):
+            break
+        found[number] = True
+    return found
+
+
 def decide(differences: Sequence[float], expected: str, resolution: float = 0.0) -> Verdict:
     """Applies the rule to the differences of one comparison.
 
@@ -175,7 +207,7 @@ def decide(differences: Sequence[float], expected: str, resolution: float = 0.0)
         return Verdict("not run", ())
     mean = math.fsum(differences) / len(differences)
     if len(differences) < MIN_SEEDS:
-        return Verdict("too few seeds", differences, mean)
+        return Verdict(TOO_FEW, differences, mean)
     mean, low, high = interval(differences, resolution)
     if expected == "equal":
         agree, disagree = low > -MARGIN and high < MARGIN, low > MARGIN or high < -MARGIN
@@ -196,4 +228,4 @@ def together(words: Sequence[str]) -> str:
     said = {word for word in words if word != "open"} or {"open"}
     if len(said) == 1:
         return said.pop()
-    return "not all run" if said & {"not run", "too few seeds"} else "undecided"
+    return "not all run" if said & {"not run", TOO_FEW} else "undecided"

@@ -93,7 +93,7 @@ def axis(results: Results, table: Table, claim: Claim) -> bytes | None:
                     axes.plot([place + shift] * 2, [low, high], color=color, linewidth=1.5)
         ticks = [tick for tick, _ in next(iter(claim.axis.values()))]
         axes.set_xticks(range(len(ticks)), ticks)
-        axes.set(title=table.data_sets[data_set], xlabel="towers", ylabel="test accuracy, %")
+        axes.set(title=table.data_sets[data_set], xlabel=claim.axis_title, ylabel="test accuracy, %")
         axes.set_xlim(-0.4, len(ticks) - 0.6)
         axes.legend(frameon=False, fontsize=8)
         _clean(axes, "y")
@@ -101,7 +101,9 @@ def axis(results: Results, table: Table, claim: Claim) -> bytes | None:
 
 
 def curves(results: Results, table: Table) -> bytes | None:
-    """Draws the training loss of every run that counts, a small panel a setting and a line a seed; None without runs.
+    """Draws the training loss of the runs, a small panel a setting and a line a seed; None without runs.
+
+    Those at another rate than the setting's own, that of its base, are of another color. Searches are left out.
 
     Returns:
       A PNG.
@@ -112,7 +114,7 @@ def curves(results: Results, table: Table) -> bytes | None:
         (data_set, setting, rows)
         for data_set in table.data_sets
         for setting in table.settings
-        if (rows := _rows(results, data_set, setting))
+        if (rows := _rows(results, data_set, setting, own_rate=False))
     ]
     if not panels:
         return None
@@ -124,11 +126,15 @@ def curves(results: Results, table: Table) -> bytes | None:
         squeeze=False,
         layout="constrained",
     )
-    highest = {d: max(r["losses"][0][1] for of, _, rows in panels if of == d for r in rows) for d, _, _ in panels}
+    losses = {
+        d: [loss for of, _, rows in panels if of == d for r in rows for _, loss in r["losses"]] for d, _, _ in panels
+    }
     for axes, (data_set, setting, rows) in zip(grid.flat, panels, strict=False):
+        rate, _ = search(results, data_set, setting)
         for row in rows:
-            axes.plot(*zip(*row["losses"], strict=True), linewidth=0.9, alpha=0.7, color="#2f5d8a")
-        axes.set(yscale="log", ylim=(None, highest[data_set] * 1.1))
+            color = "#2f5d8a" if rate in (None, row["learning_rate"]) else "#e08a2e"
+            axes.plot(*zip(*row["losses"], strict=True), linewidth=0.9, alpha=0.7, color=color)
+        axes.set(yscale="log", ylim=(min(losses[data_set]) / 1.1, max(losses[data_set]) * 1.1))
         title = f"{table.data_sets[data_set]}\n{table.settings[setting].title.replace(', equal', chr(10) + 'equal')}"
         axes.set_title(title, fontsize=6.5)
         axes.tick_params(labelsize=6, which="both")
@@ -142,10 +148,11 @@ def curves(results: Results, table: Table) -> bytes | None:
     return _png(figure)
 
 
-def _rows(results: Results, data_set: str, setting: str) -> list[Mapping[str, Any]]:
-    """Returns the rows of a setting at its learning rate, by seed."""
+def _rows(results: Results, data_set: str, setting: str, *, own_rate: bool = True) -> list[Mapping[str, Any]]:
+    """Returns the rows of a setting with results, by rate and seed; only those at its own learning rate or all."""
     rate, _ = search(results, data_set, setting)
-    runs = sorted(run for run in results.rows if run[:3] == (data_set, setting, rate) and not run.is_search)
+    of = (data_set, setting, rate) if own_rate else (data_set, setting)
+    runs = sorted(run for run in results.rows if run[: len(of)] == of and not run.is_search)
     return [results.rows[run] for run in runs if results.rows[run]["test"] is not None]
 
 

@@ -22,6 +22,7 @@ from xception_flax.reproduction.claims import (
     Comparison,
     Table,
     Verdict,
+    stand,
     together,
 )
 from xception_flax.reproduction.plan import search, verdict
@@ -82,23 +83,25 @@ def render(results: Results, table: Table, pictures: Sequence[str]) -> str:
     """Returns the page in Markdown; `pictures` are the names of the figures that are there."""
     titles = {
         "miniature_differences.png": "Every comparison: seeds, mean and interval",
-        "miniature_curves.png": "Training loss of every run",
+        "miniature_curves.png": "Training loss of every run but those of a search; orange: at the rate of the base",
         **{f"miniature_{claim.name}.png": claim.title for claim in table.claims},
     }
     parts = [
         _HEAD.format(results=f"[{RESULTS}](../{RESULTS})" if results.rows else f"`{RESULTS}`"),  # no link to no file
+        _filled(table.about),
         "## What the results say",
         _summary(results, table),
         _comparisons(results, table),
+        *_notes(table),
         *(f"![{titles[name]}]({FOLDER}/{name})" for name in pictures),
         "## Decided before it was run",
-        _protocol(table),
+        _protocol(results, table),
         "## What each setting costs",
         _costs(results, table),
         "## Learning rates",
         _rates(results, table),
         "## Where it was run",
-        _where(results),
+        _where(results, table),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -107,7 +110,7 @@ _HEAD = """\
 # The paper in miniature
 
 The paper's claims need ImageNet, JFT and 60 GPUs. This page tries them on small networks and small images, on two CPU
-cores, with enough seeds to say what is noise. It supports or contradicts a claim at this size only.
+cores, with several seeds of each. It supports or contradicts a claim at this size only.
 
 `xception-flax reproduce` writes this page: do not edit it. [configs/miniature.py](../configs/miniature.py) has the
 claims, {results} a line for each run.
@@ -115,8 +118,8 @@ claims, {results} a line for each run.
 <!-- not run: takes hours -->
 ```bash
 xception-flax reproduce --budget 10          # minutes; what is missing, as far as that goes
-xception-flax reproduce --only residual      # one claim
 xception-flax reproduce --report             # writes this page from the results, and runs nothing
+xception-flax reproduce --only residual --results mine.jsonl --output mine     # one claim, anew
 ```
 
 Each run is a process of `train.py`. Ctrl-C stops it after a checkpoint, and the same command goes on from there. Digits
@@ -148,9 +151,21 @@ def _comparisons(results: Results, table: Table) -> str:
                         found.word,
                     )
                 )
-    note = "Differences are of the test accuracy, in percentage points, with the 95 % interval of their mean."
+    note = (
+        "A difference is the test accuracy of the first minus that of the second, in percentage points, with the 95 % "
+        "interval of its mean."
+    )
     header = ("claim", "compared", "data", "claimed", "difference", "seeds", "verdict")
-    return f"{note}\n\n{_table(header, rows)}"
+    return f"{_filled(note)}\n\n{_table(header, rows)}"
+
+
+def _notes(table: Table) -> list[str]:
+    """Returns what was written of the results after a look at them, a paragraph a claim."""
+    notes = [f"- **{claim.name}.** {claim.note}" for claim in table.claims if claim.note]
+    if not notes:
+        return []
+    said = "Written after a look at the results, where they contradict the paper or may mislead:"
+    return [said, "\n".join(_filled(note, "  ") for note in notes)]
 
 
 def _difference(found: Verdict) -> str:
@@ -183,13 +198,14 @@ else *undecided*. 'Equal': *agree* if the interval is within {margin:g} points o
 else *undecided*. A run that diverged leaves its comparison undecided. On a data set a claim has the verdict that all
 its comparisons have, and is undecided if they differ; open ones have none.
 
-**Not corrected.** Of {comparisons} comparisons without any difference, about one in twenty would exclude 0, and looking
-twice, after {min_seeds} and after {more_seeds} seeds, makes that a little more. The intervals are over seeds, not over
-other test images.
+**Not corrected.** Each verdict is by itself. Where there is no difference, about one comparison in twelve (8.6 %,
+simulated) excludes 0 all the same, since it is looked at after {min_seeds} and after {more_seeds} seeds. All
+comparisons on a data set share the runs of their base. {holm} The intervals are over seeds: neither over other test
+images nor over another search of the rate, which has one seed.
 """
 
 
-def _protocol(table: Table) -> str:
+def _protocol(results: Results, table: Table) -> str:
     text = _PROTOCOL.format(
         factors=", ".join(f"{factor:g}" for factor in FACTORS),
         search_seed=SEARCH_SEED,
@@ -200,10 +216,33 @@ def _protocol(table: Table) -> str:
         more_seeds=MORE_SEEDS,
         percent=100 * CONFIDENCE,
         margin=MARGIN,
-        comparisons=len(table.data_sets) * sum(len(claim.comparisons) for claim in table.claims),
+        holm=_holm(results, table),
     )
-    points = text.strip().split("\n\n")
-    return "\n".join(textwrap.fill(f"- {p}", 120, subsequent_indent="  ", break_on_hyphens=False) for p in points)
+    return "\n".join(_filled(f"- {point}", "  ") for point in text.strip().split("\n\n"))
+
+
+def _holm(results: Results, table: Table) -> str:
+    """Returns a sentence on the verdicts that would be left if all comparisons were one test."""
+    compared = [
+        (f"{words(table, comparison)}, {title}", found)
+        for data_set, title in table.data_sets.items()
+        for claim in table.claims
+        for comparison in claim.comparisons
+        if comparison.expected in ("better", "worse")
+        and (found := verdict(results, data_set, comparison)).word in ("agree", "disagree", "undecided")
+        and found.differences
+    ]
+    if not compared:
+        return ""
+    stands = stand([found.differences for _, found in compared])
+    kept = [name for (name, found), s in zip(compared, stands, strict=True) if s and not found.low <= 0 <= found.high]
+    all_of_them = counted(len(compared), "comparison")
+    said = f"these exclude 0: {'; '.join(kept)}" if kept else "none excludes 0"
+    return f"By Holm's correction, which takes the {all_of_them} of a claimed difference together, {said}."
+
+
+def _filled(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
 def _costs(results: Results, table: Table) -> str:
@@ -212,9 +251,11 @@ def _costs(results: Results, table: Table) -> str:
         for setting in table.settings:
             rate, _ = search(results, data_set, setting)
             found = [row for run, row in results.rows.items() if run[:3] == (data_set, setting, rate)]
-            finals = [row for row in found if not _run(row).is_search and row["test"] is not None]
+            runs = [row for row in found if not _run(row).is_search]
+            finals = [row for row in runs if row["test"] is not None]
             if not finals:
                 continue
+            diverged = len(runs) - len(finals)
             accuracies = [100 * row["test"]["ema"]["top1"] for row in finals]
             rows.append(
                 (
@@ -224,7 +265,7 @@ def _costs(results: Results, table: Table) -> str:
                     _least([row["step_seconds"] for row in finals], "{:.3f}"),
                     _least([row["seconds"] for row in finals], "{:.0f}"),
                     f"{statistics.fmean(accuracies):.2f}",
-                    str(len(finals)),
+                    f"{len(finals)}" + (f" (and {diverged} diverged)" if diverged else ""),
                 )
             )
     header = ("setting", "parameters", "10^6 multiply-adds", "s a step", "s a run", "test accuracy, %", "runs")
@@ -255,16 +296,17 @@ def _validation(row: Mapping[str, Any]) -> str:
     return "diverged" if row["validation"] is None else f"{100 * row['validation']['top1']:.2f}"
 
 
-def _where(results: Results) -> str:
+def _where(results: Results, table: Table) -> str:
     if not results.rows:
         said = "Nothing was run yet."
     else:
         kinds = [
-            f"{row['machine']['cpus']} CPUs ({row['machine']['cpu']}), "
+            f"{table.data_sets[run.data_set]}, {counted(row['machine']['cpus'], 'CPU')} ({row['machine']['cpu']}), "
             + ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-            for row in results.rows.values()
+            for run, row in results.rows.items()
         ]
         said = "\n".join(f"- {counted(kinds.count(kind), 'run')}: {kind}" for kind in sorted(set(kinds)))
+        said += "\n\nOther machines and versions of this project round differently; a pair may be of two."
     stale = f"\n\n{counted(results.stale, 'line')} of the results are of other recipes, and count for nothing."
     return said + (stale if results.stale else "")
 
