@@ -146,8 +146,9 @@ CLAIMS = (
         "section 4.3",
         [Comparison("l2_4e-5", "base", "worse")],
         note="The first five seeds said 'disagree' on both data sets: +0.89 (+0.14 to +1.64) on the digits, +0.61 "
-        "(+0.30 to +0.93) on Fashion-MNIST. In so few steps the larger L2 hardly moves a weight, so it might be chance: "
-        "five more seeds were run to try that. By themselves they have means of +0.00 and -0.31, so chance explains it.",
+        "(+0.30 to +0.93) on Fashion-MNIST. In so few steps the larger L2 hardly moves a weight, so it might be "
+        "chance: five more seeds were run to try that. By themselves they have means of +0.00 and -0.31, so chance "
+        "explains it.",
     ),
     Claim(
         "averaging",
