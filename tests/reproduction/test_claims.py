@@ -18,11 +18,11 @@ def test_the_interval_is_students():
 def test_holm_takes_all_comparisons_together():
     """Of three, the least p has to be below 5 / 3 %, the next below 5 / 2 %; one that is not leaves all after it."""
     far, near, none = [-2.0, -2.2, -1.8], [1.0, 2.0, 2.0], [1.0, -1.0, 0.5]  # p 0.0033, 0.038, 0.81 by scipy
-    assert claims.stand([near]) == [True]
-    assert claims.stand([near, far]) == [True, True]
-    assert claims.stand([none, near, far]) == [False, False, True]
-    assert claims.stand([[-1.0] * 3, [0.0] * 3]) == [True, False]  # without any scatter
-    assert claims.stand([]) == []
+    assert claims.holm([near]) == [True]
+    assert claims.holm([near, far]) == [True, True]
+    assert claims.holm([none, near, far]) == [False, False, True]
+    assert claims.holm([[-1.0] * 3, [0.0] * 3]) == [True, False]  # without any scatter
+    assert claims.holm([]) == []
 
 
 def test_the_interval_is_no_finer_than_half_an_image():

@@ -113,6 +113,7 @@ def test_after_four_seeds_the_fifth_is_run_whatever_they_say(results, claims):
     assert (len(found.differences), found.high < 0, found.word) == (4, True, "too few seeds")
     runs = plan.missing(results, claims[:1], ["digits"], 3)
     assert [(run.setting, run.seed) for run in runs] == [("no_momentum", 4), ("base", 4)]
+    assert plan.missing(results, claims[:1], ["digits"], 4) == runs, "asking for four does not change the rule"
     for setting, accuracy in (("base", 0.6), ("no_momentum", 0.55)):
         plant(results, setting, 0.05, 4, accuracy)
     assert plan.verdict(results, "digits", claims[0].comparisons[0]).word == "agree"
@@ -126,6 +127,7 @@ def test_four_seeds_that_were_asked_for_are_enough_where_three_decide(results, c
         plant(results, "no_momentum", 0.05, seed, accuracy)
     found = plan.verdict(results, "digits", claims[0].comparisons[0])
     assert (len(found.differences), found.word) == (4, "agree")
+    assert plan.missing(results, claims[:1], ["digits"], 4) == []
 
 
 def test_the_difference_is_paired_by_seed(results, claims):

@@ -167,7 +167,7 @@ def standard_error(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
-def stand(of_comparisons: Sequence[Sequence[float]]) -> list[bool]:
+def holm(of_comparisons: Sequence[Sequence[float]]) -> list[bool]:
     """Says which means differ from 0 by Holm's correction (1979) of paired t-tests, all of them together at 5 %.
 
     Args:

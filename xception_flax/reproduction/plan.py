@@ -85,10 +85,8 @@ def verdict(results: Results, data_set: str, comparison: Comparison, first: int 
     ]
     resolution = 50 / rows[0][0]["test"]["images"] if rows else 0.0
     found = decide(differences, comparison.expected, resolution)
-    if MIN_SEEDS < len(differences) < MORE_SEEDS:
-        at_first_look = decide(differences[:MIN_SEEDS], comparison.expected, resolution)
-        if at_first_look.needs_more:
-            return dataclasses.replace(found, word=TOO_FEW)
+    if MIN_SEEDS < len(differences) < MORE_SEEDS and verdict(results, data_set, comparison, MIN_SEEDS).needs_more:
+        return dataclasses.replace(found, word=TOO_FEW)
     return found
 
 
@@ -109,5 +107,5 @@ def missing(results: Results, claims: Sequence[Claim], data_sets: Sequence[str],
 
 def _of_claim(results: Results, data_set: str, claim: Claim, stage: int, seeds: int) -> Iterator[Run]:
     for comparison in claim.comparisons:
-        if stage <= seeds or verdict(results, data_set, comparison, first=seeds).needs_more:
+        if stage <= seeds or verdict(results, data_set, comparison, MIN_SEEDS).needs_more:
             yield from runs_of(results, data_set, comparison, range(stage))[1]

@@ -22,7 +22,7 @@ from xception_flax.reproduction.claims import (
     Comparison,
     Table,
     Verdict,
-    stand,
+    holm,
     together,
 )
 from xception_flax.reproduction.plan import search, verdict
@@ -234,7 +234,7 @@ def _holm(results: Results, table: Table) -> str:
     ]
     if not compared:
         return ""
-    stands = stand([found.differences for _, found in compared])
+    stands = holm([found.differences for _, found in compared])
     kept = [name for (name, found), s in zip(compared, stands, strict=True) if s and not found.low <= 0 <= found.high]
     all_of_them = counted(len(compared), "comparison")
     said = f"these exclude 0: {'; '.join(kept)}" if kept else "none excludes 0"
