@@ -1,11 +1,19 @@
 """`reproduce` around the runs, which tests/reproduction/test_running.py makes: what it begins, and says."""
 
+import contextlib
+import datetime
 import fcntl
+import os
+import re
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 import shell
+import workdirs
 from tests.reproduction import planted
 from xception_flax.commands import reproduce
 from xception_flax.reproduction import results as rows
@@ -27,10 +35,11 @@ def call(tmp_path, monkeypatch, capsys):
     return call
 
 
-def plant(path: Path, *, seeds: int) -> None:
+def plant(path: Path, *, seeds: int, searched: tuple[str, ...] = ("base",)) -> None:
     results = Results(read_table(TINY), [])
-    for rate, accuracy in ((0.025, 0.5), (0.05, 0.6), (0.1, 0.5)):
-        rows.append(path, planted.row(results, Run("digits", "base", rate, SEARCH_SEED), accuracy))
+    for setting in searched:
+        for rate, accuracy in ((0.025, 0.5), (0.05, 0.6), (0.1, 0.5)):
+            rows.append(path, planted.row(results, Run("digits", setting, rate, SEARCH_SEED), accuracy))
     for seed in range(seeds):
         rows.append(path, planted.row(results, Run("digits", "base", 0.05, seed), 0.6))
 
@@ -67,6 +76,7 @@ def test_the_page_alone(call, tmp_path):
         (["--budget", "0"], "must be a positive number of minutes, got '0'"),
         (["--budget", "nan"], "must be a positive number of minutes, got 'nan'"),
         (["--seeds", "0"], "must be a positive integer, got '0'"),
+        (["--jobs", "99999"], "--jobs 99999: each needs a CPU, and there are "),
     ],
 )
 def test_mistakes_are_refused(call, tmp_path, arguments, message):
@@ -83,3 +93,66 @@ def test_a_second_one_beside_it_is_refused(call, tmp_path):
         code, _, err = call()
     assert code == 2
     assert "another `reproduce` runs in" in err
+
+
+# Runs at once -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def searched(tmp_path, monkeypatch) -> Path:
+    """Results of both searches of the claim 'momentum', so that one seed of it is a run of each setting."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"))
+    path = tmp_path / "results.jsonl"
+    plant(path, seeds=0, searched=("base", "no_momentum"))
+    return path
+
+
+def measured(path: Path) -> dict[str, dict]:
+    """Returns the rows that were not planted, by setting."""
+    return {row["setting"]: row for row in rows.read(path) if row["seed"] != SEARCH_SEED}
+
+
+def test_runs_at_once_have_the_numbers_of_those_one_after_the_other(call, searched):
+    planted_rows, ours = searched.read_bytes(), ("validation", "test", "losses", "accuracies", "steps")
+    code, _, err = call("--only", "momentum", "--seeds", 1, "--jobs", 2)
+    assert code == 0, err
+    beside = measured(searched)
+    begun, ended = {}, {}
+    for setting, row in beside.items():
+        ended[setting] = datetime.datetime.fromisoformat(row["machine"]["date"]).timestamp()
+        begun[setting] = ended[setting] - row["seconds"]
+    assert max(begun.values()) < min(ended.values()), "neither waits for the other"
+    assert sum(row["machine"]["cpus"] for row in beside.values()) == len(os.sched_getaffinity(0))
+
+    searched.write_bytes(planted_rows)
+    code, _, err = call("--only", "averaging", "--seeds", 1)
+    assert code == 0, err
+    alone = measured(searched)["base"]
+    assert {name: alone[name] for name in ours} == {name: beside["base"][name] for name in ours}
+
+
+def test_where_one_of_several_fails_the_others_stop_at_a_checkpoint_and_go_on_next_time(call, searched, tmp_path):
+    def kill() -> None:  # the process of one run, when both are at work
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            at_work = [path for path in (tmp_path / "runs").glob("*/") if workdirs.records(path)]
+            if len(at_work) == 2:
+                victim = next(path for path in at_work if "no_momentum" in path.name)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(re.search(r"process (\d+)", (victim / ".lock").read_text())[1]), signal.SIGKILL)
+                return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    code, _, err = call("--only", "momentum", "--seeds", 1, "--jobs", 2)
+    killer.join()
+    assert code == 2
+    assert "digits, no_momentum, seed 0: train.py ended with signal 9" in err
+    [other] = [path for path in (tmp_path / "runs").glob("*/") if "base" in path.name]
+    assert 0 < workdirs.records(other)[-1]["step"] < 157
+    assert measured(searched) == {}
+    code, _, err = call("--only", "momentum", "--seeds", 1, "--jobs", 2)
+    assert code == 0, err
+    assert {row["steps"] for row in measured(searched).values()} == {157}
+    assert not list((tmp_path / "runs").glob("*/"))

@@ -15,7 +15,7 @@ from xception_flax.reproduction.claims import SEARCH_SEED, read_table
 from xception_flax.reproduction.results import Results, Run
 from xception_flax.text.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("on_one_device", "one_device_in_processes")
+pytestmark = pytest.mark.usefixtures("one_device_in_processes")
 
 TABLE = read_table(Path(__file__).with_name("tiny.py"))
 MEASURED = ("steps", "validation", "test", "accuracies", "parameters", "multiply_adds", "recipe")

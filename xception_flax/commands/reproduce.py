@@ -4,13 +4,20 @@ It goes on where it was stopped. Ctrl-C or SIGTERM stops it after a checkpoint; 
 """
 
 import argparse
+import math
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from xception_flax.commands import cli
+from xception_flax.data.pipeline import usable_cpus
 from xception_flax.display import console
 from xception_flax.host import files, signals
 from xception_flax.host.locks import try_lock
@@ -25,6 +32,7 @@ from xception_flax.text.lookup import lookup
 EXAMPLES = """\
   xception-flax reproduce --budget 10
   xception-flax reproduce --only residual,order --seeds 5
+  xception-flax reproduce --jobs 8
   xception-flax reproduce --budget 10 --results mine.jsonl --output mine
   xception-flax reproduce --data-dir /data/fashion-mnist
   xception-flax reproduce --report"""
@@ -42,8 +50,11 @@ def main(argv: list[str]) -> int:
     if arguments.report:
         _write(found, table, arguments.output)
         return 0
+    if arguments.jobs > (cpus := usable_cpus()):
+        raise UserError(f"--jobs {arguments.jobs}: each needs a CPU, and there are {cpus}; give at most {cpus}.")
     _check_writable(arguments.results)
     data_sets = _data_sets(table, arguments.data_dir)
+    jax.config.update("jax_platforms", "cpu")  # of this process, which computes nothing; an accelerator is for the runs
     cli.start(arguments)
     begun = time.monotonic()
     arguments.workdir.mkdir(parents=True, exist_ok=True)
@@ -69,6 +80,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=MIN_SEEDS,
         metavar="N",
         help=f"runs of each setting ({MIN_SEEDS}, and more where they do not decide)",
+    )
+    parser.add_argument(
+        "--jobs", type=cli.positive, default=1, metavar="N", help="runs at once, each on its share of the CPUs (1)"
     )
     parser.add_argument("--data-dir", metavar="DIR", help="of the files of Fashion-MNIST, if not where Debian has them")
     parser.add_argument("--report", action="store_true", help="only write the page from the results")
@@ -147,23 +161,50 @@ def _run_all(
 
     Raises:
       running.Stopped: a signal came.
+      UserError: a run failed.
     """
-    budget = None if arguments.budget is None else 60 * arguments.budget
-    while runs := plan.missing(found, claims, data_sets, arguments.seeds):
-        if stop.signal is not None:
-            raise running.Stopped(stop.signal)
-        run, left = runs[0], sum(_expected_seconds(found, run) for run in runs)
-        if budget is not None and time.monotonic() - begun + _expected_seconds(found, run) > budget:
-            _say(f"the budget is used up; {counted(len(runs), 'run')} or more are missing, {_minutes(left)}")
-            return
-        kind = "search" if run.is_search else f"seed {run.seed}"
-        what = f"{run.data_set}, {run.setting}, rate {run.learning_rate:g}, {kind}"
-        _say(f"{what}; {counted(len(runs), 'run')} or more to go, {_minutes(left)}")
-        row = running.perform(run, table, found, arguments.workdir, arguments.data_dir, lambda: stop.signal)
-        results.append(arguments.results, row)
-        found.add(row)
-        running.remove(run, found, arguments.workdir)
-        _say(f"{what}: {_outcome(row)}")
+    budget = math.inf if arguments.budget is None else 60 * arguments.budget
+    going: dict[Future[dict[str, Any]], Run] = {}
+    error: Exception | None = None  # of the first run that failed, which stops the others as a signal does
+
+    def asked() -> int | None:
+        return stop.signal if error is None else signal.SIGTERM
+
+    with running.at_once(arguments.jobs) as pool:
+        while True:
+            runs = plan.missing(found, claims, data_sets, arguments.seeds)
+            missing = [run for run in runs if run not in going.values()]
+            for i, run in enumerate(missing[: arguments.jobs - len(going)]):
+                if asked() is not None or time.monotonic() - begun + _expected_seconds(found, run) > budget:
+                    break
+                left = sum(_expected_seconds(found, run) for run in missing[i:]) / arguments.jobs
+                _say(f"{_shown(run)}; {counted(len(missing) - i, 'run')} or more to go, {_minutes(left)}")
+                given = (run, table, found, arguments.workdir, arguments.data_dir, asked)
+                going[pool.submit(running.perform, *given)] = run
+            if not going:
+                break
+            for future in wait(going, return_when=FIRST_COMPLETED).done:
+                run = going.pop(future)
+                try:
+                    row = future.result()
+                    results.append(arguments.results, row)
+                    found.add(row)
+                    running.remove(run, found, arguments.workdir)
+                    _say(f"{_shown(run)}: {_outcome(row)}")
+                except Exception as raised:  # the others are waited for, and their rows written
+                    error = error or raised
+    if error is not None:
+        raise error
+    if missing and stop.signal is not None:
+        raise running.Stopped(stop.signal)
+    if missing:
+        left = sum(_expected_seconds(found, run) for run in missing) / arguments.jobs
+        _say(f"the budget is used up; {counted(len(missing), 'run')} or more are missing, {_minutes(left)}")
+
+
+def _shown(run: Run) -> str:
+    kind = "search" if run.is_search else f"seed {run.seed}"
+    return f"{run.data_set}, {run.setting}, rate {run.learning_rate:g}, {kind}"
 
 
 def _outcome(row: dict) -> str:

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ COUNTED = -1  # model.num_classes of a recipe for any folder or table: as many a
 NAME = re.compile(r"\w+")  # of a recipe of this project, such as digits; whatever has a dot or a slash is a file
 
 MAX_SAID = 1000  # letters of a recipe's own error, which may quote an argument of any length
+
+_IMPORTING = threading.RLock()  # the path of imports is one for all threads
 
 
 def load(path_and_argument: str, overrides: Sequence[str] = (), groups: Sequence[str] | None = None) -> ConfigDict:
@@ -84,12 +87,13 @@ def _import_path(path: str) -> Iterator[None]:
 
     Python itself adds the folder of train.py, but none for `xception-flax`.
     """
-    before = sys.path.copy()
-    sys.path[:0] = [str(Path(path).absolute().parent.parent), str(PROJECT)]
-    try:
-        yield
-    finally:
-        sys.path[:] = before
+    with _IMPORTING:
+        before = sys.path.copy()
+        sys.path[:0] = [str(Path(path).absolute().parent.parent), str(PROJECT)]
+        try:
+            yield
+        finally:
+            sys.path[:] = before
 
 
 def read_names(path: str, names: Sequence[str]) -> list[Any]:

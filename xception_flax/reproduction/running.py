@@ -1,6 +1,8 @@
-"""Runs one setting with one seed: a process of train.py, then its numbers on the test split, as a row of results."""
+"""Runs one setting with one seed: a process of train.py, one that scores it on the test split, a row of results."""
 
 import datetime
+import json
+import os
 import re
 import shutil
 import signal
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,20 +23,17 @@ from xception_flax.data.pipeline import usable_cpus
 from xception_flax.host import parents, processor
 from xception_flax.host.files import file_errors
 from xception_flax.host.project import TRAIN
-from xception_flax.inference import subject as subjects
 from xception_flax.models import create_model
 from xception_flax.models.costs import list_layers
 from xception_flax.recipes import reading
+from xception_flax.reproduction import scoring
 from xception_flax.reproduction.claims import Table
 from xception_flax.reproduction.results import Results, Run
 from xception_flax.runs import history
 from xception_flax.runs.workdir import HISTORY
 from xception_flax.text.errors import UserError
 from xception_flax.text.sizes import sides
-from xception_flax.training import evaluation
 
-TEST = "test"  # the split of the results, in every data set; rates are chosen on that of the recipe
-WEIGHTS = ("ema", "raw")
 POLL_SECONDS = 0.1
 DIVERGED = re.compile(r"(loss|gradient_norm|evaluation) is (nan|-?inf)|not finite")  # what train.py says then
 
@@ -45,6 +45,19 @@ class Stopped(Exception):
 
     def __init__(self, number: int) -> None:
         self.number = number
+
+
+def at_once(jobs: int) -> ThreadPoolExecutor:
+    """Returns threads that perform runs, each with its processes on its own share of the CPUs, where the system can.
+
+    A small network keeps one core busy, so several runs beside each other take less time than one after the other.
+    """
+    if jobs == 1 or not hasattr(os, "sched_setaffinity"):
+        return ThreadPoolExecutor(jobs)
+    cpus = sorted(os.sched_getaffinity(0))
+    shares = [cpus[len(cpus) * job // jobs : len(cpus) * (job + 1) // jobs] for job in range(jobs)]
+    # 0 is the calling thread, and what it starts inherits its CPUs.
+    return ThreadPoolExecutor(jobs, initializer=lambda: os.sched_setaffinity(0, shares.pop()))
 
 
 def _changes(run: Run, data_dir: str | None, config: ConfigDict) -> list[str]:
@@ -74,7 +87,7 @@ def perform(
 ) -> dict[str, Any]:
     """Trains a run to its end, from its last checkpoint if there is one, and returns its row of the results.
 
-    The last step is evaluated, whatever the validation says. The workdir is removed afterwards.
+    The workdir stays until `remove`, which is to be called when the row is written.
 
     Args:
       run: what to run.
@@ -107,8 +120,8 @@ def perform(
         **run._asdict(),
         "recipe": name,
         "steps": records[-1]["step"] if records else 0,
-        "validation": None if diverged else _scores(evaluations[-1], "eval/"),
-        "test": None if diverged or run.is_search else _test(workdir, config),
+        "validation": None if diverged else scoring.chosen(evaluations[-1], "eval/"),
+        "test": None if diverged or run.is_search else _test(run, workdir, stopped),
         "parameters": sum(layer.parameters for layer in layers),
         "multiply_adds": sum(layer.macs for layer in layers),
         "losses": [[r["step"], round(r["train/loss"], 6)] for r in records if r.get("train/loss") is not None],
@@ -125,7 +138,7 @@ def remove(run: Run, results: Results, workdirs: Path) -> None:
     """Removes what a run left on the disk, after its row is written."""
     workdir = workdirs / _folder_name(run, results.recipe_name(run.data_set, run.setting))
     shutil.rmtree(workdir, ignore_errors=True)
-    workdir.with_name(f"{workdir.name}.log").unlink(missing_ok=True)
+    _log(workdir).unlink(missing_ok=True)
 
 
 def _folder_name(run: Run, recipe: str) -> str:
@@ -134,7 +147,28 @@ def _folder_name(run: Run, recipe: str) -> str:
 
 def _train(run: Run, arguments: Sequence[str], workdir: Path, stopped: Callable[[], int | None]) -> bool:
     """Runs train.py to its end; returns whether the run diverged."""
-    log = workdir.with_name(f"{workdir.name}.log")
+    code, said = _process([str(TRAIN), "--config", *arguments], workdir, stopped)
+    errors = [line for line in said if line.startswith("error:")]
+    if code == 2 and errors and DIVERGED.search(errors[-1]):
+        return True
+    _check_ended(run, "train.py", code, said, workdir)
+    return False
+
+
+def _test(run: Run, workdir: Path, stopped: Callable[[], int | None]) -> dict[str, Any]:
+    """Returns the scores on the test split of both weights, at the last step."""
+    code, said = _process(["-m", scoring.__name__, str(workdir)], workdir, stopped)
+    _check_ended(run, "its evaluation", code, said, workdir)
+    return json.loads((workdir / scoring.SCORES).read_text())
+
+
+def _process(arguments: Sequence[str], workdir: Path, stopped: Callable[[], int | None]) -> tuple[int, list[str]]:
+    """Runs a process of Python to its end; returns its exit code and the lines that it said, which are in the log too.
+
+    Raises:
+      Stopped: a signal came, and was passed on.
+    """
+    log = _log(workdir)
     with file_errors(log, "written"):
         log.parent.mkdir(parents=True, exist_ok=True)
         file = log.open("wb")
@@ -142,7 +176,7 @@ def _train(run: Run, arguments: Sequence[str], workdir: Path, stopped: Callable[
     with (
         file,
         subprocess.Popen(
-            [sys.executable, str(TRAIN), "--config", *arguments],
+            [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -160,37 +194,26 @@ def _train(run: Run, arguments: Sequence[str], workdir: Path, stopped: Callable[
         except BaseException:
             process.kill()
             raise
-    said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    if process.returncode == 0:
-        return False
-    if (number := stopped()) is not None:
+    if process.returncode != 0 and (number := stopped()) is not None:
         raise Stopped(number)
+    return process.returncode, [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+
+
+def _log(workdir: Path) -> Path:
+    return workdir.with_name(f"{workdir.name}.log")
+
+
+def _check_ended(run: Run, what: str, code: int, said: Sequence[str], workdir: Path) -> None:
+    """Raises UserError if a process has failed."""
+    if code == 0:
+        return
     errors = [line for line in said if line.startswith("error:")]
-    if process.returncode == 2 and errors and DIVERGED.search(errors[-1]):
-        return True
     reason = errors[-1].removeprefix("error: ") if errors else (said or ["it said nothing"])[-1]
-    end = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+    end = f"signal {-code}" if code < 0 else f"exit code {code}"
     raise UserError(
-        f"{run.data_set}, {run.setting}, seed {run.seed}: train.py ended with {end}: {reason}\n"
-        f"The same command goes on from the last checkpoint; all that it said is in {log}."
+        f"{run.data_set}, {run.setting}, seed {run.seed}: {what} ended with {end}: {reason}\n"
+        f"The same command goes on from the last checkpoint; all that it said is in {_log(workdir)}."
     )
-
-
-def _test(workdir: Path, config: ConfigDict) -> dict[str, Any]:
-    """Returns the scores on the test split of both weights, at the last step."""
-    config = config.copy_and_resolve_references()
-    config.data.eval_split = TEST
-    found: dict[str, Any] = {}
-    for weights in WEIGHTS:
-        subject = subjects.of_run(str(workdir), config, checkpoint="latest", weights=weights, batch_size=None)
-        results = evaluation.evaluate(subject.eval_step, subject.variables, subject.split, subject.mesh)
-        found[weights] = _scores(results, "")
-        found["images"] = results["count"]
-    return found
-
-
-def _scores(values: Any, prefix: str) -> dict[str, float]:
-    return {name: values[f"{prefix}{name}"] for name in ("top1", "loss")}
 
 
 def _machine() -> dict[str, Any]:
