@@ -148,7 +148,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for name, of in settings.items():
         top1 = list(of.values())
         pairs = [100 * (of[seed] - recipe) for seed, recipe in settings.get("recipe", {}).items() if seed in of]
-        beside = "{:+.1f} ({:+.1f} to {:+.1f})".format(*interval(pairs)) if name != "recipe" and len(pairs) > 1 else ""
+        known = name != "recipe" and len(pairs) > 1
+        beside = "{:+.1f} ({:+.1f} to {:+.1f})".format(*interval(pairs, 50 / rows[0]["evaluated"])) if known else ""
         spread = f"{min(top1):.1%} to {max(top1):.1%}"
         cells.append((SETTINGS[name].title, f"{np.mean(top1):.1%}", spread, beside, str(len(top1))))
     header = (f"{rows[0]['images_per_class']} images a class", "top-1", "of the seeds", "beside the recipe", "seeds")

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,3 +87,61 @@ def test_a_run_that_diverges_has_a_row_without_numbers(tmp_path):
 def test_a_mistake_names_the_run_and_the_log(tmp_path):
     with pytest.raises(UserError, match=r"(?s)digits, base, seed 0: train.py ended with exit code 2.*\.log"):
         perform(RUN._replace(learning_rate=-1.0), tmp_path)
+
+
+def test_the_test_split_is_scored_by_this_package_and_to_the_end(tmp_path, monkeypatch):
+    """From a folder with a package of the same name, and with a signal that comes meanwhile."""
+    (tmp_path / "xception_flax").mkdir()
+    (tmp_path / "xception_flax" / "__init__.py").write_text("raise RuntimeError('another package')")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs"
+    row = perform(RUN, folder, lambda: signal.SIGTERM if list(folder.glob("*.test.log")) else None)
+    assert row["test"]["images"] == 360
+    assert row["seconds"] > 0
+
+
+def test_jobs_have_equal_shares_of_the_cpus():
+    cpus, shares = os.sched_getaffinity(0), []
+    barrier = threading.Barrier(2)
+
+    def share() -> set[int]:
+        barrier.wait(60)  # so that each thread has one
+        return os.sched_getaffinity(0)
+
+    with running.at_once(2) as pool:
+        shares = [future.result() for future in [pool.submit(share), pool.submit(share)]]
+    assert [len(each) for each in shares] == [len(cpus) // 2] * 2
+    assert not shares[0] & shares[1]
+    assert os.sched_getaffinity(0) == cpus, "of this thread"
+    with running.at_once(1) as pool:
+        assert pool.submit(os.sched_getaffinity, 0).result() == cpus
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_jobs_run_where_a_share_cannot_be_taken(monkeypatch, there):
+    """Elsewhere than on Linux there is no such function; in a sandbox it may be refused."""
+
+    def refused(thread: int, cpus: list[int]) -> None:
+        raise PermissionError
+
+    if there:
+        monkeypatch.setattr(os, "sched_setaffinity", refused)
+    else:
+        monkeypatch.delattr(os, "sched_setaffinity")
+    with running.at_once(2) as pool:
+        assert pool.submit(lambda: 1).result() == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("error: a folder is missing.\nbye", "a folder is missing."),
+        ("Traceback\n  file\njaxlib.JaxRuntimeError: RESOURCE_EXHAUSTED\n----\nFor simplicity, ...", "RESOURCE_EX"),
+        ("", "it said nothing"),
+    ],
+)
+def test_the_reason_of_a_failure_is_the_line_that_says_it(tmp_path, said, reason):
+    log = tmp_path / "log"
+    log.write_text(said)
+    with pytest.raises(UserError, match=f"the evaluation ended with exit code 1: .*{reason}"):
+        running._has_diverged(RUN, "the evaluation", 1, log)

@@ -4,12 +4,13 @@ It goes on where it was stopped. Ctrl-C or SIGTERM stops it after a checkpoint; 
 """
 
 import argparse
+import contextlib
 import math
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from xception_flax.text.lookup import lookup
 EXAMPLES = """\
   xception-flax reproduce --budget 10
   xception-flax reproduce --only residual,order --seeds 5
-  xception-flax reproduce --jobs 8
+  xception-flax reproduce --jobs 2
   xception-flax reproduce --budget 10 --results mine.jsonl --output mine
   xception-flax reproduce --data-dir /data/fashion-mnist
   xception-flax reproduce --report"""
@@ -82,7 +83,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"runs of each setting ({MIN_SEEDS}, and more where they do not decide)",
     )
     parser.add_argument(
-        "--jobs", type=cli.positive, default=1, metavar="N", help="runs at once, each on its share of the CPUs (1)"
+        "--jobs",
+        type=cli.positive,
+        default=1,
+        metavar="N",
+        help="runs at once, each on its share of the CPUs (1); several cannot share an accelerator",
     )
     parser.add_argument("--data-dir", metavar="DIR", help="of the files of Fashion-MNIST, if not where Debian has them")
     parser.add_argument("--report", action="store_true", help="only write the page from the results")
@@ -165,41 +170,60 @@ def _run_all(
     """
     budget = math.inf if arguments.budget is None else 60 * arguments.budget
     going: dict[Future[dict[str, Any]], Run] = {}
-    error: Exception | None = None  # of the first run that failed, which stops the others as a signal does
+    failures: list[Exception] = []
 
     def asked() -> int | None:
-        return stop.signal if error is None else signal.SIGTERM
+        # A run that failed stops the others as a signal does, so that its message does not wait for their end.
+        return stop.signal or (signal.SIGTERM if failures else None)
+
+    def missing() -> list[Run]:
+        return [r for r in plan.missing(found, claims, data_sets, arguments.seeds) if r not in going.values()]
+
+    def begin() -> None:
+        runs = missing()
+        for i, run in enumerate(runs[: arguments.jobs - len(going)]):
+            if asked() is not None or time.monotonic() - begun + _expected_seconds(found, run) > budget:
+                return
+            count, left = counted(len(runs) - i, "run"), _left(found, [*runs[i:], *going.values()], arguments.jobs)
+            _say(f"{_shown(run)}; {count} or more to go, {left}")
+            given = (run, table, found, arguments.workdir, arguments.data_dir, asked)
+            going[pool.submit(running.perform, *given)] = run
+
+    def gather() -> None:
+        future = wait(going, return_when=FIRST_COMPLETED).done.pop()
+        run = going.pop(future)
+        row = future.result()
+        results.append(arguments.results, row)
+        found.add(row)
+        running.remove(run, found, arguments.workdir)
+        _say(f"{_shown(run)}: {_outcome(row)}")
 
     with running.at_once(arguments.jobs) as pool:
-        while True:
-            runs = plan.missing(found, claims, data_sets, arguments.seeds)
-            missing = [run for run in runs if run not in going.values()]
-            for i, run in enumerate(missing[: arguments.jobs - len(going)]):
-                if asked() is not None or time.monotonic() - begun + _expected_seconds(found, run) > budget:
-                    break
-                left = sum(_expected_seconds(found, run) for run in missing[i:]) / arguments.jobs
-                _say(f"{_shown(run)}; {counted(len(missing) - i, 'run')} or more to go, {_minutes(left)}")
-                given = (run, table, found, arguments.workdir, arguments.data_dir, asked)
-                going[pool.submit(running.perform, *given)] = run
-            if not going:
-                break
-            for future in wait(going, return_when=FIRST_COMPLETED).done:
-                run = going.pop(future)
-                try:
-                    row = future.result()
-                    results.append(arguments.results, row)
-                    found.add(row)
-                    running.remove(run, found, arguments.workdir)
-                    _say(f"{_shown(run)}: {_outcome(row)}")
-                except Exception as raised:  # the others are waited for, and their rows written
-                    error = error or raised
-    if error is not None:
-        raise error
-    if missing and stop.signal is not None:
-        raise running.Stopped(stop.signal)
-    if missing:
-        left = sum(_expected_seconds(found, run) for run in missing) / arguments.jobs
-        _say(f"the budget is used up; {counted(len(missing), 'run')} or more are missing, {_minutes(left)}")
+        with _kept(failures):
+            begin()
+        while going:
+            with _kept(failures):
+                gather()
+            with _kept(failures):
+                begin()
+    if errors := [failure for failure in failures if not isinstance(failure, running.Stopped)]:
+        for error in errors[1:]:
+            _say(f"error: {error}")
+        raise errors[0]
+    if runs := missing():
+        if stop.signal is not None:
+            raise running.Stopped(stop.signal)
+        left = _left(found, runs, arguments.jobs)
+        _say(f"the budget is used up; {counted(len(runs), 'run')} or more are missing, {left}")
+
+
+@contextlib.contextmanager
+def _kept(failures: list[Exception]) -> Iterator[None]:
+    """Keeps an exception for later, since other runs go on, and are to be written when they end."""
+    try:
+        yield
+    except Exception as failure:
+        failures.append(failure)
 
 
 def _shown(run: Run) -> str:
@@ -224,8 +248,10 @@ def _expected_seconds(found: Results, run: Run) -> float:
     return UNKNOWN_SECONDS
 
 
-def _minutes(seconds: float) -> str:
-    return f"about {max(1, round(seconds / 60)):,} min"
+def _left(found: Results, runs: Sequence[Run], jobs: int) -> str:
+    """Returns in words how long runs take, `jobs` at once."""
+    seconds = [_expected_seconds(found, run) for run in runs]
+    return f"about {max(1, round(max(max(seconds), sum(seconds) / jobs) / 60)):,} min"
 
 
 def _write(found: Results, table: Table, folder: Path) -> None:

@@ -118,7 +118,7 @@ claims, {results} a line for each run.
 <!-- not run: takes hours -->
 ```bash
 xception-flax reproduce --budget 10          # minutes; what is missing, as far as that goes
-xception-flax reproduce --jobs 8             # eight runs at once, each on an eighth of the CPUs
+xception-flax reproduce --jobs 2             # two runs at once, each on half of the CPUs
 xception-flax reproduce --report             # writes this page from the results, and runs nothing
 xception-flax reproduce --only residual --results mine.jsonl --output mine     # one claim, anew
 ```

@@ -1,5 +1,6 @@
 """Runs one setting with one seed: a process of train.py, one that scores it on the test split, a row of results."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -22,7 +23,7 @@ from xception_flax import __version__, data
 from xception_flax.data.pipeline import usable_cpus
 from xception_flax.host import parents, processor
 from xception_flax.host.files import file_errors
-from xception_flax.host.project import TRAIN
+from xception_flax.host.project import PACKAGE, TRAIN
 from xception_flax.models import create_model
 from xception_flax.models.costs import list_layers
 from xception_flax.recipes import reading
@@ -35,6 +36,7 @@ from xception_flax.text.errors import UserError
 from xception_flax.text.sizes import sides
 
 POLL_SECONDS = 0.1
+EXCEPTION = re.compile(r"[\w.]+(Error|Exception)\b")  # the line of a traceback that says what happened
 DIVERGED = re.compile(r"(loss|gradient_norm|evaluation) is (nan|-?inf)|not finite")  # what train.py says then
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -48,16 +50,21 @@ class Stopped(Exception):
 
 
 def at_once(jobs: int) -> ThreadPoolExecutor:
-    """Returns threads that perform runs, each with its processes on its own share of the CPUs, where the system can.
+    """Returns threads that perform runs, each with its processes on an equal share of the CPUs, where the system can.
 
     A small network keeps one core busy, so several runs beside each other take less time than one after the other.
     """
     if jobs == 1 or not hasattr(os, "sched_setaffinity"):
         return ThreadPoolExecutor(jobs)
     cpus = sorted(os.sched_getaffinity(0))
-    shares = [cpus[len(cpus) * job // jobs : len(cpus) * (job + 1) // jobs] for job in range(jobs)]
-    # 0 is the calling thread, and what it starts inherits its CPUs.
-    return ThreadPoolExecutor(jobs, initializer=lambda: os.sched_setaffinity(0, shares.pop()))
+    size = len(cpus) // jobs
+    shares = [cpus[job * size : (job + 1) * size] for job in range(jobs)]
+
+    def take_a_share() -> None:
+        with contextlib.suppress(OSError):  # not allowed here; it is for speed alone
+            os.sched_setaffinity(0, shares.pop())  # of this thread, and of the processes that it will start
+
+    return ThreadPoolExecutor(jobs, initializer=take_a_share)
 
 
 def _changes(run: Run, data_dir: str | None, config: ConfigDict) -> list[str]:
@@ -121,7 +128,7 @@ def perform(
         "recipe": name,
         "steps": records[-1]["step"] if records else 0,
         "validation": None if diverged else scoring.chosen(evaluations[-1], "eval/"),
-        "test": None if diverged or run.is_search else _test(run, workdir, stopped),
+        "test": None if diverged or run.is_search else _test(run, workdir),
         "parameters": sum(layer.parameters for layer in layers),
         "multiply_adds": sum(layer.macs for layer in layers),
         "losses": [[r["step"], round(r["train/loss"], 6)] for r in records if r.get("train/loss") is not None],
@@ -138,7 +145,20 @@ def remove(run: Run, results: Results, workdirs: Path) -> None:
     """Removes what a run left on the disk, after its row is written."""
     workdir = workdirs / _folder_name(run, results.recipe_name(run.data_set, run.setting))
     shutil.rmtree(workdir, ignore_errors=True)
-    _log(workdir).unlink(missing_ok=True)
+    for path in _beside(workdir):
+        path.unlink(missing_ok=True)
+
+
+class _Beside(NamedTuple):
+    """Files beside the workdir of a run: what its processes say, and its scores."""
+
+    train_log: Path
+    test_log: Path
+    test: Path
+
+
+def _beside(workdir: Path) -> _Beside:
+    return _Beside(*(workdir.with_name(workdir.name + end) for end in (".log", ".test.log", ".test.json")))
 
 
 def _folder_name(run: Run, recipe: str) -> str:
@@ -147,28 +167,31 @@ def _folder_name(run: Run, recipe: str) -> str:
 
 def _train(run: Run, arguments: Sequence[str], workdir: Path, stopped: Callable[[], int | None]) -> bool:
     """Runs train.py to its end; returns whether the run diverged."""
-    code, said = _process([str(TRAIN), "--config", *arguments], workdir, stopped)
-    errors = [line for line in said if line.startswith("error:")]
-    if code == 2 and errors and DIVERGED.search(errors[-1]):
-        return True
-    _check_ended(run, "train.py", code, said, workdir)
-    return False
+    log = _beside(workdir).train_log
+    return _has_diverged(run, "train.py", _process([str(TRAIN), "--config", *arguments], log, stopped), log)
 
 
-def _test(run: Run, workdir: Path, stopped: Callable[[], int | None]) -> dict[str, Any]:
-    """Returns the scores on the test split of both weights, at the last step."""
-    code, said = _process(["-m", scoring.__name__, str(workdir)], workdir, stopped)
-    _check_ended(run, "its evaluation", code, said, workdir)
-    return json.loads((workdir / scoring.SCORES).read_text())
+def _test(run: Run, workdir: Path) -> dict[str, Any] | None:
+    """Returns the scores on the test split of both weights, at the last step; None if a loss is not finite there.
+
+    It takes seconds, so a signal waits for it.
+    """
+    beside = _beside(workdir)
+    # By -P not from the working directory, where another package may have this one's name; from where this one is.
+    arguments = ["-P", "-m", scoring.__name__, str(workdir), str(beside.test)]
+    path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code = _process(arguments, beside.test_log, lambda: None, PYTHONPATH=path)
+    if _has_diverged(run, "the evaluation", code, beside.test_log):
+        return None
+    return json.loads(beside.test.read_text())
 
 
-def _process(arguments: Sequence[str], workdir: Path, stopped: Callable[[], int | None]) -> tuple[int, list[str]]:
-    """Runs a process of Python to its end; returns its exit code and the lines that it said, which are in the log too.
+def _process(arguments: Sequence[str], log: Path, stopped: Callable[[], int | None], **environment: str) -> int:
+    """Runs a process of Python to its end, with all that it says in `log`; returns its exit code.
 
     Raises:
-      Stopped: a signal came, and was passed on.
+      Stopped: a signal came, and the process has stopped by it.
     """
-    log = _log(workdir)
     with file_errors(log, "written"):
         log.parent.mkdir(parents=True, exist_ok=True)
         file = log.open("wb")
@@ -181,38 +204,41 @@ def _process(arguments: Sequence[str], workdir: Path, stopped: Callable[[], int 
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=parents.named(),
+            env=parents.named() | environment,
         ) as process,
     ):
         try:
-            told = False
+            told = None
             while process.poll() is None:
-                if not told and stopped() is not None:
+                if told is None and (told := stopped()) is not None:
                     process.send_signal(signal.SIGTERM)
-                    told = True
                 time.sleep(POLL_SECONDS)
         except BaseException:
             process.kill()
             raise
-    if process.returncode != 0 and (number := stopped()) is not None:
-        raise Stopped(number)
-    return process.returncode, [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    if told is not None and process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
+        raise Stopped(told)
+    return process.returncode
 
 
-def _log(workdir: Path) -> Path:
-    return workdir.with_name(f"{workdir.name}.log")
+def _has_diverged(run: Run, what: str, code: int, log: Path) -> bool:
+    """Returns whether a process ended since a loss is not finite; False if it ended well.
 
-
-def _check_ended(run: Run, what: str, code: int, said: Sequence[str], workdir: Path) -> None:
-    """Raises UserError if a process has failed."""
+    Raises:
+      UserError: it failed otherwise.
+    """
     if code == 0:
-        return
+        return False
+    said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in said if line.startswith("error:")]
-    reason = errors[-1].removeprefix("error: ") if errors else (said or ["it said nothing"])[-1]
+    if code == 2 and errors and DIVERGED.search(errors[-1]):
+        return True
+    reasons = errors or [line for line in said if EXCEPTION.match(line)] or said or ["it said nothing"]
     end = f"signal {-code}" if code < 0 else f"exit code {code}"
     raise UserError(
-        f"{run.data_set}, {run.setting}, seed {run.seed}: {what} ended with {end}: {reason}\n"
-        f"The same command goes on from the last checkpoint; all that it said is in {_log(workdir)}."
+        f"{run.data_set}, {run.setting}, seed {run.seed}: {what} ended with {end}: "
+        f"{reasons[-1].removeprefix('error: ')}\n"
+        f"The same command goes on from the last checkpoint; all that it said is in {log}."
     )
 
 

@@ -1,7 +1,6 @@
-"""Scores a finished run on the test split: `python -m xception_flax.reproduction.scoring WORKDIR` writes a JSON file.
+"""Scores a finished run on the test split, as a process: `python -m xception_flax.reproduction.scoring RUN FILE`.
 
-It is a process of its own, so that the memory of an accelerator is free for the next run, and so that each of several
-runs at once has its share of the CPUs.
+So an accelerator's memory is free for the next run, and each of several runs at once has its share of the CPUs.
 """
 
 import json
@@ -16,7 +15,6 @@ from xception_flax.runs.workdir import read_recipe
 from xception_flax.text.errors import UserError
 from xception_flax.training import evaluation
 
-SCORES = "test.json"  # in the workdir
 SPLIT = "test"  # in every data set; rates are chosen on that of the recipe
 WEIGHTS = ("ema", "raw")
 METRICS = ("top1", "loss")
@@ -26,7 +24,7 @@ def score(workdir: Path) -> dict[str, Any]:
     """Returns the scores of both weights at the last step, whatever the validation says, and the number of images.
 
     Raises:
-      UserError: the run or the data cannot be read.
+      UserError: the run or the data cannot be read, or a loss is not finite.
     """
     config = read_recipe(workdir)
     config.data.eval_split = SPLIT
@@ -44,15 +42,16 @@ def chosen(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return {name: values[f"{prefix}{name}"] for name in METRICS}
 
 
-def main(workdir: Path) -> None:
+def main(workdir: Path, file: Path) -> None:
+    """Writes `score` as JSON."""
     parents.end_with_named()
     compilation_cache.enable()
-    files.write_whole(workdir / SCORES, [json.dumps(score(workdir)).encode()])
+    files.write_whole(file, [json.dumps(score(workdir)).encode()])
 
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]))
+        main(*map(Path, sys.argv[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -142,12 +142,12 @@ def _sum_of_taps_backward(strides, dilation, saved, dy):
 
 def _kernel_gradient_by_rows(x, dy, *, shape, strides, dilation):
     # Row by row, into a sum for each tap and column: on CPUs, XLA's reductions over whole shifted images
-    # are many times slower. Two rows at a time: a loop over single rows takes up to seven times as long for small
-    # images, and more of both is no faster.
+    # are many times slower. A turn of the loop takes two rows: with one it takes up to seven times as long for small
+    # images, with four it is no faster, and compiles for longer.
     batch, rows, columns, channels = dy.shape
     places = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
 
-    def add_row(totals, row):  # of all images
+    def add_row(totals, row):  # counted through all images
         n, h = row // rows, row % rows
         gradient = lax.dynamic_slice(dy, (n, h, 0, 0), (1, 1, columns, channels))[0, 0]
         reached = [
