@@ -36,14 +36,23 @@ def follow(progress: Progress, *arguments: str) -> None:
 
 
 def read(results: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a file, none where there is no file."""
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    """Returns the lines of a file, none where there is no file.
+
+    Raises:
+      WorkerError: it is no file of JSON lines.
+    """
+    try:
+        return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    except (OSError, ValueError) as error:
+        raise WorkerError(f"{results}: expected a line of JSON for each run ({error}); name another file.") from None
 
 
 def append(results: Path, row: Mapping[str, Any]) -> None:
     """Adds a line, and returns when it is on the disk."""
     results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a") as file:
+    with results.open("a+") as file:
+        if file.tell() and not results.read_bytes().endswith(b"\n"):  # an editor may have taken it away
+            file.write("\n")
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -26,7 +26,7 @@ from xception_flax.reproduction.claims import interval
 from xception_flax.text.errors import UserError
 
 EXAMPLES = """\
-  python -m benchmarks.finetuning --weights keras --results results/finetuning.jsonl
+  python -m benchmarks.finetuning --weights keras --results mine.jsonl --seeds 5
   python -m benchmarks.finetuning --results results/finetuning.jsonl --picture docs/images/finetuning.png"""
 
 SIZE = 72  # pixels; the network needs 71
@@ -65,17 +65,12 @@ def main(argv: list[str]) -> int:
     command.add_only(arguments)
     options = arguments.parse_args(argv)
     names = command.chosen(arguments, options, SETTINGS)
+    check_alike(options, names)
     if options.weights:
         for seed in range(options.seeds):
             for name in names:
                 run(name, seed, options)
-    rows = [row for row in accuracy.read(options.results) if row["images_per_class"] == options.images]
-    for name in SETTINGS:
-        kinds = {
-            json.dumps([row["changes"] | {"seed": 0}, row["weights_sha256"]]) for row in rows if row["setting"] == name
-        }
-        if len(kinds) > 1:
-            raise WorkerError(f"{options.results} has runs of '{name}' of several kinds: {'; '.join(sorted(kinds))}.")
+    rows = [row for row in accuracy.read(options.results) if row.get("images_per_class") == options.images]
     if not rows:
         raise WorkerError(f"{options.results} has no run with {options.images} images a class; run some by --weights.")
     print(table(rows))
@@ -84,13 +79,40 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def check_alike(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises WorkerError, before anything is run, if a setting would have runs of several kinds: each is one number."""
+    for name in SETTINGS:
+        rows = [row for row in accuracy.read(options.results) if row.get("setting") == name]
+        if options.weights and name in names:
+            rows.append(identity(name, 0, options))
+        kinds = {json.dumps([row["changes"] | {"seed": 0}, row["weights_sha256"]], sort_keys=True) for row in rows}
+        if len(kinds) > 1:
+            raise WorkerError(
+                f"{options.results} has runs of '{name}' of several kinds, or would have; give --results another file: "
+                f"{'; '.join(sorted(kinds))}."
+            )
+
+
+def identity(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what a run is found again by: its setting, and the weights that it starts from."""
+    weights = Path(_weights(name, options))
+    changes = {"init.weights": weights.name, "seed": seed, "data.image_size": SIZE}
+    return {
+        "setting": name,
+        "seed": seed,
+        "images_per_class": options.images,
+        "changes": {**SETTINGS[name].changes, **changes},
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None,
+    }
+
+
+def _weights(name: str, options: argparse.Namespace) -> str:
+    return str(SETTINGS[name].changes.get("init.weights", options.weights))
+
+
 def run(name: str, seed: int, options: argparse.Namespace) -> None:
     """Trains and evaluates one setting with one seed, unless the results have it, and writes its line."""
-    changes = {"init.weights": options.weights, **SETTINGS[name].changes, "seed": seed, "data.image_size": SIZE}
-    key = {"setting": name, "seed": seed, "images_per_class": options.images}
-    key |= {"changes": changes | {"init.weights": Path(changes["init.weights"]).name}, "weights_sha256": None}
-    if Path(changes["init.weights"]).is_file():
-        key["weights_sha256"] = hashlib.sha256(Path(changes["init.weights"]).read_bytes()).hexdigest()
+    key = identity(name, seed, options)
     if any(row.items() >= key.items() for row in accuracy.read(options.results)):
         return
     progress = command.Progress(f"{name}, seed {seed}")
@@ -99,7 +121,8 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
         write_images(Path(folder, "images"), seed, options.images, options.data_dir)
         workdir = Path(folder, "run")
         recipe = ["--config", f"configs/finetune_folder.py:{folder}/images", "--workdir", str(workdir)]
-        overrides = [f"--config.{key}={value}" for key, value in (changes | never).items()]
+        changes = key["changes"] | {"init.weights": _weights(name, options)} | never
+        overrides = [f"--config.{option}={value}" for option, value in changes.items()]
         begin = time.monotonic()
         accuracy.follow(progress, "train.py", *recipe, *overrides)
         records = accuracy.read(workdir / "metrics.jsonl")

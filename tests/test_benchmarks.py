@@ -20,6 +20,7 @@ from PIL import Image
 
 import shell
 from benchmarks import (
+    accuracy,
     cold_start,
     command,
     contenders,
@@ -300,7 +301,22 @@ def test_runs_of_several_kinds_are_not_drawn_together(tmp_path):
     )
     result = benchmark(f"finetuning --results {tmp_path / 'r.jsonl'}")
     assert (result.returncode, result.stdout) == (1, "")
-    assert re.match(r"error: .*r\.jsonl has runs of 'recipe' of several kinds: ", result.stderr)
+    assert re.match(r"error: .*r\.jsonl has runs of 'recipe' of several kinds", result.stderr)
+    # Before anything is run, where it would have them.
+    result = benchmark("finetuning --results results/finetuning.jsonl --weights keras --only recipe --seeds 9")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "of several kinds, or would have; give --results another file" in result.stderr
+
+
+def test_rows_are_lines_whatever_ended_the_file(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"a": 1}')
+    accuracy.append(path, {"a": 2})
+    accuracy.append(path, {"a": 3})
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n{"a": 3}\n'
+    path.write_text("no JSON\n")
+    with pytest.raises(worker.WorkerError, match="expected a line of JSON for each run"):
+        accuracy.read(path)
 
 
 def test_settings_of_fine_tuning_are_compared_by_seed():

@@ -62,19 +62,35 @@ def test_no_run_begins_that_would_end_after_the_budget(call, tmp_path):
     plant(tmp_path / "results.jsonl", seeds=1)
     code, _, err = call("--only", "averaging", "--budget", 0.1)
     assert code == 0
-    assert err == "the budget is used up; 2 runs or more are missing, about 1 min\n"
+    assert err == "no run fits into the budget; 2 runs or more are missing, about 1 min\n"
     assert "too few seeds" in (tmp_path / "docs" / "miniature.md").read_text()
 
 
 def test_the_page_alone(call, tmp_path):
+    (tmp_path / "results.jsonl").touch()
     code, out, err = call("--report")
     assert (code, out, err) == (0, f"{tmp_path / 'docs' / 'miniature.md'}\n", "")
     assert not (tmp_path / "runs").exists()
 
 
+def test_no_page_takes_the_place_of_another(monkeypatch, capsys, tmp_path):
+    """Neither by a misspelt file of results, nor by one's own results without a folder for their page."""
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        (["--report"], "there are no results at results/miniature.jsonl"),
+        (["--report", "--results", "mine.jsonl"], "--results mine.jsonl needs --output DIR too"),
+        (["--results", "mine.jsonl", "--budget", "1"], "--results mine.jsonl needs --output DIR too"),
+    ):
+        code, _, err = shell.call(monkeypatch, capsys, reproduce.main, *arguments)
+        assert code == 2
+        assert message in err
+        assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--data", "digit"], "unknown data set 'digit'; did you mean 'digits'?"),
         (["--only", "momentun"], "unknown claim 'momentun'; did you mean 'momentum'?"),
         (["--budget", "0"], "must be a positive number of minutes, got '0'"),
         (["--budget", "nan"], "must be a positive number of minutes, got 'nan'"),
@@ -87,6 +103,14 @@ def test_mistakes_are_refused(call, tmp_path, arguments, message):
     assert code == 2
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--output", "--workdir", "--results"])
+def test_what_cannot_be_written_is_found_before_anything_is_run(call, tmp_path, option):
+    (tmp_path / "file").touch()
+    code, _, err = call(option, tmp_path / "file" / "x")
+    assert code == 2
+    assert re.match(rf"error: {tmp_path / 'file'}.* cannot be made: ", err)
 
 
 def test_a_second_one_beside_it_is_refused(call, tmp_path):
@@ -163,7 +187,8 @@ def test_a_signal_or_a_failure_of_one_stops_all_at_a_checkpoint_and_they_go_on_n
     code, _, err = call(*both)
     thread.join()
     assert code == 128 + signal.SIGTERM
-    assert "stopped; the same command goes on from there" in err
+    assert "asked to stop: after this step or batch a checkpoint is written" in err
+    assert "stopped after 0 runs; the same command goes on from there" in err
     steps = [max((record["step"] for record in workdirs.records(path)), default=0) for path in runs.glob("*/")]
     assert len(steps) == 2
     assert max(steps) < 157

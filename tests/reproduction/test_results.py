@@ -54,6 +54,24 @@ def test_rows_are_added_to_the_file_and_read_again(tmp_path):
         rows.append(path, row)
     assert rows.read(path) == written
     assert [file.name for file in path.parent.iterdir()] == ["results.jsonl"]
+    path.write_bytes(path.read_bytes()[:-1])  # as some editors end a file
+    rows.append(path, written[0])
+    assert rows.read(path) == [*written, written[0]]
+
+
+@pytest.mark.parametrize("key", rows.OF_A_ROW)
+def test_a_row_without_one_of_its_keys_is_named(tmp_path, key):
+    row = planted.row(Results(read_table(TINY), []), RUN, 0.5)
+    del row[key]
+    rows.append(tmp_path / "results.jsonl", row)
+    with pytest.raises(UserError, match=f"line 1: expected the JSON of a run, .*it lacks {key}"):
+        rows.read(tmp_path / "results.jsonl")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "results.jsonl").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match="got bytes that are no text"):
+        rows.read(tmp_path / "results.jsonl")
 
 
 @pytest.mark.parametrize(

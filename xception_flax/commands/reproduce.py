@@ -33,10 +33,12 @@ from xception_flax.text.lookup import lookup
 EXAMPLES = """\
   xception-flax reproduce --budget 10
   xception-flax reproduce --only residual,order --seeds 5
-  xception-flax reproduce --jobs 2
+  xception-flax reproduce --data digits --jobs 2
   xception-flax reproduce --budget 10 --results mine.jsonl --output mine
   xception-flax reproduce --data-dir /data/fashion-mnist
   xception-flax reproduce --report"""
+
+RESULTS, PAGES = Path(report.RESULTS), Path("docs")  # of the project
 
 UNKNOWN_SECONDS = 60.0  # of a run of which no like one is known
 
@@ -45,27 +47,38 @@ def main(argv: list[str]) -> int:
     parser = cli.parser("xception-flax reproduce", __doc__, EXAMPLES, hosts=False)
     _add_arguments(parser)
     arguments = parser.parse_args(argv)
+    if arguments.output is None:
+        if arguments.results != RESULTS:
+            raise UserError(
+                f"--results {arguments.results} needs --output DIR too: its page would take the place of {PAGES}'s."
+            )
+        arguments.output = PAGES
     table = read_table(arguments.config)
-    claims = _chosen(table, arguments.only)
+    claims = _chosen(table.claims, arguments.only)
+    if arguments.report and not arguments.results.exists():
+        raise UserError(f"there are no results at {arguments.results}; run some first, without --report.")
     found = Results(table, results.read(arguments.results))
     if arguments.report:
         _write(found, table, arguments.output)
         return 0
     if arguments.jobs > (cpus := usable_cpus()):
         raise UserError(f"--jobs {arguments.jobs}: each needs a CPU, and there are {cpus}; give at most {cpus}.")
-    _check_writable(arguments.results)
-    data_sets = _data_sets(table, arguments.data_dir)
+    data_sets = _data_sets(table, arguments)
+    for folder in (arguments.results.parent, arguments.output, arguments.workdir):
+        with files.file_errors(folder, "made"):
+            folder.mkdir(parents=True, exist_ok=True)
+    files.check_writable(arguments.results)
     jax.config.update("jax_platforms", "cpu")  # of this process, which computes nothing; an accelerator is for the runs
     cli.start(arguments)
-    begun = time.monotonic()
-    arguments.workdir.mkdir(parents=True, exist_ok=True)
-    with (arguments.workdir / ".lock").open("w") as lock, signals.StopRequest() as stop:
+    begun, before = time.monotonic(), len(found.rows)
+    with (arguments.workdir / ".lock").open("w") as lock, signals.StopRequest(say=_say) as stop:
         if not try_lock(lock):
             raise UserError(f"another `reproduce` runs in {arguments.workdir}; wait for its end, or give --workdir.")
         try:
             _run_all(found, table, claims, data_sets, arguments, begun, stop)
         except running.Stopped as stopped:
-            _say(f"stopped; the same command goes on from there (runs done: {len(found.rows)})")
+            done = counted(len(found.rows) - before, "run")
+            _say(f"stopped after {done}; the same command goes on from there")
             _write(found, table, arguments.output)
             return 128 + stopped.number
     _write(found, table, arguments.output)
@@ -75,6 +88,7 @@ def main(argv: list[str]) -> int:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=_minutes_given, metavar="MINUTES", help="begin no run that would end later")
     parser.add_argument("--only", metavar="CLAIM,...", help="these claims (all)")
+    parser.add_argument("--data", metavar="NAME,...", help="on these data sets (all)")
     parser.add_argument(
         "--seeds",
         type=cli.positive,
@@ -97,12 +111,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results",
         type=Path,
-        default=Path("results", "miniature.jsonl"),
+        default=RESULTS,
         metavar="FILE",
         help="a JSON line for each run (results/miniature.jsonl)",
     )
     parser.add_argument(
-        "--output", type=cli.directory, default=Path("docs"), metavar="DIR", help="of miniature.md (docs)"
+        "--output", type=cli.directory, metavar="DIR", help="of miniature.md (docs; to be given with --results)"
     )
     parser.add_argument(
         "--workdir",
@@ -124,25 +138,21 @@ def _minutes_given(text: str) -> float:
     return minutes
 
 
-def _chosen(table: Table, only: str | None) -> Sequence[Claim]:
-    claims = {claim.name: claim for claim in table.claims}
-    names = claims if only is None else dict.fromkeys(only.split(","))
-    return [lookup(claims, name, "claim") for name in names]
+def _chosen(claims: Sequence[Claim], only: str | None) -> Sequence[Claim]:
+    by_name = {claim.name: claim for claim in claims}
+    names = by_name if only is None else dict.fromkeys(only.split(","))
+    return [lookup(by_name, name, "claim") for name in names]
 
 
-def _check_writable(path: Path) -> None:
-    """Raises UserError, before anything is run, if its row could not be written. It makes the folder."""
-    with files.file_errors(path.parent, "made"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    files.check_writable(path)
-
-
-def _data_sets(table: Table, data_dir: str | None) -> list[str]:
-    """Returns the data sets that are on this machine, and says what is missing of the others."""
+def _data_sets(table: Table, arguments: argparse.Namespace) -> list[str]:
+    """Returns the chosen data sets that are on this machine, and says what is missing of the others."""
+    names = table.data_sets if arguments.data is None else dict.fromkeys(arguments.data.split(","))
+    for name in names:
+        lookup(table.data_sets, name, "data set")
     there, reasons = [], []
-    for data_set in table.data_sets:
+    for data_set in names:
         try:
-            running.check_data(table, data_set, data_dir)
+            running.check_data(table, data_set, arguments.data_dir)
             there.append(data_set)
         except UserError as error:
             reasons.append(f"{data_set} is left out: {error}")
@@ -168,7 +178,7 @@ def _run_all(
       running.Stopped: a signal came.
       UserError: a run failed.
     """
-    budget = math.inf if arguments.budget is None else 60 * arguments.budget
+    budget, before = math.inf if arguments.budget is None else 60 * arguments.budget, len(found.rows)
     going: dict[Future[dict[str, Any]], Run] = {}
     failures: list[Exception] = []
 
@@ -214,7 +224,8 @@ def _run_all(
         if stop.signal is not None:
             raise running.Stopped(stop.signal)
         left = _left(found, runs, arguments.jobs)
-        _say(f"the budget is used up; {counted(len(runs), 'run')} or more are missing, {left}")
+        used = "the budget is used up" if len(found.rows) > before else "no run fits into the budget"
+        _say(f"{used}; {counted(len(runs), 'run')} or more are missing, {left}")
 
 
 @contextlib.contextmanager

@@ -109,8 +109,8 @@ def render(results: Results, table: Table, pictures: Sequence[str]) -> str:
 _HEAD = """\
 # The paper in miniature
 
-The paper's claims need ImageNet, JFT and 60 GPUs. This page tries them on small networks and small images, on two CPU
-cores, with several seeds of each. It supports or contradicts a claim at this size only.
+The paper's claims need ImageNet, JFT and 60 GPUs. This page tries them on small networks and small images, on one or
+two CPU cores, with several seeds of each. It supports or contradicts a claim at this size only.
 
 `xception-flax reproduce` writes this page: do not edit it. [configs/miniature.py](../configs/miniature.py) has the
 claims, {results} a line for each run.
@@ -123,8 +123,11 @@ xception-flax reproduce --report             # writes this page from the results
 xception-flax reproduce --only residual --results mine.jsonl --output mine     # one claim, anew
 ```
 
-Each run is a process of `train.py`. Ctrl-C stops it after a checkpoint, and the same command goes on from there. Digits
-are included; the files of Fashion-MNIST are read from `--data-dir` (Debian: `apt install dataset-fashion-mnist`)."""
+All of it takes several hours: a run takes one or two minutes, and a comparison 12 to 20 runs. Each is a process of
+`train.py`. Ctrl-C stops it after a checkpoint, and the same command goes on from there. Digits are included; the files
+of Fashion-MNIST are read from `--data-dir` (Debian: `apt install dataset-fashion-mnist`). The number of CPUs that a run
+has changes how it rounds, and at these rates its accuracy by as much as another seed does: results of `--jobs 2` are
+others than those of one job."""
 
 
 def _summary(results: Results, table: Table) -> str:
@@ -270,8 +273,12 @@ def _costs(results: Results, table: Table) -> str:
                 )
             )
     header = ("setting", "parameters", "10^6 multiply-adds", "s a step", "s a run", "test accuracy, %", "runs")
-    note = "Times are those of the fastest run of a setting: other work ran beside some."
-    return f"{note}\n\n{_table(header, rows)}" if rows else "Not run."
+    note = (
+        "Times are the least of the runs that are counted here, beside other work or not; none where all of them were "
+        "stopped in between. Accuracies are means of all seeds, here and in the picture of the towers; a difference "
+        "above is of the seeds that both settings have."
+    )
+    return f"{_filled(note)}\n\n{_table(header, rows)}" if rows else "Not run."
 
 
 def _least(values: Sequence[float | None], spelling: str) -> str:

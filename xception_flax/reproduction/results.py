@@ -14,6 +14,12 @@ from xception_flax.text.errors import UserError
 # What no result is named by: runs differ in their seeds, and machines in where data are.
 OF_A_RUN = ("seed", "data.data_dir")
 
+# What a row has beside the fields of its run.
+OF_A_ROW = (
+    *("recipe", "steps", "validation", "test", "parameters", "multiply_adds"),
+    *("losses", "accuracies", "seconds", "step_seconds", "versions", "machine"),
+)
+
 
 class Run(NamedTuple):
     """What is run once: a setting of a table on a data set, at a learning rate, with a seed."""
@@ -102,14 +108,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with files.file_errors(path, "read"):
-        lines = path.read_text().splitlines()
+        content = path.read_bytes()
+    try:
+        lines = content.decode().splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: expected lines of JSON, got bytes that are no text; name another file.") from None
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             Run(row["data_set"], row["setting"], float(row["learning_rate"]), int(row["seed"]))
-            if not row.keys() >= {"recipe", "validation", "test"}:
-                raise ValueError("it lacks keys")
+            if lacking := [key for key in OF_A_ROW if key not in row]:
+                raise ValueError(f"it lacks {', '.join(lacking)}")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}, line {number}: expected the JSON of a run, got {line[:60]!r} ({error}); remove the line, and "
@@ -128,4 +138,5 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
     with files.file_errors(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         before = path.read_bytes() if path.exists() else b""
-    files.write_whole(path, [before, json.dumps(row).encode() + b"\n"])
+    end = b"" if before[-1:] in (b"", b"\n") else b"\n"  # an editor may have taken the last one away
+    files.write_whole(path, [before, end, json.dumps(row).encode() + b"\n"])
