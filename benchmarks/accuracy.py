@@ -1,10 +1,8 @@
 """What benchmarks of accuracy share: programs of this project to their end, and a file of runs, a JSON line each."""
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,17 +43,6 @@ def read(results: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     except (OSError, ValueError) as error:
         raise WorkerError(f"{results}: expected a line of JSON for each run ({error}); name another file.") from None
-
-
-def append(results: Path, row: Mapping[str, Any]) -> None:
-    """Adds a line, and returns when it is on the disk."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a+") as file:
-        if file.tell() and not results.read_bytes().endswith(b"\n"):  # an editor may have taken it away
-            file.write("\n")
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def versions() -> dict[str, str]:

@@ -22,7 +22,9 @@ import numpy as np
 from benchmarks import accuracy, command
 from benchmarks.worker import WorkerError
 from xception_flax.data.sources.fashion_mnist import fashion_mnist
+from xception_flax.host import files
 from xception_flax.reproduction.claims import interval
+from xception_flax.reproduction.results import append
 from xception_flax.text.errors import UserError
 
 EXAMPLES = """\
@@ -66,6 +68,10 @@ def main(argv: list[str]) -> int:
     options = arguments.parse_args(argv)
     names = command.chosen(arguments, options, SETTINGS)
     check_alike(options, names)
+    if options.picture:
+        if options.picture.suffix != ".png":
+            raise WorkerError(f"--picture must be a .png, got {options.picture}.")
+        files.check_writable(options.picture)
     if options.weights:
         for seed in range(options.seeds):
             for name in names:
@@ -138,7 +144,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> None:
         "machine": command.machine(),
     }
     progress.say(f"top1 {row['top1']:.1%} after {row['steps']} steps")
-    accuracy.append(options.results, row)
+    append(options.results, row)
 
 
 def write_images(folder: Path, seed: int, per_class: int, data_dir: str | None) -> None:

@@ -22,7 +22,7 @@ from xception_flax.models import create_model
 from xception_flax.models.costs import list_layers
 from xception_flax.recipes import reading
 from xception_flax.reproduction.claims import interval
-from xception_flax.reproduction.results import digest
+from xception_flax.reproduction.results import append, digest
 from xception_flax.text.errors import UserError
 from xception_flax.text.sizes import sides
 
@@ -96,7 +96,7 @@ def run(recipe: str, seed: int, options: argparse.Namespace) -> None:
         "machine": command.machine(),
     }
     progress.say(f"test {row['test']:.2%}, validation {row['validation']:.2%}, {seconds:.0f} s")
-    accuracy.append(options.results, row)
+    append(options.results, row)
     shutil.rmtree(workdir, ignore_errors=True)
 
 

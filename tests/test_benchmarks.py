@@ -20,7 +20,6 @@ from PIL import Image
 
 import shell
 from benchmarks import (
-    accuracy,
     cold_start,
     command,
     contenders,
@@ -308,15 +307,19 @@ def test_runs_of_several_kinds_are_not_drawn_together(tmp_path):
     assert "of several kinds, or would have; give --results another file" in result.stderr
 
 
-def test_rows_are_lines_whatever_ended_the_file(tmp_path):
-    path = tmp_path / "r.jsonl"
-    path.write_text('{"a": 1}')
-    accuracy.append(path, {"a": 2})
-    accuracy.append(path, {"a": 3})
-    assert path.read_text() == '{"a": 1}\n{"a": 2}\n{"a": 3}\n'
-    path.write_text("no JSON\n")
-    with pytest.raises(worker.WorkerError, match="expected a line of JSON for each run"):
-        accuracy.read(path)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--results README.md", "README.md: expected a line of JSON for each run"),
+        ("--results docs", "docs: expected a line of JSON for each run"),
+        ("--results results/finetuning.jsonl --picture p.xyz", "--picture must be a .png, got p.xyz"),
+        ("--results results/finetuning.jsonl --picture no/p.png", "no/p.png cannot be written: No such file"),
+    ],
+)
+def test_mistakes_with_fine_tuning_are_refused(arguments, message):
+    result = benchmark(f"finetuning {arguments}")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {message}")
 
 
 def test_settings_of_fine_tuning_are_compared_by_seed():

@@ -143,7 +143,7 @@ def _sum_of_taps_backward(strides, dilation, saved, dy):
 def _kernel_gradient_by_rows(x, dy, *, shape, strides, dilation):
     # Row by row, into a sum for each tap and column: on CPUs, XLA's reductions over whole shifted images
     # are many times slower. A turn of the loop takes two rows: with one it takes up to seven times as long for small
-    # images, with four it is no faster, and compiles for longer.
+    # images; four are faster for some shapes and slower for others, and compile for longer.
     batch, rows, columns, channels = dy.shape
     places = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
 
