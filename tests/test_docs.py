@@ -132,7 +132,7 @@ def our_main(words: list[str]) -> tuple[Callable[[list[str]], int] | None, list[
         if arguments[0] == "-c":
             compile(arguments[1], "<docs>", "exec")
         else:
-            assert arguments[:2] in (["-m", "venv"], ["-m", "pip"]), words
+            assert arguments[:2] in (["-m", "venv"], ["-m", "pip"], ["-m", "zipfile"]), words
         return None, arguments
     assert program in SETUP, f"{program!r} is no command that this test knows"
     return None, arguments
