@@ -203,6 +203,7 @@ def test_a_signal_or_a_failure_of_one_stops_all_at_a_checkpoint_and_they_go_on_n
     assert measured(searched) == {}
     code, _, err = call(*both)
     assert code == 0, err
+    assert err.count("rate 0.05, seed 0, from its last checkpoint; ") == 2
     assert {row["steps"] for row in measured(searched).values()} == {157}
     assert not list(runs.glob("*/"))
 

@@ -79,6 +79,14 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
+def test_a_page_of_ones_own_has_nothing_of_this_project():
+    page = report.render(planted_results(3), read_table(TINY), [], Path("mine.jsonl"))
+    assert f"`{TINY}` has the" in page
+    assert "`mine.jsonl` a line for each run" in page
+    assert "](" not in page  # a link
+    assert "Nothing is said of it" not in page
+
+
 def test_runs_that_diverged_are_counted():
     results = planted_results(3)
     run = Run("digits", "no_momentum", 0.05, 2)

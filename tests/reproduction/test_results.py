@@ -68,6 +68,14 @@ def test_a_row_without_one_of_its_keys_is_named(tmp_path, key):
         rows.read(tmp_path / "results.jsonl")
 
 
+@pytest.mark.parametrize("key", rows.OF_A_ROW)
+def test_a_value_of_a_wrong_type_is_named(tmp_path, key):
+    row = planted.row(Results(read_table(TINY), []), RUN, 0.5)
+    rows.append(tmp_path / "results.jsonl", row | {key: True})
+    with pytest.raises(UserError, match=f"line 1: expected the JSON of a run, .*of a wrong type: {key}"):
+        rows.read(tmp_path / "results.jsonl")
+
+
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "results.jsonl").write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match="got bytes that are no text"):

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"there are no results at {arguments.results}; run some first, without --report.")
     found = Results(table, results.read(arguments.results))
     if arguments.report:
-        _write(found, table, arguments.output)
+        _write(found, table, arguments)
         return 0
     if arguments.jobs > (cpus := usable_cpus()):
         raise UserError(f"--jobs {arguments.jobs}: each needs a CPU, and there are {cpus}; give at most {cpus}.")
@@ -79,9 +79,9 @@ def main(argv: list[str]) -> int:
         except running.Stopped as stopped:
             done = counted(len(found.rows) - before, "run")
             _say(f"stopped after {done}; the same command goes on from there")
-            _write(found, table, arguments.output)
+            _write(found, table, arguments)
             return 128 + stopped.number
-    _write(found, table, arguments.output)
+    _write(found, table, arguments)
     return 0
 
 
@@ -195,7 +195,8 @@ def _run_all(
             if asked() is not None or time.monotonic() - begun + _expected_seconds(found, run) > budget:
                 return
             count, left = counted(len(runs) - i, "run"), _left(found, [*runs[i:], *going.values()], arguments.jobs)
-            _say(f"{_shown(run)}; {count} or more to go, {left}")
+            how = ", from its last checkpoint" if running.is_begun(run, found, arguments.workdir) else ""
+            _say(f"{_shown(run)}{how}; {count} or more to go, {left}")
             given = (run, table, found, arguments.workdir, arguments.data_dir, asked)
             going[pool.submit(running.perform, *given)] = run
 
@@ -265,8 +266,8 @@ def _left(found: Results, runs: Sequence[Run], jobs: int) -> str:
     return f"about {max(1, round(max(max(seconds), sum(seconds) / jobs) / 60)):,} min"
 
 
-def _write(found: Results, table: Table, folder: Path) -> None:
-    for path in report.write(found, table, folder):
+def _write(found: Results, table: Table, arguments: argparse.Namespace) -> None:
+    for path in report.write(found, table, arguments.output, arguments.results):
         print(path, flush=True)
 
 

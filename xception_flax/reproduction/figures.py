@@ -83,9 +83,10 @@ def axis(results: Results, table: Table, claim: Claim) -> bytes | None:
     )
     for axes, data_set in zip(grid[0], data_sets, strict=True):
         for number, (name, color) in enumerate(zip(claim.axis, ("#2f5d8a", "#c8553d"), strict=False)):
-            points = [(place, values) for place, (_, values) in enumerate(lines[data_set, name]) if values]
+            points = [(place, values) for place, (_, values) in enumerate(lines[data_set, name])]
             shift = 0.12 * (number - (len(claim.axis) - 1) / 2)
-            means = [math.fsum(values) / len(values) for _, values in points]
+            # NaN where nothing was run: no line joins points over one that is missing.
+            means = [math.fsum(values) / len(values) if values else math.nan for _, values in points]
             axes.plot([place + shift for place, _ in points], means, "o-", color=color, label=name, ms=4)
             for place, values in points:
                 if len(values) > 1:

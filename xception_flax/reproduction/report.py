@@ -30,12 +30,19 @@ from xception_flax.reproduction.results import Results, Run
 from xception_flax.text.counting import counted
 
 PAGE = "miniature.md"
-RESULTS = "results/miniature.jsonl"
+TABLE = "configs/miniature.py"  # of the project
+RESULTS = "results/miniature.jsonl"  # of the project
 FOLDER = "images"  # of the pictures, beside the page
 
 
-def write(results: Results, table: Table, folder: Path) -> list[Path]:
+def write(results: Results, table: Table, folder: Path, source: Path = Path(RESULTS)) -> list[Path]:
     """Writes the page and its figures into a folder, and returns their paths; figures without results are removed.
+
+    Args:
+      results: of the file `source`.
+      table: of all claims.
+      folder: for the page, and for the folder of its figures.
+      source: the page about results of one's own has neither this project's notes nor links into this project.
 
     Raises:
       UserError: a file cannot be written.
@@ -52,7 +59,7 @@ def write(results: Results, table: Table, folder: Path) -> list[Path]:
             files.write_whole(path, [content])
             written.append(path)
     there = [name for name, content in drawn.items() if content is not None]
-    files.write_whole(folder / PAGE, [render(results, table, there).encode()])
+    files.write_whole(folder / PAGE, [render(results, table, there, source).encode()])
     return [folder / PAGE, *written]
 
 
@@ -79,20 +86,24 @@ def words(table: Table, comparison: Comparison) -> str:
     return table.settings[comparison.setting].title + (f", {comparison.words}" if comparison.words else "")
 
 
-def render(results: Results, table: Table, pictures: Sequence[str]) -> str:
-    """Returns the page in Markdown; `pictures` are the names of the figures that are there."""
+def render(results: Results, table: Table, pictures: Sequence[str], source: Path = Path(RESULTS)) -> str:
+    """Returns the page in Markdown; `pictures` are the names of the figures that are there, the rest as of `write`."""
+    ours = source == Path(RESULTS)
     titles = {
         "miniature_differences.png": "Every comparison: seeds, mean and interval",
         "miniature_curves.png": "Training loss of every run but those of a search; orange: at the rate of the base",
         **{f"miniature_{claim.name}.png": claim.title for claim in table.claims},
     }
     parts = [
-        _HEAD.format(results=f"[{RESULTS}](../{RESULTS})" if results.rows else f"`{RESULTS}`"),  # no link to no file
+        _HEAD.format(
+            table=f"[{TABLE}](../{TABLE})" if ours else f"`{table.path}`",
+            results=f"[{RESULTS}](../{RESULTS})" if ours and results.rows else f"`{source}`",  # no link to no file
+        ),
         _filled(table.about),
         "## What the results say",
         _summary(results, table),
         _comparisons(results, table),
-        *_notes(table),
+        *(_notes(table) if ours else []),
         *(f"![{titles[name]}]({FOLDER}/{name})" for name in pictures),
         "## Decided before it was run",
         _protocol(results, table),
@@ -112,7 +123,7 @@ _HEAD = """\
 The paper's claims need ImageNet, JFT and 60 GPUs. This page tries them on small networks and small images, on one or
 two CPU cores, with several seeds of each. It supports or contradicts a claim at this size only.
 
-`xception-flax reproduce` writes this page: do not edit it. [configs/miniature.py](../configs/miniature.py) has the
+`xception-flax reproduce` writes this page: do not edit it. {table} has the
 claims, {results} a line for each run.
 
 <!-- not run: takes hours -->

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from xception_flax.host import files
@@ -14,11 +15,22 @@ from xception_flax.text.errors import UserError
 # What no result is named by: runs differ in their seeds, and machines in where data are.
 OF_A_RUN = ("seed", "data.data_dir")
 
-# What a row has beside the fields of its run.
-OF_A_ROW = (
-    *("recipe", "steps", "validation", "test", "parameters", "multiply_adds"),
-    *("losses", "accuracies", "seconds", "step_seconds", "versions", "machine"),
-)
+# What a row has beside the fields of its run, and its types in JSON. A run that diverged has no validation and no test,
+# one of a search no test, one that was interrupted no seconds.
+OF_A_ROW: Mapping[str, tuple[type, ...]] = {
+    "recipe": (str,),
+    "steps": (int,),
+    "validation": (dict, NoneType),
+    "test": (dict, NoneType),
+    "parameters": (int,),
+    "multiply_adds": (int,),
+    "losses": (list,),
+    "accuracies": (list,),
+    "seconds": (float, int, NoneType),
+    "step_seconds": (float, int, NoneType),
+    "versions": (dict,),
+    "machine": (dict,),
+}
 
 
 class Run(NamedTuple):
@@ -120,6 +132,8 @@ def read(path: Path) -> list[dict[str, Any]]:
             Run(row["data_set"], row["setting"], float(row["learning_rate"]), int(row["seed"]))
             if lacking := [key for key in OF_A_ROW if key not in row]:
                 raise ValueError(f"it lacks {', '.join(lacking)}")
+            if wrong := [key for key, types in OF_A_ROW.items() if type(row[key]) not in types]:
+                raise ValueError(f"of a wrong type: {', '.join(wrong)}")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}, line {number}: expected the JSON of a run, got {line[:60]!r} ({error}); remove the line, and "

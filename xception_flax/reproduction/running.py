@@ -114,7 +114,7 @@ def perform(
     config = reading.load(recipe, changes)
     name = results.recipe_name(run.data_set, run.setting)
     workdir = workdirs / _folder_name(run, name)
-    is_new = not workdir.exists()
+    is_new = not is_begun(run, results, workdirs)
     begun = time.monotonic()
     diverged = _train(run, [recipe, "--workdir", str(workdir), *changes], workdir, stopped)
     seconds = time.monotonic() - begun
@@ -139,6 +139,11 @@ def perform(
         "machine": _machine(),
     }
     return row
+
+
+def is_begun(run: Run, results: Results, workdirs: Path) -> bool:
+    """Returns whether a run was stopped before, so that `perform` goes on with it."""
+    return (workdirs / _folder_name(run, results.recipe_name(run.data_set, run.setting))).exists()
 
 
 def remove(run: Run, results: Results, workdirs: Path) -> None:
