@@ -49,6 +49,11 @@ _TRAINED = {"optimizer.backbone_factor": 1, **_NORMALIZATION}
 SETTINGS = {
     "recipe": Setting("the recipe: layers at 0.01 of the rate, normalization frozen", {}),
     "classifier": Setting("classifier alone (backbone_factor=0)", {"optimizer.backbone_factor": 0}),
+    # 2.5 times the recipe's epochs, since an epoch takes 0.4 of its time.
+    "classifier_longer": Setting(
+        "classifier alone for as long as the recipe takes", {"optimizer.backbone_factor": 0, "epochs": 50}
+    ),
+    "recalibrated": Setting("the recipe with recalibrated normalization", {"init.bn_batches": 25}),
     "slowed_trained": Setting("layers at 0.01 of the rate, normalization trained", _NORMALIZATION),
     "full_frozen": Setting("all layers at one rate, normalization frozen", {"optimizer.backbone_factor": 1}),
     "full": Setting("all layers at one rate, normalization trained", _TRAINED),
