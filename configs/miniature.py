@@ -95,7 +95,8 @@ CLAIMS = (
         note="On the digits Inception V3 is not at its end: its last training losses are 0.12 to 0.39, once 1.41, "
         "where those of Xception are at most 0.02, and its validation accuracy still rises. So the difference says "
         "that it learns more slowly in these steps, not what it reaches. The rates of its search differ by no more "
-        "than its seeds.",
+        "than its seeds. On Fashion-MNIST it is the same: 516 steps end at losses of 0.73 to 1.09, those of Xception "
+        "at 0.46 to 0.48.",
     ),
     Claim(
         "residual",
@@ -130,6 +131,9 @@ CLAIMS = (
             for equal, widths in TOWERS.items()
         },
         axis_title="towers",
+        note="On Fashion-MNIST, after one epoch, accuracy falls with the towers, at equal parameters and at equal "
+        "multiply-adds alike: eight are as good as one a channel, and the intervals of four, two and one exclude 0, "
+        "each by itself. The digits show no order: 360 test images do not tell a point apart.",
     ),
     Claim(
         "order",

@@ -57,8 +57,8 @@ def differences(rows: Sequence[tuple[str, str, Verdict]]) -> bytes:
         axes.set_xticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
         axes.xaxis.minorticks_off()
         _clean(axes, "x")
-    said = f"dots: seeds; bars: 95 %; gray: less than {MARGIN:g}; logarithmic beyond {LINEAR_UP_TO} points"
-    grid[-1, 0].set_xlabel(f"test accuracy minus that of the base, points\n({said})")
+    said = f"(dots: seeds; bars: 95 %; gray: less than {MARGIN:g};\nlogarithmic beyond {LINEAR_UP_TO} points)"
+    grid[-1, 0].set_xlabel(f"test accuracy minus that of the base, points\n{said}")
     return _png(figure)
 
 
