@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tests.reproduction import planted
+from xception_flax.host.project import RECIPES
 from xception_flax.reproduction import report
 from xception_flax.reproduction.claims import SEARCH_SEED, read_table
 from xception_flax.reproduction.results import Results, Run
@@ -80,11 +81,17 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
 
 
 def test_a_page_of_ones_own_has_nothing_of_this_project():
-    page = report.render(planted_results(3), read_table(TINY), [], Path("mine.jsonl"))
+    """The notes of the project's table are about the project's results; those of one's own table are one's own."""
+    mine = Path("mine", report.RESULTS)  # as of a package that is installed: the default, in another folder
+    table = read_table(RECIPES / "miniature.py")
+    project, of_mine = (report.render(Results(table, []), table, [], *source) for source in ([], [mine]))
+    assert "Written after a look at the results" in project
+    assert "Written after a look at the results" not in of_mine
+    page = report.render(planted_results(3), read_table(TINY), [], mine)
     assert f"`{TINY}` has the" in page
-    assert "`mine.jsonl` a line for each run" in page
-    assert "](" not in page  # a link
-    assert "Nothing is said of it" not in page
+    assert f"`{mine}` a line for each run" in page
+    assert "- **averaging.** Nothing is said of it." in page
+    assert not [text for text in (page, of_mine) if "](" in text]  # a link
 
 
 def test_runs_that_diverged_are_counted():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xception_flax.host import files
+from xception_flax.host.project import PROJECT
 from xception_flax.reproduction.claims import (
     CONFIDENCE,
     EXTENSIONS,
@@ -30,19 +31,19 @@ from xception_flax.reproduction.results import Results, Run
 from xception_flax.text.counting import counted
 
 PAGE = "miniature.md"
-TABLE = "configs/miniature.py"  # of the project
-RESULTS = "results/miniature.jsonl"  # of the project
+TABLE, RESULTS = "configs/miniature.py", "results/miniature.jsonl"  # of the project
 FOLDER = "images"  # of the pictures, beside the page
 
 
-def write(results: Results, table: Table, folder: Path, source: Path = Path(RESULTS)) -> list[Path]:
+def write(results: Results, table: Table, folder: Path, source: Path = PROJECT / RESULTS) -> list[Path]:
     """Writes the page and its figures into a folder, and returns their paths; figures without results are removed.
 
     Args:
       results: of the file `source`.
       table: of all claims.
       folder: for the page, and for the folder of its figures.
-      source: the page about results of one's own has neither this project's notes nor links into this project.
+      source: only if it is the project's, and the table too, has the page links to both. The notes of the project's
+        table are on its results, and on no other page.
 
     Raises:
       UserError: a file cannot be written.
@@ -86,9 +87,10 @@ def words(table: Table, comparison: Comparison) -> str:
     return table.settings[comparison.setting].title + (f", {comparison.words}" if comparison.words else "")
 
 
-def render(results: Results, table: Table, pictures: Sequence[str], source: Path = Path(RESULTS)) -> str:
+def render(results: Results, table: Table, pictures: Sequence[str], source: Path = PROJECT / RESULTS) -> str:
     """Returns the page in Markdown; `pictures` are the names of the figures that are there, the rest as of `write`."""
-    ours = source == Path(RESULTS)
+    is_projects_table = table.path.resolve() == (PROJECT / TABLE).resolve()
+    ours = is_projects_table and source.resolve() == (PROJECT / RESULTS).resolve()
     titles = {
         "miniature_differences.png": "Every comparison: seeds, mean and interval",
         "miniature_curves.png": "Training loss of every run but those of a search; orange: at the rate of the base",
@@ -103,7 +105,7 @@ def render(results: Results, table: Table, pictures: Sequence[str], source: Path
         "## What the results say",
         _summary(results, table),
         _comparisons(results, table),
-        *(_notes(table) if ours else []),
+        *(_notes(table) if ours or not is_projects_table else []),
         *(f"![{titles[name]}]({FOLDER}/{name})" for name in pictures),
         "## Decided before it was run",
         _protocol(results, table),

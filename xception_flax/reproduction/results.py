@@ -15,9 +15,13 @@ from xception_flax.text.errors import UserError
 # What no result is named by: runs differ in their seeds, and machines in where data are.
 OF_A_RUN = ("seed", "data.data_dir")
 
-# What a row has beside the fields of its run, and its types in JSON. A run that diverged has no validation and no test,
-# one of a search no test, one that was interrupted no seconds.
+# What a row has, and its types in JSON. A run that diverged has no validation and no test, one of a search no test, one
+# that was interrupted no seconds.
 OF_A_ROW: Mapping[str, tuple[type, ...]] = {
+    "data_set": (str,),
+    "setting": (str,),
+    "learning_rate": (float, int),
+    "seed": (int,),
     "recipe": (str,),
     "steps": (int,),
     "validation": (dict, NoneType),
@@ -129,12 +133,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            Run(row["data_set"], row["setting"], float(row["learning_rate"]), int(row["seed"]))
             if lacking := [key for key in OF_A_ROW if key not in row]:
                 raise ValueError(f"it lacks {', '.join(lacking)}")
             if wrong := [key for key, types in OF_A_ROW.items() if type(row[key]) not in types]:
                 raise ValueError(f"of a wrong type: {', '.join(wrong)}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise UserError(
                 f"{path}, line {number}: expected the JSON of a run, got {line[:60]!r} ({error}); remove the line, and "
                 "the run is run again."

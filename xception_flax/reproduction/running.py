@@ -112,8 +112,7 @@ def perform(
     config = reading.load(recipe)
     changes = _changes(run, data_dir, config)
     config = reading.load(recipe, changes)
-    name = results.recipe_name(run.data_set, run.setting)
-    workdir = workdirs / _folder_name(run, name)
+    workdir = _workdir(run, results, workdirs)
     is_new = not is_begun(run, results, workdirs)
     begun = time.monotonic()
     diverged = _train(run, [recipe, "--workdir", str(workdir), *changes], workdir, stopped)
@@ -125,7 +124,7 @@ def perform(
     steps = [r["train/step_seconds"] for r in records if r.get("train/step_seconds") is not None]
     row: dict[str, Any] = {
         **run._asdict(),
-        "recipe": name,
+        "recipe": results.recipe_name(run.data_set, run.setting),
         "steps": records[-1]["step"] if records else 0,
         "validation": None if diverged else scoring.chosen(evaluations[-1], "eval/"),
         "test": None if diverged or run.is_search else _test(run, workdir),
@@ -143,12 +142,12 @@ def perform(
 
 def is_begun(run: Run, results: Results, workdirs: Path) -> bool:
     """Returns whether a run was stopped before, so that `perform` goes on with it."""
-    return (workdirs / _folder_name(run, results.recipe_name(run.data_set, run.setting))).exists()
+    return _workdir(run, results, workdirs).exists()
 
 
 def remove(run: Run, results: Results, workdirs: Path) -> None:
     """Removes what a run left on the disk, after its row is written."""
-    workdir = workdirs / _folder_name(run, results.recipe_name(run.data_set, run.setting))
+    workdir = _workdir(run, results, workdirs)
     shutil.rmtree(workdir, ignore_errors=True)
     for path in _beside(workdir):
         path.unlink(missing_ok=True)
@@ -166,8 +165,9 @@ def _beside(workdir: Path) -> _Beside:
     return _Beside(*(workdir.with_name(workdir.name + end) for end in (".log", ".test.log", ".test.json")))
 
 
-def _folder_name(run: Run, recipe: str) -> str:
-    return f"{run.data_set}-{run.setting}-{run.learning_rate:g}-{run.seed}-{recipe}"
+def _workdir(run: Run, results: Results, workdirs: Path) -> Path:
+    recipe = results.recipe_name(run.data_set, run.setting)
+    return workdirs / f"{run.data_set}-{run.setting}-{run.learning_rate:g}-{run.seed}-{recipe}"
 
 
 def _train(run: Run, arguments: Sequence[str], workdir: Path, stopped: Callable[[], int | None]) -> bool:
